@@ -1,0 +1,149 @@
+"""Configuration: one YAML file and key=value words, checked by pydantic before any work, frozen afterwards."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class UserError(Exception):
+    """A mistake of the user's: a file, a field or a value that breaks a rule. Tools print it and end with status 2."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, unknown keys refused, the docstring below a field is its help text."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load(config_class: type[C], words: Sequence[str]) -> C:
+    """Read a configuration from command-line words: at most one YAML file, then `key=value` (dots reach into sections).
+
+    Values are YAML. Raises UserError that lists every wrong field at once, with the file it came from.
+    """
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"one configuration file is expected, {len(files)} were given: {' '.join(files)}")
+    values = read_yaml(Path(files[0])) if files else {}
+    for word in words:
+        if "=" in word:
+            key, _, text = word.partition("=")
+            _assign(values, key, _parse_value(key, text))
+    return validate(config_class, values, source=files[0] if files else "command line")
+
+
+def validate(config_class: type[C], values: dict[str, Any], *, source: str) -> C:
+    """Check `values` against `config_class`; raises UserError naming `source`, each field, its value and the rule."""
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(config_class, item) for item in error.errors()]
+        raise UserError("\n  ".join([f"{source}:", *lines] if len(lines) > 1 else [f"{source}: {lines[0]}"])) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError if it is missing, unreadable, or not a mapping."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the configuration file: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration file holds `key: value` lines, this one holds a {type(values).__name__}")
+    return values
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, defaults included; `load` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def fingerprint(config: Config) -> str:
+    """sha256 (hex) of the resolved configuration: equal for equal settings, whatever file they came from."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, str, str]]:
+    """One (name, default, help) row per field, sections opened, for `--help`."""
+    rows = []
+    for name, field in config_class.model_fields.items():
+        section = _section_class(field.annotation)
+        if section is not None:
+            rows.extend(describe(section, f"{prefix}{name}."))
+            continue
+        default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
+        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `3e-4` is a number and `no`, `on`, `off`, `yes` are text (`no` is Norwegian)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"command line: {key}={text!r} is not valid YAML (quote it?)") from None
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"command line: {key}: {section!r} is a value in the file, not a section")
+    values[last] = value
+
+
+def _explain(config_class: type[Config], item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        names = [row[0] for row in describe(config_class)]
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        return f"{name}: no such field" + (f" (did you mean {close[0]}?)" if close else "")
+    if item["type"] == "missing":
+        return f"{name}: required, and not given"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:] if item["msg"].startswith("Input") else message
+    if item["type"] == "value_error" and isinstance(item["input"], dict):
+        return f"{name}: {message}" if name else message
+    return f"{name}={item['input']!r}: {message}"
+
+
+def _section_class(annotation: Any) -> type[Config] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Config):
+            return candidate
+    return None
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""The CPU half: dumps to documents, documents to token shards. Nothing in here imports torch."""

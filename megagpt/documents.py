@@ -1,0 +1,92 @@
+"""Documents, the unit of the corpus half, and their `.jsonl.zst` files: one object a line, readable by the field's tools."""
+
+import gzip
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import orjson
+import zstandard
+
+from megagpt.config import UserError
+from megagpt.files import atomic_path
+
+JsonValue: TypeAlias = Any
+"""What JSON can hold; spelled Any because a recursive alias helps no reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with an id. `id` is `<source file>:<record offset>`; `source` names the corpus or crawl it came from."""
+
+    id: str
+    text: str
+    source: str
+    url: str | None = None
+    meta: dict[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A document that a stage dropped, and why: `<filter>:<what>`."""
+
+    document: Document
+    reason: str
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Documents of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file. Raises UserError naming file, line and rule."""
+    with open_lines(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            yield parse_document(line, where=f"{path}: line {number}")
+
+
+def parse_document(line: bytes, *, where: str) -> Document:
+    """The document in one JSON line. Raises UserError that begins with `where`."""
+    try:
+        value = orjson.loads(line)
+        return Document(value["id"], value["text"], value["source"], value.get("url"), value.get("meta") or {})
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    except KeyError as error:
+        raise UserError(f"{where}: a document needs the field {error}") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"{where}: a document is a JSON object") from None
+
+
+def format_document(document: Document) -> bytes:
+    """One JSON line, newline included. Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+    value = {"id": document.id, "text": document.text, "source": document.source, "url": document.url, "meta": document.meta}
+    try:
+        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        value["text"] = document.text.encode("utf-8", "replace").decode("utf-8")
+        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def write_documents(path: Path, documents: Iterable[Document], *, level: int = 3) -> int:
+    """Write a whole `.jsonl.zst` file atomically; returns how many documents. Readers see all of it or nothing."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        with zstandard.ZstdCompressor(level=level).stream_writer(raw, closefd=False) as stream:
+            for document in documents:
+                stream.write(format_document(document))
+                count += 1
+    return count
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """A file of lines, decompressed by its name's ending (.zst: all frames, .gz: all members). Raises UserError if missing."""
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if path.suffix == ".zst":
+        return io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True), 1 << 20
+        )
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)  # type: ignore[arg-type]
+    return raw
