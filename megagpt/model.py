@@ -1,0 +1,302 @@
+"""The whole model on one page: a decoder-only transformer of the Llama or the GPT-2 family, written for one device.
+
+Sharding, precision and compilation are applied from outside (engine/). Shape letters, used as suffixes of tensor names:
+B sequences, T tokens, V vocabulary, D hidden size, H query heads, K key/value heads, E head size, N = B * T.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagpt.config import Config
+from megagpt.loss import summed_cross_entropy
+
+
+class ModelConfig(Config):
+    """Sizes of a GPT. `family` fixes the block: llama = RMSNorm, rotary positions, SwiGLU, no biases (arXiv 2302.13971);
+    gpt2 = LayerNorm, learned positions, GELU, biases (Radford et al. 2019)."""
+
+    family: Literal["llama", "gpt2"] = "llama"
+    """Which block: llama (RMSNorm, RoPE, SwiGLU) or gpt2 (LayerNorm, learned positions, GELU, biases)."""
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding: at least the tokenizer's vocabulary; a multiple of 64 is faster on GPUs."""
+    seq_len: int = Field(gt=0)
+    """Longest sequence, in tokens."""
+    num_layers: int = Field(gt=0)
+    """Number of blocks."""
+    num_heads: int = Field(gt=0)
+    """Query heads per block; hidden_size is a multiple of it."""
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key/value heads (grouped-query attention, arXiv 2305.13245); null = num_heads."""
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    mlp_size: int | None = Field(default=None, gt=0)
+    """Inner width of the MLP; null = 4 x hidden_size (gpt2), or 8/3 x hidden_size rounded up to a multiple of 64 (llama)."""
+    tied_head: bool = True
+    """Whether the output head shares the token embedding's weights."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normalised per head before attention (arXiv 2302.05442)."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies (llama)."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the variance inside the norms."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an activation: after the embedding, the attention and the MLP."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2 num_layers)."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of logsumexp(logits)^2 in the training loss (arXiv 2204.02311); 0 = none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
+        if self.family == "llama" and self.head_size % 2:
+            raise ValueError(f"head size {self.head_size} is odd: rotary positions turn pairs")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the MLP."""
+        if self.mlp_size is not None:
+            return self.mlp_size
+        return 4 * self.hidden_size if self.family == "gpt2" else 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+
+
+class KeyValues:
+    """Keys and values of the tokens one attention layer has seen, for generation: two [B, K, T, E] tensors that grow."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(self, keys_bkte: Tensor, values_bkte: Tensor) -> tuple[Tensor, Tensor]:
+        """Append along T; returns all keys and values so far."""
+        if self.keys is not None and self.values is not None:
+            keys_bkte = torch.cat((self.keys, keys_bkte), dim=2)
+            values_bkte = torch.cat((self.values, values_bkte), dim=2)
+        self.keys, self.values = keys_bkte, values_bkte
+        return keys_bkte, values_bkte
+
+    def __len__(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = config.family == "gpt2"
+        self.num_heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_size, bias=bias)
+        self.key = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=bias)
+        self.value = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=bias)
+        self.out = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=bias)
+        self.query_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_btd: Tensor, rope_te: Tensor | None, mask: Tensor | None, cache: KeyValues | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]. `mask` is True where attention is allowed, broadcast to [B, H, T, T]; None = causal."""
+        batch, length, _ = x_btd.shape
+        q_bhte = self.query_norm(self.query(x_btd).view(batch, length, self.num_heads, self.head_size)).transpose(1, 2)
+        k_bkte = self.key_norm(self.key(x_btd).view(batch, length, self.kv_heads, self.head_size)).transpose(1, 2)
+        v_bkte = self.value(x_btd).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        if rope_te is not None:
+            q_bhte, k_bkte = rotate(q_bhte, rope_te), rotate(k_bkte, rope_te)
+        if cache is not None:
+            k_bkte, v_bkte = cache.extend(k_bkte, v_bkte)
+        y_bhte = F.scaled_dot_product_attention(
+            q_bhte,
+            k_bkte,
+            v_bkte,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.kv_heads != self.num_heads,
+        )
+        return self.out(y_bhte.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_size))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.mlp_width, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.mlp_width, bias=False)
+        self.out = nn.Linear(config.mlp_width, config.hidden_size, bias=False)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        return self.out(F.silu(self.gate(x_btd)) * self.up(x_btd))
+
+
+class GeluMLP(nn.Module):
+    """out(gelu(up(x))) with GPT-2's tanh approximation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_width)
+        self.out = nn.Linear(config.mlp_width, config.hidden_size)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        return self.out(F.gelu(self.up(x_btd), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        norm = _norm_of(config)
+        self.attention_norm = norm()
+        self.attention = Attention(config)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(config) if config.family == "llama" else GeluMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_btd: Tensor, rope_te: Tensor | None, mask: Tensor | None, cache: KeyValues | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        x_btd = x_btd + self.dropout(self.attention(self.attention_norm(x_btd), rope_te, mask, cache))
+        return x_btd + self.dropout(self.mlp(self.mlp_norm(x_btd)))
+
+
+class Head(nn.Linear):
+    """Final projection onto the vocabulary: logits, or with targets the summed loss without ever holding the logits."""
+
+    def forward(self, x_btd: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor:  # type: ignore[override]
+        """x [B, T, D] -> logits [B, T, V]; with targets [B, T] the fp32 scalar sum of losses (see loss.py)."""
+        if targets is None:
+            return F.linear(x_btd, self.weight)
+        return summed_cross_entropy(x_btd.flatten(0, 1), self.weight, targets.flatten(), z_loss=z_loss)
+
+
+class GPT(nn.Module):
+    """Token ids to logits, or to the summed loss.
+
+    `checkpoint_every` = n recomputes the activations of every n-th block in the backward pass (arXiv 1604.06174):
+    1 = all blocks, 0 = none.
+    """
+
+    def __init__(self, config: ModelConfig, *, checkpoint_every: int = 0) -> None:
+        super().__init__()
+        self.config, self.checkpoint_every = config, checkpoint_every
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.seq_len, config.hidden_size) if config.family == "gpt2" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = _norm_of(config)()
+        self.head = Head(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        doc_lengths: Tensor | None = None,
+        cache: list[KeyValues] | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = no loss) the SUMMED loss, an fp32 scalar in nats.
+
+        doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents.
+        cache: one KeyValues per block, filled in place; ids are then the tokens that follow those in the cache.
+        """
+        start, length = (len(cache[0]) if cache else 0), ids.shape[1]
+        if start + length > self.config.seq_len:
+            raise ValueError(f"{start + length} tokens are more than seq_len={self.config.seq_len}")
+        x_btd = self.embedding(ids)
+        rope_te = None
+        if self.positions is not None:
+            x_btd = x_btd + self.positions(torch.arange(start, start + length, device=ids.device))
+        else:
+            rope_te = rope_angles(self.config, start, length, ids.device)
+        mask = attention_mask(start, length, doc_lengths, ids.device)
+        x_btd = self.dropout(x_btd)
+        for i, block in enumerate(self.blocks):
+            if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
+                x_btd = checkpoint(block, x_btd, rope_te, mask, use_reentrant=False)
+            else:
+                x_btd = block(x_btd, rope_te, mask, cache[i] if cache else None)
+        return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
+
+    def new_cache(self) -> list[KeyValues]:
+        """An empty cache for `forward(..., cache=)`."""
+        return [KeyValues() for _ in self.blocks]
+
+
+def rope_angles(config: ModelConfig, start: int, length: int, device: torch.device) -> Tensor:
+    """Rotation angles [T, E/2] in fp32 of the positions start .. start + length (arXiv 2104.09864, eq. 15)."""
+    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    return torch.outer(positions, config.rope_theta**-exponents)
+
+
+def rotate(x_bhte: Tensor, angles_te: Tensor) -> Tensor:
+    """Turn the pairs (i, i + E/2) of each head by their angles, in fp32; the pairing of Hugging Face's Llama."""
+    cos, sin = angles_te.cos(), angles_te.sin()
+    first, second = x_bhte.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_bhte.dtype)
+
+
+def attention_mask(start: int, length: int, doc_lengths: Tensor | None, device: torch.device) -> Tensor | None:
+    """Where attention is allowed, [T, start + T] or [B, 1, T, T] with documents; None = plain causal."""
+    if doc_lengths is not None:
+        ends = doc_lengths.cumsum(dim=1)
+        document = torch.searchsorted(ends, torch.arange(length, device=device).expand(len(ends), -1).contiguous(), right=True)
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+    if start == 0:
+        return None
+    return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(diagonal=start)
+
+
+def initialise(model: GPT, seed: int, local: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    """Fill every parameter from a generator of its own, seeded by (seed, name): the start is the same on every layout.
+
+    `local(name, full)` cuts the piece that the parameter holds on this rank; None when it is whole.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = initial_value(model.config, name, parameter.shape, seed)
+            parameter.copy_(full if local is None else local(name, full))
+
+
+def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The initial value of one parameter, fp32 on the CPU: norms 1, biases 0, the rest normal."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    std = config.init_std / math.sqrt(2 * config.num_layers) if name.endswith("out.weight") else config.init_std
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _norm_of(config: ModelConfig) -> Callable[[], nn.Module]:
+    norm = nn.RMSNorm if config.family == "llama" else nn.LayerNorm
+    return partial(norm, config.hidden_size, eps=config.norm_eps)
