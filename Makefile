@@ -1,0 +1,42 @@
+# Each target is all that a fresh machine needs (git, Python 3.11 or 3.12, a C compiler, make): it installs into .venv first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+WORDS ?=
+# One thread per process: every tool and test spreads its work over processes.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install quickstart test check format clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Make .venv with everything at its tested version (2 to 5 minutes)
+
+quickstart: $(VENV)/.installed ## The whole way from web dump to trained GPT, small, under 5 minutes; all it makes is in runs/quickstart
+	$(BIN)/python tools/quickstart.py $(WORDS)
+
+test: $(VENV)/.installed ## Every test (tests that need a GPU, the real dumps or SLURM skip, with the reason, where these are absent)
+	$(BIN)/pytest -n $(JOBS) -r s
+
+check: $(VENV)/.installed ## What a change must pass before review: format, lint, types, shell scripts, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	if command -v shellcheck > /dev/null; then shellcheck .ci/run docker/*.sh slurm/*.sh; fi
+	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu and not slurm"
+
+format: $(VENV)/.installed ## Rewrite the sources in the project's format, and fix what lint can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove what tests and tools leave in the working tree (not .venv, not runs)
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt docker/install.sh
+	docker/install.sh python dev $(VENV)
+	touch $@

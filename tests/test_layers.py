@@ -1,0 +1,148 @@
+"""The layers of the library: imports point down only, without cycles, and the data half never needs torch or DeepSpeed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# From the top down. A module may import from its own line (while there is no cycle) and from any line below.
+LAYERS = (
+    ("train", "serve", "report", "plan", "corpus.*"),
+    ("evaluate", "export"),
+    (
+        "chat",
+        "data",
+        "model",
+        "loss",
+        "flops",
+        "optim",
+        "engine",
+        "engine.*",
+        "checkpoint",
+        "monitor",
+        "watchdog",
+        "guard",
+        "generate",
+    ),
+    ("world", "shards", "tokenizer", "documents"),
+    ("config", "files", "command"),
+)
+TORCH_FREE = ("corpus", "corpus.*", "documents", "shards", "tokenizer", "config", "files", "command")
+DEEPSPEED_ONLY_IN = "engine.deepspeed"
+
+PROJECT = Path(__file__).resolve().parent.parent
+LIBRARY = PROJECT / "megagpt"
+
+
+def library_modules() -> dict[str, Path]:
+    """Names below megagpt ("corpus.sources") and their files; packages are named by their folder ("corpus")."""
+    modules = {}
+    for path in sorted(LIBRARY.rglob("*.py")):
+        parts = list(path.relative_to(LIBRARY).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        if parts:
+            modules[".".join(parts)] = path
+    return modules
+
+
+def imported_names(path: Path) -> set[str]:
+    """Full names of everything that a file imports, at its top and inside its functions (both forms, both may be modules)."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: line {node.lineno}: relative import; write megagpt.{node.module}"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def import_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """For each module, the megagpt modules it imports (its own package's __init__ not counted for a submodule)."""
+    graph = {}
+    for name, path in modules.items():
+        found = {full.removeprefix("megagpt.") for full in imported_names(path) if full.startswith("megagpt.")}
+        targets = {target for target in found if target in modules}
+        # `from megagpt.corpus.stage import run` names the package only on its way to the module.
+        graph[name] = {t for t in targets if t != name and not any(other.startswith(f"{t}.") for other in targets)}
+    return graph
+
+
+def matches(name: str, pattern: str) -> bool:
+    return name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1]))
+
+
+def layer_of(name: str) -> int:
+    for number, patterns in enumerate(LAYERS):
+        if any(matches(name, pattern) for pattern in patterns):
+            return number
+    raise AssertionError(f"megagpt.{name} has no place in the layer table of {Path(__file__).name}")
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> dict[str, list[str]]:
+    """Every module that `start` imports, directly or not, with the chain of imports that leads there."""
+    chains = {start: [start]}
+    waiting = [start]
+    while waiting:
+        current = waiting.pop()
+        for target in sorted(graph[current] - chains.keys()):
+            chains[target] = [*chains[current], target]
+            waiting.append(target)
+    return chains
+
+
+MODULES = library_modules()
+GRAPH = import_graph(MODULES)
+PLACED = [name for name in MODULES if name != "corpus"]
+
+
+def is_torch_free(name: str) -> bool:
+    return any(matches(name, pattern) for pattern in TORCH_FREE)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_imports_point_down(name: str) -> None:
+    upward = {target for target in GRAPH[name] & set(PLACED) if layer_of(target) < layer_of(name)}
+    assert not upward, f"megagpt.{name} imports from a layer above it: {sorted(upward)}"
+
+
+def test_no_import_cycles() -> None:
+    for name in MODULES:
+        for target in GRAPH[name]:
+            back = reachable(GRAPH, target).get(name)
+            assert back is None, f"import cycle: {' -> '.join([name, *(back or [])])}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if is_torch_free(name)])
+def test_the_data_half_does_not_name_torch(name: str) -> None:
+    for target, chain in reachable(GRAPH, name).items():
+        heavy = {
+            full for full in imported_names(MODULES[target]) if full.split(".")[0] in ("torch", "deepspeed", "transformers")
+        }
+        assert not heavy, f"{' -> '.join(chain)} imports {sorted(heavy)}"
+
+
+def test_the_data_half_imports_where_torch_is_absent() -> None:
+    names = [f"megagpt.{name}" for name in MODULES if is_torch_free(name)]
+    code = "import importlib, sys\nsys.modules['torch'] = sys.modules['deepspeed'] = None\n"
+    code += f"for name in {names!r}:\n    importlib.import_module(name)\nprint(len({names!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(names))]
+
+
+def test_only_one_file_imports_deepspeed() -> None:
+    sources = {f"megagpt.{name}": path for name, path in MODULES.items()}
+    sources |= {f"tools.{path.stem}": path for path in (PROJECT / "tools").glob("*.py")}
+    users = {name for name, path in sources.items() if any(full.split(".")[0] == "deepspeed" for full in imported_names(path))}
+    assert users <= {f"megagpt.{DEEPSPEED_ONLY_IN}"}
+
+
+def test_tools_are_not_imported_by_the_library() -> None:
+    tools = {path.stem for path in (PROJECT / "tools").glob("*.py")} | {"tools"}
+    for name, path in MODULES.items():
+        assert not {full.split(".")[0] for full in imported_names(path)} & tools, f"megagpt.{name} imports a tool"
