@@ -1,0 +1,380 @@
+"""Token shards, the contract between the corpus half and the training half: Megatron's `.bin` + `.idx` and a manifest.
+
+A split is one folder: `manifest.json`, and per shard `<name>.bin` (little-endian tokens, no header), `<name>.idx` (Megatron's
+index, byte for byte) and `<name>.docs.parquet` (one row per document: id, url, source, tokens, bytes). Every document ends with
+the end-of-text token, which counts as one of its tokens. The manifest is written last, so a folder without one is unfinished.
+
+Opening a split checks the manifest and the size of every file. A shard's index is checked when the shard is first touched, and
+each 4 MiB block of tokens (xxh3) when it is first read: nothing is read before it is needed, and nothing unverified is used.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megagpt.config import UserError
+from megagpt.files import read_json, sha256_file, sync, write_json
+
+BLOCK_BYTES = 4 << 20
+MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX"
+HEADER_BYTES = 34
+DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+FORMAT = 1
+"""Version of manifest.json."""
+INDEX_HASH_BYTES = 64 << 20
+"""An index up to this size is hashed when its shard is first touched; a larger one by `verify` only (header and size always)."""
+
+
+class ShardError(UserError):
+    """A shard that is damaged or does not fit its manifest; the message names the file and the rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What the manifest says about one shard; sizes in bytes, hashes in hex."""
+
+    name: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of source text, for bits per byte."""
+    bin_bytes: int
+    idx_bytes: int
+    docs_bytes: int
+    idx_sha256: str
+    docs_sha256: str
+    blocks_xxh3: str
+    """16 hex digits per 4 MiB block of `.bin`, concatenated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """manifest.json of one split."""
+
+    split: str
+    dtype: str
+    vocab_size: int
+    eot_id: int
+    tokenizer_sha256: str
+    config_sha256: str
+    shards: tuple[ShardInfo, ...]
+    format: int = FORMAT
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards, end-of-text included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Documents in all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text in all shards."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's rule: uint16 below 65,500 ids (added ones included), else int32."""
+    return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json: from now on the split is complete."""
+    write_json(directory / "manifest.json", asdict(manifest))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read manifest.json and check the size of every file it names. Raises ShardError naming the file."""
+    path = directory / "manifest.json"
+    if not path.is_file():
+        hint = "no manifest.json here: a folder of finished shards has one (tools/tokenize_documents.py writes it last)"
+        raise ShardError(f"{directory}: {hint}")
+    values = read_json(path)
+    try:
+        if values["format"] != FORMAT:
+            raise ShardError(f"{path}: format={values['format']}, this version reads format {FORMAT}")
+        manifest = Manifest(**{**values, "shards": tuple(ShardInfo(**shard) for shard in values["shards"])})
+        dtype = np.dtype(manifest.dtype)
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{path}: not a shard manifest ({error})") from None
+    for info in manifest.shards:
+        _check_sizes(directory, info, dtype)
+    return manifest
+
+
+class Shard:
+    """One open shard. `read` gives tokens, memory-mapped, each block verified when it is first read."""
+
+    def __init__(self, directory: Path, info: ShardInfo, dtype: str) -> None:
+        self.path = directory / f"{info.name}.bin"
+        self.info = info
+        self.dtype = np.dtype(dtype)
+        check_index(directory / f"{info.name}.idx", info, self.dtype)
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r") if info.bin_bytes else np.zeros(0, np.uint8)
+        if self._bytes.size != info.bin_bytes:
+            raise ShardError(f"{self.path}: {self._bytes.size} bytes, the manifest says {info.bin_bytes}")
+        self._tokens = self._bytes.view(self.dtype)
+        self._verified = bytearray(_num_blocks(info.bin_bytes))
+
+    def __len__(self) -> int:
+        return self.info.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) in the shard's dtype. Raises ShardError on a damaged block or a range outside."""
+        if start < 0 or start + count > self.info.tokens:
+            raise ShardError(f"{self.path}: tokens {start} to {start + count} asked of a shard with {self.info.tokens}")
+        if count > 0:
+            width = self.dtype.itemsize
+            for block in range(start * width // BLOCK_BYTES, ((start + count) * width - 1) // BLOCK_BYTES + 1):
+                if not self._verified[block]:
+                    self.verify_block(block)
+        return self._tokens[start : start + count]
+
+    def verify_block(self, block: int) -> None:
+        """Compare one 4 MiB block with the manifest's xxh3. Raises ShardError naming file, block and rule."""
+        piece = self._bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+        found, expected = xxhash.xxh3_64_hexdigest(piece), self.info.blocks_xxh3[block * 16 : block * 16 + 16]
+        if found != expected:
+            where = f"block {block} (bytes {block * BLOCK_BYTES} to {block * BLOCK_BYTES + piece.size})"
+            raise ShardError(
+                f"{self.path}: {where} has xxh3 {found}, the manifest says {expected}: the file changed after it was written; "
+                "restore it or tokenize again"
+            )
+        self._verified[block] = 1
+
+    def document_offsets(self) -> np.ndarray:
+        """(documents + 1,) int64: the first token of each document, and the end; read from `.idx`."""
+        return document_offsets(self.path.with_suffix(".idx"), self.dtype)
+
+
+def open_shard(directory: Path, info: ShardInfo, dtype: str) -> Shard:
+    """Map one shard; checks its index and sizes. Raises ShardError naming the file and the rule."""
+    _check_sizes(directory, info, np.dtype(dtype))
+    return Shard(directory, info, dtype)
+
+
+def verify_shard(directory: Path, info: ShardInfo, dtype: str) -> Iterator[str]:
+    """Check everything about one shard; yields one message per fault, nothing when it is sound."""
+    try:
+        shard = open_shard(directory, info, dtype)
+    except ShardError as error:
+        yield str(error)
+        return
+    for block in range(_num_blocks(info.bin_bytes)):
+        try:
+            shard.verify_block(block)
+        except ShardError as error:
+            yield str(error)
+    for suffix, expected in ((".idx", info.idx_sha256), (".docs.parquet", info.docs_sha256)):
+        path = directory / f"{info.name}{suffix}"
+        found = sha256_file(path)
+        if found != expected:
+            yield f"{path}: sha256 {found}, the manifest says {expected}"
+    offsets = shard.document_offsets()
+    if int(offsets[-1]) != info.tokens:
+        yield f"{shard.path.with_suffix('.idx')}: its documents hold {offsets[-1]} tokens, the manifest says {info.tokens}"
+
+
+def check_index(path: Path, info: ShardInfo, dtype: np.dtype) -> None:
+    """Check magic, version, dtype, counts, size and (up to 64 MiB) sha256 of an index. Raises ShardError."""
+    found_dtype, sequences, documents = read_index_header(path)
+    if found_dtype != dtype:
+        raise ShardError(f"{path}: holds {found_dtype} tokens, the manifest says {dtype}")
+    if documents != info.documents:
+        raise ShardError(f"{path}: {documents} documents, the manifest says {info.documents}")
+    expected = HEADER_BYTES + 12 * sequences + 8 * (documents + 1)
+    if path.stat().st_size != expected:
+        raise ShardError(f"{path}: {path.stat().st_size} bytes, {expected} are needed for {sequences} sequences: truncated?")
+    if expected <= INDEX_HASH_BYTES and sha256_file(path) != info.idx_sha256:
+        raise ShardError(f"{path}: sha256 differs from the manifest's {info.idx_sha256}: the file changed after it was written")
+
+
+def read_index_header(path: Path) -> tuple[np.dtype, int, int]:
+    """(token dtype, sequences, documents) of a Megatron `.idx`. Raises ShardError on anything else."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}") from None
+    if header.startswith(OLD_MAGIC):
+        raise ShardError(f"{path}: magic TNTIDX, the old fairseq index format: convert it with Megatron's own tools first")
+    if not header.startswith(MAGIC):
+        raise ShardError(f"{path}: does not begin with MMIDIDX: not a Megatron index")
+    if len(header) < HEADER_BYTES:
+        raise ShardError(f"{path}: {len(header)} bytes, the header alone has {HEADER_BYTES}: truncated")
+    version, code, sequences, ends = struct.unpack("<QBQQ", header[len(MAGIC) :])
+    if version != 1:
+        raise ShardError(f"{path}: index version {version}, only version 1 is known")
+    if code not in DTYPE_CODES:
+        raise ShardError(f"{path}: dtype code {code}, known are 1 to 8")
+    if ends < 1:
+        raise ShardError(f"{path}: {ends} document ends, the list has one more than there are documents")
+    return np.dtype(DTYPE_CODES[code]).newbyteorder("<"), sequences, ends - 1
+
+
+def document_offsets(path: Path, dtype: np.dtype) -> np.ndarray:
+    """(documents + 1,) int64 token offsets from a Megatron `.idx`: the first token of each document, and the end."""
+    _, sequences, documents = read_index_header(path)
+    starts = np.zeros(sequences + 1, np.int64)
+    lengths = np.memmap(path, "<i4", "r", HEADER_BYTES, (sequences,)) if sequences else np.zeros(0, np.int32)
+    np.cumsum(lengths, out=starts[1:], dtype=np.int64)
+    ends = np.fromfile(path, "<i8", documents + 1, offset=HEADER_BYTES + 12 * sequences)
+    if ends.size and (ends[0] != 0 or ends[-1] != sequences or np.any(np.diff(ends) < 0)):
+        raise ShardError(f"{path}: document ends are not ascending from 0 to {sequences}: the file is damaged")
+    return starts[ends]
+
+
+class ShardWriter:
+    """Writes one shard; nothing has its final name before `close`, and an abandoned one leaves only `.tmp-*` files.
+
+    Memory does not grow with the shard: lengths go to a file, blocks are hashed as they fill.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.name, self.dtype = directory, name, dtype
+        self.tokens = self.documents = self.sequences = self.text_bytes = 0
+        self._bin = (directory / f".tmp-{name}.bin").open("wb")
+        self._lengths = (directory / f".tmp-{name}.lengths").open("w+b")
+        self._ends = (directory / f".tmp-{name}.ends").open("w+b")
+        self._ends.write(struct.pack("<q", 0))
+        self._hash, self._hash_bytes, self._blocks = xxhash.xxh3_64(), 0, []
+        self._rows: dict[str, list[Any]] = {column: [] for column in ("id", "url", "source", "tokens", "bytes")}
+        self._docs: Any = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abandon()
+
+    def add(self, tokens: np.ndarray, *, id: str, url: str | None = None, source: str = "", text_bytes: int = 0) -> None:
+        """Append one document, its end-of-text token included; an empty one has no sequence. Ids are checked by `add_many`."""
+        self.add_many(tokens, [len(tokens)], {"id": [id], "url": [url], "source": [source], "bytes": [text_bytes]})
+
+    def add_many(self, tokens: np.ndarray, lengths: Any, rows: Mapping[str, list[Any]]) -> None:
+        """Append documents: flat `tokens`, their `lengths`, and per document id, url, source, bytes (of UTF-8 text)."""
+        lengths = np.asarray(lengths, np.int64)
+        if tokens.size and (int(tokens.max()) > np.iinfo(self.dtype).max or int(tokens.min()) < 0):
+            raise ShardError(f"{self.directory / self.name}: token id {tokens.max()} does not fit {self.dtype}")
+        data = np.ascontiguousarray(tokens, self.dtype).tobytes()
+        self._bin.write(data)
+        self._hash_blocks(memoryview(data))
+        filled = lengths[lengths > 0]
+        self._lengths.write(filled.astype("<i4").tobytes())
+        self._ends.write((self.sequences + np.cumsum(lengths > 0)).astype("<i8").tobytes())
+        self.sequences += len(filled)
+        self.tokens += int(lengths.sum())
+        self.documents += len(lengths)
+        self.text_bytes += sum(rows["bytes"])
+        for column, values in (*rows.items(), ("tokens", lengths.tolist())):
+            self._rows[column].extend(values)
+        if len(self._rows["id"]) >= 65_536:
+            self._flush_rows()
+
+    def close(self) -> ShardInfo:
+        """Finish: index, rows and hashes are written, synced and renamed. Returns the manifest's entry."""
+        self._bin.close()
+        if self._hash_bytes:
+            self._blocks.append(self._hash.hexdigest())
+        self._write_index()
+        self._flush_rows()
+        self._docs.close()
+        paths = {suffix: self.directory / f".tmp-{self.name}{suffix}" for suffix in (".bin", ".idx", ".docs.parquet")}
+        info = ShardInfo(
+            name=self.name,
+            tokens=self.tokens,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            bin_bytes=paths[".bin"].stat().st_size,
+            idx_bytes=paths[".idx"].stat().st_size,
+            docs_bytes=paths[".docs.parquet"].stat().st_size,
+            idx_sha256=sha256_file(paths[".idx"]),
+            docs_sha256=sha256_file(paths[".docs.parquet"]),
+            blocks_xxh3="".join(self._blocks),
+        )
+        for suffix, path in paths.items():
+            sync(path)
+            path.replace(self.directory / f"{self.name}{suffix}")
+        sync(self.directory)
+        self.abandon()
+        return info
+
+    def abandon(self) -> None:
+        """Remove what was not finished; after `close` only the helper files are left to remove."""
+        for file in (self._bin, self._lengths, self._ends):
+            file.close()
+        if self._docs is not None:
+            self._docs.close()
+        for path in self.directory.glob(f".tmp-{self.name}.*"):
+            path.unlink(missing_ok=True)
+
+    def _hash_blocks(self, data: memoryview) -> None:
+        while len(data):
+            piece = data[: BLOCK_BYTES - self._hash_bytes]
+            self._hash.update(piece)
+            self._hash_bytes += len(piece)
+            data = data[len(piece) :]
+            if self._hash_bytes == BLOCK_BYTES:
+                self._blocks.append(self._hash.hexdigest())
+                self._hash, self._hash_bytes = xxhash.xxh3_64(), 0
+
+    def _write_index(self) -> None:
+        code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == self.dtype)
+        with (self.directory / f".tmp-{self.name}.idx").open("wb") as file:
+            file.write(MAGIC + struct.pack("<QBQQ", 1, code, self.sequences, self.documents + 1))
+            for chunk in _chunks(self._lengths):
+                file.write(chunk)
+            position = 0
+            for chunk in _chunks(self._lengths):
+                ends = position + np.cumsum(np.frombuffer(chunk, "<i4"), dtype=np.int64) * self.dtype.itemsize
+                file.write(np.concatenate([[position], ends[:-1]]).astype("<i8").tobytes())
+                position = int(ends[-1])
+            for chunk in _chunks(self._ends):
+                file.write(chunk)
+
+    def _flush_rows(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        types = {"id": pa.string(), "url": pa.string(), "source": pa.string(), "tokens": pa.int64(), "bytes": pa.int64()}
+        schema = pa.schema(list(types.items()))
+        if self._docs is None:
+            self._docs = pq.ParquetWriter(
+                self.directory / f".tmp-{self.name}.docs.parquet", schema, compression="zstd", use_dictionary=["source"]
+            )
+        if self._rows["id"]:
+            self._docs.write_table(pa.table(self._rows, schema=schema))
+            self._rows = {column: [] for column in self._rows}
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    file.seek(0)
+    while chunk := file.read(8 << 20):
+        yield chunk
+
+
+def _num_blocks(size: int) -> int:
+    return -(-size // BLOCK_BYTES)
+
+
+def _check_sizes(directory: Path, info: ShardInfo, dtype: np.dtype) -> None:
+    if info.tokens * dtype.itemsize != info.bin_bytes or len(info.blocks_xxh3) != 16 * _num_blocks(info.bin_bytes):
+        raise ShardError(f"{directory / 'manifest.json'}: {info.name}: tokens, bin_bytes and blocks_xxh3 do not agree")
+    sizes = ((".bin", info.bin_bytes), (".idx", info.idx_bytes), (".docs.parquet", info.docs_bytes))
+    for suffix, expected in sizes:
+        path = directory / f"{info.name}{suffix}"
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror}, but the manifest names it") from None
+        if size != expected:
+            raise ShardError(f"{path}: {size} bytes, the manifest says {expected}: truncated or overwritten")
