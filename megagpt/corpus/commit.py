@@ -1,0 +1,169 @@
+"""What a worker writes for a block, and how a file's blocks become the file. See stage.py for the whole picture."""
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+import zstandard
+
+from megagpt.corpus.blocks import Block, Fault, Process, Seen
+from megagpt.documents import Document, Rejected, format_document
+from megagpt.files import atomic_path, read_json, sha256_file, write_json
+
+SAMPLES_PER_REASON = 20
+SAMPLE_CHARACTERS = 4000
+EXAMPLES_PER_FAULT = 10
+
+
+def commit_block(block: Block, output_dir: Path, process: Process, plan: str) -> dict[str, Any]:
+    """In a worker: run `process`, write the block's documents, drops and samples, then its counts, which commit it."""
+    counts: dict[str, Any] = {"plan": plan, "kept": 0, "characters_out": 0}
+    rejected, faults, records = Counter[str](), Counter[str](), Counter[str]()
+    examples: dict[str, list[str]] = {}
+    samples: dict[str, list[tuple[int, Rejected]]] = {}
+    with _frame(_part(output_dir, block, ".kept")) as kept, _frame(_part(output_dir, block, ".dropped")) as dropped:
+        for outcome in process(block):
+            match outcome:
+                case Document():
+                    kept.write(format_document(outcome))
+                    counts["kept"] += 1
+                    counts["characters_out"] += len(outcome.text)
+                case Rejected(document, reason):
+                    rejected[reason] += 1
+                    dropped.write(_format_drop(document, reason))
+                    _offer(samples.setdefault(reason, []), outcome)
+                case Fault(kind, where):
+                    faults[kind] += 1
+                    if faults[kind] <= EXAMPLES_PER_FAULT:
+                        examples.setdefault(kind, []).append(where)
+                case Seen(kind, number):
+                    records[kind] += number
+    with _frame(_part(output_dir, block, ".samples")) as stream:
+        for reason in sorted(samples):
+            for item in _smallest(samples[reason]):
+                stream.write(format_document(_as_sample(item[1])))
+    counts |= {"rejected": dict(sorted(rejected.items())), "faults": dict(sorted(faults.items()))}
+    counts |= {"fault_examples": examples, "records": dict(sorted(records.items()))}
+    write_json(_part(output_dir, block, ".json"), counts)
+    return counts
+
+
+@contextlib.contextmanager
+def _frame(path: Path) -> Iterator[Any]:
+    """A writer of one zstd frame, with checksum, to a file that appears whole."""
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        with zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False) as stream:
+            yield stream
+
+
+def _format_drop(document: Document, reason: str) -> bytes:
+    value = {"id": document.id, "url": document.url, "reason": reason}
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _as_sample(rejected: Rejected) -> Document:
+    document = rejected.document
+    return replace(document, text=document.text[:SAMPLE_CHARACTERS], meta={**document.meta, "rejected": rejected.reason})
+
+
+def _offer(samples: list[tuple[int, Rejected]], rejected: Rejected) -> None:
+    """Keep the rejected documents with the smallest hashes: the same sample whatever the order of work."""
+    samples.append((xxhash.xxh3_64_intdigest(rejected.document.id.encode("utf-8", "replace")), rejected))
+    if len(samples) >= 4 * SAMPLES_PER_REASON:
+        samples[:] = _smallest(samples)
+
+
+def _smallest(samples: list[tuple[int, Rejected]]) -> list[tuple[int, Rejected]]:
+    return sorted(samples, key=lambda item: (item[0], item[1].document.id))[:SAMPLES_PER_REASON]
+
+
+def _part(output_dir: Path, block: Block, ending: str) -> Path:
+    return output_dir / ".parts" / block.name / f"{block.index:06d}{ending}"
+
+
+def committed(output_dir: Path, block: Block, plan: str) -> dict[str, Any] | None:
+    """The counts of a committed block, or None."""
+    try:
+        counts = json.loads(_part(output_dir, block, ".json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return counts if counts["plan"] == plan else None
+
+
+def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, blocks: list[Block]) -> None:
+    """Concatenate a file's blocks once all are committed. Two parts may do this at once: both write the same bytes."""
+    name = blocks[0].name
+    if is_done(output_dir, name, plan):
+        return
+    parts = [committed(output_dir, block, plan) for block in blocks]
+    if any(part is None for part in parts):
+        return
+    try:
+        sizes = _concatenate(output_dir / name, [_part(output_dir, block, ".kept") for block in blocks])
+        _concatenate(output_dir / "dropped" / name, [_part(output_dir, block, ".dropped") for block in blocks])
+        _merge_samples(output_dir / "rejected" / name, [_part(output_dir, block, ".samples") for block in blocks])
+    except FileNotFoundError:
+        if is_done(output_dir, name, plan):
+            return
+        raise
+    files = {str(path): _describe(output_dir / path) for path in (name, f"dropped/{name}", f"rejected/{name}")}
+    frames = [0, *itertools.accumulate(sizes)][:-1]
+    counts = {key: value for key, value in add_counts([part for part in parts if part]).items() if key != "plan"}
+    done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": Path(blocks[0].path).name}
+    write_json(output_dir / f"{name}.done.json", {**done, **counts, "frames": frames, "files": files})
+    shutil.rmtree(output_dir / ".parts" / name, ignore_errors=True)
+
+
+def _concatenate(path: Path, parts: list[Path]) -> list[int]:
+    with atomic_path(path) as temporary, temporary.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, out, 1 << 20)
+    return [part.stat().st_size for part in parts]
+
+
+def _merge_samples(path: Path, parts: list[Path]) -> None:
+    samples: dict[str, list[tuple[int, Rejected]]] = {}
+    for document in itertools.chain.from_iterable(_read_frame(part) for part in parts):
+        _offer(samples.setdefault(document.meta["rejected"], []), Rejected(document, document.meta["rejected"]))
+    with _frame(path) as stream:
+        for reason in sorted(samples):
+            for item in _smallest(samples[reason]):
+                stream.write(format_document(item[1].document))
+
+
+def _read_frame(path: Path) -> Iterator[Document]:
+    text = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
+    for line in text.splitlines():
+        value = orjson.loads(line)
+        yield Document(value["id"], value["text"], value["source"], value["url"], value["meta"])
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def add_counts(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of several blocks or files as one; examples are the first ones in order."""
+    total: dict[str, Any] = {key: sum(part[key] for part in parts) for key in ("kept", "characters_out")}
+    for key in ("rejected", "faults", "records"):
+        total[key] = dict(sorted(sum((Counter(part[key]) for part in parts), Counter[str]()).items()))
+    total["fault_examples"] = {
+        kind: list(itertools.chain.from_iterable(part["fault_examples"].get(kind, []) for part in parts))[:EXAMPLES_PER_FAULT]
+        for kind in total["faults"]
+    }
+    return total
+
+
+def is_done(output_dir: Path, name: str, plan: str) -> bool:
+    """Whether a file is finished, by this plan."""
+    path = output_dir / f"{name}.done.json"
+    return path.is_file() and read_json(path)["plan"] == plan

@@ -1,0 +1,124 @@
+"""Tasks on worker processes: a pool on this machine, or Dask workers on several, both as concurrent.futures executors."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from megagpt.config import Config
+
+K = TypeVar("K")
+
+
+class Execution(Config):
+    """How a stage is run. Nothing here changes a byte of any result."""
+
+    num_workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
+    """Worker processes on this machine (executor=process). Default: the cores this process may use."""
+    part: str = Field(default="0/1", pattern=r"^\d+/[1-9]\d*$")
+    """i/n does every n-th block from the i-th (from 0): for job arrays. The part that ends last completes the files."""
+    executor: Literal["process", "dask"] = "process"
+    """process: a pool on this machine. dask: the workers of a running Dask scheduler (set scheduler_file)."""
+    scheduler_file: Path | None = None
+    """The Dask scheduler's file, on a file system that all machines share."""
+    block_bytes: int = Field(default=64 << 20, ge=1)
+    """Large input files are split into blocks of about this size; a killed worker redoes at most one block."""
+    overwrite: bool = False
+    """Replace an output that was made with other settings, instead of refusing to."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Execution":
+        index, count = self.part_of
+        if index >= count:
+            raise ValueError(f"part={self.part}: parts of {count} are 0/{count} to {count - 1}/{count}")
+        if self.executor == "dask" and self.scheduler_file is None:
+            raise ValueError("executor=dask needs scheduler_file")
+        if self.overwrite and count > 1:
+            raise ValueError("overwrite=true with part=i/n would let one part delete another's work")
+        return self
+
+    @property
+    def part_of(self) -> tuple[int, int]:
+        """(index, count) of this part."""
+        index, _, count = self.part.partition("/")
+        return int(index), int(count)
+
+
+class WorkerDiedError(Exception):
+    """A worker process was killed (out of memory, a crash in a library). What was committed is whole."""
+
+
+def run_tasks(
+    tasks: Iterable[tuple[K, Callable[..., Any], tuple[Any, ...]]],
+    execution: Execution,
+    consume: Callable[[K, Any], None],
+    describe: Callable[[K], str] = str,
+) -> None:
+    """Run (key, function, arguments) tasks on workers and hand `consume` each (key, result) as it comes, few in flight.
+
+    Functions and arguments must pickle. The first error cancels the tasks not yet started and is raised; WorkerDiedError names
+    the tasks in flight (by `describe`) when a worker process was killed.
+    """
+    with _executor(execution) as (executor, width):
+        flying: dict[Future[Any], K] = {}
+        try:
+            for key, function, arguments in tasks:
+                flying[executor.submit(function, *arguments)] = key
+                if len(flying) > width:
+                    _collect(flying, consume)
+            while flying:
+                _collect(flying, consume)
+        except BrokenProcessPool:
+            names = sorted(describe(key) for key in flying.values())
+            raise WorkerDiedError(
+                "a worker process was killed (out of memory, or a crash in a library); it was at work on one of these:\n  "
+                + "\n  ".join(names)
+                + "\neverything else is committed: the same command goes on from there"
+            ) from None
+        finally:
+            for future in flying:
+                future.cancel()
+
+
+def _collect(flying: dict[Future[Any], K], consume: Callable[[K, Any], None]) -> None:
+    done, _ = wait(flying, return_when=FIRST_COMPLETED)
+    for future in done:
+        result = future.result()
+        consume(flying.pop(future), result)
+
+
+@contextlib.contextmanager
+def _executor(execution: Execution) -> Iterator[tuple[Executor, int]]:
+    """An executor and how many tasks keep it busy."""
+    if execution.executor == "process":
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(execution.num_workers, mp_context=context, initializer=_follow_parent) as pool:
+            yield pool, execution.num_workers
+        return
+    import distributed
+
+    with distributed.Client(scheduler_file=str(execution.scheduler_file)) as client:
+        with client.get_executor(pure=False, retries=2) as executor:
+            yield (
+                executor,
+                2 * max(1, sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())),
+            )
+
+
+def _follow_parent() -> None:
+    """End this worker when its parent is gone: a pool's workers otherwise outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,52 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, a plain line every ten seconds elsewhere."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts bytes of input towards `total_bytes`, with running counts of what was kept and rejected."""
+
+    def __init__(self, label: str, total_bytes: int, *, skipped: int = 0) -> None:
+        self._label, self._total, self._done, self._counts = label, total_bytes, 0, {"kept": 0, "rejected": 0}
+        self._started = self._printed = time.monotonic()
+        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label) if sys.stderr.isatty() else None
+        if skipped:
+            log.info("%s: %d blocks were done before", label, skipped)
+
+    def add(self, num_bytes: int, *, kept: int, rejected: int) -> None:
+        """A piece of work is done."""
+        self._done += num_bytes
+        self._counts["kept"] += kept
+        self._counts["rejected"] += rejected
+        if self._bar is not None:
+            self._bar.update(num_bytes)
+            self._bar.set_postfix(self._counts)
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            log.info("%s", self._line())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self._done:
+            log.info("%s", self._line())
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = self._done / seconds
+        left = (self._total - self._done) / rate if rate else 0.0
+        share = 100 * self._done / self._total if self._total else 100.0
+        counts = ", ".join(f"{value:,} {key}" for key, value in self._counts.items())
+        return f"{self._label}: {share:.0f} %, {rate / 1e6:.1f} MB/s, {left:.0f} s left, {counts}"

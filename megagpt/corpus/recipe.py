@@ -1,0 +1,50 @@
+"""The recipe of a corpus: one YAML file with a section per stage, and where each stage reads and writes under work_dir."""
+
+import glob
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from megagpt.config import UserError
+from megagpt.corpus.executors import Execution
+from megagpt.corpus.ingest import ExtractConfig
+from megagpt.corpus.stage import stage_outputs
+
+Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]
+
+_PREVIOUS: dict[Stage, Stage] = {"filter": "extract", "dedup": "filter", "tokenizer": "dedup", "shards": "dedup"}
+
+
+class CorpusConfig(Execution):
+    """One corpus from its dumps to its shards. Every tool of the data half reads its own section of the same file.
+
+    The settings of `Execution` stand at the top and hold for whichever stage is run: `num_workers=8 part=0/4 executor=dask`.
+    """
+
+    work_dir: Path
+    """Everything is written below it: extract/, filter/, dedup/, tokenizer/, shards/."""
+    extract: ExtractConfig | None = None
+    """Dumps to text. A corpus that starts from documents has no such section and sets filter.inputs."""
+
+    def directory(self, stage: Stage) -> Path:
+        """Where a stage writes."""
+        return self.work_dir / stage
+
+    def inputs(self, stage: Stage, given: tuple[str, ...] = ()) -> list[Path]:
+        """The document files a stage reads: those that match `given`, else the complete output of the stage before.
+
+        Raises UserError if a pattern matches nothing, or the stage before has not run to its end.
+        """
+        if given:
+            return match_paths(given)
+        return stage_outputs(self.directory(_PREVIOUS[stage]))
+
+
+def match_paths(patterns: tuple[str, ...]) -> list[Path]:
+    """The files that match paths and globs, sorted, each once. Raises UserError for a pattern that matches nothing."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        if not matches:
+            raise UserError(f"inputs: no file matches {pattern!r}")
+        found.update(matches)
+    return sorted(found)

@@ -1,0 +1,174 @@
+"""Run a pure function over many files: skip what is done, commit atomically, count, report progress.
+
+How it works. The unit of work is a `Block`, the records of one input file that start in a byte range. Workers of a
+concurrent.futures.Executor (a process pool, or Dask on several machines) each run `process(block)` and commit what it yields
+under `output_dir/.parts/<name>/`; the block's small .json comes last and means "committed". When all blocks of a file are
+there, their zstd frames are concatenated to `output_dir/<name>` and `<name>.done.json` is written, last of all. A rerun skips
+finished files and blocks. No byte of a result depends on the number of workers, on `part=i/n` or on the executor.
+
+    output_dir/<name>             kept documents           output_dir/<name>.done.json   counts, sizes, sha256
+    output_dir/dropped/<name>     id, url, reason of every rejected document
+    output_dir/rejected/<name>    a sample of rejected documents per reason, to be read (reason in meta.rejected)
+    output_dir/summary.json       the sum over all finished files
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megagpt.config import UserError
+from megagpt.corpus.blocks import Block, Fault, Outcome, Process, Seen, num_bytes, plan_hash
+from megagpt.corpus.commit import add_counts, commit_block, committed, finish_file, is_done
+from megagpt.corpus.executors import Execution, run_tasks
+from megagpt.corpus.progress import Progress
+from megagpt.files import read_json, write_json
+
+__all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """What a stage did, summed over its finished files. documents_in = kept + rejected."""
+
+    stage: str
+    config_hash: str
+    files: int = 0
+    files_total: int = 0
+    complete: bool = False
+    documents_in: int = 0
+    kept: int = 0
+    characters_out: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    fault_examples: dict[str, list[str]] = field(default_factory=dict)
+    records: dict[str, int] = field(default_factory=dict)
+
+
+def run_stage(
+    name: str, blocks: Sequence[Block], output_dir: Path, process: Process, *, config_hash: str, execution: Execution
+) -> StageSummary:
+    """Run `process`, a picklable pure function, over `blocks` and commit its outcomes under `output_dir`.
+
+    Raises UserError if output_dir was made with another config_hash, holds outputs of inputs no longer given, or two inputs
+    share an output name; WorkerDiedError naming the blocks in flight if a worker was killed; OSError if the disk is full.
+    """
+    files = _group_by_file(blocks)
+    _claim(output_dir, name, config_hash, files, overwrite=execution.overwrite)
+    plans = {file: plan_hash(config_hash, file_blocks) for file, file_blocks in files.items()}
+    index, count = execution.part_of
+    _drop_outdated(output_dir, plans)
+    pending = [file for file in files if not is_done(output_dir, file, plans[file])]
+    if pending:
+        (output_dir / "summary.json").unlink(missing_ok=True)
+    mine = set(blocks[index::count])
+    todo = [
+        block
+        for file in pending
+        for block in files[file]
+        if block in mine and committed(output_dir, block, plans[file]) is None
+    ]
+    total = sum(num_bytes(block) for block in todo)
+    with Progress(name, total, skipped=len(mine) - len(todo)) as progress:
+
+        def consume(block: Block, counts: dict[str, Any]) -> None:
+            progress.add(num_bytes(block), kept=counts["kept"], rejected=sum(counts["rejected"].values()))
+            finish_file(name, output_dir, config_hash, plans[block.name], files[block.name])
+
+        tasks = [(block, commit_block, (block, output_dir, process, plans[block.name])) for block in todo]
+        if tasks:
+            run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
+    for file in pending:
+        finish_file(name, output_dir, config_hash, plans[file], files[file])
+    return _write_summary(name, output_dir, config_hash, files)
+
+
+def read_summary(output_dir: Path) -> StageSummary:
+    """The summary of a stage's output. Raises UserError if there is none."""
+    return StageSummary(**read_json(output_dir / "summary.json"))
+
+
+def stage_outputs(output_dir: Path) -> list[Path]:
+    """The document files of a complete stage, sorted. Raises UserError if the stage has not run, or not to its end."""
+    if not (output_dir / "summary.json").is_file():
+        raise UserError(f"{output_dir}: no finished stage here (summary.json is missing): run the stage that writes it first")
+    summary = read_summary(output_dir)
+    if not summary.complete:
+        raise UserError(
+            f"{output_dir}: {summary.stage} has finished {summary.files} of {summary.files_total} files: "
+            "run the same command again (or the other parts) first"
+        )
+    return sorted(path.with_name(path.name.removesuffix(".done.json")) for path in output_dir.glob("*.done.json"))
+
+
+# ---- what is done already
+
+
+def _group_by_file(blocks: Sequence[Block]) -> dict[str, list[Block]]:
+    files: dict[str, list[Block]] = {}
+    for block in blocks:
+        files.setdefault(block.name, []).append(block)
+    for name, group in files.items():
+        inputs = sorted({block.path for block in group})
+        if len(inputs) > 1:
+            raise UserError(f"{inputs[0]} and {inputs[1]} would both be written to {name}: rename one, or use two runs")
+        if [block.index for block in group] != list(range(len(group))):
+            raise ValueError(f"{name}: blocks are not in order")
+    return files
+
+
+def _claim(output_dir: Path, name: str, config_hash: str, files: dict[str, list[Block]], *, overwrite: bool) -> None:
+    marker = output_dir / "stage.json"
+    if marker.is_file():
+        found = read_json(marker)
+        stale = [path.name for path in output_dir.glob("*.done.json") if path.name.removesuffix(".done.json") not in files]
+        changed = (found["stage"], found["config_hash"]) != (name, config_hash)
+        if (changed or stale) and not overwrite:
+            what = f"was made by {found['stage']} with other settings" if changed else f"holds {stale[0]}, whose input is gone"
+            raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace it")
+        if changed or stale:
+            _clear(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(output_dir, os.W_OK | os.X_OK):
+        raise UserError(f"{output_dir}: not writable")
+    write_json(marker, {"stage": name, "config_hash": config_hash})
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove a stage's output and nothing else; the done files first, so that no moment looks complete."""
+    (output_dir / "summary.json").unlink(missing_ok=True)
+    for done in list(output_dir.glob("*.done.json")):
+        done.unlink()
+        done.with_name(done.name.removesuffix(".done.json")).unlink(missing_ok=True)
+    for folder in ("dropped", "rejected", ".parts"):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
+
+
+def _drop_outdated(output_dir: Path, plans: dict[str, str]) -> None:
+    """Forget outputs whose input has changed since; they are made again."""
+    for name, plan in plans.items():
+        path = output_dir / f"{name}.done.json"
+        if path.is_file() and read_json(path)["plan"] != plan:
+            log.info("%s: its input or its blocks have changed: it is made again", name)
+            path.unlink()
+
+
+def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[str, list[Block]]) -> StageSummary:
+    """Sum the done files; again if another part finished files meanwhile, so that the last writer has seen them all."""
+    while True:
+        names = [name for name in files if (output_dir / f"{name}.done.json").is_file()]
+        total = add_counts([read_json(output_dir / f"{name}.done.json") for name in names])
+        documents_in = total["kept"] + sum(total["rejected"].values())
+        complete = len(names) == len(files)
+        summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
+        write_json(output_dir / "summary.json", asdict(summary))
+        if len(names) == sum((output_dir / f"{name}.done.json").is_file() for name in files):
+            break
+    if not complete:
+        log.info("%s: %d of %d files are complete; the other parts remain", stage, len(names), len(files))
+    return summary
