@@ -27,7 +27,7 @@ DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "fl
 FORMAT = 1
 """Version of manifest.json."""
 INDEX_HASH_BYTES = 64 << 20
-"""An index up to this size is hashed when its shard is first touched; a larger one by `verify` only (header and size always)."""
+"""An index up to this size is hashed when its shard is first touched; a larger one by `verify_shard` (header, size always)."""
 
 
 class ShardError(UserError):
@@ -141,7 +141,7 @@ class Shard:
     def verify_block(self, block: int) -> None:
         """Compare one 4 MiB block with the manifest's xxh3. Raises ShardError naming file, block and rule."""
         piece = self._bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-        found, expected = xxhash.xxh3_64_hexdigest(piece), self.info.blocks_xxh3[block * 16 : block * 16 + 16]
+        found, expected = xxhash.xxh3_64_hexdigest(piece.data), self.info.blocks_xxh3[block * 16 : block * 16 + 16]
         if found != expected:
             where = f"block {block} (bytes {block * BLOCK_BYTES} to {block * BLOCK_BYTES + piece.size})"
             raise ShardError(
@@ -349,7 +349,10 @@ class ShardWriter:
         schema = pa.schema(list(types.items()))
         if self._docs is None:
             self._docs = pq.ParquetWriter(
-                self.directory / f".tmp-{self.name}.docs.parquet", schema, compression="zstd", use_dictionary=["source"]
+                self.directory / f".tmp-{self.name}.docs.parquet",
+                schema,
+                compression="zstd",
+                use_dictionary=["source"],  # pyright: ignore[reportArgumentType] (its stub says bool)
             )
         if self._rows["id"]:
             self._docs.write_table(pa.table(self._rows, schema=schema))
