@@ -1,0 +1,142 @@
+"""How gradients cross ranks: one protocol, and the engines behind it.
+
+The contract: gradients are SUMMED over ranks and micro-batches (the loop divides each micro-batch's summed loss by the global
+number of targets). An engine hands out its fp32 weights and optimizer states as FlatPieces, views of its own memory: the
+checkpoint writes them and reads into them, and fresh weights are drawn into them, so every engine starts and resumes the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from megagpt.config import Config, UserError
+from megagpt.model import GPT, ModelConfig, initial_value
+from megagpt.optim import OptimConfig
+from megagpt.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPiece:
+    """A contiguous run of a flattened parameter (or of an optimizer state of it) that lives on this rank.
+
+    data: 1-D fp32 view of the engine's memory. start: its offset in the flattened parameter. numel: the length of the whole.
+    copy, copies: `copies` ranks hold this same run and this is number `copy`; each writes its share of it.
+    """
+
+    data: Tensor
+    start: int
+    numel: int
+    copy: int = 0
+    copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one update did: global L2 norm of the gradients before clipping, and whether the update was applied."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """A model spread over ranks."""
+
+    model: Callable[..., Tensor]
+    module: nn.Module
+    updates: int
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of `loss`; `last` marks the step's last micro-batch."""
+        ...
+
+    def step(self, lr: float, max_norm: float) -> StepResult:
+        """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is not applied, and says so."""
+        ...
+
+    def state(self) -> dict[str, FlatPiece]:
+        """`param.<name>` and `<optimizer state>.<name>` pieces of this rank, as views: writing into them changes the engine."""
+        ...
+
+    def refresh(self, updates: int) -> None:
+        """After the pieces were written: rebuild the working weights and set the optimizer's step counts to `updates`."""
+        ...
+
+
+class EngineConfig(Config):
+    """Which engine shards the model, and how."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    """deepspeed: ZeRO."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights (arXiv 1910.02054)."""
+    reduce_bucket_elements: int = Field(default=50_000_000, gt=0)
+    """Gradients reduced at a time."""
+    allgather_bucket_elements: int = Field(default=500_000_000, gt=0)
+    """Weights gathered at a time (stages 1 and 2)."""
+    overlap_comm: bool = False
+    """Whether to reduce gradients during the backward pass (stages 2 and 3)."""
+    stage3_prefetch_elements: int = Field(default=50_000_000, ge=0)
+    """Stage 3: weights fetched ahead."""
+    stage3_max_live_elements: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3: gathered weights kept at a time."""
+    stage3_persistence_elements: int = Field(default=100_000, ge=0)
+    """Stage 3: parameters up to this size stay whole on every rank."""
+    hpz_partition_size: int = Field(default=1, ge=1)
+    """Stage 3: ranks that share a secondary copy of the weights, usually those of one node (arXiv 2306.10209); 1 = off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EngineConfig":
+        if self.overlap_comm and self.zero_stage < 2:
+            raise ValueError(f"overlap_comm needs zero_stage 2 or 3, this is {self.zero_stage}")
+        if self.hpz_partition_size > 1 and self.zero_stage != 3:
+            raise ValueError(f"hpz_partition_size={self.hpz_partition_size} needs zero_stage=3, this is {self.zero_stage}")
+        return self
+
+
+Precision = Literal["fp32", "bf16"]
+"""fp32: everything. bf16: bf16 working weights and activations; fp32 master weights, gradient sums, reductions and moments."""
+
+
+def build_engine(
+    model_config: ModelConfig,
+    optim: OptimConfig,
+    engine: EngineConfig,
+    world: World,
+    *,
+    precision: Precision,
+    micro_batch_size: int,
+    checkpoint_every: int = 0,
+) -> Engine:
+    """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do."""
+    from megagpt.engine.deepspeed import DeepSpeedEngine  # imports deepspeed: 2 s and a build cache
+
+    if precision == "bf16" and engine.zero_stage == 0:
+        raise UserError(
+            "engine.zero_stage=0 with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3"
+        )
+    make = lambda: GPT(model_config, checkpoint_every=checkpoint_every)  # noqa: E731
+    return DeepSpeedEngine(make, optim, engine, world, precision=precision, micro_batch_size=micro_batch_size)
+
+
+def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:
+    """Fill the engine with initial weights that depend on `seed` only, not on the layout."""
+    shapes = whole_shapes(config)
+    with torch.no_grad():
+        for key, piece in engine.state().items():
+            kind, _, name = key.partition(".")
+            if kind == "param":
+                full = initial_value(config, name, shapes[name], seed).flatten()
+                piece.data.copy_(full[piece.start : piece.start + len(piece.data)])
+            else:
+                piece.data.zero_()
+    engine.refresh(0)
+
+
+def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and whole shape of every parameter, computed without allocating any."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}

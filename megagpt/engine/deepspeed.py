@@ -1,0 +1,201 @@
+"""DeepSpeed ZeRO behind the Engine protocol. The only module that imports deepspeed.
+
+It leans on DeepSpeed's internals for two things that its API does not give: where each rank's fp32 weights and moments lie
+inside the flattened parameters (`state`), and rebuilding the working weights from them (`refresh`). The tested range of
+versions is pinned, and tests/test_engine_parity.py and tests/test_checkpoint.py guard what is used here:
+stages 1 and 2 `single_partition_of_fp32_groups`, `_hp_mapping`; bf16 stage 1 `fp32_groups_flat_partition`; stage 3
+`fp32_partitioned_groups_flat`, `grad_position`, `fp16_partitioned_groups_flat`, `persistent_parameters`.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megagpt.engine import EngineConfig, FlatPiece, Precision, StepResult
+from megagpt.optim import OPTIMIZER_STATES, OptimConfig, build_optimizer, parameter_groups
+from megagpt.world import World
+
+
+class DeepSpeedEngine:
+    """ZeRO 0 to 3. Losses handed to `backward` are per-rank shares of one sum; DeepSpeed averages, so they are scaled up."""
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        optim: OptimConfig,
+        config: EngineConfig,
+        world: World,
+        *,
+        precision: Precision,
+        micro_batch_size: int,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        settings = deepspeed_settings(optim, config, world.size, precision=precision, micro_batch_size=micro_batch_size)
+        if config.zero_stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=settings, enabled=True):
+                module = make_model()
+        else:
+            module = make_model().to(world.device)
+        optimizer = build_optimizer(parameter_groups(module, optim), optim)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.module, self.updates = module, 0
+        self._stage, self._world, self._state_names = config.zero_stage, world, OPTIMIZER_STATES[optim.kind]
+        self._zero: Any = self.model.optimizer
+        self._torch_optimizer: torch.optim.Optimizer = optimizer if config.zero_stage == 0 else self._zero.optimizer
+        self._create_optimizer_states()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; the reduction across ranks happens here (stages 2 and 3) or in `step`."""
+        self.model.backward(loss * self._world.size, scale_wrt_gas=False)
+
+    def step(self, lr: float, max_norm: float) -> StepResult:
+        """Reduce what is left, clip, update, zero."""
+        for group in self._torch_optimizer.param_groups:
+            group["lr"] = lr
+        result = self._step_stage_0(max_norm) if self._stage == 0 else self._step_zero(max_norm)
+        self.updates += result.applied
+        return result
+
+    def state(self) -> dict[str, FlatPiece]:
+        """Pieces of this rank; see FlatPiece."""
+        pieces = {}
+        for name, flat, offset, piece in self._fragments():
+            pieces[f"param.{name}"] = piece
+            for key in self._state_names:
+                view = self._torch_optimizer.state[flat][key].flatten().narrow(0, offset, len(piece.data))
+                pieces[f"{key}.{name}"] = FlatPiece(view, piece.start, piece.numel, piece.copy, piece.copies)
+        return pieces
+
+    def refresh(self, updates: int) -> None:
+        """Copy fp32 weights into the working weights, gather them, and set Adam's step counts."""
+        self.updates = updates
+        for flat in self._flat_partitions():
+            step = self._torch_optimizer.state[flat].get("step")
+            if step is not None:
+                step.fill_(updates)
+        if self._stage == 3:
+            self._refresh_stage_3()
+        elif self._stage > 0:
+            self._zero.update_lp_params()
+
+    def _step_zero(self, max_norm: float) -> StepResult:
+        self._zero.clip_grad = max_norm
+        self.model.step()
+        return StepResult(float(self._zero._global_grad_norm), not self._zero.overflow)
+
+    def _step_stage_0(self, max_norm: float) -> StepResult:
+        """DeepSpeed's stage 0 applies non-finite updates, so the norm is looked at here."""
+        self.model.buffered_allreduce_fallback()
+        parameters = list(self.module.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+        applied = bool(norm.isfinite())
+        if applied:
+            self._torch_optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return StepResult(float(norm), applied)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The fp32 tensors that the torch optimizer updates: a rank's partition of each group (stage 0: the parameters)."""
+        if self._stage == 0:
+            return list(self.module.parameters())
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO 1 and 2; bf16 with fp32 sums at 1
+        return next(getattr(self._zero, name) for name in names if hasattr(self._zero, name))
+
+    def _create_optimizer_states(self) -> None:
+        """torch makes them in the first step; a load and the first checkpoint need them before."""
+        for flat in self._flat_partitions():
+            state = self._torch_optimizer.state[flat]
+            state.update({key: torch.zeros_like(flat, requires_grad=False) for key in self._state_names})
+            if "exp_avg" in self._state_names:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+
+    def _fragments(self) -> Iterator[tuple[str, Tensor, int, FlatPiece]]:
+        """(parameter name, flat partition, offset in it, fp32 weight piece) of everything this rank holds."""
+        partitions = self._flat_partitions()
+        parameter: Any  # DeepSpeed hangs its own attributes on parameters
+        for name, parameter in self.module.named_parameters():
+            if self._stage == 0:
+                piece = FlatPiece(parameter.data.flatten(), 0, parameter.numel(), self._world.rank, self._world.size)
+                yield name, parameter, 0, piece
+            elif self._stage == 3:
+                group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start = self._zero._get_param_partition_rank(parameter) * length
+                length = min(length, parameter.ds_numel - start)  # the last partition is padded
+                if length > 0:
+                    flat = partitions[group]
+                    yield name, flat, offset, FlatPiece(flat.data.narrow(0, offset, length), start, parameter.ds_numel)
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                flat, place = partitions[mapping.param_group_index], mapping.hp_fragment_address
+                data = flat.data.narrow(0, place.start, place.numel)
+                yield name, flat, place.start, FlatPiece(data, mapping.lp_fragment_address.start, parameter.numel())
+
+    def _refresh_stage_3(self) -> None:
+        zero = self._zero
+        zero._partition_all_parameters()
+        for i, flat in enumerate(zero.fp16_partitioned_groups_flat):
+            flat.data.copy_(zero.fp32_partitioned_groups_flat[i].data)
+            zero._unflatten_partitioned_parameters(i)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+
+def deepspeed_settings(
+    optim: OptimConfig, config: EngineConfig, size: int, *, precision: Precision, micro_batch_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's JSON for our configuration."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": config.overlap_comm,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": config.reduce_bucket_elements,
+        "allgather_bucket_size": config.allgather_bucket_elements,
+    }
+    if config.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": config.stage3_prefetch_elements,
+            "stage3_max_live_parameters": config.stage3_max_live_elements,
+            "stage3_param_persistence_threshold": config.stage3_persistence_elements,
+            "zero_hpz_partition_size": config.hpz_partition_size,
+        }
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_batch_size": micro_batch_size * size,
+        "gradient_accumulation_steps": 1,  # unused: the loop decides when a step ends
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _import_deepspeed() -> Any:
+    """deepspeed, quiet, and without the shared-memory op that it would compile at start-up on machines without a GPU."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    return deepspeed

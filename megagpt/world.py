@@ -1,0 +1,162 @@
+"""This process among its peers: rank, size, device, agreement over small integers, and requests to stop."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagpt.config import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SLURM's preemption sends SIGTERM only, its time limit what --signal asks for, a terminal SIGINT: all mean save and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a launcher put this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+
+
+class StopRequest:
+    """Remembers the first stop signal; the loop asks for it between steps. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    def install(self) -> None:
+        """Handle STOP_SIGNALS from now on (main thread only)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The ranks of one run. Collectives here are on CPU over their own gloo group, so they never wait for a GPU."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+    control: Any
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Sums of int64 values over all ranks (modulo 2^64)."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def any(self, claim: bool) -> bool:
+        """Whether the claim holds on some rank."""
+        return self.sum([int(claim)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: object) -> list[object]:
+        """The values of all ranks, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def place_from_environment(environment: dict[str, str]) -> Place:
+    """Rank and size from srun's, torchrun's or the deepspeed launcher's variables; alone without any of them.
+
+    Raises UserError if a launcher's variables are there only in part or contradict each other.
+    """
+    if "SLURM_STEP_NUM_TASKS" in environment and "TORCHELASTIC_RUN_ID" not in environment and "RANK" not in environment:
+        names, launcher = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun"
+    elif "RANK" in environment or "WORLD_SIZE" in environment:
+        names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun"
+    else:
+        return Place(0, 1, 0, "none")
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise UserError(f"environment: {launcher} sets {', '.join(names)} together, but {', '.join(missing)} is missing")
+    try:
+        rank, size, local_rank = (int(environment[name]) for name in names)
+    except ValueError:
+        raise UserError(f"environment: {', '.join(f'{n}={environment[n]!r}' for n in names)}: whole numbers expected") from None
+    if not 0 <= rank < size:
+        raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={size}")
+    return Place(rank, size, local_rank, launcher)
+
+
+def init_world(*, timeout_seconds: float = 1800.0) -> World:
+    """Join the process group (NCCL where there are GPUs, else gloo) and answer stop signals from here on.
+
+    Also sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which libraries read. Raises UserError if the
+    rendezvous address is not given or not reachable.
+    """
+    stop = StopRequest()
+    stop.install()
+    place = place_from_environment(dict(os.environ))
+    if place.launcher == "none":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"environment: {name} is not set; {place.launcher} needs it (slurm/pretrain.sh sets it)")
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(place.local_rank))
+    timeout = timedelta(seconds=timeout_seconds)
+    if torch.cuda.is_available():
+        if place.local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} are visible on this node")
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        control = dist.new_group(backend="gloo", timeout=timeout) if place.size > 1 else None
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo", timeout=timeout)
+        control = dist.group.WORLD if place.size > 1 else None
+    return World(place.rank, place.size, place.local_rank, device, place.launcher, control, stop)
+
+
+def close_world() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
