@@ -1,0 +1,323 @@
+"""WARC (0.18 to 1.1) and ARC records from gzip (a member per record, or one for all), zstd and plain files, damaged ones too.
+
+How it works. A file is a sequence of members: a gzip member each, or the whole file when it is plain or zstd. A member is
+decompressed as it is read and cut into records by their own lengths. Where something does not fit (bytes that are no header, a
+member that does not decompress, a record that ends early, a length that reaches into the next record) a Fault says so and
+reading goes on at the next thing that is surely a record: a line that begins like one, or a gzip member whose content does.
+So one bad record costs one record.
+
+A block may start anywhere in a gzip file: reading starts at the first member that begins with a record, which is where the
+block before stops. `where` is "<file name>:<offset>", with "+<offset inside>" for later records of a gzip member.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import zstandard
+
+from megagpt.corpus.blocks import Block, Fault
+
+CHUNK_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 16
+MAX_RECORD_BYTES = 64 << 20
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_WARC_START = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n?$")
+_WARC_INSIDE = re.compile(rb"\r?\nWARC/\d+\.\d+\r?\nWARC-[A-Z]")
+_ARC_START = re.compile(
+    rb"(?P<url>[A-Za-z][A-Za-z0-9+.-]*:.*) (?P<ip>[0-9a-fA-F.:]+|-) (?P<date>\d{8,17}) (?P<mime>\S+(?:; ?\S+)*)"
+    rb"(?P<v2> \S+ \S+ \S+ \d+ \S+)? (?P<length>\d+)\s*$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record. `type` is WARC-Type; an ARC capture is a "response", an ARC file's head a "warcinfo".
+
+    `headers` have lower-case names. `is_http` says that `body` begins with an HTTP status line or headers.
+    """
+
+    where: str
+    type: str
+    url: str | None
+    date: str | None
+    mime: str
+    headers: dict[str, str]
+    body: bytes
+    is_http: bool
+
+
+def read_records(block: Block) -> Iterator[Record | Fault]:
+    """The records of a block, and a Fault for each damage met."""
+    path = Path(block.path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+        if magic[:3] == _GZIP_MAGIC:
+            yield from _read_gzip(file, path.name, block.start, block.end)
+            return
+        file.seek(0)
+        if magic == _ZSTD_MAGIC or path.suffix == ".zst":
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            yield from _read_member(_Member(_zstd_chunks(reader)), path.name, 0, plain=True)
+        else:
+            yield from _read_member(_Member(iter(lambda: file.read(CHUNK_BYTES), b"")), path.name, 0, plain=True)
+
+
+def split_gzip(path: Path, block_bytes: int) -> list[tuple[int, int | None]]:
+    """Byte ranges of about block_bytes for a file with a gzip member per record; one range for any other file."""
+    size = path.stat().st_size
+    if size <= block_bytes:
+        return [(0, None)]
+    with path.open("rb") as file:
+        if file.read(3) != _GZIP_MAGIC or _next_start(file, 1, block_bytes) is None:
+            return [(0, None)]
+    starts = list(range(0, size, block_bytes))
+    return [(start, start + block_bytes if start != starts[-1] else None) for start in starts]
+
+
+class _Member:
+    """Decompressed bytes of one member, pulled as needed; `position` is the offset inside it."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._buffer, self._start, self.position = chunks, b"", 0, 0
+        self.damage: str | None = None
+
+    def fill(self, count: int) -> int:
+        """Have `count` bytes ready if there are as many; returns how many are."""
+        ready = len(self._buffer) - self._start
+        if ready >= count:
+            return ready
+        pieces = [self._buffer[self._start :]]
+        while ready < count:
+            try:
+                piece = next(self._chunks, b"")
+            except (zlib.error, zstandard.ZstdError, EOFError) as error:
+                self.damage = "truncated gzip member" if isinstance(error, EOFError) else "damaged compressed data"
+                self._chunks, piece = iter(()), b""
+            if not piece:
+                break
+            pieces.append(piece)
+            ready += len(piece)
+        self._buffer, self._start = b"".join(pieces), 0
+        return ready
+
+    def line(self) -> bytes:
+        """The next line with its end, cut at MAX_HEADER_BYTES; b"" at the end."""
+        wanted = 512
+        while True:
+            ready = self.fill(wanted)
+            end = self._buffer.find(b"\n", self._start, self._start + min(ready, MAX_HEADER_BYTES))
+            if end >= 0:
+                return self.take(end + 1 - self._start)
+            if ready < wanted or wanted >= MAX_HEADER_BYTES:
+                return self.take(min(ready, MAX_HEADER_BYTES))
+            wanted *= 4
+
+    def peek(self, count: int) -> bytes:
+        ready = self.fill(count)
+        return self._buffer[self._start : self._start + min(ready, count)]
+
+    def take(self, count: int) -> bytes:
+        """The next bytes, fewer than `count` only at the end."""
+        count = min(count, self.fill(count))
+        piece = self._buffer[self._start : self._start + count]
+        self._start += count
+        self.position += count
+        return piece
+
+    def put_back(self, piece: bytes) -> None:
+        """Undo a take."""
+        self._buffer, self._start = piece + self._buffer[self._start :], 0
+        self.position -= len(piece)
+
+    def skip(self, count: int) -> int:
+        """Pass over bytes without holding them; returns how many there were."""
+        left = count
+        while left and (piece := self.take(min(left, CHUNK_BYTES))):
+            left -= len(piece)
+        return count - left
+
+
+# ---- members
+
+
+def _read_gzip(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[Record | Fault]:
+    offset = 0 if start == 0 else _next_start(file, start, None)
+    while offset is not None and (end is None or offset < end):
+        file.seek(offset)
+        decoder = zlib.decompressobj(wbits=31)
+        consumed = [offset]
+        member = _Member(_gzip_chunks(file, decoder, consumed))
+        yield from _read_member(member, name, offset, plain=False)
+        if member.damage:
+            yield Fault(member.damage, f"{name}: offset {offset}")
+            offset = _next_start(file, offset + 1, None)
+            continue
+        offset, garbage = _after_member(file, consumed[0])
+        if garbage:
+            yield Fault("garbage between gzip members", f"{name}: offset {consumed[0]}")
+
+
+def _gzip_chunks(file: IO[bytes], decoder: "zlib._Decompress", consumed: list[int]) -> Iterator[bytes]:
+    """Decompressed pieces of the member at the file's position; consumed[0] becomes the offset after it."""
+    while not decoder.eof:
+        data = file.read(CHUNK_BYTES)
+        if not data:
+            raise EOFError
+        piece = decoder.decompress(data)
+        consumed[0] += len(data) - len(decoder.unused_data)
+        if piece:
+            yield piece
+
+
+def _zstd_chunks(reader: zstandard.ZstdDecompressionReader) -> Iterator[bytes]:
+    while piece := reader.read(CHUNK_BYTES):
+        yield piece
+
+
+def _after_member(file: IO[bytes], offset: int) -> tuple[int | None, bool]:
+    """Where the next member starts, and whether anything but zero padding lies between."""
+    file.seek(offset)
+    head = file.read(CHUNK_BYTES)
+    if head[:2] == _GZIP_MAGIC[:2]:
+        return offset, False
+    following = _next_start(file, offset, None)
+    if following is None or following - offset > CHUNK_BYTES:
+        return following, bool(head.strip(b"\0"))
+    return following, bool(head[: following - offset].strip(b"\0"))
+
+
+def _next_start(file: IO[bytes], offset: int, within: int | None) -> int | None:
+    """Offset of the first gzip member at or after `offset` that begins with a record; None if there is none `within` bytes."""
+    last = None if within is None else offset + within
+    while last is None or offset < last:
+        file.seek(offset)
+        data = file.read(1 << 20)
+        found = data.find(_GZIP_MAGIC)
+        while found >= 0:
+            if found > len(data) - 1024 and found > 0:
+                break
+            if _begins_record(data[found : found + 1024]):
+                return offset + found
+            found = data.find(_GZIP_MAGIC, found + 1)
+        if found > 0:
+            offset += found
+        elif len(data) < 3 or len(data) < (1 << 20):
+            return None
+        else:
+            offset += len(data) - 2
+    return None
+
+
+def _begins_record(data: bytes) -> bool:
+    try:
+        text = zlib.decompressobj(wbits=31).decompress(data, 4096).lstrip(b"\r\n")
+    except zlib.error:
+        return False
+    return text.startswith(b"WARC/") or _ARC_START.match(text.partition(b"\n")[0]) is not None
+
+
+# ---- records
+
+
+def _read_member(member: _Member, name: str, offset: int, *, plain: bool) -> Iterator[Record | Fault]:
+    """Cut a member into records. Its own damage (member.damage) is left to the caller if it is a gzip member."""
+    first = True
+    while True:
+        while member.peek(1) in (b"\r", b"\n"):
+            member.take(1)
+        where = f"{name}:{offset + member.position}" if plain else f"{name}:{offset}" + ("" if first else f"+{member.position}")
+        line = member.line()
+        if not line:
+            break
+        arc = None if line.startswith(b"WARC/") else _ARC_START.match(line)
+        if arc is not None:
+            yield from _arc_record(member, arc, where)
+        elif _WARC_START.match(line):
+            yield from _warc_record(member, where)
+        else:
+            if member.damage is None:
+                yield Fault("garbage between records", _readable(where))
+            _to_next_start(member)
+        first = False
+    if plain and member.damage:
+        yield Fault(member.damage, f"{name}: offset {member.position}")
+
+
+def _to_next_start(member: _Member) -> None:
+    """Pass over lines up to one that begins a record."""
+    while head := member.peek(512):
+        line = head.partition(b"\n")[0]
+        if _WARC_START.match(line + b"\n") or (len(head) > len(line) and _ARC_START.match(line)):
+            return
+        member.line()
+
+
+def _warc_record(member: _Member, where: str) -> Iterator[Record | Fault]:
+    headers = _read_headers(member)
+    length = headers.get("content-length", "")
+    if not length.isascii() or not length.isdigit():
+        yield Fault("record without a valid length", _readable(where))
+        _to_next_start(member)
+        return
+    mime = headers.get("content-type", "")
+    url = headers.get("warc-target-uri", "").strip("<>") or None
+    is_http = mime.lower().startswith("application/http")
+    head = (headers.get("warc-type", "").lower(), url, headers.get("warc-date"), mime, headers)
+    yield from _with_body(member, int(length), where, head, is_http)
+
+
+def _arc_record(member: _Member, match: re.Match[bytes], where: str) -> Iterator[Record | Fault]:
+    url = match["url"].decode("utf-8", "replace")
+    kind = "warcinfo" if url.startswith("filedesc:") else "response"
+    mime = match["mime"].decode("latin-1")
+    head = (kind, url, match["date"].decode(), mime, dict[str, str]())
+    yield from _with_body(member, int(match["length"]), where, head, url.lower().startswith("http"))
+
+
+def _with_body(
+    member: _Member, length: int, where: str, head: tuple[str, str | None, str | None, str, dict[str, str]], is_http: bool
+) -> Iterator[Record | Fault]:
+    if length > MAX_RECORD_BYTES:
+        yield Fault("record longer than 64 MiB", _readable(where))
+        member.skip(length)
+        return
+    body = member.take(length)
+    inside = None if _ends_here(member) else _WARC_INSIDE.search(body + member.peek(64))
+    if inside and inside.start() < len(body):
+        yield Fault("record length reaches into the next record", _readable(where))
+        member.put_back(body[inside.start() :])
+        body = body[: inside.start()].rstrip(b"\r\n")
+    elif len(body) < length:
+        yield Fault("truncated record", _readable(where))
+    yield Record(where, *head, body, is_http)
+
+
+def _ends_here(member: _Member) -> bool:
+    """Whether empty lines and then a record or the end follow."""
+    following = member.peek(512).lstrip(b"\r\n")
+    line = following.partition(b"\n")[0]
+    return not following or _WARC_START.match(line + b"\n") is not None or _ARC_START.match(line) is not None
+
+
+def _read_headers(member: _Member) -> dict[str, str]:
+    """Header lines up to the empty line; a line that begins with a space continues the one before. The first of a name wins."""
+    headers: dict[str, str] = {}
+    name = ""
+    while (line := member.line().rstrip(b"\r\n")) and len(headers) < 1000:
+        text = line.decode("utf-8", "replace")
+        if text[0] in " \t" and name:
+            headers[name] += " " + text.strip()
+            continue
+        name, _, value = text.partition(":")
+        name = name.strip().lower()
+        headers.setdefault(name, value.strip())
+    return headers
+
+
+def _readable(where: str) -> str:
+    name, _, offset = where.rpartition(":")
+    return f"{name}: offset {offset}"
