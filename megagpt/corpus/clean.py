@@ -1,0 +1,74 @@
+"""Cleaning: pure str -> str functions that change how a text is written, never which document is kept."""
+
+import re
+import unicodedata
+from typing import Literal, TypeAlias
+
+UnicodeForm: TypeAlias = Literal["NFC", "NFKC", "none"]
+
+# C0 and C1 controls except tab and newline, zero-width space, word joiner, BOM, soft hyphen, interlinear marks, U+FFFE/F. ZWJ
+# and ZWNJ stay: emoji, Persian and Indic spelling need them. Carriage returns, NEL and form feeds become newlines before.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff\ufff9-\ufffb\ufffe\uffff]+")
+_LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+_SPACES = re.compile(r"[^\S\n]+")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+BOILERPLATE_LINES: dict[str, tuple[str, ...]] = {
+    "en": (
+        r"skip to (?:main )?(?:content|navigation)",
+        r"(?:click|tap) here(?: to .{1,40})?",
+        r"read (?:more|the full (?:story|article))",
+        r"(?:please )?(?:log|sign) ?in(?: (?:or|to) .{1,40})?",
+        r"(?:share|tweet|pin|email|print)(?: this(?: (?:post|page|article|story))?)?",
+        r"share (?:this )?on (?:facebook|twitter|linkedin|pinterest|whatsapp|x)",
+        r"follow us(?: on .{1,40})?",
+        r"subscribe(?: to our newsletter)?|sign up for our newsletter",
+        r"(?:leave a (?:comment|reply)|post a comment|no comments(?: yet)?)",
+        r"(?:advertisement|sponsored(?: content)?|story continues below)",
+        r"(?:previous|next) (?:post|article|page)",
+        r"back to top",
+        r"(?:copyright |©|\(c\)) ?.{0,60}all rights reserved",
+        r"(?:we use|this (?:site|website) uses) cookies.{0,80}",
+        r"(?:your )?javascript (?:is|must be|seems to be) .{1,60}",
+    )
+}
+"""Whole lines, without case and outer punctuation, that are furniture of a page and no part of its text; by language."""
+
+
+def clean_text(
+    text: str, *, unicode_form: UnicodeForm = "NFC", drop_boilerplate: bool = False, language: str | None = "en"
+) -> str:
+    """Normalise Unicode, remove control characters, tidy white space and, if asked, drop boilerplate lines of `language`."""
+    text = remove_control_characters(normalize_unicode(text, unicode_form))
+    if drop_boilerplate:
+        text = drop_boilerplate_lines(text, language=language)
+    return normalize_whitespace(text)
+
+
+def normalize_unicode(text: str, form: UnicodeForm) -> str:
+    """Unicode normalisation. NFC changes no meaning; NFKC also folds ligatures, full-width forms and superscripts."""
+    return text if form == "none" or text.isascii() else unicodedata.normalize(form, text)
+
+
+def remove_control_characters(text: str) -> str:
+    """Drop control and invisible characters; every kind of line break becomes a newline. Joiners that scripts need stay."""
+    return _CONTROL.sub("", _LINE_BREAK.sub("\n", text))
+
+
+def normalize_whitespace(text: str) -> str:
+    """Runs of blanks become one space, lines lose outer blanks, more than one empty line becomes one."""
+    lines = _SPACES.sub(" ", text).split("\n")
+    return _BLANK_LINES.sub("\n\n", "\n".join(line.strip(" ") for line in lines)).strip("\n")
+
+
+def drop_boilerplate_lines(text: str, *, language: str | None) -> str:
+    """Drop the lines that match BOILERPLATE_LINES[language]; a language without patterns keeps all its lines."""
+    pattern = _BOILERPLATE.get(language or "")
+    if pattern is None:
+        return text
+    return "\n".join(line for line in text.split("\n") if not pattern.fullmatch(line))
+
+
+_BOILERPLATE = {
+    language: re.compile(rf"\W*(?:{'|'.join(patterns)})\W*", re.IGNORECASE) for language, patterns in BOILERPLATE_LINES.items()
+}

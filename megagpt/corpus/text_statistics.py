@@ -1,0 +1,129 @@
+"""What the filters count in a text: words, sentences, repeated lines and repeated n-grams, analysed once per text.
+
+The words of a text are found by a `Splitter`. The default one is our own regular expression, close to Penn and spaCy tokens:
+punctuation marks are words, clitics stand alone ("don't" is "do", "n't"), numbers and initials stay whole. Whoever wants
+another package's verdicts to the letter passes its word and sentence functions instead; every rule then counts with them.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+TOP_N_GRAMS = (2, 3, 4)
+REPEATED_N_GRAMS = (5, 6, 7, 8, 9, 10)
+
+_WORD = re.compile(
+    r"""
+    (?:https?://|www\.)\S*[^\s.,;:!?"')\]]      # a URL is one word
+    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+              # so is an e-mail address
+    | (?:[^\W\d_]\.){2,}                        # U.S., e.g.
+    | \d+(?:[.,:]\d+)*                          # 1,234.5 and 12:30
+    | n['’]t\b | ['’](?:s|re|ve|ll|d|m)\b       # clitics
+    | [^\W\d]+?(?=n['’]t\b)
+    | \w+
+    | \.{2,} | …                                # an ellipsis is one mark
+    | (?P<mark>[^\w\s])(?P=mark)*               # ---- is one mark, too
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？｡．।॥۔؟፧።៕]+)\s*")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, punctuation marks included, none with white space in it."""
+    return [match.group() for match in _WORD.finditer(text)]
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text: cut after terminal punctuation that white space or the end follows."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    starts = [0, *ends]
+    pieces = [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True)]
+    return [piece for piece in pieces if piece.strip()]
+
+
+@dataclass(frozen=True, slots=True)
+class Splitter:
+    """How words and sentences are found."""
+
+    words: Callable[[str], list[str]] = split_words
+    sentences: Callable[[str], list[str]] = split_sentences
+
+
+DEFAULT_SPLITTER = Splitter()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A text with what several rules ask about it, each computed at most once."""
+
+    text: str
+    splitter: Splitter = DEFAULT_SPLITTER
+
+    @cached_property
+    def words(self) -> list[str]:
+        return self.splitter.words(self.text)
+
+    @cached_property
+    def repeated_n_grams(self) -> "NGramCounts":
+        return count_repeated_n_grams(self.words)
+
+
+@lru_cache(maxsize=4)
+def analyse(text: str, splitter: Splitter = DEFAULT_SPLITTER) -> Analysis:
+    """The analysis of a text. The last few are kept, so that consecutive filters of one document share it."""
+    return Analysis(text, splitter)
+
+
+@dataclass(frozen=True, slots=True)
+class NGramCounts:
+    """Characters in repeated n-grams, by n. `top`: length of the most frequent n-gram, spaces included, times its count."""
+
+    top: dict[int, int]
+    duplicate: dict[int, int]
+
+
+def count_repeated_n_grams(words: list[str]) -> NGramCounts:
+    """Gopher's n-gram counts (arXiv 2112.11446, Table A1) as datatrove reads them.
+
+    top[n]: of the most frequent n-gram (the first one among equals) the space-joined length times its count; absent where
+    there is no n-gram. duplicate[n]: going from left to right, the unspaced length of every n-gram seen before, advancing by n
+    after a hit and by 1 otherwise; two n-grams are the same when their unspaced joins are.
+    """
+    if not words:
+        return NGramCounts({}, dict.fromkeys(REPEATED_N_GRAMS, 0))
+    from megagpt.corpus import ngram_kernels
+
+    joined = _code_points("".join(words))
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    starts = np.zeros(len(words) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    ids = _word_ids(words)
+    top = {n: int(ngram_kernels.top_n_gram(ids, starts, n)) for n in TOP_N_GRAMS if len(words) >= n}
+    duplicate = ngram_kernels.duplicate_n_grams(joined, starts, np.array(REPEATED_N_GRAMS, np.int64))
+    return NGramCounts(top, dict(zip(REPEATED_N_GRAMS, duplicate.tolist(), strict=True)))
+
+
+def count_duplicates(items: Iterable[str]) -> tuple[int, int]:
+    """(how many items occurred before, their characters)."""
+    seen: set[str] = set()
+    count = characters = 0
+    for item in items:
+        if item in seen:
+            count += 1
+            characters += len(item)
+        else:
+            seen.add(item)
+    return count, characters
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _word_ids(words: list[str]) -> np.ndarray:
+    ids: dict[str, int] = {}
+    return np.fromiter((ids.setdefault(word, len(ids)) for word in words), np.int64, len(words))
