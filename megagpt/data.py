@@ -211,7 +211,7 @@ class Data:
 
     train: Mixture
     validation: dict[str, TokenDataset]
-    """By source name; a source without a validation folder is not in it."""
+    """By source name; a source without validation documents is not in it."""
     tokenizer: Tokenizer
     vocab_size: int
     eot_id: int
@@ -234,7 +234,9 @@ def open_data(config: DataConfig) -> Data:
             raise UserError(f"{source.path / 'train'}: {tokens} tokens, one sample needs seq_len + 1 = {config.seq_len + 1}")
         digest.update(f"{name} {source.weight!r} {sha256_file(source.path / 'train' / 'manifest.json')}".encode())
         if (source.path / "validation").is_dir():
-            validation[name] = TokenDataset(source.path / "validation", seed=config.seed, **geometry)
+            dataset = TokenDataset(source.path / "validation", seed=config.seed, **geometry)
+            if dataset.num_windows() > 0:
+                validation[name] = dataset
     first = next(iter(train.values())).manifest
     for dataset in (*train.values(), *validation.values()):
         for field in ("tokenizer_sha256", "vocab_size", "eot_id"):

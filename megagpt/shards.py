@@ -8,7 +8,10 @@ Opening a split checks the manifest and the size of every file. A shard's index 
 each 4 MiB block of tokens (xxh3) when it is first read: nothing is read before it is needed, and nothing unverified is used.
 """
 
+import contextlib
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -233,18 +236,19 @@ def document_offsets(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 class ShardWriter:
-    """Writes one shard; nothing has its final name before `close`, and an abandoned one leaves only `.tmp-*` files.
+    """Writes one shard in a `.tmp-*` folder of its own; nothing has its final name before `close`.
 
-    Memory does not grow with the shard: lengths go to a file, blocks are hashed as they fill.
+    Memory does not grow with the shard: lengths go to a file, blocks are hashed as they fill. Use it in a `with`.
     """
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.name, self.dtype = directory, name, dtype
         self.tokens = self.documents = self.sequences = self.text_bytes = 0
-        self._bin = (directory / f".tmp-{name}.bin").open("wb")
-        self._lengths = (directory / f".tmp-{name}.lengths").open("w+b")
-        self._ends = (directory / f".tmp-{name}.ends").open("w+b")
+        self._temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=directory))
+        self._bin = (self._temporary / "bin").open("wb")
+        self._lengths = (self._temporary / "lengths").open("w+b")
+        self._ends = (self._temporary / "ends").open("w+b")
         self._ends.write(struct.pack("<q", 0))
         self._hash, self._hash_bytes, self._blocks = xxhash.xxh3_64(), 0, []
         self._rows: dict[str, list[Any]] = {column: [] for column in ("id", "url", "source", "tokens", "bytes")}
@@ -257,7 +261,7 @@ class ShardWriter:
         self.abandon()
 
     def add(self, tokens: np.ndarray, *, id: str, url: str | None = None, source: str = "", text_bytes: int = 0) -> None:
-        """Append one document, its end-of-text token included; an empty one has no sequence. Ids are checked by `add_many`."""
+        """Append one document, its end-of-text token included; an empty one has no sequence."""
         self.add_many(tokens, [len(tokens)], {"id": [id], "url": [url], "source": [source], "bytes": [text_bytes]})
 
     def add_many(self, tokens: np.ndarray, lengths: Any, rows: Mapping[str, list[Any]]) -> None:
@@ -288,7 +292,7 @@ class ShardWriter:
         self._write_index()
         self._flush_rows()
         self._docs.close()
-        paths = {suffix: self.directory / f".tmp-{self.name}{suffix}" for suffix in (".bin", ".idx", ".docs.parquet")}
+        paths = {suffix: self._temporary / suffix[1:] for suffix in (".bin", ".idx", ".docs.parquet")}
         info = ShardInfo(
             name=self.name,
             tokens=self.tokens,
@@ -311,11 +315,13 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was not finished; after `close` only the helper files are left to remove."""
         for file in (self._bin, self._lengths, self._ends):
-            file.close()
+            # A full disk fails again when the buffer is flushed; that must not hide the first error nor leave the folder.
+            with contextlib.suppress(OSError):
+                file.close()
         if self._docs is not None:
-            self._docs.close()
-        for path in self.directory.glob(f".tmp-{self.name}.*"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._docs.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _hash_blocks(self, data: memoryview) -> None:
         while len(data):
@@ -329,7 +335,7 @@ class ShardWriter:
 
     def _write_index(self) -> None:
         code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == self.dtype)
-        with (self.directory / f".tmp-{self.name}.idx").open("wb") as file:
+        with (self._temporary / "idx").open("wb") as file:
             file.write(MAGIC + struct.pack("<QBQQ", 1, code, self.sequences, self.documents + 1))
             for chunk in _chunks(self._lengths):
                 file.write(chunk)
@@ -349,7 +355,7 @@ class ShardWriter:
         schema = pa.schema(list(types.items()))
         if self._docs is None:
             self._docs = pq.ParquetWriter(
-                self.directory / f".tmp-{self.name}.docs.parquet",
+                self._temporary / "docs.parquet",
                 schema,
                 compression="zstd",
                 use_dictionary=["source"],  # pyright: ignore[reportArgumentType] (its stub says bool)

@@ -181,7 +181,9 @@ class SentencePiece:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(self.encode(text), np.uint32) for text in texts]
+        if any(SPACE_MARK in text for text in texts):
+            return [np.asarray(self.encode(text), np.uint32) for text in texts]
+        return [np.asarray(ids, np.uint32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return _join(self._pieces, ids)
@@ -216,7 +218,6 @@ def train_sentencepiece(
     model_type: Literal["bpe", "unigram"] = "bpe",
     split_digits: bool = True,
     character_coverage: float = 0.9999,
-    num_threads: int = 1,
 ) -> SentencePiece:
     """Train a lossless SentencePiece model into `directory`/tokenizer.model: identity normalisation, byte fallback, no space
     put in front, none removed. Newlines are a token of their own, so no piece spans lines. `</s>` is the end-of-text token.
@@ -247,7 +248,8 @@ def train_sentencepiece(
                 bos_id=-1,
                 eos_id=1,
                 pad_id=-1,
-                num_threads=num_threads,
+                # Sums are split over threads, so another number would give another unigram model.
+                num_threads=16,
                 train_extremely_large_corpus=model_type == "unigram",
                 minloglevel=2,
             )

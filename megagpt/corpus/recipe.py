@@ -7,7 +7,9 @@ from typing import Literal, TypeAlias
 from megagpt.config import UserError
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.ingest import ExtractConfig
+from megagpt.corpus.pack import TokenizeConfig
 from megagpt.corpus.stage import stage_outputs
+from megagpt.corpus.vocabulary import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]
 
@@ -24,6 +26,10 @@ class CorpusConfig(Execution):
     """Everything is written below it: extract/, filter/, dedup/, tokenizer/, shards/."""
     extract: ExtractConfig | None = None
     """Dumps to text. A corpus that starts from documents has no such section and sets filter.inputs."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Train a tokenizer on the result."""
+    tokenize: TokenizeConfig = TokenizeConfig()
+    """Documents to shards of tokens."""
 
     def directory(self, stage: Stage) -> Path:
         """Where a stage writes."""

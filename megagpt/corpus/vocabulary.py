@@ -1,0 +1,154 @@
+"""Train a tokenizer on a sample of documents that is drawn evenly over the input files and is always the same one."""
+
+import heapq
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+from pydantic import Field
+
+from megagpt.config import Config, UserError, fingerprint
+from megagpt.documents import Document, read_documents
+from megagpt.files import read_json, sha256_file, write_json
+from megagpt.tokenizer import Tokenizer, open_tokenizer, train_sentencepiece
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 50
+"""Every 50th document of the sample is not trained on; bytes per token are measured on those."""
+
+
+class TokenizerConfig(Config):
+    """Settings of `tools/train_tokenizer.py`."""
+
+    inputs: tuple[str, ...] = ()
+    """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs; empty = the output of deduplication."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """SentencePiece's algorithm; unigram takes about fifteen times as long to train."""
+    vocab_size: int = Field(default=32_000, ge=300)
+    """Ids, the 256 bytes, newline, <unk> and </s> included."""
+    split_digits: bool = True
+    """Every digit is a token of its own."""
+    character_coverage: float = Field(default=0.9999, gt=0.9, le=1)
+    """Share of the sample's characters that get ids of their own; rarer ones are spelt in bytes."""
+    max_characters: int = Field(default=100_000_000, ge=1)
+    """Characters of text to train on; SentencePiece takes roughly 10 bytes of memory for each."""
+    max_files: int = Field(default=256, ge=1)
+    """At most so many input files are read, evenly spaced over their sorted names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSummary:
+    """A trained tokenizer, and how well it compresses text that it was not trained on."""
+
+    vocab_size: int
+    sha256: str
+    documents: int
+    characters: int
+    bytes_per_token: float
+    inputs: dict[str, int]
+    """File -> documents in the sample."""
+    config_sha256: str
+    sample_sha256: str
+
+
+def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerConfig) -> TokenizerSummary:
+    """Train into output_dir/tokenizer.model and write summary.json beside it; what is there for this sample is kept.
+
+    Raises UserError if the inputs hold no text or vocab_size does not suit them.
+    """
+    documents, files = [], {}
+    for path, budget in file_budgets(inputs, config).items():
+        sample = sample_documents(path, budget)
+        files[path.name] = len(sample)
+        documents += sample
+        log.info("%s: %d documents sampled", path.name, len(sample))
+    if not documents:
+        raise UserError(f"{inputs[0] if inputs else output_dir}: no text to train a tokenizer on")
+    digest = xxhash.xxh3_128()
+    for document in documents:
+        digest.update(f"{document.id}\x00{document.text}\x00".encode())
+    settings = fingerprint(config.model_copy(update={"inputs": ()}))
+    path = output_dir / "summary.json"
+    if path.is_file() and (output_dir / "tokenizer.model").is_file():
+        found = TokenizerSummary(**read_json(path))
+        if (found.config_sha256, found.sample_sha256) == (settings, digest.hexdigest()):
+            log.info("%s: complete", output_dir)
+            return found
+    path.unlink(missing_ok=True)
+    tokenizer = train_sentencepiece(
+        (document.text for i, document in enumerate(documents) if i % HELD_OUT or len(documents) < HELD_OUT),
+        output_dir,
+        vocab_size=config.vocab_size,
+        model_type=config.model_type,
+        split_digits=config.split_digits,
+        character_coverage=config.character_coverage,
+    )
+    held_out = [document.text for document in documents[::HELD_OUT]]
+    summary = TokenizerSummary(
+        vocab_size=tokenizer.vocab_size,
+        sha256=sha256_file(output_dir / "tokenizer.model"),
+        documents=len(documents),
+        characters=sum(len(document.text) for document in documents),
+        bytes_per_token=round(bytes_per_token(tokenizer, held_out), 4),
+        inputs=files,
+        config_sha256=settings,
+        sample_sha256=digest.hexdigest(),
+    )
+    write_json(path, asdict(summary))
+    return summary
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """UTF-8 bytes that one token stands for on average (fertility turned round)."""
+    tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+    return sum(len(text.encode()) for text in texts) / max(tokens, 1)
+
+
+def file_budgets(inputs: Sequence[Path], config: TokenizerConfig) -> dict[Path, int]:
+    """Characters to draw from each file: equal shares, and what a small file cannot give goes to the others.
+
+    What a file can give is judged by its size (compressed text holds up to five characters a byte), so nothing is read.
+    """
+    step = max(1, -(-len(inputs) // config.max_files))
+    files = sorted(sorted(inputs)[::step], key=lambda path: (path.stat().st_size, path))
+    budgets, left = {}, config.max_characters
+    for number, path in enumerate(files):
+        share = left // (len(files) - number)
+        compressed = path.suffix in (".zst", ".gz")
+        budgets[path] = share
+        left -= min(share, path.stat().st_size * (5 if compressed else 1))
+    return dict(sorted(budgets.items()))
+
+
+def sample_documents(path: Path, max_characters: int) -> list[Document]:
+    """Documents of a file with the smallest hashes of their ids, up to a number of characters, in the file's order.
+
+    One document longer than the budget is cut. Memory is bounded by the budget.
+    """
+    chosen: list[tuple[int, int, Document]] = []
+    characters = 0
+    for number, document in enumerate(_texts(path, max_characters)):
+        # A heap whose top has the largest hash: what no longer fits leaves first.
+        heapq.heappush(chosen, (-xxhash.xxh3_64_intdigest(document.id.encode()), number, document))
+        characters += len(document.text)
+        while characters > max_characters and len(chosen) > 1:
+            characters -= len(heapq.heappop(chosen)[2].text)
+    return [document for _, _, document in sorted(chosen, key=lambda item: item[1])]
+
+
+def _texts(path: Path, max_characters: int) -> Iterator[Document]:
+    for document in read_documents(path):
+        if document.text:
+            yield Document(document.id, document.text[:max_characters], document.source)
+
+
+def describe(summary: TokenizerSummary, output_dir: Path) -> str:
+    """What a tool prints at the end."""
+    return (
+        f"{output_dir / 'tokenizer.model'}: {summary.vocab_size:,} ids, {summary.bytes_per_token:.2f} bytes per token, "
+        f"from {summary.documents:,} documents with {summary.characters:,} characters"
+    )

@@ -1,0 +1,21 @@
+"""Train a SentencePiece tokenizer on a sample of a corpus's documents (section `tokenizer` of its recipe).
+
+    python tools/train_tokenizer.py configs/corpus/common_crawl.yaml work_dir=/data/crawl tokenizer.vocab_size=32000
+
+It is lossless: decoding gives back every text exactly. A run that ended before goes on; the same documents give the same file.
+"""
+
+from megagpt.command import main
+from megagpt.corpus.recipe import CorpusConfig
+from megagpt.corpus.vocabulary import describe, train_tokenizer
+
+
+def run(config: CorpusConfig) -> None:
+    """Train it, and say where it is."""
+    output_dir = config.directory("tokenizer")
+    summary = train_tokenizer(config.inputs("tokenizer", config.tokenizer.inputs), output_dir, config.tokenizer)
+    print(describe(summary, output_dir))
+
+
+if __name__ == "__main__":
+    main(CorpusConfig, run, __doc__ or "")
