@@ -22,14 +22,17 @@ LAYERS = (
         "engine.*",
         "checkpoint",
         "monitor",
+        "metrics",
+        "goodput",
+        "gpu",
         "watchdog",
         "guard",
         "generate",
     ),
     ("world", "shards", "tokenizer", "documents"),
-    ("config", "files", "command"),
+    ("config", "files", "command", "permutation"),
 )
-TORCH_FREE = ("corpus", "corpus.*", "documents", "shards", "tokenizer", "config", "files", "command")
+TORCH_FREE = ("corpus", "corpus.*", "documents", "shards", "tokenizer", "config", "files", "command", "permutation")
 DEEPSPEED_ONLY_IN = "engine.deepspeed"
 
 PROJECT = Path(__file__).resolve().parent.parent
