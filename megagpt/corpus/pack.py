@@ -155,7 +155,7 @@ def _plan(blocks: Sequence[Block], tokenizer: Tokenizer, config: TokenizeConfig)
 
 
 def _settings_hash(config: TokenizeConfig) -> str:
-    """Of the settings that shape the shards; where inputs and tokenizer lie does not, their contents are hashed by themselves."""
+    """Of the settings that shape the shards; where inputs and tokenizer lie does not, and their contents are hashed apart."""
     return fingerprint(config.model_copy(update={"inputs": (), "tokenizer": None}))
 
 
