@@ -1,0 +1,60 @@
+"""A limit on the CPU time of one piece of work, in whatever thread it runs: a loaded machine does not trip it."""
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class CpuLimitExceededError(Exception):
+    """The work used more CPU time than it may."""
+
+
+@dataclass
+class _Watched:
+    """The thread at work now, its clock, and the reading of that clock at which it is stopped (None: idle)."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    deadlines: dict[int, float] = field(default_factory=dict)
+    fired: set[int] = field(default_factory=set)
+    watcher: threading.Thread | None = None
+
+
+_WATCHED = _Watched()
+_POLL_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise CpuLimitExceededError in the body once its thread has used `seconds` of CPU time.
+
+    Only Python code is interrupted: a single long call into C ends first. Does not nest.
+    """
+    thread = threading.get_ident()
+    with _WATCHED.lock:
+        _WATCHED.deadlines[thread] = time.thread_time() + seconds
+        if _WATCHED.watcher is None or not _WATCHED.watcher.is_alive():
+            _WATCHED.watcher = threading.Thread(target=_watch, daemon=True, name="cpu-limit")
+            _WATCHED.watcher.start()
+    try:
+        yield
+    finally:
+        with _WATCHED.lock:
+            _WATCHED.deadlines.pop(thread, None)
+            fired = thread in _WATCHED.fired
+            _WATCHED.fired.discard(thread)
+        if fired:  # the exception is on its way, or was what ended the body: let it arrive here, not later
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+            raise CpuLimitExceededError(f"more than {seconds:g} s of CPU time")
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(_POLL_SECONDS)
+        with _WATCHED.lock:
+            for thread, deadline in list(_WATCHED.deadlines.items()):
+                if thread not in _WATCHED.fired and time.clock_gettime(time.pthread_getcpuclockid(thread)) > deadline:
+                    _WATCHED.fired.add(thread)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(CpuLimitExceededError))
