@@ -6,9 +6,9 @@ never come out of text (a literal `<|endoftext|>` in a document stays text). Nei
 
 import base64
 import hashlib
+import io
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from megagpt.config import UserError
+from megagpt.files import atomic_path
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
@@ -226,36 +227,37 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    directory.mkdir(parents=True, exist_ok=True)
     lines = (line for text in texts for line in text.replace(SPACE_MARK, "").split("\n") if line)
-    with tempfile.TemporaryDirectory(prefix=".tmp-tokenizer-", dir=directory) as temporary:
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(piece for line in lines for piece in _cut(line)),
-                model_prefix=f"{temporary}/tokenizer",
-                model_type=model_type,
-                vocab_size=vocab_size,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                byte_fallback=True,
-                split_digits=split_digits,
-                allow_whitespace_only_pieces=True,
-                character_coverage=character_coverage,
-                max_sentence_length=_MAX_LINE_BYTES,
-                user_defined_symbols=["\n"],
-                unk_id=0,
-                bos_id=-1,
-                eos_id=1,
-                pad_id=-1,
-                # Sums are split over threads, so another number would give another unigram model.
-                num_threads=16,
-                train_extremely_large_corpus=model_type == "unigram",
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise UserError(f"tokenizer: vocab_size={vocab_size}: SentencePiece cannot train it: {error}") from None
-        (Path(temporary) / "tokenizer.model").replace(directory / "tokenizer.model")
+    # Written to memory: given a file's name the trainer would store that name in the model, and equal models would differ.
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(piece for line in lines for piece in _cut(line)),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            split_digits=split_digits,
+            allow_whitespace_only_pieces=True,
+            character_coverage=character_coverage,
+            max_sentence_length=_MAX_LINE_BYTES,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=-1,
+            eos_id=1,
+            pad_id=-1,
+            # Sums are split over threads, so another number would give another unigram model.
+            num_threads=16,
+            train_extremely_large_corpus=model_type == "unigram",
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"tokenizer: vocab_size={vocab_size}: SentencePiece cannot train it: {error}") from None
+    with atomic_path(directory / "tokenizer.model") as temporary:
+        temporary.write_bytes(model.getvalue())
     return SentencePiece(directory / "tokenizer.model")
 
 
