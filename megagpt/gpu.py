@@ -1,0 +1,68 @@
+"""What NVML says about one GPU: utilisation, memory, power, temperature, clocks and why they are held down."""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_THROTTLE_REASONS = {
+    "nvmlClocksEventReasonSwPowerCap": "power_cap",
+    "nvmlClocksThrottleReasonHwSlowdown": "hardware_slowdown",
+    "nvmlClocksEventReasonSwThermalSlowdown": "thermal",
+    "nvmlClocksThrottleReasonHwThermalSlowdown": "hardware_thermal",
+    "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power_brake",
+}
+"""NVML's names of the reasons that cost speed, and ours. Idle and user-set clocks are not listed."""
+
+
+def open_gpu(device: "torch.device") -> Any | None:
+    """NVML's handle of a CUDA device, or None, logged once, where there is no NVML or it does not know the device."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        log.warning("no GPU readings: the module pynvml (package nvidia-ml-py) is not installed")
+        return None
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+    except pynvml.NVMLError as error:
+        log.warning("no GPU readings: %s", error)
+        return None
+
+
+def read_gpu(handle: Any, device: "torch.device") -> dict[str, float | str]:
+    """The readings of one moment; what this GPU does not report is left out. About a millisecond, no device synchronisation."""
+    import pynvml
+    import torch
+
+    def memory() -> float:
+        return round(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 2**30, 2)
+
+    def throttled() -> str:
+        mask = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        return ",".join(ours for theirs, ours in _THROTTLE_REASONS.items() if mask & getattr(pynvml, theirs))
+
+    readings: dict[str, Callable[[], float | str]] = {
+        "utilisation_percent": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "memory_used_gib": memory,
+        "power_watts": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "temperature_celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "throttled": throttled,
+    }
+    result: dict[str, float | str] = {"peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)}
+    for name, reading in readings.items():
+        try:
+            result[name] = reading()
+        except pynvml.NVMLError:
+            continue
+    return result

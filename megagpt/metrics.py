@@ -1,0 +1,117 @@
+"""The lines of a run's metrics.jsonl: how one is written, and how a file with torn and superseded lines is read back."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megagpt.config import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+Row = dict[str, Any]
+"""One line: kind, step (updates done), time (Unix seconds), incarnation (1 = first start), seconds (see goodput.py), values."""
+
+CONTINUES = ("start", "rewind")
+"""Kinds of rows whose step is where training goes on: later steps logged before them are done again."""
+
+EVENTS = (*CONTINUES, "stop")
+"""Kinds of rows that are history, never superseded."""
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What metrics.jsonl says. `rows` leaves out what a restart or rewind did again; `all_rows` is the raw reading."""
+
+    rows: tuple[Row, ...]
+    all_rows: tuple[Row, ...]
+    torn_lines: int
+
+    def of_kind(self, kind: str) -> list[Row]:
+        """The rows of one kind that stand, in file order."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    @property
+    def last_step(self) -> int:
+        """The largest step ever logged, superseded rows included; -1 if there is none."""
+        return max((row["step"] for row in self.all_rows), default=-1)
+
+
+def read_metrics(run_dir: Path) -> Metrics:
+    """Read run_dir/metrics.jsonl. Lines torn by a kill are counted and left out. Raises UserError if there is no file."""
+    path = run_dir / METRICS_FILE
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: not the directory of a run that has started") from None
+    rows, torn = [], 0
+    for line in filter(None, lines):
+        row = _parse(line)
+        if row is None:
+            torn += 1
+        else:
+            rows.append(row)
+    kept = tuple(row for row, is_superseded in zip(rows, superseded(rows), strict=True) if not is_superseded)
+    return Metrics(rows=kept, all_rows=tuple(rows), torn_lines=torn)
+
+
+def superseded(rows: list[Row]) -> list[bool]:
+    """For each row, whether later rows replaced it; rows are in file order.
+
+    Replaced is a row whose step lies after the step from which a later start or rewind went on, a row of the same kind and step
+    as one of a later incarnation, and a row that a left-over process of an earlier incarnation wrote after the next start.
+    """
+    result = [False] * len(rows)
+    newest = 0
+    for i, row in enumerate(rows):
+        newest = max(newest, row["incarnation"])
+        result[i] = row["incarnation"] < newest
+    went_on_from = math.inf
+    last_writer: dict[tuple[str, int], int] = {}
+    for i in reversed(range(len(rows))):
+        row = rows[i]
+        if row["kind"] in EVENTS:
+            if row["kind"] in CONTINUES and not result[i]:
+                went_on_from = min(went_on_from, row["step"])
+            continue
+        if not result[i]:
+            writer = last_writer.setdefault((row["kind"], row["step"]), row["incarnation"])
+            result[i] = row["step"] > went_on_from or row["incarnation"] < writer
+    return result
+
+
+def format_row(row: Mapping[str, Any]) -> bytes:
+    """One JSON line, newline included. Tensors and numpy scalars become floats; NaN and infinities the words of _NON_FINITE."""
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it, nested mappings and lists included."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(row, dict) or not {"kind", "step", "time", "incarnation"} <= row.keys():
+        return None
+    return {key: _NON_FINITE.get(item, item) if isinstance(item, str) else item for key, item in row.items()}
