@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from megagpt.config import Config, UserError, describe, dump, load
+from megagpt.config import Config, Failure, UserError, describe, dump, load
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_WATCHDOG = 0, 1, 2, 75, 76
 
@@ -41,7 +41,9 @@ def run_words(config_class: type[C], run: Callable[[C], int | None], about: str,
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         return run(config) or EXIT_DONE
     except UserError as error:
-        return _fail(error, EXIT_USER_ERROR, debug="--debug" in options)
+        return _fail(error, EXIT_USER_ERROR, "--debug" in options)
+    except Failure as error:
+        return _fail(error, EXIT_CRASH, "--debug" in options)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"the disk is full while writing {error.filename or 'a file'}: everything committed before is whole;"

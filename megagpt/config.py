@@ -16,6 +16,10 @@ class UserError(Exception):
     """A mistake of the user's: a file, a field or a value that breaks a rule. Tools print it and end with status 2."""
 
 
+class Failure(Exception):  # noqa: N818 (it is what happened, an error is a program's)
+    """Something outside the settings broke: a damaged or full disk, a lost peer. Tools print it and end with status 1."""
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, the docstring below a field is its help text."""
 

@@ -74,7 +74,7 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         if self.size == 1:
             return value
@@ -82,11 +82,11 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        values: list[object] = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 

@@ -1,4 +1,4 @@
-"""Every engine and layout gives the losses of a plain torch loop on one process."""
+"""Every stage and rank count gives the losses of a plain torch loop on one process, and shards what it says it shards."""
 
 from pathlib import Path
 from typing import Any
@@ -6,87 +6,141 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from toy import ADAMW, MODEL, SGD, batch, make_engine, plain_losses, train_steps
 
-from megagpt.engine import EngineConfig, build_engine, draw_weights
+from megagpt.engine import build_engine, draw_weights
 from megagpt.model import GPT, ModelConfig, initialise
-from megagpt.optim import OptimConfig, ScheduleConfig, build_optimizer, lr_at, parameter_groups
+from megagpt.optim import OptimConfig
 from megagpt.world import World
 
-MODEL = ModelConfig(vocab_size=64, seq_len=32, num_layers=3, num_heads=2, hidden_size=32)
-STEPS, MICRO_BATCHES, MICRO_BATCH_SIZE = 30, 4, 2
-ADAMW = OptimConfig(lr=1e-3, schedule=ScheduleConfig(warmup_steps=5))
-SGD = OptimConfig(kind="sgd", lr=0.5, beta1=0.9, weight_decay=0.1, max_grad_norm=0.3, schedule=ScheduleConfig(kind="constant"))
+STEPS = 30
 
 
-def batch(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Micro-batch `number` of a step: ids and targets [2, 32], some targets masked so that counts differ."""
-    generator = torch.Generator().manual_seed(1000 * step + number)
-    tokens = torch.randint(0, MODEL.vocab_size, (MICRO_BATCH_SIZE, MODEL.seq_len + 1), generator=generator)
-    targets = tokens[:, 1:].clone()
-    targets[:, : 3 * number] = -100
-    return tokens[:, :-1], targets
-
-
-def num_targets(step: int) -> int:
-    return sum(int((batch(step, number)[1] != -100).sum()) for number in range(MICRO_BATCHES))
-
-
-def plain_losses(optim: OptimConfig) -> list[float]:
-    """The obvious loop: one process, whole batch, torch's own optimizer and clipping."""
-    model = GPT(MODEL)
-    initialise(model, seed=1)
-    optimizer = build_optimizer(parameter_groups(model, optim), optim)
-    losses = []
-    for step in range(STEPS):
-        loss = sum(model(*batch(step, number)) for number in range(MICRO_BATCHES)) / num_targets(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(optim, step, STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def engine_losses(world: World, cases: list[dict[str, Any]]) -> list[list[float]]:
-    """Losses of each case on this world, its ranks taking every size-th micro-batch."""
-    return [one_case(world, **case) for case in cases]
-
-
-def one_case(world: World, stage: int, optim: OptimConfig, precision: Any = "fp32", checkpoint_every: int = 0) -> list[float]:
-    config = EngineConfig(zero_stage=stage, stage3_persistence_elements=0)  # type: ignore[arg-type]
-    engine = build_engine(
-        MODEL, optim, config, world, precision=precision, micro_batch_size=MICRO_BATCH_SIZE, checkpoint_every=checkpoint_every
-    )
-    draw_weights(engine, MODEL, seed=1)
-    losses = []
-    for step in range(STEPS):
-        mine = range(world.rank, MICRO_BATCHES, world.size)
-        loss = torch.zeros(())
-        for number in mine:
-            micro_loss = engine.model(*batch(step, number)) / num_targets(step)
-            engine.backward(micro_loss, last=number == mine[-1])
-            loss += micro_loss.detach()
-        result = engine.step(lr_at(optim, step, STEPS), optim.max_grad_norm)
-        assert result.applied
-        torch.distributed.all_reduce(loss)
-        losses.append(float(loss.detach()))
-    return losses
+def losses_of_cases(world: World, cases: list[tuple[int, OptimConfig, int]]) -> list[list[float]]:
+    results = []
+    for stage, optim, checkpoint_every in cases:
+        engine = make_engine(world, stage, optim, checkpoint_every=checkpoint_every)
+        draw_weights(engine, MODEL, seed=1)
+        results.append(train_steps(engine, world, range(STEPS), optim))
+    return results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_stage_matches_the_plain_loop(size: int, tmp_path: Path) -> None:
-    cases = [
-        {"stage": stage, "optim": optim, "checkpoint_every": every}
-        for stage in (0, 1, 2, 3)
-        for optim, every in ((ADAMW, 0), (SGD, 1))
-    ]
-    results = run_ranks(engine_losses, size, tmp_path, cases)
-    expected = {optim.kind: plain_losses(optim) for optim in (ADAMW, SGD)}
-    for case, losses in zip(cases, results[0], strict=True):
-        difference = max(abs(a - b) for a, b in zip(losses, expected[case["optim"].kind], strict=True))
-        # fp32 sums in another order move the loss by a few 1e-7; anything wrong (a mean of means, a clip factor) by 1e-3
-        print(case["stage"], case["optim"].kind, case["checkpoint_every"], difference)
-        assert difference < 1e-5, (size, case)
+    cases = [(stage, optim, every) for stage in (0, 1, 2, 3) for optim, every in ((ADAMW, 0), (SGD, 1), (SGD, 2))]
+    results = run_ranks(losses_of_cases, size, tmp_path, cases)
+    expected = {optim.kind: plain_losses(optim, STEPS) for optim in (ADAMW, SGD)}
+    for (stage, optim, every), losses in zip(cases, results[0], strict=True):
+        difference = max(abs(a - b) for a, b in zip(losses, expected[optim.kind], strict=True))
+        print(f"{size} ranks, ZeRO {stage}, {optim.kind}, checkpointing {every}: {difference:.2e}")
+        # fp32 sums in another order move the loss by a few 1e-7; a mean of means or a wrong clip factor by 1e-3 and more
+        assert difference < 1e-5, (size, stage, optim.kind, every)
+
+
+def bf16_losses(world: World, stages: list[int]) -> list[tuple[list[float], set[str]]]:
+    results = []
+    for stage in stages:
+        engine = make_engine(world, stage, precision="bf16")
+        draw_weights(engine, MODEL, seed=1)
+        kinds = {str(piece.data.dtype) for piece in engine.state().values()}
+        kinds |= {f"working {parameter.dtype}" for parameter in engine.module.parameters()}
+        results.append((train_steps(engine, world, range(STEPS)), kinds))
+    return results
+
+
+@pytest.mark.slow
+def test_bf16_keeps_fp32_masters_and_follows_the_fp32_loop(tmp_path: Path) -> None:
+    results = run_ranks(bf16_losses, 2, tmp_path, [1, 2, 3])
+    expected = plain_losses(ADAMW, STEPS)
+    for losses, dtypes in results[0]:
+        assert dtypes == {"torch.float32", "working torch.bfloat16"}
+        # bf16 has 8 bits of mantissa: logits of size 1 are off by up to 4e-3, the mean loss by a few 1e-3
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-2
+
+
+def state_sizes(world: World, stages: list[int]) -> list[dict[str, int]]:
+    sizes = []
+    for stage in stages:
+        engine = make_engine(world, stage)
+        draw_weights(engine, MODEL, seed=1)
+        flat: dict[str, int] = {"param": 0, "exp_avg": 0, "exp_avg_sq": 0}
+        for key, piece in engine.state().items():
+            flat[key.partition(".")[0]] += len(piece.data)
+        flat["held"] = sum(getattr(p, "ds_tensor", p).numel() for p in engine.module.parameters())
+        sizes.append(flat)
+    return sizes
+
+
+@pytest.mark.slow
+def test_sharding_is_real(tmp_path: Path) -> None:
+    """ZeRO 1, 2 and 3: masters and moments of numel / ranks; ZeRO 3: the working weights too."""
+    total = sum(parameter.numel() for parameter in GPT(MODEL).parameters())
+    by_rank = run_ranks(state_sizes, 2, tmp_path, [1, 2, 3])
+    for stage in range(3):
+        for key in ("param", "exp_avg", "exp_avg_sq"):
+            held = [sizes[stage][key] for sizes in by_rank]
+            assert sum(held) == total
+            assert max(held) - total / 2 <= 64, (stage + 1, key, held)  # partitions are aligned
+        working = by_rank[0][stage]["held"]
+        assert working == (total if stage < 2 else total // 2)
+
+
+def nan_step(world: World, stages: list[int]) -> list[tuple[bool, bool, bool]]:
+    results = []
+    for stage in stages:
+        engine = make_engine(world, stage)
+        draw_weights(engine, MODEL, seed=1)
+        before = {key: piece.data.clone() for key, piece in engine.state().items()}
+        loss = engine.model(*batch(0, world.rank))
+        engine.backward(loss * (float("nan") if world.rank == 1 else 1.0), last=True)
+        result = engine.step(1e-3, 1.0)
+        same = all(torch.equal(before[key], piece.data) for key, piece in engine.state().items())
+        after = train_steps(engine, world, range(2))
+        results.append((result.applied, same, all(value == value for value in after)))
+    return results
+
+
+@pytest.mark.slow
+def test_a_non_finite_gradient_on_one_rank_is_applied_by_no_stage(tmp_path: Path) -> None:
+    for rank in run_ranks(nan_step, 2, tmp_path, [0, 1, 2, 3]):
+        assert rank == [(False, True, True)] * 4
+
+
+def test_checkpointing_saves_the_activations_it_should() -> None:
+    """Bytes that autograd keeps for the backward pass: with full checkpointing each block keeps its input only."""
+    kept = {}
+    for every in (0, 1):
+        model = GPT(MODEL, checkpoint_every=every)
+        initialise(model, seed=1)
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(*batch(0, 0))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept[every] = sum(size for pointer, size in storages.items() if pointer not in weights)
+        loss.backward()
+    hidden = 2 * 32 * MODEL.hidden_size * 4
+    # per block at least: 2 norms' inputs, q, k, v, attention output, MLP gate, up, product: more than 10 x hidden
+    assert kept[0] - kept[1] >= MODEL.num_layers * 9 * hidden
+    assert kept[1] < 12 * hidden + 200_000
+
+
+@pytest.mark.parametrize("value", [("bf16", 0)])
+def test_what_is_inexact_is_refused(value: tuple[Any, int]) -> None:
+    from megagpt.config import UserError
+    from megagpt.engine import EngineConfig
+
+    with pytest.raises(UserError, match="zero_stage=0 with precision=bf16"):
+        build_engine(
+            ModelConfig(vocab_size=8, seq_len=8, num_layers=1, num_heads=1, hidden_size=8),
+            ADAMW,
+            EngineConfig(zero_stage=0),
+            None,  # type: ignore[arg-type]
+            precision=value[0],
+            micro_batch_size=1,
+        )

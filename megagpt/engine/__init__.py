@@ -122,6 +122,14 @@ def build_engine(
     return DeepSpeedEngine(make, optim, engine, world, precision=precision, micro_batch_size=micro_batch_size)
 
 
+def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision) -> None:
+    """Raise UserError on a combination that no engine computes rightly."""
+    if precision == "bf16" and engine.zero_stage == 0:
+        raise UserError(
+            "engine.zero_stage=0 with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3"
+        )
+
+
 def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:
     """Fill the engine with initial weights that depend on `seed` only, not on the layout."""
     shapes = whole_shapes(config)

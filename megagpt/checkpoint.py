@@ -1,0 +1,366 @@
+"""The portable checkpoint: written by any engine, ZeRO stage and number of ranks, read by any other, with no conversion step.
+
+A checkpoint is a set of 1-D fp32 tensors, `param.<name>` and `<optimizer state>.<name>`, of each parameter's full flattened
+length. Every rank writes the runs of them that it holds (engine.FlatPiece) into one safetensors file of its own; who reads
+takes from any file what overlaps with what it holds. safetensors holds no code, so loading runs none.
+
+    step_00001000/  pieces_00000.safetensors ...  one file per rank; its header says where each run begins
+                    state.json                    TrainState, config, data fingerprint, versions, shapes
+                    manifest.json                 size and sha256 of every file above; written last
+
+All is written into `tmp_<incarnation>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
+without a manifest that verifies does not exist. The incarnation grows with each start of the run (owner.json) and is compared
+before the rename, so a rank left over from an earlier start cannot commit; between that look and the rename a window of
+microseconds stays open.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megagpt.config import Failure, UserError, validate
+from megagpt.data import TrainState
+from megagpt.engine import Engine, FlatPiece
+from megagpt.files import read_json, sha256_file, sync, write_json
+from megagpt.model import GPT, ModelConfig
+from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.world import World, utc_now
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class CheckpointError(Failure):
+    """A checkpoint that is torn, changed, or does not fit; the message names the file and the rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of consecutive elements of one flattened tensor, on disk: `file` holds elements [start, start + length)."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint says besides the tensors."""
+
+    path: Path
+    state: TrainState
+    saved: dict[str, Any]
+    """state.json as it was written."""
+    passed_over: tuple[str, ...]
+    """Newer checkpoints that were not good, each with the reason."""
+
+
+def claim_run(run_dir: Path, world: World) -> int:
+    """Take possession of a run directory: rank 0 raises the incarnation in owner.json; every rank gets the new one."""
+    incarnation = 0
+    if world.rank == 0:
+        path = run_dir / "owner.json"
+        incarnation = (read_json(path)["incarnation"] if path.exists() else 0) + 1
+        write_json(path, {"incarnation": incarnation, "host": os.uname().nodename, "pid": os.getpid(), "started": utc_now()})
+        for leftover in (run_dir / "checkpoints").glob("tmp_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return int(world.broadcast(incarnation))
+
+
+def still_owner(run_dir: Path, incarnation: int) -> bool:
+    """Whether no later start has claimed the run directory."""
+    return read_json(run_dir / "owner.json")["incarnation"] == incarnation
+
+
+def save(
+    run_dir: Path,
+    engine: Engine,
+    state: TrainState,
+    world: World,
+    *,
+    incarnation: int,
+    info: Mapping[str, Any],
+) -> Path:
+    """Write `run_dir/checkpoints/step_<step>` and return its path; all ranks call it together.
+
+    `info` (JSON) goes into state.json beside the TrainState. Raises CheckpointError on every rank if any rank could not write
+    or if another start has claimed the run; nothing that was committed before is touched.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step_{state.step:08d}"
+    temporary = folder / f"tmp_{incarnation}_step_{state.step:08d}"
+    if world.rank == 0:
+        temporary.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    outcome = _attempt(lambda: _write_pieces(temporary, world.rank, engine.state()))
+    outcomes = world.gather(outcome)
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
+    if not failures and world.rank == 0:
+        files: dict[str, Any] = dict(outcomes)
+        saved = {"format": FORMAT, "train_state": state.to_json(), "updates": engine.updates, **info}
+        failure = _attempt(lambda: _commit(run_dir, temporary, final, files, saved, incarnation))
+        failures = [f"rank 0: {failure}"] if isinstance(failure, str) else []
+    failures = world.broadcast(failures)
+    if failures:
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{final} was not saved: {'; '.join(failures)}")
+    return final
+
+
+def restore(
+    run_dir: Path,
+    engine: Engine,
+    world: World,
+    *,
+    step: int | None = None,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> Restored | None:
+    """Load the newest good checkpoint (or that of `step`) into the engine; None if there is none. All ranks call it together.
+
+    Every file's sha256 is verified first, the files dealt over the ranks; a checkpoint that fails is passed over for the next
+    older one. `check(path, state.json)` may raise to refuse it. Raises CheckpointError if `step` is named and not good, or if
+    all checkpoints are damaged.
+    """
+    passed_over: list[str] = []
+    candidates = list_checkpoints(run_dir)
+    if step is not None:
+        candidates = [path for path in candidates if step_of(path) == step]
+        if not candidates:
+            raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint of step {step}")
+    for path in reversed(candidates):
+        problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
+        if not problems:
+            saved = read_json(path / "state.json")
+            if check is not None:
+                check(path, saved)
+            read_pieces(path, engine.state(), world)
+            engine.refresh(saved["updates"])
+            return Restored(path, TrainState.from_json(saved["train_state"]), saved, tuple(passed_over))
+        passed_over.append("; ".join(str(problem) for problem in problems))
+    if passed_over:
+        raise CheckpointError("no checkpoint is good: " + " | ".join(passed_over))
+    return None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Committed checkpoints, oldest first; not verified."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read."""
+    manifest_path = path / "manifest.json"
+    try:
+        files = read_json(manifest_path)["files"]
+        items = sorted((str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items())
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return [f"{manifest_path}: {error}"]
+    problems = []
+    for name, expected_size, expected_sha256 in items[rank::size]:
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{file}: missing")
+        elif file.stat().st_size != expected_size:
+            problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {expected_size}")
+        elif sha256_file(file) != expected_sha256:
+            problems.append(f"{file}: its sha256 is not the manifest's: bytes changed since it was written")
+    return problems
+
+
+def read_pieces(path: Path, pieces: Mapping[str, FlatPiece], world: World | None = None) -> None:
+    """Fill `pieces` in place from the files that overlap with them. Raises CheckpointError if elements are missing."""
+    index = _index(path) if world is None or world.rank == 0 else None
+    index = world.broadcast(index) if world is not None else index or {}
+    wanted: dict[str, list[tuple[str, FlatPiece, Run]]] = {}
+    for key, piece in pieces.items():
+        covered = 0
+        for run in index.get(key, ()):
+            overlap = min(run.start + run.length, piece.start + len(piece.data)) - max(run.start, piece.start)
+            if overlap > 0:
+                wanted.setdefault(run.file, []).append((key, piece, run))
+                covered += overlap
+        if covered != len(piece.data):
+            raise CheckpointError(f"{path}: holds {covered} of the {len(piece.data)} elements of {key} that this rank needs")
+    with torch.no_grad():
+        for name, reads in sorted(wanted.items()):
+            with safe_open(path / name, framework="pt") as file:
+                for key, piece, run in reads:
+                    first = max(run.start, piece.start)
+                    last = min(run.start + run.length, piece.start + len(piece.data))
+                    source = file.get_slice(key)[first - run.start : last - run.start]
+                    piece.data[first - piece.start : last - piece.start].copy_(source)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model as one process uses it, with what is needed to feed it."""
+
+    model: GPT
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    step: int
+    run_config: dict[str, Any]
+    path: Path
+
+
+def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", device: str = "cpu") -> LoadedModel:
+    """The weights of a run's newest good, best, or named checkpoint as a plain fp32 GPT in evaluation mode.
+
+    Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    candidates = list_checkpoints(run_dir)
+    if step == "best":
+        step = int(read_json(run_dir / "checkpoints" / "best.json")["step"])
+    if step != "last":
+        candidates = [path for path in candidates if step_of(path) == step]
+    if not candidates:
+        raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint{'' if step == 'last' else f' of step {step}'}")
+    for path in reversed(candidates):
+        problems = verify(path)
+        if problems:
+            log.warning("passed over %s", "; ".join(problems))
+            continue
+        saved = read_json(path / "state.json")
+        config = validate(ModelConfig, saved["model"], source=str(path / "state.json"))
+        model = GPT(config)
+        views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
+        read_pieces(path, {key: FlatPiece(view, 0, view.numel()) for key, view in views.items()})
+        tokenizer = open_tokenizer(run_dir / "tokenizer")
+        return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
+    raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good")
+
+
+def mark_best(run_dir: Path, step: int, loss: float) -> bool:
+    """Record a committed step as the best if its validation loss is lower than the best one's; returns whether it is."""
+    path = run_dir / "checkpoints" / "best.json"
+    if path.exists() and read_json(path)["validation_loss"] <= loss:
+        return False
+    write_json(path, {"step": step, "validation_loss": loss})
+    return True
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[Path]:
+    """Delete checkpoints but the newest `keep_last`, the best, and multiples of keep_every_steps; returns what went."""
+    best = run_dir / "checkpoints" / "best.json"
+    best_step = read_json(best)["step"] if best.exists() else -1
+    removed = []
+    for path in list_checkpoints(run_dir)[: -max(1, keep_last)]:
+        step = step_of(path)
+        if step == best_step or (keep_every_steps and step % keep_every_steps == 0):
+            continue
+        (path / "manifest.json").unlink()  # from here on it does not exist, however far the deletion comes
+        shutil.rmtree(path)
+        removed.append(path)
+    return removed
+
+
+def _write_pieces(folder: Path, rank: int, pieces: Mapping[str, FlatPiece]) -> tuple[str, dict[str, Any]]:
+    """This rank's file; returns its name and its entry in the manifest."""
+    name = f"pieces_{rank:05d}.safetensors"
+    shares = {key: _own_share(piece) for key, piece in pieces.items()}
+    tensors = {key: data for key, (_, data) in shares.items() if len(data)}
+    starts = {key: str(start) for key, (start, data) in shares.items() if len(data)}
+    size, digest = write_safetensors(folder / name, tensors, starts)
+    return name, {"size": size, "sha256": digest}
+
+
+def _own_share(piece: FlatPiece) -> tuple[int, Tensor]:
+    """(start, data) of what this rank writes: of a run that several ranks hold, its part."""
+    length = len(piece.data)
+    first, last = length * piece.copy // piece.copies, length * (piece.copy + 1) // piece.copies
+    return piece.start + first, piece.data[first:last]
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Write 1-D fp32 tensors tensor by tensor, fsync; returns (bytes, sha256). https://huggingface.co/docs/safetensors.
+
+    The library's own writer needs all of them as bytes in memory at once and a second read for the checksum.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + 4 * len(tensor)
+        header[key] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for data in _chunks(text, tensors.values()):
+            digest.update(data)
+            size += file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"a piece is {tensor.dtype}, checkpoints hold fp32")
+        yield tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
+
+
+def _commit(
+    run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], saved: dict[str, Any], incarnation: int
+) -> None:
+    """Write state and manifest, then rename: from then on the checkpoint exists."""
+    state_path = temporary / "state.json"
+    write_json(state_path, {**saved, "saved_at": utc_now()})
+    files["state.json"] = {"size": state_path.stat().st_size, "sha256": sha256_file(state_path)}
+    write_json(temporary / "manifest.json", {"files": files})
+    sync(temporary)
+    if not still_owner(run_dir, incarnation):
+        raise CheckpointError(
+            f"{run_dir / 'owner.json'}: a later start owns this run; incarnation {incarnation} may not commit"
+        )
+    if final.exists():  # the same step again, after a rewind
+        old = final.with_name(f"tmp_{incarnation}_old_{final.name}")
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+    sync(final.parent)
+
+
+def _index(path: Path) -> dict[str, list[Run]]:
+    """Where each tensor's runs are, from the headers of a checkpoint's files."""
+    index: dict[str, list[Run]] = {}
+    for file in sorted(path.glob("pieces_*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            starts = opened.metadata() or {}
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                length = opened.get_slice(key).get_shape()[0]
+                index.setdefault(key, []).append(Run(file.name, int(starts[key]), length))
+    return index
+
+
+def _attempt(action: Any) -> Any:
+    """The action's result, or what went wrong as text, so that all ranks can agree."""
+    try:
+        return action()
+    except (OSError, CheckpointError, UserError) as error:
+        return str(error) or type(error).__name__

@@ -1,0 +1,132 @@
+"""What is checked and recorded before a run does any work."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt.config import UserError, dump
+from megagpt.data import Data
+from megagpt.engine import refuse_unsupported, whole_shapes
+from megagpt.files import write_json, write_text
+from megagpt.optim import OPTIMIZER_STATES
+from megagpt.world import World, utc_now
+
+if TYPE_CHECKING:
+    from megagpt.train import TrainConfig
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("megagpt", "torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "wandb")
+"""Their versions are recorded with every start."""
+
+FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind")
+"""What a resume refuses to change unless allow_change names it; `data` is the fingerprint of shards, weights and order."""
+
+
+def check_run(config: "TrainConfig", data: Data) -> None:
+    """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
+    refuse_unsupported(config.engine, config.optim, config.precision)
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is less than the {data.vocab_size} of the shards' tokenizer "
+            f"({', '.join(str(source.path) for source in config.data.sources.values())})"
+        )
+    for name in config.allow_change:
+        if name not in FIXED_ON_RESUME:
+            raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
+    parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
+    checkpoint_bytes = 4 * parameters * (1 + len(OPTIMIZER_STATES[config.optim.kind]))
+    _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
+    tokens = config.global_batch_size * config.data.seq_len
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        log.info(
+            "model: %s parameters; checkpoint: %.2f GB; step: %s tokens; run: %s tokens, %.2f epochs of %s samples",
+            f"{parameters:,}",
+            checkpoint_bytes / 1e9,
+            f"{tokens:,}",
+            f"{tokens * config.max_steps:,}",
+            config.global_batch_size * config.max_steps / len(data.train),
+            f"{len(data.train):,}",
+        )
+
+
+def check_resume(config: "TrainConfig", data: Data, saved: dict[str, Any], where: Path) -> None:
+    """Raise UserError if a checkpoint belongs to another model, data or seed; log every other setting that differs."""
+    before, now = saved["config"], config.model_dump(mode="json")
+    differences = {
+        "model": _difference(before["model"], now["model"]),
+        "seed": _difference(before["seed"], now["seed"]),
+        "optim.kind": _difference(before["optim"]["kind"], now["optim"]["kind"]),
+        "data": "" if saved["data_fingerprint"] == data.fingerprint else _difference(before["data"], now["data"]) or "shards",
+    }
+    refused = [f"{name} ({text})" for name, text in differences.items() if text and name not in config.allow_change]
+    if refused:
+        raise UserError(
+            f"{where}: was made with other settings: {'; '.join(refused)}. Use another run_dir, or allow it with "
+            f"allow_change=[{', '.join(name for name, text in differences.items() if text)}]"
+        )
+    changed = _difference(before, now)
+    if changed:
+        log.info("settings changed since the checkpoint: %s", changed)
+
+
+def record_start(config: "TrainConfig", data: Data, world: World, incarnation: int) -> None:
+    """Write what this start was made from into run_dir (rank 0): settings, tokenizer, git commit, versions, layout."""
+    if world.rank != 0:
+        return
+    write_text(config.run_dir / "config.yaml", dump(config))
+    data.tokenizer.save(config.run_dir / "tokenizer")
+    record = {
+        "incarnation": incarnation,
+        "time": utc_now(),
+        "host": os.uname().nodename,
+        "launcher": world.launcher,
+        "world_size": world.size,
+        "device": str(world.device),
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "data_fingerprint": data.fingerprint,
+        "config": config.model_dump(mode="json"),
+    }
+    write_json(config.run_dir / "starts" / f"{incarnation:04d}.json", record)
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+changes` if the working tree differs from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
+    """There must be room for the checkpoints that are kept, the best, and the one being written."""
+    existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir={run_dir}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir={run_dir}: {existing} is not writable")
+    have = sum(file.stat().st_size for file in run_dir.glob("checkpoints/*/pieces_*"))
+    needed, free = checkpoint_bytes * (keep_last + 2) - have, shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"run_dir={run_dir}: {free / 1e9:.1f} GB are free on its disk, {keep_last + 2} checkpoints (keep_last={keep_last}, "
+            f"the best, and one being written) need {needed / 1e9:.1f} GB more"
+        )
+
+
+def _difference(before: Any, now: Any, prefix: str = "") -> str:
+    """`name: old -> new` of everything that differs in two JSON values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = [_difference(before.get(key), now.get(key), f"{prefix}.{key}".lstrip(".")) for key in sorted({**before, **now})]
+        return ", ".join(part for part in parts if part)
+    return "" if before == now else f"{prefix}: {before} -> {now}".removeprefix(": ")
