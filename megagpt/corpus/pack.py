@@ -109,6 +109,7 @@ def pack_documents(
     _claim(output_dir, plan, overwrite=execution.overwrite)
     if (output_dir / "summary.json").is_file():
         log.info("%s: complete", output_dir)
+        _sweep(output_dir)
         return PackSummary(**read_json(output_dir / "summary.json"))
     job = _Job(
         str(output_dir / ".segments"),
@@ -207,7 +208,9 @@ def _tail_cuts(blocks: Sequence[Block], job: _Job, execution: Execution) -> dict
     if not _each_block("count", blocks, job, execution, _count_block, None):
         return None
     counts = [read_json(_record(job, block, "count")) for block in blocks]
-    totals = sum((Counter(count) for count in counts), Counter[str]())
+    totals = Counter[str]()
+    for count in counts:
+        totals.update(count)
     left = {source: int(total * (1 - job.config.validation_fraction)) for source, total in totals.items()}
     cuts = {}
     for block, count in zip(blocks, counts, strict=True):
@@ -431,8 +434,6 @@ def _finish(
         for split in SPLITS:
             infos, directory = tuple(shards[source, split]), output_dir / folder / split
             directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.glob(".tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
             manifest = Manifest(
                 split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, _settings_hash(config), infos
             )
@@ -442,8 +443,18 @@ def _finish(
             }  # fmt: skip
     summary = PackSummary(True, splits, empty)
     write_json(output_dir / "summary.json", asdict(summary))
-    shutil.rmtree(output_dir / ".segments", ignore_errors=True)
+    _sweep(output_dir)
     return summary
+
+
+def _sweep(output_dir: Path) -> None:
+    """Remove the segments, and what killed runs left unfinished."""
+    shutil.rmtree(output_dir / ".segments", ignore_errors=True)
+    for leftover in list(output_dir.rglob(".tmp-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def describe(summary: PackSummary, output_dir: Path) -> str:

@@ -1,0 +1,265 @@
+"""Packing: every document once, in the order of keys; the same bytes for any workers, parts, blocks and kills."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+
+from megagpt.config import UserError
+from megagpt.corpus import pack
+from megagpt.corpus.executors import Execution
+from megagpt.corpus.pack import TokenizeConfig, pack_documents
+from megagpt.corpus.vocabulary import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
+from megagpt.documents import Document, read_documents, write_documents
+from megagpt.shards import open_shard, read_manifest, verify_shard
+from megagpt.tokenizer import Tokenizer, open_tokenizer
+
+WORDS = ["the", "of", "and", "in", "to", "a", "is", "was", "it", "for", "as", "with", "his", "on", "had", "but", "which"]
+
+
+def make_corpus(folder: Path, files: int = 3, documents: int = 120) -> list[Path]:
+    rng = np.random.default_rng(1)
+    paths = []
+    for number in range(files):
+        texts = [" ".join(rng.choice(WORDS, rng.integers(1, 60))) + ".\n" for _ in range(documents)]
+        path = folder / f"part{number}.jsonl.zst"
+        items = [
+            Document(f"part{number}:{i}", text, "news" if i % 3 else "books", f"http://x/{number}/{i}" if i % 2 else None)
+            for i, text in enumerate(texts)
+        ]
+        write_documents(path, items)
+        paths.append(path)
+    return paths
+
+
+def run(inputs: list[Path], output: Path, tokenizer: str = "bytes", workers: int = 0, part: str = "0/1", **values: Any):
+    """Pack with a pool of workers, or in this process (workers=0), which spares the seconds a pool takes to start."""
+    overwrite, fraction = values.pop("overwrite", False), values.pop("validation_fraction", 0.1)
+    config = TokenizeConfig(validation_fraction=fraction, **values)
+    execution = Execution(num_workers=max(workers, 1), part=part, overwrite=overwrite)
+    with pytest.MonkeyPatch.context() as patch:
+        if workers == 0:
+            patch.setattr(pack, "run_tasks", run_here)
+        return pack_documents(inputs, output, tokenizer, config, execution)
+
+
+def run_here(tasks, execution, consume, describe=str) -> None:
+    for key, function, arguments in tasks:
+        consume(key, function(*arguments))
+
+
+def read_split(directory: Path, tokenizer: Tokenizer) -> list[dict]:
+    """Documents of a split in shard order, read back from tokens and rows."""
+    manifest = read_manifest(directory)
+    documents = []
+    for info in manifest.shards:
+        assert list(verify_shard(directory, info, manifest.dtype)) == []
+        shard = open_shard(directory, info, manifest.dtype)
+        rows = pq.read_table(directory / f"{info.name}.docs.parquet").to_pylist()
+        offsets = shard.document_offsets()
+        assert len(rows) == len(offsets) - 1 == info.documents
+        for row, start, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
+            tokens = shard.read(int(start), int(end - start))
+            assert tokens[-1] == tokenizer.eot_id
+            assert row["tokens"] == len(tokens)
+            text = tokenizer.decode(tokens[:-1].tolist())
+            assert row["bytes"] == len(text.encode())
+            documents.append({**row, "text": text})
+        assert info.text_bytes == sum(row["bytes"] for row in rows)
+    return documents
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def packed(corpus: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus in shards of 4,000 tokens, by one worker without interruption."""
+    output = tmp_path_factory.mktemp("packed") / "shards"
+    run(corpus, output, workers=1, shard_tokens=4000)
+    return output
+
+
+def test_every_document_once_in_the_order_of_its_key(corpus: list[Path], packed: Path) -> None:
+    tokenizer = open_tokenizer(packed / "tokenizer")
+    expected = {document.id: document for path in corpus for document in read_documents(path)}
+    found = {split: read_split(packed / split, tokenizer) for split in ("train", "validation")}
+    both = [*found["train"], *found["validation"]]
+    assert {row["id"]: (row["text"], row["source"], row["url"]) for row in both} == {
+        document.id: (document.text, document.source, document.url) for document in expected.values()
+    }
+    assert len(both) == len(expected) == 360
+    bound = int(0.1 * 2**64)
+    for split, rows in found.items():
+        keys = [xxhash.xxh3_64_intdigest(row["id"].encode(), seed=0) for row in rows]
+        assert keys == sorted(keys)
+        chosen = {xxhash.xxh3_64_intdigest(row["id"].encode(), seed=pack.SPLIT_SEED) < bound for row in rows}
+        assert chosen == {split == "validation"}
+    manifest = read_manifest(packed / "train")
+    assert len(manifest.shards) == -(-manifest.tokens // 4000) > 5
+    assert manifest.tokenizer_sha256 == tokenizer.fingerprint
+    assert not (packed / ".segments").exists()
+
+
+def test_another_seed_is_another_order_and_the_same_split(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "s", shard_tokens=4000, seed=1)
+    tokenizer = open_tokenizer("bytes")
+    first, second = ([row["id"] for row in read_split(p / "validation", tokenizer)] for p in (packed, tmp_path / "s"))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_small_segments_leave_no_trace(
+    corpus: list[Path], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Many segments per block, and small batches.
+    monkeypatch.setattr(pack, "SEGMENT_TOKENS", 900)
+    monkeypatch.setattr(pack, "BATCH_CHARACTERS", 50)
+    run(corpus, tmp_path / "s", shard_tokens=4000)
+    assert tree(tmp_path / "s") == tree(packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_do_not_change_a_byte(corpus: list[Path], packed: Path, tmp_path: Path, workers: int) -> None:
+    run(corpus, tmp_path / "s", workers=workers, shard_tokens=4000)
+    assert tree(tmp_path / "s") == tree(packed)
+
+
+def test_parts_do_not_change_a_byte(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
+    first = run(corpus, tmp_path / "s", part="1/2", shard_tokens=4000)
+    assert not first.complete
+    assert not (tmp_path / "s" / "train").exists()
+    assert run(corpus, tmp_path / "s", part="0/2", shard_tokens=4000).complete
+    assert run(corpus, tmp_path / "s", part="1/2", shard_tokens=4000).complete
+    assert tree(tmp_path / "s") == tree(packed)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
+    words = [f"tokenize.inputs={[str(path) for path in corpus]}", "tokenize.tokenizer=bytes", "tokenize.shard_tokens=4000"]
+    words += ["tokenize.validation_fraction=0.1", f"work_dir={tmp_path}", "num_workers=1"]
+    tool = Path(__file__).parent.parent / "tools" / "tokenize_documents.py"
+    command = [sys.executable, str(tool), *words]
+    delays = np.random.default_rng(3).uniform(0.3, 3.0, 8)
+    kills = 0
+    for delay in delays:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(timeout=delay)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            # No reader may take what is there for a whole split unless it is one.
+            for manifest in (tmp_path / "shards").glob("*/manifest.json"):
+                read_manifest(manifest.parent)
+        time.sleep(0.05)
+    assert kills > 0
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert tree(tmp_path / "shards") == tree(packed)
+
+
+def test_split_by_tail_cuts_each_source_by_characters(corpus: list[Path], tmp_path: Path) -> None:
+    run(corpus, tmp_path / "s", split_by="tail", validation_fraction=0.25, separate_sources=True)
+    tokenizer = open_tokenizer("bytes")
+    for source in ("news", "books"):
+        documents = [d for path in corpus for d in read_documents(path) if d.source == source]
+        order = {document.id: number for number, document in enumerate(documents)}
+        whole = "".join(document.text for document in documents)
+        cut = int(len(whole) * 0.75)
+        for split, expected in (("train", whole[:cut]), ("validation", whole[cut:])):
+            rows = sorted(read_split(tmp_path / "s" / source / split, tokenizer), key=lambda row: order[row["id"]])
+            assert "".join(row["text"] for row in rows) == expected
+
+
+@pytest.mark.realdata
+def test_shakespeare_is_split_as_nanogpt_does(shared_data: Path, tmp_path: Path) -> None:
+    text = (shared_data / "lm/tinyshakespeare/input.txt").read_text()
+    write_documents(tmp_path / "s.jsonl.zst", [Document("s:0", text, "shakespeare")])
+    run([tmp_path / "s.jsonl.zst"], tmp_path / "s", split_by="tail", validation_fraction=0.1)
+    tokenizer = open_tokenizer("bytes")
+    (train,), (validation,) = (read_split(tmp_path / "s" / split, tokenizer) for split in ("train", "validation"))
+    assert (len(train["text"]), len(validation["text"])) == (1_003_854, 111_540)
+    assert train["text"] + validation["text"] == text
+
+
+def test_a_finished_output_is_kept_and_another_one_refused(corpus: list[Path], tmp_path: Path) -> None:
+    summary = run(corpus[:1], tmp_path / "s")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.bin")}
+    assert run(corpus[:1], tmp_path / "s") == summary
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.bin")} == times
+    for inputs, seed in ((corpus[:2], 0), (corpus[:1], 5)):
+        with pytest.raises(UserError, match="holds shards made from other documents"):
+            run(inputs, tmp_path / "s", seed=seed)
+    again = run(corpus[:2], tmp_path / "s", overwrite=True)
+    run(corpus[:2], tmp_path / "fresh")
+    assert again.complete
+    assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
+
+
+def test_empty_documents_are_counted_and_sources_need_names(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl.zst", [Document("a:0", "", "x/y"), Document("a:1", "text", "x y")])
+    for split_by in ("hash", "tail"):
+        summary = run([tmp_path / "a.jsonl.zst"], tmp_path / split_by, split_by=split_by, validation_fraction=0)
+        assert summary.empty_documents == 1
+        assert summary.splits["train"] == {"shards": 1, "documents": 1, "tokens": 5, "bytes": 4}
+        assert summary.splits["validation"] == {"shards": 0, "documents": 0, "tokens": 0, "bytes": 0}
+    write_documents(tmp_path / "a.jsonl.zst", [Document("a:0", "text", "x/y"), Document("a:1", "text", "x y")])
+    with pytest.raises(UserError, match="do not all have folder names"):
+        run([tmp_path / "a.jsonl.zst"], tmp_path / "s", separate_sources=True)
+
+
+@pytest.mark.realdata
+def test_a_lossy_tokenizer_is_refused(corpus: list[Path], shared_data: Path, tmp_path: Path) -> None:
+    model = str(shared_data / "tokenizer/sentencepiece/test_model.model")
+    with pytest.raises(UserError, match="it rewrites or drops text; require_lossless=false"):
+        run(corpus, tmp_path / "s", tokenizer=model)
+    assert run(corpus, tmp_path / "s", tokenizer=model, require_lossless=False).complete
+
+
+def test_the_sample_is_drawn_evenly_and_always_the_same(corpus: list[Path], tmp_path: Path) -> None:
+    sample = sample_documents(corpus[0], 5000)
+    documents = {document.id: document for document in read_documents(corpus[0])}
+    ranked = sorted(documents, key=lambda id: xxhash.xxh3_64_intdigest(id.encode()))
+    assert 4000 < sum(len(document.text) for document in sample) <= 5000
+    assert {document.id for document in sample} == set(ranked[: len(sample)])
+    numbers = [int(document.id.partition(":")[2]) for document in sample]
+    assert numbers == sorted(numbers)
+    (tmp_path / "small.jsonl").write_bytes(b"x" * 100)
+    (tmp_path / "large.jsonl").write_bytes(b"x" * 9000)
+    (tmp_path / "other.jsonl").write_bytes(b"x" * 9000)
+    budgets = file_budgets(sorted(tmp_path.glob("*.jsonl")), TokenizerConfig(max_characters=6000))
+    assert {path.stem: budget for path, budget in budgets.items()} == {"large": 2950, "other": 2950, "small": 2000}
+    assert len(file_budgets(sorted(tmp_path.glob("*.jsonl")), TokenizerConfig(max_files=2))) == 2
+
+
+def test_a_trained_tokenizer_is_kept_for_the_same_documents(corpus: list[Path], tmp_path: Path) -> None:
+    config = TokenizerConfig(vocab_size=320)
+    first = train_tokenizer(corpus, tmp_path / "t", config)
+    time_before = (tmp_path / "t" / "tokenizer.model").stat().st_mtime_ns
+    assert train_tokenizer(corpus, tmp_path / "t", config) == first
+    assert (tmp_path / "t" / "tokenizer.model").stat().st_mtime_ns == time_before
+    assert first.bytes_per_token > 2
+    assert first.documents == 360
+    other = train_tokenizer(corpus[:1], tmp_path / "t", config)
+    assert other.sample_sha256 != first.sample_sha256
+    write_documents(tmp_path / "empty.jsonl.zst", [])
+    with pytest.raises(UserError, match="no text to train a tokenizer on"):
+        train_tokenizer([tmp_path / "empty.jsonl.zst"], tmp_path / "t", config)
