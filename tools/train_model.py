@@ -1,0 +1,16 @@
+"""Train a GPT, or go on with a run: the same command starts it and, after any stop, resumes it from its newest good checkpoint.
+
+    python tools/train_model.py configs/train/debug_cpu.yaml data.sources.main.path=/data/crawl/shards
+    torchrun --nproc-per-node 8 tools/train_model.py configs/train/gpt_124m.yaml run_dir=runs/first
+    srun python tools/train_model.py CONFIG ...           (what slurm/pretrain.sh does: one task per GPU)
+    python tools/train_model.py CONFIG check=true         (only check settings, data, tokenizer and disk space)
+
+SIGTERM, SIGUSR1 and Ctrl-C end it after the current update with a checkpoint. Exit status: 0 done, 75 stopped on request, 2 a
+mistake in the settings, 1 a crash.
+"""
+
+from megagpt.command import main
+from megagpt.train import TrainConfig, train
+
+if __name__ == "__main__":
+    main(TrainConfig, train, __doc__ or "")
