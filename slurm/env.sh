@@ -1,0 +1,39 @@
+# Site settings, the only file to edit for SLURM. Both job scripts source it, on the login node and inside the job.
+# shellcheck shell=bash disable=SC2034  # the scripts that source this file use the variables
+
+# What both scripts pass to sbatch. Whole nodes, so that every rank gets its share of cores and memory. Ranges of nodes
+# (--nodes=1-3) are fine. Tasks are not asked for here: the scripts start one per GPU.
+site_options=(
+  # --account=...
+  # --partition=...
+  --exclusive
+  --mem=0
+)
+pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)
+preprocess_options=(--nodes=1 --time=24:00:00)
+
+# The Python that has megagpt, at a path that every node sees; modules, if the site has them, are loaded here.
+# module load cuda
+python=${python:-$PWD/.venv/bin/python}
+
+# What stands before python in every task, for a container: launch=(apptainer exec --nv /shared/megagpt.sif)
+launch=()
+
+# Ranks per node. Empty: as many as the job has GPUs on a node (1 without GPUs).
+tasks_per_node=${tasks_per_node:-}
+
+# Where rank 0 listens. Empty: the first node of the job, by name.
+master_addr=${master_addr:-}
+
+# The job starts again after a crash, until so many starts in a row have not brought a newer checkpoint.
+max_starts_without_progress=${max_starts_without_progress:-3}
+
+# Compiled kernels: one cache on a disk that all nodes share.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/runs/cache/torch_extensions}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/runs/cache/triton}
+
+# Network. The names of the interfaces, where NCCL or gloo pick a wrong one:
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# A collective that fails ends the rank instead of hanging it.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -1,0 +1,119 @@
+#!/bin/bash
+#SBATCH --job-name=megagpt
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=megagpt-%j.log
+# Trains on SLURM, over as many starts as it takes.
+#
+#   slurm/pretrain.sh CONFIG [key=value ...]                     checks the run, then submits it with env.sh's options
+#   sbatch [options] slurm/pretrain.sh CONFIG [key=value ...]    the same without the check beforehand, from the project's root
+#
+# The same command runs at every start; the trainer goes on from its newest good checkpoint. What becomes of the job:
+#   0   the run is complete
+#   2   a mistake in the settings or the data: ends, is not started again
+#   75  stopped on request (time limit, preemption) with a checkpoint: starts again
+#   76  ended by the watchdog: starts again
+#   else  a crash: starts again, until max_starts_without_progress starts in a row brought no newer checkpoint
+set -uo pipefail
+
+say() { printf '%s pretrain.sh: %s\n' "$(date '+%F %T')" "$*"; }
+
+fail() {
+  say "$*" >&2
+  exit 2
+}
+
+# Under sbatch this file is a copy in SLURM's spool, without its neighbours; run directly it lies beside env.sh.
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+if [ -f "$here/env.sh" ]; then in_job=false root=$(dirname "$here"); else in_job=true root=${SLURM_SUBMIT_DIR:-}; fi
+[ -f "$root/tools/train_model.py" ] || fail "no project at '$root': submit from the project's root, or run slurm/pretrain.sh directly"
+cd "$root" || exit 2
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+[ $# -ge 1 ] || fail "usage: slurm/pretrain.sh CONFIG [key=value ...]"
+
+# Without SLURM's variables: a check is one process by itself, wherever it runs.
+check() {
+  env -u SLURM_PROCID -u SLURM_STEP_NUM_TASKS "${launch[@]}" "$python" tools/train_model.py "$@" || {
+    local status=$?
+    [ "$status" = 2 ] || say "the check before the start ended with status $status" >&2
+    exit 2
+  }
+}
+
+if ! "$in_job"; then
+  check "$@" check=true
+  exec sbatch "${site_options[@]}" "${pretrain_options[@]}" slurm/pretrain.sh "$@"
+fi
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "not inside a SLURM job, and not beside env.sh"
+settings=$(check "$@" --print) || exit 2
+run_dir=$("$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<< "$settings") || exit 2
+check "$@" check=true
+
+newest_checkpoint() { find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2> /dev/null | sort | tail -n 1; }
+count_starts() { find "$run_dir/starts" -name '*.json' 2> /dev/null | wc -l; }
+
+# A rank that gets a signal before Python has its handlers dies of it. A start is on record once all ranks have joined.
+starts_before=$(count_starts)
+stop_signal='' forwarded=false
+trap 'stop_signal=USR1' USR1
+trap 'stop_signal=TERM' TERM
+forward_when_ready() {
+  if [ -n "$stop_signal" ] && ! "$forwarded" && [ "$(count_starts)" -gt "$starts_before" ]; then
+    say "passing SIG$stop_signal on to the ranks: they save and end"
+    kill -s "$stop_signal" "$srun_pid" 2> /dev/null
+    forwarded=true
+  fi
+}
+
+tasks=${tasks_per_node:-${SLURM_GPUS_ON_NODE:-1}}
+export MASTER_ADDR=${master_addr:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+# Jobs that share a node have different numbers, so different ports; below the range that the kernel hands out.
+export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+# srun does not take --cpus-per-task over from the job: without this all workers of a rank would share one core.
+export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
+export PYTHONUNBUFFERED=1
+
+before=$(newest_checkpoint)
+say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks ranks a node, from ${before:-the beginning}"
+srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) \
+  "${launch[@]}" "$python" tools/train_model.py "$@" &
+srun_pid=$!
+while kill -0 "$srun_pid" 2> /dev/null; do
+  sleep 1
+  forward_when_ready
+done
+wait "$srun_pid"
+status=$?
+after=$(newest_checkpoint)
+say "the ranks ended with status $status, newest checkpoint: ${after:-none}"
+
+failures="$run_dir/starts_without_progress"
+case $status in
+  0 | 2)
+    exit "$status"
+    ;;
+  75)
+    rm -f "$failures"
+    ;;
+  *)
+    if [ "$after" != "$before" ]; then rm -f "$failures"; fi
+    mkdir -p "$run_dir" && echo "$(date '+%F %T') job $SLURM_JOB_ID status $status" >> "$failures"
+    if [ "$(wc -l < "$failures")" -ge "$max_starts_without_progress" ]; then
+      say "$max_starts_without_progress starts in a row without a newer checkpoint (see $failures): not started again" >&2
+      rm -f "$failures"
+      exit 1
+    fi
+    ;;
+esac
+
+# A job that was cancelled must stay so, and a preempted one is requeued by SLURM: only a running one is put back by itself.
+state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)
+if [ "$state" = RUNNING ]; then
+  say "goes back to the queue"
+  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  sleep 60 # the requeue ends this script
+fi
+exit "$status"
