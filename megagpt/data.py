@@ -9,7 +9,9 @@ The ledger: each rank hashes what it feeds, the sum over ranks must equal `recom
 
 import bisect
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -172,22 +174,23 @@ class TokenDataset:
 
 
 class Mixture:
-    """Several datasets as one endless sequence in exact proportions: after any n samples each source has had its share of them,
-    give or take less than two.
+    """Several datasets as one endless sequence in exact proportions: after any n samples each of S sources has had its share of
+    them, give or take half of log2(S), rounded up.
 
-    Computed, not stored: source 0 takes sample i when floor(w * (i + 1)) > floor(w * i), the rest share what is left the same
-    way. Each source counts its own samples and so has its own epochs.
+    Computed, not stored: the sources are halved, sample i of the two halves goes to the first one when its share of the first
+    i + 1 samples, rounded, is more than its share of i; and so on within the half. Each source counts its own samples, so it
+    has epochs of its own.
     """
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
         self.datasets = tuple(datasets)
         exact = [Fraction(str(weight)) for weight in weights]
-        self._shares = [exact[k] / sum(exact[k:]) for k in range(len(exact))]
-        total = sum(exact)
-        self._length = max(-(-len(d) * total // w) for d, w in zip(datasets, exact, strict=True))
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        self._sums = [0, *itertools.accumulate(int(weight * scale) for weight in exact)]
+        self._length = max(-(-len(d) * sum(exact) // w) for d, w in zip(datasets, exact, strict=True))
 
     def __len__(self) -> int:
-        """Samples until every source has been through at least once."""
+        """Samples until every source has been through about once."""
         return int(self._length)
 
     def sample(self, index: int) -> Sample:
@@ -197,12 +200,16 @@ class Mixture:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, sample index in that source) of a sample of the mixture."""
-        for source, share in enumerate(self._shares[:-1]):
-            taken = index * share.numerator // share.denominator
-            if (index + 1) * share.numerator // share.denominator > taken:
-                return source, taken
-            index -= taken
-        return len(self._shares) - 1, index
+        first, last = 0, len(self.datasets)
+        while last - first > 1:
+            middle = (first + last) // 2
+            share, whole = self._sums[middle] - self._sums[first], self._sums[last] - self._sums[first]
+            taken, after = ((2 * i * share + whole) // (2 * whole) for i in (index, index + 1))
+            if after > taken:
+                index, last = taken, middle
+            else:
+                index, first = index - taken, middle
+        return first, index
 
 
 @dataclass(frozen=True)
