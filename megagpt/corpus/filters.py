@@ -338,6 +338,17 @@ def filter_documents(config: FilterConfig, inputs: Sequence[Path], output_dir: P
     )
 
 
+def describe(summary: StageSummary, output_dir: Path) -> str:
+    """What the filters did, for the console: one line per reason, the most frequent first."""
+    if not summary.complete:
+        return f"{output_dir}: {summary.files} of {summary.files_total} files are done; the other parts remain"
+    lines = [
+        f"{output_dir}: kept {summary.kept:,} of {summary.documents_in:,} documents ({summary.characters_out:,} characters)"
+    ]
+    ranked = sorted(summary.rejected.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(lines + [f"  {count:>10,}  {reason}" for reason, count in ranked])
+
+
 def config_hash(config: FilterConfig) -> str:
     """Fingerprint of what decides the result: the settings of the filters that run, not of the others."""
     unused = {name: type(getattr(config, name))() for name in get_args(FilterName) if name not in config.order}

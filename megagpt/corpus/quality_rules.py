@@ -6,6 +6,7 @@ meta["language"] (absent: English) and let the languages that have none pass; `r
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -132,22 +133,24 @@ def gopher_quality(
 ) -> Document | Rejected:
     """Gopher's quality rules (arXiv 2112.11446, A1.1). Lengths leave symbols out; ratios are over all words."""
     text, language = document.text, language_of(document)
-    words = analyse(text, splitter).words
-    lengths = [len(word) for word in words if word.strip(SYMBOLS)]
+    counts = analyse(text, splitter).word_counts
+    num_words = counts.total()
     reason = None
     if language not in UNSPACED_LANGUAGES:
         reason = _gopher_word_rule(
-            lengths, min_words, max_words, min_mean_word_length, max_mean_word_length
-        ) or _gopher_symbol_rule(text, len(words), max_symbol_ratio)
+            counts, min_words, max_words, min_mean_word_length, max_mean_word_length
+        ) or _gopher_symbol_rule(text, num_words, max_symbol_ratio)
     lines = text.splitlines()
     if reason is None and lines:
         if _above(sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines), max_bullet_lines):
             reason = "too_many_bullet_lines"
         elif _above(sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines), max_ellipsis_lines):
             reason = "too_many_ellipsis_lines"
-    if reason is None and words and _below(sum(map(_has_letter, words)) / len(words), min_alphabetic_words):
-        reason = "too_few_alphabetic_words"
-    if reason is None and language in STOP_WORDS and _below(len(STOP_WORDS[language].intersection(words)), min_stop_words):
+    if reason is None and num_words:
+        alphabetic = sum(count for word, count in counts.items() if _has_letter(word))
+        if _below(alphabetic / num_words, min_alphabetic_words):
+            reason = "too_few_alphabetic_words"
+    if reason is None and language in STOP_WORDS and _below(len(STOP_WORDS[language] & counts.keys()), min_stop_words):
         reason = "too_few_stop_words"
     return document if reason is None else Rejected(document, f"gopher_quality:{reason}")
 
@@ -270,14 +273,16 @@ _TERMINAL = frozenset(TERMINAL_PUNCTUATION)
 
 
 def _gopher_word_rule(
-    lengths: list[int], min_words: int | None, max_words: int | None, min_mean: float | None, max_mean: float | None
+    counts: Counter[str], min_words: int | None, max_words: int | None, min_mean: float | None, max_mean: float | None
 ) -> str | None:
-    if min_words is not None and len(lengths) < min_words:
+    lengths = [(len(word) * count, count) for word, count in counts.items() if word.strip(SYMBOLS)]
+    num_words = sum(count for _, count in lengths)
+    if _below(num_words, min_words):
         return "too_few_words"
-    if max_words is not None and len(lengths) > max_words:
+    if _above(num_words, max_words):
         return "too_many_words"
-    mean = sum(lengths) / len(lengths) if lengths else 0.0
-    if min_mean is not None and mean < min_mean:
+    mean = sum(length for length, _ in lengths) / num_words if num_words else 0.0
+    if _below(mean, min_mean):
         return "words_too_short"
     return "words_too_long" if _above(mean, max_mean) else None
 

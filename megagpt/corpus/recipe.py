@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from megagpt.config import UserError
+from megagpt.corpus.dedup import DedupConfig
 from megagpt.corpus.executors import Execution
+from megagpt.corpus.filters import FilterConfig
 from megagpt.corpus.ingest import ExtractConfig
 from megagpt.corpus.pack import TokenizeConfig
 from megagpt.corpus.stage import stage_outputs
@@ -26,6 +28,10 @@ class CorpusConfig(Execution):
     """Everything is written below it: extract/, filter/, dedup/, tokenizer/, shards/."""
     extract: ExtractConfig | None = None
     """Dumps to text. A corpus that starts from documents has no such section and sets filter.inputs."""
+    filter: FilterConfig = FilterConfig()
+    """Which documents are good enough, and how their text is rewritten."""
+    dedup: DedupConfig = DedupConfig()
+    """Which documents are copies of others."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Train a tokenizer on the result."""
     tokenize: TokenizeConfig = TokenizeConfig()

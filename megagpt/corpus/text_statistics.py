@@ -6,6 +6,8 @@ another package's verdicts to the letter passes its word and sentence functions 
 """
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,26 +17,39 @@ import numpy as np
 TOP_N_GRAMS = (2, 3, 4)
 REPEATED_N_GRAMS = (5, 6, 7, 8, 9, 10)
 
+
+def _combining_marks() -> str:
+    """Combining marks for a character class: words of many scripts contain them, and `\\w` does not."""
+    return "".join(chr(code) for code in range(0x300, 0xAC00) if unicodedata.category(chr(code))[0] == "M")
+
+
 _WORD = re.compile(
     r"""
     (?:https?://|www\.)\S*[^\s.,;:!?"')\]]      # a URL is one word
     | [\w.+-]+@[\w-]+(?:\.[\w-]+)+              # so is an e-mail address
     | (?:[^\W\d_]\.){2,}                        # U.S., e.g.
     | \d+(?:[.,:]\d+)*                          # 1,234.5 and 12:30
-    | n['’]t\b | ['’](?:s|re|ve|ll|d|m)\b       # clitics
-    | [^\W\d]+?(?=n['’]t\b)
-    | \w+
-    | \.{2,} | …                                # an ellipsis is one mark
-    | (?P<mark>[^\w\s])(?P=mark)*               # ---- is one mark, too
-    """,
-    re.VERBOSE | re.IGNORECASE,
+    | [nN]['’][tT]\b | ['’](?:[sdmSDM]|re|ve|ll|RE|VE|LL)\b   # clitics
+    | [^\W\d]+?(?=[nN]['’][tT]\b)
+    | [\wMARKS]+
+    | \.{2,} | …                                # an ellipsis is one word
+    | --+ | ==+ | \*\*+ | __+ | \#\#+            # so is a rule
+    | [^\w\s]
+    """.replace("MARKS", _combining_marks()),
+    re.VERBOSE,
 )
 _SENTENCE_END = re.compile(r"(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？｡．।॥۔؟፧።៕]+)\s*")
 
 
 def split_words(text: str) -> list[str]:
     """The words of a text, punctuation marks included, none with white space in it."""
-    return [match.group() for match in _WORD.finditer(text)]
+    words: list[str] = []
+    for token in text.split():
+        if token.isalpha():
+            words.append(token)
+        else:
+            words.extend(_split_token(token))
+    return words
 
 
 def split_sentences(text: str) -> list[str]:
@@ -43,6 +58,11 @@ def split_sentences(text: str) -> list[str]:
     starts = [0, *ends]
     pieces = [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True)]
     return [piece for piece in pieces if piece.strip()]
+
+
+@lru_cache(maxsize=1 << 16)
+def _split_token(token: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(token))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +86,11 @@ class Analysis:
     @cached_property
     def words(self) -> list[str]:
         return self.splitter.words(self.text)
+
+    @cached_property
+    def word_counts(self) -> Counter[str]:
+        """How often each word occurs, in order of first occurrence."""
+        return Counter(self.words)
 
     @cached_property
     def repeated_n_grams(self) -> "NGramCounts":
@@ -125,5 +150,5 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _word_ids(words: list[str]) -> np.ndarray:
-    ids: dict[str, int] = {}
-    return np.fromiter((ids.setdefault(word, len(ids)) for word in words), np.int64, len(words))
+    ids = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    return np.fromiter(map(ids.__getitem__, words), np.int64, len(words))

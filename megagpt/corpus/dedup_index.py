@@ -1,0 +1,165 @@
+"""The index of near-duplicate search on disk: per block of documents its digests, band keys and ids; arrays over all documents.
+
+Documents have positional numbers: block by block in the order of the inputs, so that "earlier" means an earlier file (by name)
+or an earlier place in the same file. A block's folder appears whole (it is renamed into place): what is there is good.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.corpus.blocks import Block, read_block
+from megagpt.corpus.minhash import MinHashSettings, exact_digest, minhash
+from megagpt.files import atomic_path, read_json, sync, write_json
+
+DOCUMENTS_PER_CHUNK = 65_536
+_COLUMNS = ("exact.bin", "shingles.u32", "keys.u64", "ids.bin", "id_ends.u64")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedBlock:
+    """A block's place in the index: its folder and the number of its first document."""
+
+    folder: Path
+    first: int
+    num_documents: int
+
+
+def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
+    """Write the index of a block to `folder`; returns the number of its documents.
+
+    exact.bin: 16 bytes a document. shingles.u32: how many (0: no words, no near duplicates). keys.u64: chunks of
+    DOCUMENTS_PER_CHUNK documents, band by band in each. ids.bin with id_ends.u64.
+    """
+    count = id_end = 0
+    with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((temporary / name).open("wb")) for name in _COLUMNS}
+        documents = read_block(block)
+        while chunk := list(itertools.islice(documents, DOCUMENTS_PER_CHUNK)):
+            keys = np.zeros((settings.num_bands, len(chunk)), np.uint64)
+            sizes = np.zeros(len(chunk), np.uint32)
+            for i, document in enumerate(chunk):
+                files["exact.bin"].write(exact_digest(document.text))
+                found = minhash(document.text, settings)
+                if found is not None:
+                    keys[:, i], sizes[i] = found.keys, found.num_shingles
+            ids = [document.id.encode("utf-8", "replace") for document in chunk]
+            ends = id_end + np.cumsum([len(item) for item in ids]).astype(np.uint64)
+            id_end = int(ends[-1])
+            files["ids.bin"].write(b"".join(ids))
+            for name, column in (("shingles.u32", sizes), ("keys.u64", keys), ("id_ends.u64", ends)):
+                files[name].write(column.tobytes())
+            count += len(chunk)
+        write_json(temporary / "block.json", {"documents": count})
+    return count
+
+
+def open_blocks(folders: Sequence[Path]) -> list[IndexedBlock]:
+    """The blocks in order, with the numbers of their documents."""
+    counts = [read_json(folder / "block.json")["documents"] for folder in folders]
+    firsts = itertools.accumulate(counts, initial=0)
+    return [IndexedBlock(folder, first, count) for folder, first, count in zip(folders, firsts, counts, strict=False)]
+
+
+def read_exact(blocks: Sequence[IndexedBlock]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(first halves, second halves, documents) of the digests, chunk by chunk."""
+    for block in blocks:
+        with (block.folder / "exact.bin").open("rb") as file:
+            for start, count in _chunk_bounds(block):
+                halves = np.fromfile(file, np.uint64, 2 * count).reshape(count, 2)
+                yield halves[:, 0], halves[:, 1], np.arange(start, start + count)
+
+
+def read_band(
+    blocks: Sequence[IndexedBlock], band: int, num_bands: int, skip: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(keys, documents) of a band, without the documents that have no words and those for which `skip` [documents] is >= 0."""
+    for block in blocks:
+        sizes = np.memmap(block.folder / "shingles.u32", np.uint32, "r") if block.num_documents else np.empty(0, np.uint32)
+        with (block.folder / "keys.u64").open("rb") as file:
+            for start, count in _chunk_bounds(block):
+                file.seek(8 * ((start - block.first) * num_bands + band * count))
+                keys = np.fromfile(file, np.uint64, count)
+                wanted = (sizes[start - block.first : start - block.first + count] > 0) & (skip[start : start + count] < 0)
+                yield keys[wanted], np.arange(start, start + count)[wanted]
+
+
+def read_shingle_counts(block: IndexedBlock) -> np.ndarray:
+    """uint32 [documents of the block]."""
+    return np.fromfile(block.folder / "shingles.u32", np.uint32)
+
+
+class DocumentIds:
+    """Ids by document number, read from disk as they are asked for."""
+
+    def __init__(self, blocks: Sequence[IndexedBlock]) -> None:
+        self._blocks = [block for block in blocks if block.num_documents]
+        self._firsts = np.array([block.first for block in self._blocks])
+        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __getitem__(self, number: int) -> str:
+        which = int(np.searchsorted(self._firsts, number, "right")) - 1
+        if which not in self._open:
+            folder = self._blocks[which].folder
+            columns = np.memmap(folder / "id_ends.u64", np.uint64, "r"), np.memmap(folder / "ids.bin", np.uint8, "r")
+            if len(self._open) >= 64:
+                self._open.pop(next(iter(self._open)))
+            self._open[which] = columns
+        ends, data = self._open[which]
+        at = number - int(self._firsts[which])
+        return data[int(ends[at - 1]) if at else 0 : int(ends[at])].tobytes().decode("utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` on success, its files synced, and removed on any error."""
+    temporary = folder.with_name(f"tmp-{os.getpid()}-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            sync(path)
+        if folder.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(folder)
+            sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error.filename = str(folder)
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_array(path: Path, dtype: type, length: int, fill: int) -> Iterator[np.ndarray]:
+    """Yield a memory-mapped array of `length` that becomes the file `path` on success."""
+    with atomic_path(path) as temporary:
+        if length == 0:
+            yield np.empty(0, dtype)
+            return
+        array = np.memmap(temporary, dtype, "w+", shape=(length,))
+        for start in range(0, length, 1 << 20):
+            array[start : start + (1 << 20)] = fill
+        yield np.asarray(array)
+        array.flush()
+
+
+def open_array(path: Path, dtype: type) -> np.ndarray:
+    """A memory-mapped array that `new_array` made."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+
+
+def _chunk_bounds(block: IndexedBlock) -> Iterator[tuple[int, int]]:
+    """(number of the first document, how many) of each chunk."""
+    for at in range(0, block.num_documents, DOCUMENTS_PER_CHUNK):
+        yield block.first + at, min(DOCUMENTS_PER_CHUNK, block.num_documents - at)

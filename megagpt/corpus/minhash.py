@@ -1,0 +1,117 @@
+"""MinHash of a document: text -> word n-grams ("shingles") -> signature -> band keys.
+
+Text is lower-cased and decomposed (NFD); combining marks are dropped, a number is one digit 0, everything that is no letter or
+digit separates words, and each character of a script written without spaces (Han, Kana, Thai, Lao, Khmer, Burmese) is a word. A
+shingle is a 32-bit hash of n consecutive words (of all of them in a shorter text). Number p of the signature is the smallest
+(a_p * shingle + b_p mod 2^64) >> 32. A band key hashes the rows of one band; documents of Jaccard similarity s share at least
+one of b keys of r rows with probability 1 - (1 - s^r)^b (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
+"""
+
+import functools
+import unicodedata
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+SEPARATOR, LETTER, DIGIT, MARK, WORD_CHARACTER = range(5)
+TABLE_SIZE = 0x20000
+
+_UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Burmese
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MinHashSettings:
+    """Parameters of the signatures; documents can be compared where they are equal."""
+
+    words_per_shingle: int
+    num_bands: int
+    rows_per_band: int
+    seed: int
+
+    @property
+    def num_rows(self) -> int:
+        """Numbers in a signature."""
+        return self.num_bands * self.rows_per_band
+
+
+class MinHash(NamedTuple):
+    """What near-duplicate search keeps of a document: signature uint16 [rows], keys uint64 [bands], shingles counted."""
+
+    signature: np.ndarray
+    keys: np.ndarray
+    num_shingles: int
+
+
+def exact_digest(text: str) -> bytes:
+    """16 bytes, equal for texts that differ in nothing but white space and Unicode form (xxh3_128 of the NFC text)."""
+    text = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return xxhash.xxh3_128_digest(" ".join(text.split()).encode("utf-8", "surrogatepass"))
+
+
+def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
+    """The shingles of a text in order, repeated ones included: uint32; empty if the text has no word."""
+    from megagpt.corpus import minhash_kernels
+
+    text = text.lower()
+    if not text.isascii():
+        text = unicodedata.normalize("NFD", text)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return minhash_kernels.shingles(codes, character_classes(), words_per_shingle)
+
+
+def minhash(text: str, settings: MinHashSettings) -> MinHash | None:
+    """Signature (the lower 16 bits of each minimum) and band keys of a text; None if the text has no word."""
+    from megagpt.corpus import minhash_kernels
+
+    found = shingles(text, words_per_shingle=settings.words_per_shingle)
+    if found.size == 0:
+        return None
+    minima = minhash_kernels.minima(found, *permutations(settings.num_rows, settings.seed))
+    signature = (minima & np.uint32(0xFFFF)).astype(np.uint16)
+    return MinHash(signature, minhash_kernels.band_keys(minima, settings.rows_per_band), int(found.size))
+
+
+def shingle_set(text: str, *, words_per_shingle: int) -> np.ndarray:
+    """The distinct shingles of a text, ascending: uint32."""
+    return np.unique(shingles(text, words_per_shingle=words_per_shingle))
+
+
+@functools.cache
+def permutations(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b), uint64 [count] each, a odd: SplitMix64 from `seed`, so that they never change with a library's version."""
+    state, values = seed & 0xFFFFFFFFFFFFFFFF, []
+    for _ in range(2 * count):
+        state = (state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        value = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ value >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        values.append(value ^ value >> 31)
+    numbers = np.array(values, np.uint64)
+    return numbers[:count] | np.uint64(1), numbers[count:]
+
+
+@functools.cache
+def character_classes() -> np.ndarray:
+    """uint8 [TABLE_SIZE]: what each code point is to the word splitter. Above the table: Han to U+3FFFF, then marks."""
+    table = np.zeros(TABLE_SIZE, np.uint8)
+    for code in range(TABLE_SIZE):
+        category = unicodedata.category(chr(code))
+        if category in ("Mn", "Me"):
+            table[code] = MARK
+        elif category == "Nd":
+            table[code] = DIGIT
+        elif category[0] in "LN" or category == "Mc":
+            table[code] = LETTER
+    for first, last in _UNSPACED:
+        part = table[first : last + 1]
+        part[part == LETTER] = WORD_CHARACTER
+    return table
