@@ -14,6 +14,7 @@ LAYERS = (
     (
         "chat",
         "data",
+        "samples",
         "model",
         "loss",
         "flops",
@@ -32,7 +33,7 @@ LAYERS = (
     ("world", "shards", "tokenizer", "documents"),
     ("config", "files", "command", "permutation"),
 )
-TORCH_FREE = ("corpus", "corpus.*", "documents", "shards", "tokenizer", "config", "files", "command", "permutation")
+TORCH_FREE = ("corpus", "corpus.*", "documents", "shards", "tokenizer", "config", "files", "command", "permutation", "samples")
 DEEPSPEED_ONLY_IN = "engine.deepspeed"
 
 PROJECT = Path(__file__).resolve().parent.parent
