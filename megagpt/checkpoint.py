@@ -327,11 +327,8 @@ def _commit(
     run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], saved: dict[str, Any], incarnation: int
 ) -> None:
     """Write state and manifest, then rename: from then on the checkpoint exists."""
-    state_path = temporary / "state.json"
-    write_json(state_path, {**saved, "saved_at": utc_now()})
-    files["state.json"] = {"size": state_path.stat().st_size, "sha256": sha256_file(state_path)}
-    write_json(temporary / "manifest.json", {"files": files})
-    sync(temporary)
+    write_json(temporary / "state.json", {**saved, "saved_at": utc_now()})
+    seal(temporary, files)
     if not still_owner(run_dir, incarnation):
         raise CheckpointError(
             f"{run_dir / 'owner.json'}: a later start owns this run; incarnation {incarnation} may not commit"
@@ -344,6 +341,14 @@ def _commit(
     else:
         temporary.rename(final)
     sync(final.parent)
+
+
+def seal(folder: Path, files: dict[str, Any]) -> None:
+    """Write the manifest over `files` (name -> size and sha256) and state.json; the folder is then a whole checkpoint."""
+    state_path = folder / "state.json"
+    state = {"size": state_path.stat().st_size, "sha256": sha256_file(state_path)}
+    write_json(folder / "manifest.json", {"files": {**files, "state.json": state}})
+    sync(folder)
 
 
 def _index(path: Path) -> dict[str, list[Run]]:

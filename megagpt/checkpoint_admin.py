@@ -1,0 +1,140 @@
+"""Looking after the checkpoints of a run: list, verify, prune, average."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+
+from megagpt.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    list_checkpoints,
+    prune,
+    read_pieces,
+    seal,
+    step_of,
+    verify,
+    write_safetensors,
+)
+from megagpt.config import Config, UserError
+from megagpt.data import TrainState
+from megagpt.engine import FlatPiece, whole_shapes
+from megagpt.files import read_json, write_json
+from megagpt.model import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+class InspectConfig(Config):
+    """What to do with the checkpoints of a run; without anything else they are listed."""
+
+    run_dir: Path
+    """The run."""
+    verify: bool = False
+    """Read every file and compare it with its sha256."""
+    prune: bool = False
+    """Delete all but the newest keep_last, the best, and multiples of keep_every_steps."""
+    keep_last: int = Field(default=2, gt=0)
+    """prune: how many of the newest stay."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """prune: multiples of this step stay; 0 = none."""
+    average: tuple[int, ...] = ()
+    """Steps whose weights are averaged into one checkpoint (arXiv 1803.05407), written to output_dir as a run of its own."""
+    output_dir: Path | None = None
+    """average: a new run directory, for evaluation, generation and export; it has no optimizer states."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InspectConfig":
+        if self.average and (self.output_dir is None or len(self.average) < 2):
+            raise ValueError("average needs two steps or more, and output_dir")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """One line of the list."""
+
+    path: Path
+    step: int
+    bytes: int
+    saved_at: str
+    validation_loss: float | None
+    best: bool
+    problems: tuple[str, ...]
+
+
+def inspect(config: InspectConfig) -> list[CheckpointInfo]:
+    """Do what the configuration asks and return what is there afterwards. Raises UserError on a missing run or step."""
+    if not (config.run_dir / "checkpoints").is_dir():
+        raise UserError(f"run_dir={config.run_dir}: there is no folder checkpoints/ in it")
+    if config.average and config.output_dir is not None:
+        average(config.run_dir, config.average, config.output_dir)
+    if config.prune:
+        for path in prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps):
+            log.info("deleted %s", path)
+    best_path = config.run_dir / "checkpoints" / "best.json"
+    best_step = read_json(best_path)["step"] if best_path.exists() else None
+    return [_look_at(path, best_step, config.verify) for path in list_checkpoints(config.run_dir)]
+
+
+def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
+    """Write the mean of the weights of several steps as the only checkpoint of `output_dir`; returns its path.
+
+    Sums are taken in fp64. Raises UserError if a step is missing or output_dir exists, CheckpointError if one is damaged.
+    """
+    if output_dir.exists():
+        raise UserError(f"output_dir={output_dir} exists; name a new one")
+    paths = [run_dir / "checkpoints" / f"step_{step:08d}" for step in steps]
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"average: {path} does not exist")
+        problems = verify(path)
+        if problems:
+            raise CheckpointError("; ".join(problems))
+    saved = read_json(paths[-1] / "state.json")
+    shapes = whole_shapes(ModelConfig.model_validate(saved["model"]))
+    folder = output_dir / "checkpoints" / f"step_{max(steps):08d}"
+    folder.mkdir(parents=True)
+    means = {f"param.{name}": _mean(paths, f"param.{name}", shape.numel()) for name, shape in shapes.items()}
+    size, digest = write_safetensors(folder / "pieces_00000.safetensors", means, dict.fromkeys(means, "0"))
+    write_json(
+        folder / "state.json",
+        {
+            "format": FORMAT,
+            "train_state": TrainState(step=max(steps)).to_json(),
+            "updates": 0,
+            "averaged": [str(path) for path in paths],
+            **{key: saved[key] for key in ("model", "config", "data_fingerprint")},
+        },
+    )
+    seal(folder, {"pieces_00000.safetensors": {"size": size, "sha256": digest}})
+    shutil.copytree(run_dir / "tokenizer", output_dir / "tokenizer")
+    return folder
+
+
+def _mean(paths: Sequence[Path], key: str, numel: int) -> torch.Tensor:
+    total = torch.zeros(numel, dtype=torch.float64)
+    for path in paths:
+        piece = torch.empty(numel)
+        read_pieces(path, {key: FlatPiece(piece, 0, numel)})
+        total += piece
+    return (total / len(paths)).float()
+
+
+def _look_at(path: Path, best_step: int | None, read_all: bool) -> CheckpointInfo:
+    size = sum(file.stat().st_size for file in path.iterdir())
+    try:
+        saved: dict[str, Any] = read_json(path / "state.json")
+        manifest_problems: tuple[str, ...] = () if (path / "manifest.json").is_file() else (f"{path}: no manifest",)
+    except UserError as error:
+        saved, manifest_problems = {}, (str(error),)
+    problems = tuple(verify(path)) if read_all else manifest_problems
+    step = step_of(path)
+    return CheckpointInfo(
+        path, step, size, saved.get("saved_at", "?"), saved.get("validation_loss"), step == best_step, problems
+    )

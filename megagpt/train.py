@@ -1,0 +1,294 @@
+"""Training: the configuration of a run, and the one loop."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megagpt import checkpoint, preflight
+from megagpt.command import EXIT_DONE, EXIT_STOPPED
+from megagpt.config import Config
+from megagpt.data import Data, DataConfig, Loader, MicroBatch, TrainState, open_data
+from megagpt.engine import Engine, EngineConfig, Precision, build_engine, draw_weights
+from megagpt.flops import flops_per_token
+from megagpt.ledger import Entry, LedgerWriter
+from megagpt.model import ModelConfig
+from megagpt.monitor import Monitor, MonitorConfig
+from megagpt.optim import OptimConfig, lr_at
+from megagpt.permutation import mix
+from megagpt.world import World, close_world, init_world
+
+log = logging.getLogger(__name__)
+
+
+class TrainConfig(Config):
+    """One complete training run. The same command starts it and, after any stop, goes on with it."""
+
+    run_dir: Path
+    """Where everything of this run lies: checkpoints, metrics, ledger, tokenizer, report."""
+    seed: int = 0
+    """Initial weights and dropout; the order of samples has data.seed."""
+    max_steps: int = Field(gt=0)
+    """Updates in the whole run."""
+    global_batch_size: int = Field(gt=0)
+    """Samples per update over all ranks. Gradient accumulation follows from it, micro_batch_size and the number of ranks."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples that one rank puts through one forward."""
+    precision: Precision = "bf16"
+    """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
+    activation_checkpointing: Literal["none", "full"] | int = "none"
+    """Recompute activations in the backward pass: none, full (every block), or n for every n-th block."""
+    model: ModelConfig
+    """The model."""
+    data: DataConfig
+    """What it is trained on."""
+    optim: OptimConfig = OptimConfig()
+    """How it is updated."""
+    engine: EngineConfig = EngineConfig()
+    """How it is spread over ranks."""
+    monitor: MonitorConfig = MonitorConfig()
+    """What is shown."""
+    evaluate_every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations on the validation split; 0 = only at the end."""
+    evaluate_max_samples: int | None = Field(default=None, gt=0)
+    """Validation samples per source; null = all."""
+    save_every_steps: int = Field(default=1000, gt=0)
+    """Steps between checkpoints; one more is saved at the end and on a stop signal."""
+    keep_last: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept; the one with the best validation loss stays too."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Checkpoints of multiples of this step are kept for good; 0 = none."""
+    sample_every_steps: int = Field(default=0, ge=0)
+    """Steps between samples of generated text in the log; 0 = none."""
+    sample_prompt: str = "\n"
+    """What the generated text begins with."""
+    sample_tokens: int = Field(default=100, gt=0)
+    """Tokens per generated sample."""
+    resume_step: int | None = Field(default=None, ge=0)
+    """Go on from this step's checkpoint instead of the newest good one."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's although a resume refuses them: model, data, seed, optim.kind."""
+    check: bool = False
+    """Only check configuration, data, tokenizer and disk space, on one process, and end."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.data.seq_len > self.model.seq_len:
+            raise ValueError(f"data.seq_len={self.data.seq_len} is more than model.seq_len={self.model.seq_len}")
+        if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 1:
+            raise ValueError(f"activation_checkpointing={self.activation_checkpointing}: none, full, or a number from 1")
+        if self.micro_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}"
+            )
+        return self
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Every how many blocks activations are recomputed; 0 = never."""
+        every = self.activation_checkpointing
+        return every if isinstance(every, int) else {"none": 0, "full": 1}[every]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one start of a run works with."""
+
+    config: TrainConfig
+    data: Data
+    world: World
+    engine: Engine
+    monitor: Monitor
+    incarnation: int
+
+
+def train(config: TrainConfig) -> int:
+    """Start or go on with a run until max_steps or a stop signal; returns the exit status (0 done, 75 stopped and saved).
+
+    Raises UserError before any work if configuration, data, tokenizer or an earlier checkpoint do not fit together.
+    """
+    data = open_data(config.data)
+    preflight.check_run(config, data)
+    if config.check:
+        return EXIT_DONE
+    world = init_world()
+    monitor = None
+    try:
+        incarnation = checkpoint.claim_run(config.run_dir, world)
+        preflight.record_start(config, data, world, incarnation)
+        monitor = open_monitor(config, world, incarnation)
+        with monitor.clock("load"):
+            engine = build_engine(
+                config.model,
+                config.optim,
+                config.engine,
+                world,
+                precision=config.precision,
+                micro_batch_size=config.micro_batch_size,
+                checkpoint_every=config.checkpoint_every,
+            )
+            run = Run(config, data, world, engine, monitor, incarnation)
+            state = restore_or_start(run)
+        return loop(run, state)
+    finally:
+        if monitor is not None:
+            monitor.close()
+        close_world()
+
+
+def loop(run: Run, state: TrainState) -> int:
+    """Updates until max_steps or a stop signal, with all that happens between them."""
+    config, world, engine, monitor = run.config, run.world, run.engine, run.monitor
+    loader = Loader(
+        run.data.train,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=world.rank,
+        size=world.size,
+        mask_documents=config.data.mask_documents,
+    )
+    ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
+    evaluated_loss, saved_step = None, state.step if state.step > 0 else None
+    with collecting_garbage_together() as collect_garbage:
+        while state.step < config.max_steps:
+            with monitor.clock("data_wait"):
+                batches = loader.step(state)  # pure in TrainState: a rewind is only another state
+            stop = bool(world.stop.signal_name)
+            num_targets, stopping, fed_hash = world.sum([batches.num_targets, stop, batches.fed_hash])
+            if stopping:
+                if state.step != saved_step:
+                    save(run, state, evaluated_loss)
+                monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop")
+                return EXIT_STOPPED
+
+            with monitor.clock("train"):
+                loss, lr = torch.zeros((), device=world.device), lr_at(config.optim, state.step, config.max_steps)
+                for i, batch in enumerate(batches.micro_batches):
+                    seed_dropout(config, state.step, batch)
+                    micro_loss = engine.model(*inputs(batch, world.device)) / num_targets  # never a mean of means
+                    engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
+                    loss += micro_loss.detach()
+                result = engine.step(lr, config.optim.max_grad_norm)
+
+            if ledger is not None:
+                ledger.write(Entry(state.step, state.samples, config.global_batch_size, fed_hash & MASK, run.incarnation))
+            state, evaluated_loss = state.advance(config.global_batch_size, num_targets), None
+            if not result.applied:
+                monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
+            if monitor.due(state.step):
+                dist.all_reduce(loss)
+                monitor.log("train", state.step, loss=loss, lr=lr, grad_norm=result.grad_norm, tokens=state.tokens)
+            if due(config.evaluate_every_steps, state.step) or state.step == config.max_steps:
+                evaluated_loss = evaluate(run, state)
+            if due(config.sample_every_steps, state.step):
+                sample(run, state)
+            if due(config.save_every_steps, state.step) or state.step == config.max_steps:
+                save(run, state, evaluated_loss)
+                saved_step = state.step
+            collect_garbage(state.step)
+    loader.close()
+    monitor.log("done", state.step, tokens=state.tokens)
+    return EXIT_DONE
+
+
+MASK = (1 << 63) - 1
+"""Hashes of the ledger are sums modulo 2^63."""
+
+
+def due(every_steps: int, step: int) -> bool:
+    """Whether something done every `every_steps` (0 = never) is done after this step."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ids, targets and document lengths on the device."""
+    lengths = batch.doc_lengths if batch.doc_lengths is None else batch.doc_lengths.to(device, non_blocking=True)
+    return batch.ids.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), lengths
+
+
+def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
+    """Dropout depends on the seed, the step and the micro-batch's samples, not on which rank computes it."""
+    if config.model.dropout > 0:
+        torch.manual_seed(mix(config.seed, step, batch.first_sample) & MASK)
+
+
+def restore_or_start(run: Run) -> TrainState:
+    """The state of the newest good checkpoint, loaded into the engine, or fresh weights; says what it passed over."""
+    config = run.config
+    restored = checkpoint.restore(
+        config.run_dir,
+        run.engine,
+        run.world,
+        step=config.resume_step,
+        check=lambda path, saved: preflight.check_resume(config, run.data, saved, path),
+    )
+    if restored is None:
+        draw_weights(run.engine, config.model, config.seed)
+        run.monitor.log("start", 0, tokens=0, resumed=False)
+        return TrainState()
+    for reason in restored.passed_over:
+        run.monitor.log("damaged", restored.state.step, reason=reason)
+    run.monitor.log("start", restored.state.step, tokens=restored.state.tokens, resumed=True, checkpoint=str(restored.path))
+    return restored.state
+
+
+def evaluate(run: Run, state: TrainState) -> float | None:
+    """Validation loss per source and over all, logged; None without validation data."""
+
+
+def sample(run: Run, state: TrainState) -> None:
+    """Generated text in the log. Every rank takes part: the weights may be spread over them."""
+
+
+def save(run: Run, state: TrainState, evaluated_loss: float | None) -> None:
+    """Commit a checkpoint of this step unless there is one, mark it if it is the best, delete old ones."""
+    config, monitor = run.config, run.monitor
+    with monitor.clock("save"):
+        info = {
+            "config": config.model_dump(mode="json"),
+            "model": config.model.model_dump(mode="json"),
+            "data_fingerprint": run.data.fingerprint,
+            "validation_loss": evaluated_loss,
+        }
+        path = checkpoint.save(config.run_dir, run.engine, state, run.world, incarnation=run.incarnation, info=info)
+        best = False
+        if run.world.rank == 0:
+            best = evaluated_loss is not None and checkpoint.mark_best(config.run_dir, state.step, evaluated_loss)
+            checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
+    monitor.log("save", state.step, path=str(path), best=best)
+
+
+def open_monitor(config: TrainConfig, world: World, incarnation: int) -> Monitor:
+    """The monitor of this start."""
+    return Monitor(
+        config.run_dir,
+        config.monitor,
+        run_config=config.model_dump(mode="json"),
+        rank=world.rank,
+        incarnation=incarnation,
+        max_steps=config.max_steps,
+        flops=flops_per_token(config.model, seq_len=config.data.seq_len, checkpoint_every=config.checkpoint_every),
+        num_devices=world.size,
+        device=world.device,
+    )
+
+
+@contextmanager
+def collecting_garbage_together(every_steps: int = 100) -> Iterator[Callable[[int], None]]:
+    """Python's collector runs every n steps on all ranks at once, instead of pausing one rank at a time at random moments."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield lambda step: gc.collect(1) if step % every_steps == 0 else None  # type: ignore[misc]
+    finally:
+        gc.enable()
+        gc.unfreeze()
