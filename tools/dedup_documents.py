@@ -3,9 +3,9 @@
     python tools/dedup_documents.py configs/corpus/common_crawl.yaml work_dir=/data/crawl
     python tools/dedup_documents.py work_dir=/data/news dedup.inputs=[news/*.jsonl] dedup.threshold=0.7
 
-A document is dropped only if it is that similar to one that stays; dedup/duplicates/ says to which, and how similar. Memory
-is bounded by dedup.memory_bytes. A run that ended before goes on where it was; neither the number of workers nor part=i/n changes a
-byte of the result.
+A document is dropped only if it is that similar to one that stays; dedup/duplicates/ says to which, and how similar.
+Memory is bounded by dedup.memory_bytes. A run that ended before goes on where it was; neither the number of workers nor
+part=i/n changes a byte of the result.
 """
 
 from megagpt.command import main

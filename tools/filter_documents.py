@@ -4,7 +4,7 @@
     python tools/filter_documents.py work_dir=/data/news filter.inputs=[news/*.jsonl] filter.language.labels=[de,fr]
 
 `filter.order` names the filters and their order; thresholds default to those of the papers, null switches a rule off. The
-reason of every dropped document is kept (filter/dropped/), and a sample of the documents dropped for each reason (filter/rejected/).
+reason of every dropped document is kept (filter/dropped/), and for each reason a sample of what it dropped (filter/rejected/).
 """
 
 from megagpt.command import main
