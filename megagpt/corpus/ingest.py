@@ -1,14 +1,163 @@
-"""From dumps to documents: the first stage, which ties the readers of sources.py to the extractors."""
+"""From dumps to documents: the first stage, which ties the readers of dumps to the extractors of text."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from megagpt.config import Config
+from megagpt.config import Config, fingerprint
+from megagpt.corpus.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
+from megagpt.corpus.executors import Execution
+from megagpt.corpus.extract import extract_html
+from megagpt.corpus.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
+from megagpt.corpus.sources import (
+    Format,
+    TextUnit,
+    datasets_outcomes,
+    format_of,
+    input_blocks,
+    jsonl_outcomes,
+    list_inputs,
+    local_copy,
+    parquet_outcomes,
+    text_outcomes,
+)
+from megagpt.corpus.stage import StageSummary, run_stage
+from megagpt.corpus.warc import Record, read_records
+from megagpt.corpus.wiki_dump import wiki_outcomes
+from megagpt.documents import Document, Rejected
+
+HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
+MAX_UNREADABLE = 0.05
 
 
 class ExtractConfig(Config):
     """Settings of `tools/extract_documents.py`."""
 
     inputs: tuple[str, ...] = Field(min_length=1)
-    """Dumps: paths, globs, and lists of paths (a name that ends in .paths, .paths.gz or .txt.paths)."""
+    """Dumps: paths, globs, URLs, lists of paths (*.paths, *.paths.gz), or datasets:NAME (a folder, or a name on the hub)."""
+    inputs_root: str = ""
+    """Folder or URL below which the lines of a list of paths lie. Default: the list's own folder."""
+    format: Format = "auto"
+    """auto tells by the name: .warc .arc .wet (web), .xml (wikipedia), .jsonl, .txt (text), .parquet; with .gz .bz2 .zst."""
     source: str = "web"
-    """Name of the corpus; each document carries it."""
+    """Name of the corpus; every document carries it."""
+    extractor: Literal["fast", "trafilatura"] = "fast"
+    """HTML to main text: megagpt's own, or trafilatura (five to seven times slower)."""
+    max_page_cpu_seconds: float = Field(default=20.0, gt=0)
+    """CPU time that one page may take; beyond it the page is rejected."""
+    text_field: str = "text"
+    """The field that holds the text (jsonl, parquet, datasets)."""
+    text_unit: TextUnit = "file"
+    """What of a text file is one document."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+
+def extract_documents(config: ExtractConfig, output_dir: Path, execution: Execution) -> StageSummary:
+    """Read all inputs and write their documents to output_dir. Raises UserError before any work if an input is missing."""
+    blocks = input_blocks(list_inputs(config.inputs, config.inputs_root), config.format, execution.block_bytes)
+    settings = config.model_copy(update={"inputs": (), "inputs_root": ""})
+    process = functools.partial(read_outcomes, config=config)
+    return run_stage("extract", blocks, output_dir, process, config_hash=fingerprint(settings), execution=execution)
+
+
+def read_outcomes(block: Block, *, config: ExtractConfig) -> Iterator[Outcome]:
+    """What one block of any input yields."""
+    kind = format_of(block.path, config.format)
+    if kind == "datasets":
+        yield from datasets_outcomes(block, config.source, config.text_field, config.split)
+        return
+    with local_copy(block.path) as path:
+        block = replace(block, path=path)
+        match kind:
+            case "web":
+                yield from web_outcomes(block, config)
+            case "wikipedia":
+                yield from wiki_outcomes(block, config.source)
+            case "jsonl":
+                yield from jsonl_outcomes(block, config.source, config.text_field)
+            case "text":
+                yield from text_outcomes(block, config.source, config.text_unit)
+            case "parquet":
+                yield from parquet_outcomes(block, config.source, config.text_field)
+
+
+def web_outcomes(block: Block, config: ExtractConfig) -> Iterator[Outcome]:
+    """Pages of WARC, ARC and WET records as documents; other types of content, errors and empty pages rejected."""
+    for record in read_records(block):
+        if isinstance(record, Fault):
+            yield record
+            continue
+        yield Seen(record.type or "unknown")
+        if record.type in ("response", "resource"):
+            yield from _page_outcomes(record, config)
+        elif record.type == "conversion":
+            yield from _conversion_outcomes(record, config)
+
+
+def _page_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outcome]:
+    message = parse_message(record.body) if record.is_http else Message(None, {}, record.body)
+    content_type = message.headers.get("content-type") or ("" if record.mime.startswith("application/http") else record.mime)
+    empty = Document(record.where, "", config.source, record.url, {"date": record.date})
+    if message.status is not None and not 200 <= message.status < 300:
+        yield Rejected(empty, "source:status")
+        return
+    mime = content_type.partition(";")[0].strip().lower() or _guess_mime(message.body)
+    if mime not in HTML | PLAIN:
+        yield Rejected(empty, "source:mime")
+        return
+    body, problems = decode_body(message)
+    decoded = decode_text(body, charset_of(content_type))
+    yield from (Fault(problem, _readable(record.where)) for problem in (*problems, *decoded.problems))
+    if not body.strip():
+        yield Rejected(empty, "source:empty")
+    elif decoded.unreadable > MAX_UNREADABLE:
+        yield Rejected(empty, "source:undecodable")
+    else:
+        yield _text_outcome(empty, decoded, mime, config)
+
+
+def _text_outcome(empty: Document, decoded: Decoded, mime: str, config: ExtractConfig) -> Outcome:
+    """The page's text as a document. An extractor that fails on a page rejects it with the error's name and ends no run."""
+    title = ""
+    try:
+        with cpu_limit(config.max_page_cpu_seconds):
+            if mime in PLAIN:
+                text = decoded.text.strip()
+            elif config.extractor == "trafilatura":
+                import trafilatura
+
+                text = trafilatura.extract(decoded.text, include_comments=False) or ""
+            else:
+                extracted = extract_html(decoded.text)
+                text, title = extracted.text, extracted.title
+    except CpuLimitExceededError:
+        return Rejected(empty, "source:cpu_limit")
+    except Exception as error:  # third-party parsers on hostile input
+        return Rejected(empty, f"source:extractor_failed_{type(error).__name__}")
+    meta = {**empty.meta, "charset": decoded.charset, **({"title": title} if title else {})}
+    document = replace(empty, text=text, meta=meta)
+    return document if text else Rejected(document, "source:no_text")
+
+
+def _conversion_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outcome]:
+    """Text that the crawl's publisher extracted (WET)."""
+    decoded = decode_text(record.body, "utf-8")
+    yield from (Fault(problem, _readable(record.where)) for problem in decoded.problems)
+    document = Document(record.where, decoded.text.strip(), config.source, record.url, {"date": record.date})
+    yield document if document.text else Rejected(document, "source:empty")
+
+
+def _guess_mime(body: bytes) -> str:
+    head = body[:1024].lstrip().lower()
+    return "text/html" if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in head else ""
+
+
+def _readable(where: str) -> str:
+    name, _, offset = where.rpartition(":")
+    return f"{name}: offset {offset}"
