@@ -151,6 +151,13 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a tool that runs on one process: `auto` is the GPU if there is one. Raises UserError if `cuda` is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU on this machine")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def utc_now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

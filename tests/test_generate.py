@@ -1,0 +1,168 @@
+"""Sampling functions, the key/value cache against recomputation, streams of random numbers, and whole characters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagpt.checkpoint import LoadedModel
+from megagpt.generate import (
+    SamplingConfig,
+    StreamDecoder,
+    generate_ids,
+    keep_top_k,
+    keep_top_p,
+    next_token,
+    penalise_repetition,
+    pick,
+    stream_texts,
+)
+from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.tokenizer import Bytes
+
+
+def small_gpt(family: str = "llama", **changes: object) -> GPT:
+    sizes = {"vocab_size": 320, "seq_len": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32}
+    model = GPT(ModelConfig.model_validate({**sizes, "family": family, "init_std": 0.3, **changes}))
+    initialise(model, seed=3)
+    return model.eval()
+
+
+def loaded(model: GPT) -> LoadedModel:
+    return LoadedModel(model, model.config, Bytes(), 0, {}, Path())
+
+
+def ids_of(model: GPT, prompt: list[list[int]], **settings: object) -> list[list[int | None]]:
+    options = {name: settings.pop(name) for name in ("vocab_size", "eot_id", "streams") if name in settings}
+    sampling = SamplingConfig.model_validate(settings)
+    return list(generate_ids(model, model.config, torch.tensor(prompt), sampling, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("k", "kept"), [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3]), (None, [0, 1, 2, 3])]
+)
+def test_top_k(k: int | None, kept: list[int]) -> None:
+    result = keep_top_k(torch.tensor([[1.0, 5.0, -2.0, 3.0]]), k)
+    assert result.isfinite().nonzero()[:, 1].tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"), [(0.01, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [0, 1, 3]), (1.0, [0, 1, 2, 3])]
+)
+def test_top_p_keeps_the_fewest_that_reach_p(p: float, kept: list[int]) -> None:
+    result = keep_top_p(torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64), p)
+    assert result.nonzero()[:, 1].tolist() == kept
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
+    logits = torch.tensor([[2.0, -2.0, 4.0, -4.0]])
+    assert penalise_repetition(logits, torch.tensor([[0, 1, 1]]), 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
+    assert penalise_repetition(logits, torch.tensor([[0, 1]]), 1.0) is logits
+
+
+def test_pick_follows_the_weights() -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0])
+    draws = torch.arange(0, 1, 1 / 400, dtype=torch.float64)
+    picked = pick(weights.expand(400, -1), draws)
+    assert torch.bincount(picked, minlength=5).tolist() == [0, 100, 0, 200, 100]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}])
+def test_settings_that_leave_one_token_take_the_likeliest(settings: dict[str, float]) -> None:
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(0))
+    tokens = next_token(
+        logits, torch.zeros(16, 1, dtype=torch.long), torch.rand(16).double(), SamplingConfig.model_validate(settings)
+    )
+    assert tokens.tolist() == logits.argmax(dim=-1).tolist()
+
+
+def test_draws_have_the_models_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sampling = SamplingConfig(temperature=0.5)
+    tokens = next_token(logits.expand(len(draws), -1), torch.zeros(len(draws), 1, dtype=torch.long), draws, sampling)
+    found = torch.bincount(tokens, minlength=4) / len(draws)
+    # The standard error of a share of 20,000 draws is at most 0.0035.
+    torch.testing.assert_close(found, (logits[0] / 0.5).softmax(dim=0), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_cached_generation_equals_recomputing_every_token(family: str) -> None:
+    model = small_gpt(family)
+    prompt = [[5, 6, 7], [8, 9, 10]]
+    found = ids_of(model, prompt, max_tokens=29, temperature=0.0)
+    ids = torch.tensor(prompt)
+    with torch.no_grad():
+        for _ in range(29):
+            ids = torch.cat((ids, model(ids)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    assert torch.tensor(found).T.tolist() == ids[:, 3:].tolist()
+    assert len(set(ids[0].tolist())) > 5
+
+
+def test_generation_goes_on_when_the_context_is_full() -> None:
+    model = small_gpt()
+    found = ids_of(model, [list(range(30))], max_tokens=60, temperature=0.0)
+    assert len(found) == 60
+    ids = torch.tensor([list(range(30))])
+    with torch.no_grad():
+        for step in range(60):
+            # 2 tokens fit beside the prompt; then the last 16 are kept, beside which 16 fit.
+            start = 0 if step < 3 else 30 + step - 16 - (step - 3) % 17
+            ids = torch.cat((ids, model(ids[:, start:])[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    assert [token for (token,) in found] == ids[0, 30:].tolist()
+
+
+def test_a_prompt_longer_than_the_context_is_cut_from_the_left() -> None:
+    model = small_gpt()
+    ids = torch.randint(320, (1, 100), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = int(model(ids[:, -32:])[0, -1].argmax())
+    assert ids_of(model, ids.tolist(), max_tokens=1, temperature=0.0) == [[expected]]
+
+
+def test_a_rows_text_depends_on_seed_and_stream_only() -> None:
+    model = small_gpt()
+    alone = ids_of(model, [[1, 2]], max_tokens=20, temperature=1.0, seed=5, streams=[2])
+    together = ids_of(model, [[1, 2]] * 3, max_tokens=20, temperature=1.0, seed=5)
+    assert [row[0] for row in alone] == [row[2] for row in together]
+    assert [row[0] for row in together] != [row[1] for row in together]
+    assert ids_of(model, [[1, 2]], max_tokens=20, temperature=1.0, seed=6, streams=[2]) != alone
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
+    model = small_gpt()
+    tokens = [row[0] for row in ids_of(model, [[1]], max_tokens=200, temperature=5.0, vocab_size=10)]
+    assert set(tokens) == set(range(10))
+
+
+def test_rows_end_at_the_end_of_text_and_generation_when_all_have() -> None:
+    model = small_gpt()
+    free = ids_of(model, [[1, 2]] * 4, max_tokens=300, temperature=1.0, vocab_size=12)
+    ended = ids_of(model, [[1, 2]] * 4, max_tokens=300, temperature=1.0, vocab_size=12, eot_id=7)
+    for row in range(4):
+        first = [step[row] for step in free].index(7)
+        expected = [step[row] for step in free][:first] + [None] * (len(ended) - first)
+        assert [step[row] for step in ended] == expected
+    assert len(ended) < len(free) == 300
+
+
+def test_characters_come_out_whole() -> None:
+    decoder = StreamDecoder(Bytes())
+    pieces = [decoder.push(byte) for byte in "aé🙂".encode()]
+    assert pieces == ["a", "", "é", "", "", "", "🙂"]
+    assert [decoder.push(byte) for byte in b"\xf0\x9f"] == ["", ""]
+    assert decoder.push(256) == ""
+    assert decoder.finish() == "�"
+
+
+def test_texts_of_prompts_of_different_lengths() -> None:
+    model = loaded(small_gpt())
+    prompts = ["ab", "", "cd", "efg"]
+    sampling = SamplingConfig(max_tokens=12, temperature=1.0, stop_at_eot=False)
+    texts = [""] * 4
+    for row, piece in stream_texts(model, prompts, sampling):
+        texts[row] += piece
+    for row, prompt in enumerate(prompts):
+        ids = Bytes().encode(prompt) or [256]
+        tokens = ids_of(model.model, [ids], max_tokens=12, temperature=1.0, vocab_size=257, streams=[row])
+        assert texts[row] == Bytes().decode(token for (token,) in tokens if token is not None)
