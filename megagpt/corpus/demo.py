@@ -97,7 +97,7 @@ def build_demo_dumps(config: DemoConfig) -> Planted:
     planted = Planted(
         web_files=tuple(web_files),
         wiki_file=str(wiki_file),
-        responses=len(web_pages),
+        responses=len(web_pages) + 1,
         articles=len(articles),
         redirects=NUM_REDIRECTS,
         other_namespaces=NUM_OTHER_NAMESPACES,
@@ -143,11 +143,13 @@ def join_chapters(pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
     """
     chapters: list[Page] = []
     blocks: list[tuple[BlockKind, str]] = []
-    used, group = set(), []
+    used, group, said = set(), [], set()
     for page in pages:
-        if len(chapters) == 2 * MAX_COPIES or not is_clean(page):
+        texts = {text for _, text in page.blocks}
+        if len(chapters) == 2 * MAX_COPIES or not is_clean(page) or texts & said:
             continue
         group.append(page)
+        said |= texts
         blocks += page.blocks
         if sum(len(text.split()) for _, text in blocks) >= MIN_COPIED_WORDS:
             chapters.append(Page(f"guide.{group[0].name}", tuple(blocks)))

@@ -46,7 +46,8 @@ def write_warc(path: Path, pages: Iterable[WebPage], *, cut_off: bool) -> None:
             for record in captured(page):
                 file.write(record)
         if cut_off:
-            page = WebPage("https://docs.example.org/last.html", b"<p>" + b"The transfer of this page ended early. " * 400)
+            noise = random.Random(0).randbytes(8000).hex(" ", 4)
+            page = WebPage("https://docs.example.org/last.html", f"<html><body><p>{noise}</p></body></html>".encode())
             request, response, _ = captured(page)
             file.write(request)
             file.write(response[: len(response) // 2])

@@ -58,6 +58,14 @@ PACKAGES = (
 """Packages among this project's dependencies that document themselves in prose; those not installed are passed over."""
 
 MIN_PROSE_WORDS = 60
+MIN_SMALL_WORDS = 0.2
+SMALL_WORDS = frozenset(
+    {
+        "a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "have", "if", "in", "is", "it",
+        "not", "of", "on", "or", "that", "the", "this", "to", "was", "when", "with",
+    }
+)  # fmt: skip
+"""English prose holds at least that share of them; lists of names do not."""
 MAX_SHARED = 0.25
 """Largest share of a page's word 5-grams that earlier pages may hold: far below what any near-duplicate rule would match."""
 
@@ -66,6 +74,7 @@ _ROLE = re.compile(r":[\w:.+-]+:`~?(?:\.)?([^`<]+?)\s*(?:<[^`>]*>)?`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
 _QUOTED = re.compile(r"``?([^`\n]+)``?")
 _UNDERLINE = re.compile(r"^([=\-~^*#\"'+])\1{2,}\s*$")
+_RULE = re.compile(r"^\s*[+|=\-]{2}[+|=\- ]*$")
 _LONG_STRING = re.compile(r'"""[^"]{300}|\'\'\'[^\']{300}')
 _WORD = re.compile(r"[^\W_]+")
 
@@ -164,9 +173,11 @@ def _docstrings(module: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def is_prose(page: Page) -> bool:
-    """Enough running text, and mostly that: tables of parameters and listings teach a small model little."""
+    """Enough running English text, and mostly that: tables and listings teach a small model little."""
     words = {kind: sum(len(text.split()) for found, text in page.blocks if found == kind) for kind in get_args(BlockKind)}
-    return words["paragraph"] + words["item"] >= MIN_PROSE_WORDS and words["paragraph"] + words["item"] >= 2 * words["code"]
+    prose = [word for kind, text in page.blocks if kind in ("paragraph", "item") for word in text.lower().split()]
+    small = sum(word in SMALL_WORDS for word in prose)
+    return len(prose) >= max(MIN_PROSE_WORDS, 2 * words["code"]) and small >= MIN_SMALL_WORDS * len(prose)
 
 
 def word_shingles(page: Page) -> set[int]:
@@ -180,7 +191,7 @@ def word_shingles(page: Page) -> set[int]:
 
 
 def parse_blocks(docstring: str) -> Iterator[tuple[BlockKind, str]]:
-    """The blocks of a docstring or README, inline markup removed. What is indented, or starts with >>>, is code."""
+    """The blocks of a docstring or README, inline markup removed. What is indented, ruled or starts with >>> is code."""
     in_fence = False
     for part in re.split(r"\n\s*\n", docstring.expandtabs()):
         lines = [line.rstrip() for line in part.split("\n") if line.strip()]
@@ -202,7 +213,7 @@ def _parse_part(lines: list[str]) -> Iterator[tuple[BlockKind, str]]:
     if not lines:
         return
     indents = [len(line) - len(line.lstrip()) for line in lines]
-    if lines[0].lstrip().startswith((">>>", "$ ")) or min(indents) >= 4:
+    if lines[0].lstrip().startswith((">>>", "$ ")) or min(indents) >= 4 or any(map(_RULE.match, lines)):
         yield "code", "\n".join(line[min(indents) :] for line in lines)
     elif lines[0].lstrip().startswith(("- ", "* ", "+ ")):
         for item in re.split(r"\n\s*[-*+] ", "\n" + "\n".join(lines))[1:]:
