@@ -1,0 +1,311 @@
+"""Look into what the tools made: statistics, verification and lineage of shards, rejected documents, the ledger of a run.
+
+Every function yields lines of text. No torch, so it runs on data nodes too.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from megagpt.config import Config, UserError, read_yaml, validate
+from megagpt.documents import Document, read_documents
+from megagpt.files import read_json
+from megagpt.ledger import Entry, read_ledger
+from megagpt.samples import Data, DataConfig, TokenDataset, TrainState, open_data, recompute_fed_hash
+from megagpt.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
+from megagpt.tokenizer import open_tokenizer
+
+EXCERPT_CHARACTERS = 160
+CHUNK_TOKENS = 4 << 20
+
+
+class InspectConfig(Config):
+    """Settings of `tools/inspect_data.py`: one of shards, stage and run_dir says what is looked into."""
+
+    shards: Path | None = None
+    """A split (a folder with manifest.json), or a folder with splits somewhere below it. Alone: statistics."""
+    verify: bool = False
+    """With shards: check every byte against the manifests, and that end-of-text ends documents and stands nowhere else."""
+    token: int | None = Field(default=None, ge=0)
+    """With shards: say which documents the tokens from this one on come from."""
+    num_tokens: int = Field(default=1, ge=1)
+    """How many tokens `token` begins."""
+    split: Literal["train", "validation"] = "train"
+    """Which split `token` counts in, where shards holds both."""
+    stage: Path | None = None
+    """The output of an extraction, filter or deduplication stage: counts, and examples of rejected documents per reason."""
+    reason: str | None = None
+    """With stage: only reasons that begin with this."""
+    num_examples: int = Field(default=3, ge=0)
+    """With stage: examples per reason."""
+    run_dir: Path | None = None
+    """A training run: recompute what was fed from the shards and compare it with the run's ledger."""
+    step: int | None = Field(default=None, ge=0)
+    """With run_dir: only this step (from 0), with the documents in its batch."""
+    rank: int | None = Field(default=None, ge=0)
+    """With step: only the samples that this rank had."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InspectConfig":
+        given = [name for name in ("shards", "stage", "run_dir") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"one of shards, stage and run_dir is expected, {' and '.join(given) or 'none'} given")
+        if self.rank is not None and self.step is None:
+            raise ValueError("rank needs step")
+        return self
+
+
+def inspect(config: InspectConfig) -> Iterator[str]:
+    """What the settings ask for. Raises UserError; also at the end of a verification that found faults."""
+    if config.stage is not None:
+        return show_rejected(config.stage, reason=config.reason, num_examples=config.num_examples)
+    if config.run_dir is not None and config.step is None:
+        return check_ledger(config.run_dir)
+    if config.run_dir is not None and config.step is not None:
+        return show_step(config.run_dir, config.step, rank=config.rank)
+    splits = find_splits(config.shards or Path())
+    if config.token is not None:
+        named = [path for path in splits if path.name == config.split] or splits
+        if len(named) != 1:
+            raise UserError(f"shards={config.shards}: {len(named)} splits are below it, token= needs one: name its folder")
+        return show_tokens(named[0], config.token, config.num_tokens)
+    return verify_splits(splits) if config.verify else show_statistics(splits)
+
+
+def find_splits(folder: Path) -> list[Path]:
+    """Folders with a manifest.json at or below `folder`. Raises UserError if there is none."""
+    found = sorted(path.parent for path in folder.rglob("manifest.json"))
+    if not found:
+        raise UserError(f"shards={folder}: no manifest.json at or below it; tools/tokenize_documents.py writes one at its end")
+    return found
+
+
+# ---- shards
+
+
+def show_statistics(splits: Sequence[Path]) -> Iterator[str]:
+    """Per split: sizes, documents per source, and how long documents are."""
+    import pyarrow.parquet as pq
+
+    for directory in splits:
+        manifest = read_manifest(directory)
+        yield f"{directory}: {manifest.dtype}, vocabulary {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256[:12]}"
+        yield (
+            f"  {len(manifest.shards)} shards, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{manifest.text_bytes:,} bytes of text, {manifest.text_bytes / max(manifest.tokens, 1):.3f} bytes per token"
+        )
+        documents, tokens, sizes = Counter[str](), Counter[str](), Counter[int]()
+        for info in manifest.shards:
+            table = pq.read_table(directory / f"{info.name}.docs.parquet", columns=["source", "tokens"])
+            for row in table.group_by("source").aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
+                documents[row["source"]] += row["tokens_count"]
+                tokens[row["source"]] += row["tokens_sum"]
+            # Lengths by power of two: bounded, whatever the number of documents.
+            powers = np.frexp(table["tokens"].to_numpy())[1]
+            sizes.update(dict(zip(*(part.tolist() for part in np.unique(powers, return_counts=True)), strict=True)))
+        for source in sorted(documents):
+            yield f"  source {source}: {documents[source]:,} documents, {tokens[source]:,} tokens"
+        for power in sorted(sizes):
+            yield f"  {2 ** max(power - 1, 0):>9,} to {2**power - 1:>9,} tokens: {sizes[power]:,} documents"
+
+
+def verify_splits(splits: Sequence[Path]) -> Iterator[str]:
+    """Check every shard of every split. Raises ShardError that lists all faults, after the sound ones were named."""
+    faults: list[str] = []
+    total = sum(read_manifest(directory).tokens for directory in splits)
+    with tqdm(total=total, unit="token", unit_scale=True, desc="verify", disable=None) as bar:
+        for directory in splits:
+            manifest, before = read_manifest(directory), len(faults)
+            faults += check_tokenizer(directory, manifest)
+            for number, info in enumerate(manifest.shards):
+                found = list(verify_shard(directory, info, manifest.dtype))
+                faults += found or check_contents(directory, manifest, number)
+                bar.update(info.tokens)
+            if len(faults) == before:
+                yield f"{directory}: sound, {manifest.tokens:,} tokens in {len(manifest.shards)} shards"
+    if faults:
+        raise ShardError("\n  ".join([f"{len(faults)} faults:", *faults]))
+
+
+def check_tokenizer(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """One message if the tokenizer beside a split is not the one that its shards were made with."""
+    tokenizer = open_tokenizer(directory.parent / "tokenizer")
+    if tokenizer.fingerprint != manifest.tokenizer_sha256:
+        yield f"{directory.parent / 'tokenizer'}: sha256 {tokenizer.fingerprint} is not the shards' {manifest.tokenizer_sha256}"
+
+
+def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator[str]:
+    """Messages about a shard whose bytes are sound but whose contents are not what a shard promises."""
+    import pyarrow.parquet as pq
+
+    info = manifest.shards[number]
+    shard, path = open_shard(directory, info, manifest.dtype), directory / f"{info.name}.bin"
+    ends, largest = 0, -1
+    for start in range(0, info.tokens, CHUNK_TOKENS):
+        tokens = shard.read(start, min(CHUNK_TOKENS, info.tokens - start))
+        ends += int(np.count_nonzero(tokens == manifest.eot_id))
+        largest = max(largest, int(tokens.max()))
+    offsets = shard.document_offsets()
+    if largest >= manifest.vocab_size:
+        yield f"{path}: holds id {largest}, the vocabulary has {manifest.vocab_size}"
+    last = np.array([int(shard.read(int(end) - 1, 1)[0]) for end in offsets[1:]])
+    if ends != info.documents or np.any(last != manifest.eot_id):
+        yield f"{path}: {ends} end-of-text tokens, {info.documents} documents: each document ends with one and holds no other"
+    rows = pq.read_table(directory / f"{info.name}.docs.parquet", columns=["tokens", "bytes"])
+    if not np.array_equal(rows["tokens"].to_numpy(), np.diff(offsets)) or sum(rows["bytes"].to_pylist()) != info.text_bytes:
+        yield f"{directory / info.name}.docs.parquet: its tokens or bytes are not those of the index and the manifest"
+
+
+def show_tokens(directory: Path, token: int, num_tokens: int) -> Iterator[str]:
+    """The documents that tokens [token, token + num_tokens) of a split come from, back to the record of the dump."""
+    dataset, tokenizer = TokenDataset(directory, seq_len=1), open_tokenizer(directory.parent / "tokenizer")
+    if token + num_tokens > dataset.num_tokens:
+        raise UserError(f"{directory}: tokens {token} to {token + num_tokens} asked of {dataset.num_tokens}")
+    for place in places(dataset, token, num_tokens):
+        yield f"{place.where}: {place.describe()}"
+        yield f"  {excerpt(tokenizer.decode(dataset.tokens(place.start, place.count).tolist()))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A run of tokens inside one document. `start` counts in the split, `offset` in the document."""
+
+    start: int
+    count: int
+    offset: int
+    where: str
+    row: dict[str, Any]
+
+    def describe(self) -> str:
+        """Which tokens of which document."""
+        row = self.row
+        url = f" {row['url']}" if row["url"] else ""
+        return (
+            f"tokens {self.offset:,} to {self.offset + self.count:,} of {row['tokens']:,} of {row['id']} ({row['source']}){url}"
+        )
+
+
+def places(dataset: TokenDataset, token: int, num_tokens: int) -> Iterator[Place]:
+    """The documents under a range of a split's tokens, in order."""
+    import pyarrow.parquet as pq
+
+    tables: dict[Path, Any] = {}
+    end = token + num_tokens
+    while token < end:
+        path, number, start = dataset.document(token)
+        if path not in tables:
+            tables = {path: pq.read_table(path)}
+        row = tables[path].slice(number, 1).to_pylist()[0]
+        count = min(end, start + row["tokens"]) - token
+        yield Place(token, count, token - start, f"{path.name} row {number}", row)
+        token += count
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text on one line."""
+    shown = json.dumps(text[:EXCERPT_CHARACTERS], ensure_ascii=False)
+    return shown + (" …" if len(text) > EXCERPT_CHARACTERS else "")
+
+
+# ---- stages
+
+
+def show_rejected(stage: Path, *, reason: str | None, num_examples: int) -> Iterator[str]:
+    """What a stage kept and dropped, and the beginning of a few documents per reason."""
+    if not (stage / "summary.json").is_file():
+        raise UserError(f"stage={stage}: no summary.json: not the output of a stage, or the stage has not run")
+    summary = read_json(stage / "summary.json")
+    if "rejected" not in summary:
+        raise UserError(f"stage={stage}: no stage that rejects documents (extract, filter and dedup do)")
+    rejected = sum(summary["rejected"].values())
+    yield f"{stage}: {summary['documents_in']:,} documents in, {summary['kept']:,} kept, {rejected:,} rejected"
+    examples: dict[str, list[Document]] = {}
+    for path in sorted((stage / "rejected").glob("*.jsonl.zst")):
+        for document in read_documents(path):
+            examples.setdefault(str(document.meta.get("rejected")), []).append(document)
+    for name, count in sorted(summary["rejected"].items(), key=lambda item: (-item[1], item[0])):
+        if reason is None or name.startswith(reason):
+            yield f"{name}: {count:,}"
+            for document in examples.get(name, [])[:num_examples]:
+                yield f"  {document.id} {document.url or ''}".rstrip()
+                yield f"    {excerpt(document.text)}"
+
+
+# ---- runs
+
+
+def check_ledger(run_dir: Path) -> Iterator[str]:
+    """Recompute every step's hash from the shards, and that steps follow each other. Raises UserError listing what differs."""
+    data, entries = _open_run(run_dir)
+    faults = [
+        f"steps {before.step} and {entry.step} follow each other: some are missing"
+        for before, entry in itertools.pairwise(entries)
+        if entry.step != before.step + 1
+    ]
+    for entry in tqdm(entries, unit="step", desc="ledger", disable=None):
+        found = recompute_fed_hash(data.train, TrainState(samples=entry.first_sample), entry.num_samples)
+        if found != entry.fed_hash:
+            faults.append(f"step {entry.step}: fed_hash {entry.fed_hash}, the shards give {found}")
+    if faults:
+        raise UserError("\n  ".join([f"{run_dir}: the ledger does not agree with the shards:", *faults]))
+    first, end = min(entry.first_sample for entry in entries), _end(entries)
+    yield f"{run_dir}: steps {entries[0].step} to {entries[-1].step}, samples {first:,} to {end:,}, all as in the shards"
+    used = sorted((entry.first_sample, entry.first_sample + entry.num_samples) for entry in entries)
+    for (_, end), (start, _) in itertools.pairwise(used):
+        if start != end:
+            yield f"  samples {min(start, end):,} to {max(start, end):,} were {'left out' if start > end else 'used twice'}"
+
+
+def show_step(run_dir: Path, step: int, *, rank: int | None) -> Iterator[str]:
+    """The documents in the batch of a step, and whether its hash is what the shards give."""
+    data, entries = _open_run(run_dir)
+    entry = next((entry for entry in entries if entry.step == step), None)
+    if entry is None:
+        raise UserError(f"{run_dir}: step={step} is not in the ledger, which has steps {entries[0].step} to {entries[-1].step}")
+    found = recompute_fed_hash(data.train, TrainState(samples=entry.first_sample), entry.num_samples)
+    verdict = "as in the shards" if found == entry.fed_hash else f"BUT the shards give {found}"
+    yield f"step {step}: samples {entry.first_sample:,} to {_end([entry]):,}, fed_hash {entry.fed_hash}, {verdict}"
+    for index in _samples_of(run_dir, entry, rank):
+        source, position = data.train.locate(index)
+        dataset = data.train.datasets[source]
+        if isinstance(dataset, TokenDataset):
+            start = dataset.first_token(position)
+            yield f"sample {index}: tokens {start:,} to {start + dataset.seq_len:,} of {dataset.directory}"
+            for place in places(dataset, start, dataset.seq_len):
+                yield f"  {place.describe()}"
+    if found != entry.fed_hash:
+        raise UserError(f"{run_dir}: step {step} was fed other tokens than the shards hold now")
+
+
+def _open_run(run_dir: Path) -> tuple[Data, list[Entry]]:
+    settings = read_yaml(run_dir / "config.yaml")
+    if "data" not in settings:
+        raise UserError(f"{run_dir / 'config.yaml'}: no section data: not a training run")
+    entries = read_ledger(run_dir)
+    if not entries:
+        raise UserError(f"{run_dir}: no ledger, or an empty one: the run has made no step")
+    return open_data(validate(DataConfig, settings["data"], source=str(run_dir / "config.yaml"))), entries
+
+
+def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:
+    """The global sample indices of a step, or those of one rank in the layout of the start that made the step."""
+    indices = list(range(entry.first_sample, entry.first_sample + entry.num_samples))
+    if rank is None:
+        return indices
+    start = read_json(run_dir / "starts" / f"{entry.incarnation:04d}.json")
+    size, width = start["world_size"], start["config"]["micro_batch_size"]
+    if rank >= size:
+        raise UserError(f"rank={rank}: step {entry.step} was made by ranks 0 to {size - 1}")
+    return [index for i, index in enumerate(indices) if i // width % size == rank]
+
+
+def _end(entries: Sequence[Entry]) -> int:
+    return max(entry.first_sample + entry.num_samples for entry in entries)

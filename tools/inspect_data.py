@@ -1,0 +1,24 @@
+"""Look into documents, shards and the data of a run.
+
+    python tools/inspect_data.py shards=DIR                     statistics
+    python tools/inspect_data.py shards=DIR verify=true         check every byte
+    python tools/inspect_data.py shards=DIR token=N             which record of which dump a token comes from
+    python tools/inspect_data.py stage=DIR [reason=...]         what a stage rejected, with examples
+    python tools/inspect_data.py run_dir=DIR                    compare the run's ledger with the shards
+    python tools/inspect_data.py run_dir=DIR step=N [rank=R]    which documents were in a batch
+
+Ends with status 2 if something is damaged or does not agree.
+"""
+
+from megagpt.command import main
+from megagpt.inspection import InspectConfig, inspect
+
+
+def run(config: InspectConfig) -> None:
+    """Print what is found."""
+    for line in inspect(config):
+        print(line)
+
+
+if __name__ == "__main__":
+    main(InspectConfig, run, __doc__ or "")
