@@ -107,19 +107,23 @@ def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, block
     if any(part is None for part in parts):
         return
     try:
-        sizes = _concatenate(output_dir / name, [_part(output_dir, block, ".kept") for block in blocks])
-        _concatenate(output_dir / "dropped" / name, [_part(output_dir, block, ".dropped") for block in blocks])
-        _merge_samples(output_dir / "rejected" / name, [_part(output_dir, block, ".samples") for block in blocks])
+        counts = add_counts([part for part in parts if part])
+        done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": Path(blocks[0].path).name, **counts}
+        write_json(output_dir / f"{name}.done.json", {**done, **_merge(output_dir, blocks)})
     except FileNotFoundError:
-        if is_done(output_dir, name, plan):
-            return
-        raise
-    files = {str(path): _describe(output_dir / path) for path in (name, f"dropped/{name}", f"rejected/{name}")}
-    frames = [0, *itertools.accumulate(sizes)][:-1]
-    counts = {key: value for key, value in add_counts([part for part in parts if part]).items() if key != "plan"}
-    done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": Path(blocks[0].path).name}
-    write_json(output_dir / f"{name}.done.json", {**done, **counts, "frames": frames, "files": files})
+        if not is_done(output_dir, name, plan):
+            raise
     shutil.rmtree(output_dir / ".parts" / name, ignore_errors=True)
+
+
+def _merge(output_dir: Path, blocks: list[Block]) -> dict[str, Any]:
+    """Write a file's three outputs from its blocks; returns where its frames begin, and sizes and sha256 of the outputs."""
+    name = blocks[0].name
+    sizes = _concatenate(output_dir / name, [_part(output_dir, block, ".kept") for block in blocks])
+    _concatenate(output_dir / "dropped" / name, [_part(output_dir, block, ".dropped") for block in blocks])
+    _merge_samples(output_dir / "rejected" / name, [_part(output_dir, block, ".samples") for block in blocks])
+    files = {str(path): _describe(output_dir / path) for path in (name, f"dropped/{name}", f"rejected/{name}")}
+    return {"frames": [0, *itertools.accumulate(sizes)][:-1], "files": files}
 
 
 def _concatenate(path: Path, parts: list[Path]) -> list[int]:

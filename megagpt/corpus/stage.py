@@ -85,7 +85,10 @@ def run_stage(
             run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
     for file in pending:
         finish_file(name, output_dir, config_hash, plans[file], files[file])
-    return _write_summary(name, output_dir, config_hash, files)
+    summary = _write_summary(name, output_dir, config_hash, files)
+    if summary.complete:
+        _sweep(output_dir)
+    return summary
 
 
 def read_summary(output_dir: Path) -> StageSummary:
@@ -156,6 +159,14 @@ def _drop_outdated(output_dir: Path, plans: dict[str, str]) -> None:
         if path.is_file() and read_json(path)["plan"] != plan:
             log.info("%s: its input or its blocks have changed: it is made again", name)
             path.unlink()
+
+
+def _sweep(output_dir: Path) -> None:
+    """Remove what killed runs left behind, once all files are finished and nobody writes any more."""
+    shutil.rmtree(output_dir / ".parts", ignore_errors=True)
+    for folder in (output_dir, output_dir / "dropped", output_dir / "rejected"):
+        for path in folder.glob(".tmp-*.jsonl.zst*"):
+            path.unlink(missing_ok=True)
 
 
 def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[str, list[Block]]) -> StageSummary:
