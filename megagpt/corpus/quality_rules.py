@@ -34,6 +34,7 @@ SPACE_BOUND = (
     "gopher_quality.min_mean_word_length",
     "gopher_quality.max_mean_word_length",
     "gopher_quality.max_symbol_ratio",
+    "gopher_quality.min_alphabetic_words",
     "c4.min_words_per_line",
     "c4.max_word_length",
     "fineweb.max_newline_ratio",
@@ -146,7 +147,7 @@ def gopher_quality(
             reason = "too_many_bullet_lines"
         elif _above(sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines), max_ellipsis_lines):
             reason = "too_many_ellipsis_lines"
-    if reason is None and num_words:
+    if reason is None and num_words and language not in UNSPACED_LANGUAGES:
         alphabetic = sum(count for word, count in counts.items() if _has_letter(word))
         if _below(alphabetic / num_words, min_alphabetic_words):
             reason = "too_few_alphabetic_words"

@@ -1,0 +1,359 @@
+"""Filters: for each a text it keeps, one it drops, and the reason; n-gram counts against an obvious version; the stage."""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megagpt.config import UserError
+from megagpt.corpus import page_filters, quality_rules
+from megagpt.corpus.executors import Execution
+from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters, config_hash, filter_documents
+from megagpt.corpus.text_statistics import Splitter, count_duplicates, count_repeated_n_grams, split_sentences, split_words
+from megagpt.documents import Document, Rejected, read_documents, write_documents
+
+PROSE = (
+    "The harbour was quiet when the two sisters came down to the water with their baskets, and nobody spoke to them.\n"
+    "They had walked since dawn along the cliff path, which the storms of that winter had broken in several places.\n"
+    "A fisherman mending nets looked up, nodded, and went back to his work as though he had been expecting somebody else.\n"
+    "Behind the church, on the hill, a bell began to ring for a wedding that would have to wait until the rain stopped.\n"
+    "Margaret counted the coins in her pocket again; there were not enough of them to pay for both of their passages.\n"
+    "It was a small boat, old but dry, and its owner asked them only where they came from and where they hoped to sleep."
+)
+
+
+def document(text: str, **meta: object) -> Document:
+    return Document("file:0", text, "test", meta=dict(meta))
+
+
+def reason(outcome: Document | Rejected) -> str:
+    return outcome.reason if isinstance(outcome, Rejected) else "kept"
+
+
+Rule = Callable[..., Document | Rejected]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        quality_rules.gopher_repetition,
+        quality_rules.gopher_quality,
+        quality_rules.c4,
+        quality_rules.fineweb,
+        quality_rules.refinedweb,
+        page_filters.min_length,
+        page_filters.personal_data,
+        page_filters.clean,
+    ],
+)
+def test_prose_passes_every_rule_unchanged(rule: Rule) -> None:
+    assert rule(document(PROSE)) == document(PROSE)
+
+
+LINES = PROSE.split("\n")
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "expected"),
+    [
+        ("gopher_repetition", "", "empty"),
+        ("gopher_repetition", "\n".join(LINES[:2] + LINES[:1] * 2), "duplicate_lines"),
+        ("gopher_repetition", "\n\n".join(LINES[:2] + LINES[:1] * 2), "duplicate_paragraphs"),
+        ("gopher_repetition", "\n".join([*LINES[:3], "a", "b", LINES[0]]), "duplicate_line_chars"),
+        ("gopher_repetition", "\n\n".join([*LINES[:3], "a", "b", LINES[0]]), "duplicate_paragraph_chars"),
+        ("gopher_repetition", " ".join(f"very tall w{i}" for i in range(40)), "top_2_gram"),
+        (
+            "gopher_repetition",
+            " ".join(f"more than once but{i} word{i} number{i} is{i} other{i} here{i}" for i in range(60)),
+            "top_3_gram",
+        ),
+        (
+            "gopher_repetition",
+            PROSE + " " + " ".join(LINES[0].split()[:19]) + " end " + " ".join(LINES[1].split()[:17]),
+            "duplicate_5_grams",
+        ),
+        ("gopher_quality", "Too short to be of use to the reader of it.", "too_few_words"),
+        ("gopher_quality", "I am at it to be of a no. " * 20, "words_too_short"),
+        ("gopher_quality", "Donaudampfschifffahrtsgesellschaft Kapitänsmützenabzeichen " * 30, "words_too_long"),
+        ("gopher_quality", PROSE.replace(" the ", " #the "), "kept"),
+        ("gopher_quality", PROSE.replace(" ", " # "), "too_many_hashes"),
+        ("gopher_quality", PROSE.replace(" ", " ... "), "too_many_ellipses"),
+        ("gopher_quality", "\n".join("- " + line for line in LINES), "too_many_bullet_lines"),
+        ("gopher_quality", "\n".join(line + "..." for line in LINES), "too_many_ellipsis_lines"),
+        ("gopher_quality", PROSE.replace(" ", " 1234 "), "too_few_alphabetic_words"),
+        ("gopher_quality", re.sub(r"\b(the|to|of|and|that|have|with|be)\b", "foo", PROSE), "too_few_stop_words"),
+        ("c4", PROSE + "\nlorem ipsum dolor sit amet.", "lorem_ipsum"),
+        ("c4", PROSE + "\nfunction f() { return 1; }.", "curly_bracket"),
+        ("c4", "\n".join(LINES[:2]), "too_few_sentences"),
+        ("fineweb", " \n ", "empty"),
+        ("fineweb", PROSE.replace(".", ""), "few_punctuated_lines"),
+        ("fineweb", "\n".join([*LINES[:2], *(f"Menu entry {i}." for i in range(6))]), "short_lines"),
+        ("fineweb", "\n".join([*LINES, LINES[0]]), "duplicate_line_chars"),
+        ("fineweb", "\n".join(f"Extraordinarilylongwords{i}everywhere." for i in range(9)), "list_like"),
+        ("refinedweb", PROSE + "\nHOME\nABOUT US AND ALL OUR FINE PRODUCTS\n3 likes", "too_many_words_removed"),
+        ("refinedweb", "HOME\n12", "empty"),
+        ("min_length", "Short.", "characters"),
+    ],
+)
+def test_reasons(rule: str, text: str, expected: str) -> None:
+    function: Rule = page_filters.min_length if rule == "min_length" else getattr(quality_rules, rule)
+    assert reason(function(document(text))) == (expected if expected == "kept" else f"{rule}:{expected}")
+
+
+def test_c4_drops_lines_and_citations() -> None:
+    dropped = [
+        "Please enable JavaScript to see this page.",
+        "We use cookies on this site.",
+        "Two words.",
+        "No full stop here at all",
+        "And so on...",
+    ]
+    text = "\n".join([*LINES[:3], *dropped, "As Smith wrote [12], it rained.[edit]", *LINES[3:]])
+    outcome = quality_rules.c4(document(text))
+    assert isinstance(outcome, Document)
+    assert outcome.text.split("\n") == [*LINES[:3], "As Smith wrote , it rained.", *LINES[3:]]
+    relaxed = quality_rules.c4(document(text), keep_only_terminal_punctuation=False)
+    assert isinstance(relaxed, Document)
+    assert "No full stop here at all" in relaxed.text
+    assert "javascript" not in relaxed.text.lower()
+
+
+def test_refinedweb_drops_lines() -> None:
+    outcome = quality_rules.refinedweb(document(f"{PROSE}\n1.2K views\n\nHOME"))
+    assert isinstance(outcome, Document)
+    assert outcome.text == PROSE
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold"),
+    [("gopher_repetition", "max_duplicate_lines"), ("gopher_quality", "min_words"), ("fineweb", "max_short_lines")],
+)
+def test_null_switches_a_rule_off(rule: str, threshold: str) -> None:
+    text = "To be of use.\nTo be of use.\nWith that, to be."
+    function: Rule = getattr(quality_rules, rule)
+    before = reason(function(document(text)))
+    assert before != "kept"
+    assert reason(function(document(text), **{threshold: None})) != before
+
+
+def test_languages_without_lists_pass_the_bound_rules_by_name() -> None:
+    german = document(re.sub(r"\b(the|to|of|and|that|have|with|be)\b", "und", PROSE), language="de")
+    assert reason(quality_rules.gopher_quality(german)) == "kept"
+    assert "gopher_quality.min_stop_words" in quality_rules.rules_passed("de")
+    assert "gopher_quality.min_words" not in quality_rules.rules_passed("de")
+    assert "gopher_quality.min_words" in quality_rules.rules_passed("ja")
+    assert quality_rules.rules_passed("en") == []
+    japanese = document("昨日は雨が降りましたが、今日はよく晴れています。" * 3, language="ja")
+    assert reason(quality_rules.gopher_quality(japanese)) == "kept"
+
+
+LISTS = page_filters.UrlLists(
+    domains=frozenset({"bad.example"}),
+    urls=frozenset({"http://ok.example/one"}),
+    words=frozenset({"porn"}),
+    soft_words=frozenset({"poker", "casino"}),
+    substrings=re.compile("freecamz"),
+)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (None, "kept"),
+        ("https://good.example/essex/poker-history", "kept"),
+        ("https://notbad.example/", "kept"),
+        ("https://bad.example/a", "url:domain"),
+        ("http://www.BAD.example:8080/a", "url:domain"),
+        ("http://ok.example/one", "url:address"),
+        ("http://ok.example/Porn/1", "url:word"),
+        ("http://poker.example/casino", "url:soft_words"),
+        ("http://ok.example/free-cam.z", "url:substring"),
+        ("http://[broken", "url:malformed"),
+    ],
+)
+def test_url(url: str | None, expected: str) -> None:
+    assert reason(page_filters.url(Document("f:0", "text", "test", url), lists=LISTS)) == expected
+
+
+def test_url_lists_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "domains").write_text("# comment\nspam.example\n\n")
+    config = FilterConfig.model_validate({"order": ["url"], "url": {"domains": [str(tmp_path / "domains")]}})
+    (apply,) = build_filters(config)
+    assert reason(apply(Document("f:0", "t", "s", "http://a.spam.example/"))) == "url:domain"
+    assert reason(apply(Document("f:0", "t", "s", "http://a.example/xxx"))) == "url:word"
+    assert reason(apply(Document("f:0", "t", "s", "http://a.example/"))) == "kept"
+    with pytest.raises(UserError, match=r"nowhere: cannot read this list"):
+        build_filters(FilterConfig.model_validate({"order": ["url"], "url": {"domains": [str(tmp_path / "nowhere")]}}))
+
+
+def test_language_with_the_bundled_model() -> None:
+    (apply,) = build_filters(FilterConfig(order=("language",)))
+    kept = apply(document(PROSE))
+    assert isinstance(kept, Document)
+    assert kept.meta["language"] == "en"
+    assert kept.meta["language_score"] > 0.9
+    german = (
+        "Der Hafen lag still, als die beiden Schwestern mit ihren Körben ans Wasser hinunterkamen und niemand mit ihnen sprach."
+    )
+    assert reason(apply(document(german))) == "language:other"
+    assert reason(apply(document("ok lol xD 123 zz"))) in ("language:unsure", "language:other")
+    assert reason(apply(document(" \n "))) == "language:no_text"
+
+
+@pytest.mark.realdata
+def test_language_on_real_sentences(shared_data: Path) -> None:
+    predict = page_filters.load_language_model(page_filters.bundled_language_model())
+    for code, label in (("eng", "en"), ("deu", "de"), ("fra", "fr"), ("rus", "ru"), ("jpn", "ja"), ("hin", "hi")):
+        sentences = (shared_data / "langid" / f"tatoeba.{code}.txt").read_text(encoding="utf-8").splitlines()
+        chunks = [" ".join(sentences[i : i + 10]) for i in range(0, len(sentences), 10)]
+        right = sum(predict(chunk)[0] == label for chunk in chunks)
+        assert right >= 0.97 * len(chunks), (code, right, len(chunks))
+
+
+def test_bad_words(tmp_path: Path) -> None:
+    (tmp_path / "en").write_text("darn\nheck of a mess\n")
+    config = FilterConfig.model_validate({"order": ["bad_words"], "bad_words": {"files": {"en": str(tmp_path / "en")}}})
+    (apply,) = build_filters(config)
+    assert reason(apply(document("That is a Heck of a mess!"))) == "bad_words:listed"
+    assert reason(apply(document("She was darning socks."))) == "kept"
+    assert reason(apply(document("darn", language="fr"))) == "kept"
+
+
+def test_classifier_notes_the_score_and_keeps_what_reaches_it() -> None:
+    score = page_filters.load_classifier(page_filters.bundled_language_model(), "en")
+    kept = page_filters.classifier(document(PROSE), score=score, min_score=0.5)
+    assert isinstance(kept, Document)
+    assert kept.meta["quality_score"] == pytest.approx(score(" ".join(PROSE.split())), abs=1e-5)
+    dropped = page_filters.classifier(document("Der Hafen war still und niemand sprach mit ihnen."), score=score, min_score=0.5)
+    assert reason(dropped) == "classifier:quality_score"
+    with pytest.raises(UserError, match="has no label 'hq'"):
+        page_filters.load_classifier(page_filters.bundled_language_model(), "hq")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Write to jane.doe+news@mail.example.co.uk, please.", "Write to email@example.com, please."),
+        ("a@b and x @ y.com", "a@b and x @ y.com"),
+        ("from 8.8.8.8 to 10.0.0.1 and 127.0.0.1", "from 22.214.171.124 to 10.0.0.1 and 127.0.0.1"),
+        ("version 1.2.3.4.5 and 999.1.1.1", "version 1.2.3.4.5 and 999.1.1.1"),
+    ],
+)
+def test_personal_data(text: str, expected: str) -> None:
+    outcome = page_filters.personal_data(document(text))
+    assert isinstance(outcome, Document)
+    assert outcome.text == expected
+
+
+def test_masking_email_takes_linear_time_on_hostile_text() -> None:
+    text = "a." * 100_000
+    assert page_filters.personal_data(document(text + "@")) == document(text + "@")
+
+
+def slow_top(words: list[str], n: int) -> int | None:
+    grams = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
+    return len(grams.most_common(1)[0][0]) * grams.most_common(1)[0][1] if grams else None
+
+
+def slow_duplicates(words: list[str], n: int) -> int:
+    seen: set[str] = set()
+    characters = i = 0
+    while i + n <= len(words):
+        gram = "".join(words[i : i + n])
+        characters += len(gram) if gram in seen else 0
+        i += n if gram in seen else 1
+        seen.add(gram)
+    return characters
+
+
+def test_n_gram_counts_equal_a_slow_version() -> None:
+    random_words = random.Random(1)
+    pool = ["a", "b", "ab", "ba", "aé", "𝒳", "c", "longer", "aa"]
+    for _ in range(400):
+        words = random_words.choices(pool[: random_words.randint(1, len(pool))], k=random_words.randint(0, 90))
+        counts = count_repeated_n_grams(words)
+        assert {n: counts.top.get(n) for n in (2, 3, 4)} == {n: slow_top(words, n) for n in (2, 3, 4)}
+        assert counts.duplicate == {n: slow_duplicates(words, n) for n in range(5, 11)}
+
+
+def test_count_duplicates() -> None:
+    assert count_duplicates(["a", "bb", "a", "bb", "bb"]) == (3, 5)
+
+
+def test_the_default_splitter() -> None:
+    words = split_words("I don't think it's U.S. law: see https://x.org/a?b, 1,234.5 or me@x.org... — \"हिन्दी\"!")
+    assert words == (
+        [
+            "I",
+            "do",
+            "n't",
+            "think",
+            "it",
+            "'s",
+            "U.S.",
+            "law",
+            ":",
+            "see",
+            "https://x.org/a?b",
+            ",",
+            "1,234.5",
+            "or",
+            "me@x.org",
+        ]
+        + ["...", "—", '"', "हिन्दी", '"', "!"]
+    )
+    assert split_sentences('He said "No." Then left? Yes! 3.5 is a number') == [
+        'He said "No." ',
+        "Then left? ",
+        "Yes! ",
+        "3.5 is a number",
+    ]
+
+
+def test_rules_count_with_the_splitter_they_are_given() -> None:
+    shouting = Splitter(words=lambda text: [text] * 200, sentences=lambda text: [])
+    config = FilterConfig(order=("gopher_quality",))
+    (apply,) = build_filters(config, splitter=shouting)
+    assert reason(apply(document(PROSE))) == "gopher_quality:words_too_long"
+    assert reason(quality_rules.c4(document(PROSE), splitter=shouting)) == "c4:too_few_sentences"
+
+
+def test_filters_run_in_order_and_stop_at_the_first_rejection() -> None:
+    config = FilterConfig.model_validate({"order": ["clean", "min_length", "c4"], "min_length": {"min_characters": 10}})
+    filters = build_filters(config)
+    assert reason(apply_filters(document("\x00 a \x00"), filters)) == "min_length:characters"
+    assert apply_filters(document(PROSE + "\u200b"), filters) == document(PROSE)
+
+
+def test_config_hash_ignores_filters_that_do_not_run() -> None:
+    plain = FilterConfig(order=("c4",))
+    assert config_hash(plain) == config_hash(
+        FilterConfig.model_validate({"order": ["c4"], "fineweb": {"max_short_lines": 0.5}})
+    )
+    assert config_hash(plain) != config_hash(FilterConfig.model_validate({"order": ["c4"], "c4": {"min_sentences": 3}}))
+
+
+def test_filter_stage_counts_reasons(tmp_path: Path) -> None:
+    texts = [PROSE, "Too short.", PROSE.replace(".", "!"), PROSE + "\nlorem ipsum dolor sit amet."]
+    write_documents(tmp_path / "in.jsonl.zst", [Document(f"in:{i}", text, "test") for i, text in enumerate(texts)])
+    config = FilterConfig(order=("language", "gopher_quality", "c4"))
+    summary = filter_documents(config, [tmp_path / "in.jsonl.zst"], tmp_path / "out", Execution(num_workers=1))
+    assert summary.rejected == {"gopher_quality:too_few_words": 1, "c4:lorem_ipsum": 1} or summary.rejected == {
+        "language:unsure": 1,
+        "c4:lorem_ipsum": 1,
+    }
+    assert [found.id for found in read_documents(tmp_path / "out" / "in.jsonl.zst")] == ["in:0", "in:2"]
+
+
+def test_a_filter_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="each filter stands once"):
+        FilterConfig(order=("c4", "c4"))
+
+
+def test_a_classifier_without_a_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"filter\.classifier\.model: required"):
+        filter_documents(FilterConfig(order=("classifier",)), [], tmp_path / "out", Execution(num_workers=1))
+    assert not (tmp_path / "out").exists()
