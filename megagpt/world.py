@@ -151,6 +151,11 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
+def lone_world(device: torch.device) -> World:
+    """A world of one process that is in no process group, for tools."""
+    return World(0, 1, 0, device, "none", None)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a tool that runs on one process: `auto` is the GPU if there is one. Raises UserError if `cuda` is not."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,355 @@
+"""Scores against slow, obvious versions; ranks and batch sizes must not matter; tasks; the tools on a real checkpoint."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch.nn import functional
+
+from megagpt import checkpoint
+from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
+from megagpt.config import UserError
+from megagpt.data import TokenDataset, TrainState
+from megagpt.engine import FlatPiece
+from megagpt.evaluate import (
+    EvaluateConfig,
+    LikelihoodRequest,
+    Score,
+    combine,
+    evaluate_run,
+    evaluate_sources,
+    log_likelihoods,
+    unigram_entropy,
+)
+from megagpt.generate import GenerateConfig, generate_run
+from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.shards import Manifest, ShardWriter, write_manifest
+from megagpt.tasks import Question, read_task, score_task
+from megagpt.tokenizer import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
+from megagpt.world import World, lone_world
+
+CPU = torch.device("cpu")
+TEXTS = [f"Naïve café {i}: the {'quick ' * (i % 7)}brown fox – 東京 – jumps {i * 37} times.\n" for i in range(40)]
+
+
+@dataclass
+class WholeModel:
+    """The least engine that a checkpoint can be saved from: one process, weights only."""
+
+    model: GPT
+    updates: int = 0
+
+    def state(self) -> dict[str, FlatPiece]:
+        flat = {f"param.{name}": parameter.data.flatten() for name, parameter in self.model.named_parameters()}
+        return {key: FlatPiece(data, 0, data.numel()) for key, data in flat.items()}
+
+
+def write_source(root: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:
+    """A folder of shards: all texts in validation/, two shards of them, and a train/ split."""
+    dtype = np.dtype("uint16")
+    for split in ("train", "validation"):
+        infos = []
+        for number in range(2):
+            with ShardWriter(root / split, f"shard_{number:05d}", dtype) as writer:
+                for i, text in enumerate(texts[number::2]):
+                    tokens = np.array([*tokenizer.encode(text), tokenizer.eot_id], np.uint32)
+                    writer.add(tokens, id=f"{number}:{i}", source="toy", text_bytes=len(text.encode()))
+                infos.append(writer.close())
+        manifest = Manifest(split, "uint16", tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, "", tuple(infos))
+        write_manifest(root / split, manifest)
+    tokenizer.save(root / "tokenizer")
+    return root
+
+
+def small_gpt(**changes: Any) -> GPT:
+    sizes = {"vocab_size": 320, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "init_std": 0.2}
+    model = GPT(ModelConfig.model_validate({**sizes, **changes}))
+    initialise(model, seed=4)
+    return model
+
+
+def write_run(run_dir: Path, source: Path, model: GPT) -> Path:
+    """A run directory with one checkpoint, of step 7."""
+    world = lone_world(CPU)
+    run_config = {"data": {"seq_len": 32, "sources": {"toy": {"path": str(source)}}}}
+    info = {"config": run_config, "model": model.config.model_dump(mode="json")}
+    incarnation = checkpoint.claim_run(run_dir, world)
+    checkpoint.save(run_dir, WholeModel(model), TrainState(step=7), world, incarnation=incarnation, info=info)  # type: ignore[arg-type]
+    open_tokenizer(source / "tokenizer").save(run_dir / "tokenizer")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("toy"), Bytes(), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def run_dir(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), source, small_gpt())
+
+
+def slow_score(model: GPT, dataset: TokenDataset, tokenizer: Tokenizer, max_samples: int | None = None) -> Score:
+    """Token by token: windows of 32 targets, each token but the very first a target once."""
+    tokens = dataset.tokens(0, dataset.num_tokens).tolist()
+    nats, count, text = 0.0, 0, 0
+    for start in range(0, len(tokens) - 1, 32)[:max_samples]:
+        window = tokens[start : start + 33]
+        with torch.no_grad():
+            log_p = model(torch.tensor([window[:-1]]))[0].double().log_softmax(dim=-1)
+        for position, target in enumerate(window[1:]):
+            nats -= float(log_p[position, target])
+            count, text = count + 1, text + len(tokenizer.token_bytes()[target])
+    return Score(nats, count, text)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "max_samples"), [(1, None), (3, None), (64, None), (4, 5)])
+def test_scores_equal_the_slow_sum(source: Path, micro_batch_size: int, max_samples: int | None) -> None:
+    model = small_gpt().eval()
+    dataset = TokenDataset(source / "validation", seq_len=32)
+    options = {"micro_batch_size": micro_batch_size, "max_samples": max_samples}
+    found = evaluate_sources(model, model, {"toy": dataset}, Bytes(), lone_world(CPU), **options)["toy"]
+    expected = slow_score(model, dataset, Bytes(), max_samples)
+    assert (found.tokens, found.text_bytes) == (expected.tokens, expected.text_bytes)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)  # fp32 logits, other batch shapes
+    assert found.perplexity == pytest.approx(math.exp(expected.nats / expected.tokens), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(expected.nats / math.log(2) / expected.text_bytes, rel=1e-6)
+
+
+def test_bytes_are_those_of_the_text(source: Path, tmp_path: Path) -> None:
+    text_bytes = sum(len(text.encode()) for text in TEXTS)
+    sentencepiece = train_sentencepiece(TEXTS, tmp_path / "tokenizer", vocab_size=310)
+    other = write_source(tmp_path / "toy", sentencepiece, TEXTS)
+    for tokenizer, folder in ((Bytes(), source), (sentencepiece, other)):
+        model = small_gpt().eval()
+        dataset = TokenDataset(folder / "validation", seq_len=32)
+        score = evaluate_sources(model, model, {"toy": dataset}, tokenizer, lone_world(CPU), micro_batch_size=8)["toy"]
+        first = len(tokenizer.token_bytes()[int(dataset.tokens(0, 1)[0])])  # the first token is no target
+        assert score.text_bytes == text_bytes - first == dataset.manifest.text_bytes - first
+
+
+def scores_on_ranks(world: World, source: Path) -> Score:
+    model = small_gpt()
+    dataset = TokenDataset(source / "validation", seq_len=32)
+    return evaluate_sources(model, model, {"toy": dataset}, Bytes(), world, micro_batch_size=3)["toy"]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work_and_agree(source: Path, tmp_path: Path) -> None:
+    alone = scores_on_ranks(lone_world(CPU), source)
+    first, second, third = run_ranks(scores_on_ranks, 3, tmp_path, source)
+    assert first == second == third
+    assert (first.tokens, first.text_bytes) == (alone.tokens, alone.text_bytes)
+    assert first.nats == pytest.approx(alone.nats, rel=1e-12)  # the same batches, summed in another order in fp64
+
+
+def test_dropout_and_z_loss_are_off_while_evaluating_and_back_afterwards(source: Path) -> None:
+    plain, model = small_gpt(), small_gpt(dropout=0.5, z_loss=0.1)
+    model.train()
+    datasets = {"toy": TokenDataset(source / "validation", seq_len=32)}
+    found = evaluate_sources(model, model, datasets, Bytes(), lone_world(CPU), micro_batch_size=8)
+    assert found == evaluate_sources(plain, plain, datasets, Bytes(), lone_world(CPU), micro_batch_size=8)
+    assert model.training
+
+
+def test_scores_combine_by_tokens() -> None:
+    total = combine([Score(10.0, 4, 9), Score(2.0, 12, 3)])
+    assert (total.nats, total.tokens, total.text_bytes, total.loss) == (12.0, 16, 12, 0.75)
+    assert total.bits_per_byte == pytest.approx(1 / math.log(2))
+    assert Score(1.0, 1, 0).bits_per_byte is None
+
+
+def test_unigram_entropy_by_hand(source: Path) -> None:
+    tokens = [token for text in TEXTS for token in [*text.encode(), 256]]
+    shares = [count / len(tokens) for count in Counter(tokens).values()]
+    expected = -sum(share * math.log(share) for share in shares)
+    assert unigram_entropy(TokenDataset(source / "validation", seq_len=32)) == pytest.approx(expected, rel=1e-12)
+
+
+# Likelihoods and tasks
+
+
+def slow_likelihood(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    nats, greedy = 0.0, True
+    for i, token in enumerate(continuation):
+        ids = (context + continuation[:i])[-32:]
+        with torch.no_grad():
+            log_p = functional.log_softmax(model(torch.tensor([ids]))[0, -1], dim=-1)
+        nats += float(log_p[token])
+        greedy &= int(log_p.argmax()) == token
+    return nats, greedy
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_likelihoods_equal_the_slow_ones_in_order(micro_batch_size: int) -> None:
+    model = small_gpt().eval()
+    rng = np.random.default_rng(1)
+    pairs = [
+        (rng.integers(0, 300, m).tolist(), rng.integers(0, 300, n).tolist()) for m, n in [(5, 3), (1, 1), (20, 12), (3, 9)]
+    ]
+    with torch.no_grad():
+        likely = int(model(torch.tensor([[5, 6, 7]]))[0, -1].argmax())
+    pairs.append(([5, 6, 7], [likely]))
+    requests = [LikelihoodRequest(tuple(a), tuple(b)) for a, b in pairs]
+    found = log_likelihoods(model, model.config, requests, eot_id=256, micro_batch_size=micro_batch_size)
+    for likelihood, (context, continuation) in zip(found, pairs, strict=True):
+        nats, greedy = slow_likelihood(model, context, continuation)
+        assert likelihood.nats == pytest.approx(nats, abs=1e-4)
+        assert likelihood.is_greedy == greedy
+    assert found[-1].is_greedy
+
+
+def test_likelihoods_at_the_limits_of_the_context() -> None:
+    model = small_gpt().eval()
+    long = list(range(100))
+
+    def nats(context: list[int], continuation: list[int]) -> float:
+        request = LikelihoodRequest(tuple(context), tuple(continuation))
+        return log_likelihoods(model, model.config, [request], eot_id=256)[0].nats
+
+    assert nats(long, [5, 6]) == nats(long[-31:], [5, 6])
+    assert nats(long, [5, 6]) != pytest.approx(nats(long[-30:], [5, 6]), abs=1e-4)
+    assert nats([], [5, 6]) == nats([256], [5, 6])
+    assert nats(long, long[:32]) == nats(long[-1:], long[:32])
+    with pytest.raises(UserError, match="33 tokens, the model reads seq_len=32"):
+        nats(long, long[:33])
+
+
+@pytest.mark.parametrize(
+    ("line", "question"),
+    [
+        ({"context": "I see", "continuation": "you"}, Question((("I see", " you"),), 0)),
+        ({"query": "Q:\n", "choices": ["a", "b"], "gold": 1}, Question((("Q:\n", "a"), ("Q:\n", "b")), 1)),
+        ({"context_options": ["A", "B"], "continuation": "ran.", "gold": 1}, Question((("A", " ran."), ("B", " ran.")), 1)),
+        ({"sentence_good": "He is.", "sentence_bad": "He are."}, Question((("", "He is."), ("", "He are.")), 0)),
+    ],
+)
+def test_kinds_of_questions(tmp_path: Path, line: dict[str, Any], question: Question) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert read_task(path) == [question]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}\n", "line 1: no question"),
+        ('{"query": "Q", "choices": ["a"], "gold": 1}\n', "IndexError"),
+        ("", "no questions"),
+        ("x", "line 1"),
+    ],
+)
+def test_what_is_no_task_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_task(path)
+
+
+def test_accuracy_counts() -> None:
+    table = {"aa": -1.0, "bbbb": -1.5, "c": -3.0, "d": -2.0, "e": -0.5}
+    questions = [
+        Question((("", "aa"), ("", "bbbb")), 0),  # right by likelihood, wrong per byte
+        Question((("", "c"), ("", "d"), ("", "e")), 1),
+        Question((("", "e"),), 0),
+    ]
+    result = score_task(lambda pairs: [(table[text], text == "e") for _, text in pairs], questions)
+    assert (result.questions, result.accuracy, result.accuracy_per_byte) == (3, 2 / 3, 1 / 3)
+    assert result.chance == pytest.approx((1 / 2 + 1 / 3) / 3)
+    assert result.loss_of_gold == pytest.approx((1.0 + 2.0 + 0.5) / 3)
+    assert result.standard_error == pytest.approx(math.sqrt(2 / 9 / 3))
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("name", "questions", "options"),
+    [
+        ("lambada_openai", 5153, 1),
+        ("piqa", 1838, 2),
+        ("copa", 100, 2),
+        ("arc_easy", 2376, 4),
+        ("openbook_qa", 500, 4),
+        ("winograd_wsc", 273, 2),
+        ("blimp/wh_island", 1000, 2),
+    ],
+)
+def test_published_tasks_are_read(shared_data: Path, name: str, questions: int, options: int) -> None:
+    task = read_task(shared_data / "eval" / f"{name}.jsonl")
+    assert len(task) == questions
+    assert Counter(len(question.options) for question in task).most_common(1)[0][0] == options
+
+
+# On a run
+
+
+def test_evaluate_run_writes_what_it_found(run_dir: Path, source: Path, tmp_path: Path) -> None:
+    task = tmp_path / "pairs.jsonl"
+    task.write_text(json.dumps({"sentence_good": "brown fox", "sentence_bad": "\x00\x01"}) + "\n")
+    config = EvaluateConfig(run_dir=run_dir, tasks={"pairs": task}, device="cpu")
+    found = evaluate_run(config)
+    dataset = TokenDataset(source / "validation", seq_len=32)
+    expected = slow_score(small_gpt().eval(), dataset, Bytes())
+    assert found.step == 7
+    assert found.total == combine([found.sources["toy"]])
+    assert found.total.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.tasks["pairs"].questions == 1
+    written = json.loads((run_dir / "evaluations" / "step_00000007.json").read_text())
+    assert written["loss"] == found.total.loss
+    assert written["sources"]["toy"]["unigram_entropy"] == unigram_entropy(dataset)
+    assert written["tasks"]["pairs"]["chance"] == 0.5
+
+
+def test_the_tools_run_on_the_checkpoint(run_dir: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import evaluate_model
+    import generate_text
+
+    words = [f"run_dir={run_dir}", "device=cpu", f"shards.other={source / 'validation'}", "max_samples=2"]
+    assert run_words(EvaluateConfig, evaluate_model.run, "", words) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "other " in printed
+    assert "tokens 64" in printed
+    words = [f"run_dir={run_dir}", "device=cpu", "prompt=fox", "max_tokens=20", "temperature=0", "stop_at_eot=false"]
+    assert run_words(GenerateConfig, generate_text.run, "", words) == EXIT_DONE
+    printed = capsys.readouterr().out
+    pieces = [
+        piece
+        for _, piece in generate_run(
+            GenerateConfig(run_dir=run_dir, prompt="fox", max_tokens=20, temperature=0, stop_at_eot=False)
+        )
+    ]
+    assert printed == "fox" + "".join(pieces) + "\n"
+    assert run_words(GenerateConfig, generate_text.run, "", [*words, "num_samples=2"]) == EXIT_DONE
+    assert capsys.readouterr().out == f"--- sample 0\n{printed.rstrip()}\n--- sample 1\n{printed}".replace("\n\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run_dir": "no/such/run"}, "no such run directory"),
+        ({"step": 8}, "there is no checkpoint of step 8"),
+        ({"shards.x": "no/such/shards"}, "manifest.json"),
+        ({"tasks.x": "no/such/task.jsonl"}, "No such file"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+    ],
+)
+def test_mistakes_are_one_clear_error(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    import evaluate_model
+
+    words = [f"{key}={value}" for key, value in {"run_dir": run_dir, "device": "cpu", **changes}.items()]
+    assert run_words(EvaluateConfig, evaluate_model.run, "", words) == EXIT_USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_shards_of_another_tokenizer_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    other = write_source(tmp_path / "toy", train_sentencepiece(TEXTS, tmp_path / "tokenizer", vocab_size=310), TEXTS)
+    with pytest.raises(UserError, match="made with tokenizer"):
+        evaluate_run(EvaluateConfig(run_dir=run_dir, shards={"other": other / "validation"}, device="cpu"))
