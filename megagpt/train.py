@@ -18,7 +18,9 @@ from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import Config
 from megagpt.data import Data, DataConfig, Loader, MicroBatch, TrainState, open_data
 from megagpt.engine import Engine, EngineConfig, Precision, build_engine, draw_weights
+from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.flops import flops_per_token
+from megagpt.generate import SamplingConfig, generate_ids
 from megagpt.ledger import Entry, LedgerWriter
 from megagpt.model import ModelConfig
 from megagpt.monitor import Monitor, MonitorConfig
@@ -242,10 +244,35 @@ def restore_or_start(run: Run) -> TrainState:
 
 def evaluate(run: Run, state: TrainState) -> float | None:
     """Validation loss per source and over all, logged; None without validation data."""
+    config = run.config
+    if not run.data.validation:
+        return None
+    with run.monitor.clock("evaluate"):
+        scores = evaluate_sources(
+            run.engine.model,
+            run.engine.module,
+            run.data.validation,
+            run.data.tokenizer,
+            run.world,
+            micro_batch_size=config.micro_batch_size,
+            max_samples=config.evaluate_max_samples,
+            mask_documents=config.data.mask_documents,
+        )
+    total = combine(scores.values())
+    sources = {name: score.summary() for name, score in scores.items()}
+    run.monitor.log("evaluate", state.step, **total.summary(), sources=sources)
+    return total.loss
 
 
 def sample(run: Run, state: TrainState) -> None:
-    """Generated text in the log. Every rank takes part: the weights may be spread over them."""
+    """Generated text in the log. Every rank takes part, with equally many forwards: the weights may be spread over them."""
+    config, tokenizer = run.config, run.data.tokenizer
+    sampling = SamplingConfig(max_tokens=config.sample_tokens, seed=config.seed)
+    with run.monitor.clock("generate"), evaluation_mode(run.engine.module):
+        ids = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.eot_id]], device=run.world.device)
+        steps = generate_ids(run.engine.model, config.model, ids, sampling, vocab_size=tokenizer.vocab_size)
+        text = tokenizer.decode([token for tokens in steps for token in tokens if token is not None])
+    run.monitor.log("sample", state.step, prompt=config.sample_prompt, text=text)
 
 
 def save(run: Run, state: TrainState, evaluated_loss: float | None) -> None:

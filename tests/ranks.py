@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +74,46 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, result:
     except BaseException:
         value = (False, traceback.format_exc())
     result.write_bytes(pickle.dumps(value))
+
+
+class Ranks:
+    """A tool on several ranks as separate processes, started as a launcher would."""
+
+    def __init__(self, command: list[str], size: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        port = str(free_port())
+        self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            places = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            environment = {**os.environ, **places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            with log.open("ab") as output:
+                process = subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=output)
+            self.processes.append(process)
+
+    def send(self, number: int, ranks: list[int] | None = None) -> None:
+        """Send a signal to some ranks, or all."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            self.processes[rank].send_signal(number)
+
+    def wait(self, timeout_seconds: float = 400) -> list[int]:
+        """Exit statuses; what still runs after the time is killed, and that is a failure."""
+        end = time.monotonic() + timeout_seconds
+        try:
+            return [process.wait(max(1.0, end - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.kill()
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank has printed so far."""
+        return self.logs[rank].read_text(errors="replace")
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 300) -> None:
+    """Poll until the condition holds; AssertionError if it never does."""
+    end = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.02)

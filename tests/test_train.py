@@ -1,0 +1,234 @@
+"""The training loop as a user runs it: stop, kill, resume, another layout, damage, and what is refused."""
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from ranks import Ranks, run_ranks, wait_until
+
+from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
+from megagpt.data import DataConfig, TrainState, open_data, recompute_fed_hash
+from megagpt.files import read_json
+from megagpt.ledger import read_ledger
+from megagpt.metrics import read_metrics
+from megagpt.shards import Manifest, ShardWriter, write_manifest
+from megagpt.tokenizer import open_tokenizer
+from megagpt.train import TrainConfig, train
+
+STEPS = 24
+
+
+def write_shards(root: Path) -> Path:
+    """A source of two-letter text that a tiny model can learn, tokenized as bytes, with train/, validation/, tokenizer/."""
+    tokenizer, rng = open_tokenizer("bytes"), np.random.default_rng(0)
+    for split, documents in (("train", 60), ("validation", 6)):
+        with ShardWriter(root / split, "shard_00000", np.dtype("uint16")) as writer:
+            for i in range(documents):
+                text = "".join(rng.choice(["ab", "ba", " "], 60))
+                tokens = np.array([*tokenizer.encode(text), tokenizer.eot_id], dtype=np.uint32)
+                writer.add(tokens, id=f"doc:{i}", source="toy", text_bytes=len(text))
+            info = writer.close()
+        manifest = Manifest(split, "uint16", 257, tokenizer.eot_id, tokenizer.fingerprint, "", (info,))
+        write_manifest(root / split, manifest)
+    tokenizer.save(root / "tokenizer")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("corpus"))
+
+
+def settings(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A complete small run; `changes` replace top-level fields."""
+    model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}
+    return {
+        "run_dir": str(run_dir),
+        "max_steps": STEPS,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "model": model,
+        "data": {"seq_len": 32, "shuffle_block": 4, "sources": {"toy": {"path": str(shards)}}},
+        "optim": {"lr": 1e-3, "schedule": {"warmup_steps": 4}},
+        "engine": {"zero_stage": 1},
+        "monitor": {"log_every_steps": 1},
+        "evaluate_every_steps": 8,
+        "save_every_steps": 4,
+        **changes,
+    }
+
+
+def start(project: Path, folder: Path, values: dict[str, Any], size: int = 2, *words: str) -> Ranks:
+    """tools/train_model.py on some ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return Ranks([str(project / "tools" / "train_model.py"), str(folder / "run.yaml"), *words], size, folder / "logs")
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(run_dir).of_kind("train")}
+
+
+def assert_ledger_is_complete(values: dict[str, Any]) -> None:
+    """Every step once, each with the hash that the shards give: no sample lost, none used twice."""
+    data = open_data(DataConfig.model_validate(values["data"]))
+    state, size = TrainState(), values["global_batch_size"]
+    entries = read_ledger(Path(values["run_dir"]))
+    assert [entry.step for entry in entries] == list(range(values["max_steps"]))
+    for entry in entries:
+        assert (entry.first_sample, entry.num_samples) == (state.samples, size)
+        assert entry.fed_hash == recompute_fed_hash(data.train, state, size)
+        state = state.advance(size, 0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards: Path, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    ranks = start(project, folder, settings(shards, folder / "run"))
+    assert ranks.wait() == [EXIT_DONE, EXIT_DONE], ranks.output()
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_run_learns_evaluates_and_keeps_its_ledger(uninterrupted: Path, shards: Path) -> None:
+    values = losses(uninterrupted)
+    assert values[STEPS] < values[1] - 0.5
+    evaluations = read_metrics(uninterrupted).of_kind("evaluate")
+    assert [row["step"] for row in evaluations] == [8, 16, 24]
+    best = read_json(uninterrupted / "checkpoints" / "best.json")
+    assert best["validation_loss"] == min(row["loss"] for row in evaluations)
+    assert_ledger_is_complete(settings(shards, uninterrupted))
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_it_resumes_bitwise(uninterrupted: Path, shards: Path, project: Path, tmp_path: Path) -> None:
+    """kill -9 of all ranks; dropout is on, so its seeds are part of what must come back."""
+    kill_at = random.randrange(5, STEPS - 2)
+    values = settings(shards, tmp_path / "run")
+    ranks = start(project, tmp_path, values)
+    wait_until(lambda: len(read_ledger(tmp_path / "run")) >= kill_at)
+    ranks.send(signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL] * 2
+    assert len(read_ledger(tmp_path / "run")) < STEPS
+    ranks = start(project, tmp_path, values)
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    resumed = [row for row in read_metrics(tmp_path / "run").of_kind("start") if row["resumed"]]
+    assert len(resumed) == 1
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert_ledger_is_complete(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_it_saves_and_goes_on_with_other_ranks(
+    number: signal.Signals, uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    """One rank of two gets the signal; ZeRO 1 on 2 ranks goes on as ZeRO 3 on 3, with the same data order."""
+    values = settings(shards, tmp_path / "run")
+    ranks = start(project, tmp_path, values)
+    wait_until(lambda: len(read_ledger(tmp_path / "run")) >= 6)
+    ranks.send(number, [1])
+    assert ranks.wait() == [EXIT_STOPPED] * 2, ranks.output()
+    done = len(read_ledger(tmp_path / "run"))
+    assert 6 <= done < STEPS
+    assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "manifest.json").is_file()
+    ranks = start(project, tmp_path, values, 3, "engine.zero_stage=3", "engine.stage3_persistence_elements=0")
+    assert ranks.wait() == [EXIT_DONE] * 3, ranks.output()
+    assert "engine.zero_stage: 1 -> 3" in ranks.output()
+    expected, found = losses(uninterrupted), losses(tmp_path / "run")
+    # fp32 sums in another order
+    assert max(abs(found[step] - expected[step]) for step in expected) < 1e-5
+    assert_ledger_is_complete(values)
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_in_the_newest_checkpoint_costs_steps_not_the_run(
+    uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    values = settings(shards, tmp_path / "run", max_steps=12)
+    assert start(project, tmp_path, values).wait() == [EXIT_DONE] * 2
+    newest = tmp_path / "run" / "checkpoints" / "step_00000012" / "pieces_00001.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-100] ^= 4
+    newest.write_bytes(data)
+    values["max_steps"] = STEPS
+    ranks = start(project, tmp_path, values)
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    metrics = read_metrics(tmp_path / "run")
+    assert "pieces_00001.safetensors: its sha256" in metrics.of_kind("damaged")[0]["reason"]
+    assert [row["step"] for row in metrics.of_kind("start")][-1] == 8
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_in_a_shard_stops_training_by_name(shards: Path, project: Path, tmp_path: Path) -> None:
+    copy = write_shards(tmp_path / "corpus")
+    path = copy / "train" / "shard_00000.bin"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    ranks = start(project, tmp_path, settings(copy, tmp_path / "run"), 1)
+    assert ranks.wait() == [EXIT_USER_ERROR]
+    assert f"error: {path}" in ranks.output()
+    assert "Traceback" not in ranks.output()
+
+
+REFUSED = [
+    ({}, ["optim.lr=abc"], "optim.lr='abc'"),
+    ({}, ["global_batch_size=-1"], "global_batch_size=-1"),
+    ({}, ["optm.lr=1"], "did you mean optim.lr?"),
+    ({}, ["model.vocab_size=200"], "model.vocab_size=200 is less than the 257"),
+    ({}, ["data.seq_len=64"], "data.seq_len=64 is more than model.seq_len=32"),
+    ({}, ["data.sources.toy.path=/nowhere"], "/nowhere"),
+    ({}, ["run_dir=/proc/nothing/run"], "/proc"),
+    ({}, ["precision=bf16", "engine.zero_stage=0"], "zero_stage=0 with precision=bf16"),
+    ({}, ["activation_checkpointing=-2"], "activation_checkpointing=-2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words", "message"), REFUSED)
+def test_a_mistake_is_one_clear_error(
+    changes: dict[str, Any], words: list[str], message: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(shards, tmp_path / "run", **changes)))
+    assert run_words(TrainConfig, train, "", [str(path), *words, "check=true"]) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_another_model_does_not_go_on_from_a_checkpoint(
+    uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    ranks = start(project, tmp_path, settings(shards, uninterrupted, max_steps=STEPS + 1), 1, "data.seed=5")
+    assert ranks.wait() == [EXIT_USER_ERROR]
+    assert "data (seed: 0 -> 5)" in ranks.output()
+    assert "allow_change=[data]" in ranks.output()
+
+
+def dropout_masks(world: Any, _: None) -> list[int]:
+    from megagpt.data import MicroBatch
+    from megagpt.train import seed_dropout
+
+    model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}
+    config = TrainConfig.model_validate(settings(Path(), Path()) | {"model": model})
+    sums = []
+    for first in (0, 2, 4):
+        ids = torch.zeros((1, 1), dtype=torch.int64)
+        seed_dropout(config, 3, MicroBatch(ids, ids, None, first, 0))
+        sums.append(int(torch.rand(1000).mul(1e6).sum()))
+    return sums
+
+
+def test_dropout_is_seeded_by_samples_not_by_rank(tmp_path: Path) -> None:
+    first, second = run_ranks(dropout_masks, 2, tmp_path, None)
+    assert first == second
+    assert len(set(first)) == 3
