@@ -117,7 +117,7 @@ def test_wiki_pages_are_what_was_planted(dumps: tuple[Path, Planted]) -> None:
     redirects = [page for page in pages if page.find(f"{space}redirect") is not None]
     others = [page for page in pages if page.findtext(f"{space}ns") != "0"]
     assert (len(redirects), len(others)) == (planted.redirects, planted.other_namespaces)
-    assert len(pages) == planted.articles + planted.redirects + planted.other_namespaces
+    assert len(pages) == planted.wiki_pages == planted.articles + planted.redirects + planted.other_namespaces
     assert len({page.findtext(f"{space}id") for page in pages}) == len(pages)
     for page in pages:
         text = page.findtext(f"{space}revision/{space}text") or ""

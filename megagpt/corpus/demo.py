@@ -55,6 +55,7 @@ class Planted:
     wiki_file: str
     responses: int
     articles: int
+    wiki_pages: int
     redirects: int
     other_namespaces: int
     exact_copies: int
@@ -99,6 +100,7 @@ def build_demo_dumps(config: DemoConfig) -> Planted:
         wiki_file=str(wiki_file),
         responses=len(web_pages) + 1,
         articles=len(articles),
+        wiki_pages=len(articles) + NUM_REDIRECTS + NUM_OTHER_NAMESPACES,
         redirects=NUM_REDIRECTS,
         other_namespaces=NUM_OTHER_NAMESPACES,
         cut_off_records=1,

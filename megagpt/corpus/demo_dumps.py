@@ -47,7 +47,7 @@ def write_warc(path: Path, pages: Iterable[WebPage], *, cut_off: bool) -> None:
                 file.write(record)
         if cut_off:
             noise = random.Random(0).randbytes(8000).hex(" ", 4)
-            page = WebPage("https://docs.example.org/last.html", f"<html><body><p>{noise}</p></body></html>".encode())
+            page = WebPage("https://docs.example.org/last.html", f"<html><body><!-- {noise} --></body></html>".encode())
             request, response, _ = captured(page)
             file.write(request)
             file.write(response[: len(response) // 2])

@@ -1,0 +1,261 @@
+"""The quickstart: the whole way from dump to model, small, by running the same tools that a user runs.
+
+Every step is a subprocess of tools/*.py whose command line is printed. The ranks of the training are started the way srun
+starts them, one process each with RANK and WORLD_SIZE set, because torchrun hides their exit status when it is told to stop.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
+from megagpt.config import Config, UserError
+from megagpt.corpus.demo import DemoConfig, Planted, build_demo_dumps
+from megagpt.files import read_json
+from megagpt.metrics import read_metrics
+
+PROJECT = Path(__file__).resolve().parent.parent
+CORPUS_RECIPE = "configs/corpus/quickstart.yaml"
+TRAIN_RECIPE = "configs/train/debug_cpu.yaml"
+STAGES = ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents")
+MIN_GAIN = 0.5
+"""Nats per token by which the trained model must beat the frequencies of single tokens."""
+
+
+class QuickstartConfig(Config):
+    """The quickstart's few settings."""
+
+    run_dir: Path = Path("runs/quickstart")
+    """Everything it makes lies below: dumps/, corpus/, train/. corpus/ and train/ are made anew each time."""
+    warc: str | None = None
+    """Your own web dump (.warc.gz and so on; a path or a glob) instead of the one made from this machine's documentation."""
+    wiki: str | None = None
+    """Your own MediaWiki dump (.xml.bz2; a path or a glob)."""
+    text_megabytes: float = Field(default=5.0, ge=0.5, le=100)
+    """Size of the corpus that is made here, before anything is planted or dropped, in millions of bytes."""
+    max_steps: int = Field(default=300, ge=10)
+    """Updates of the model."""
+    num_ranks: int = Field(default=2, ge=1, le=8)
+    """Processes to train on."""
+
+
+class StepFailedError(Exception):
+    """A tool ended with a status that stops the quickstart."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the closing table: what was expected, what was found in the output files."""
+
+    name: str
+    expected: str
+    found: str
+    good: bool
+
+
+def run_quickstart(config: QuickstartConfig) -> int:
+    """Run everything and print the closing table; the exit status (1 if something does not match)."""
+    started = time.monotonic()
+    corpus, run_dir = config.run_dir / "corpus", config.run_dir / "train"
+    for made in (corpus, run_dir):
+        shutil.rmtree(made, ignore_errors=True)
+    try:
+        inputs, planted = prepare_dumps(config)
+        for stage in STAGES:
+            run_tool(stage, CORPUS_RECIPE, f"work_dir={corpus}", f"extract.inputs=[{','.join(inputs)}]")
+        train = [
+            TRAIN_RECIPE,
+            f"run_dir={run_dir}",
+            f"data.sources.main.path={corpus / 'shards'}",
+            f"max_steps={config.max_steps}",
+            "monitor.wandb=offline",
+        ]
+        title(f"Train on {config.num_ranks} processes, stop half-way with SIGTERM, start again with the same command")
+        status = run_ranks(train, run_dir, config.num_ranks, stop_at_step=config.max_steps // 2)
+        if status != EXIT_STOPPED:
+            raise StepFailedError(f"train_model was told to stop and ended with status {status}, not {EXIT_STOPPED}", 1)
+        status = run_ranks(train, run_dir, config.num_ranks, stop_at_step=None)
+        if status != EXIT_DONE:
+            raise StepFailedError(f"train_model ended with status {status}", status)
+        run_tool("evaluate_model", f"run_dir={run_dir}", "step=best")
+        run_tool("generate_text", f"run_dir={run_dir}", "prompt=The function returns", "max_tokens=80")
+        run_tool("report_run", f"run_dir={run_dir}")
+    except StepFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    checks = check_corpus(corpus, planted) + check_run(run_dir, config.max_steps)
+    print_summary(config, checks, seconds=time.monotonic() - started)
+    return EXIT_DONE if all(check.good for check in checks) else 1
+
+
+def prepare_dumps(config: QuickstartConfig) -> tuple[list[str], Planted | None]:
+    """The dumps to use: the user's own, or ones made here with known faults. Raises UserError if a given one is missing."""
+    given = [path for path in (config.warc, config.wiki) if path is not None]
+    if given:
+        for path in given:
+            if not any(Path().glob(path) if not os.path.isabs(path) else Path("/").glob(path.lstrip("/"))):
+                raise UserError(f"{'warc' if path == config.warc else 'wiki'}={path}: no such file")
+        return given, None
+    title("Make a web crawl and a wiki dump from the documentation on this machine, with known faults planted")
+    planted = build_demo_dumps(DemoConfig(directory=config.run_dir / "dumps", text_megabytes=config.text_megabytes))
+    print(f"{config.run_dir / 'dumps'}: {planted.responses:,} web pages, {planted.articles:,} articles")
+    return [*planted.web_files, planted.wiki_file], planted
+
+
+# ---- running tools
+
+
+def title(text: str) -> None:
+    """A line between the steps."""
+    print(f"\n=== {text}", flush=True)
+
+
+def run_tool(name: str, *words: str) -> None:
+    """Print a tool's command line and run it. Raises StepFailedError if it does not end with status 0."""
+    command = [f"tools/{name}.py", *words]
+    title(f"python {shlex.join(command)}")
+    status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
+    if status != EXIT_DONE:
+        raise StepFailedError(f"{name} ended with status {status}", EXIT_USER_ERROR if status == EXIT_USER_ERROR else 1)
+
+
+def run_ranks(words: Sequence[str], run_dir: Path, num_ranks: int, *, stop_at_step: int | None) -> int:
+    """Start the ranks of a training, send all of them SIGTERM after a step if asked, wait; the first rank's exit status.
+
+    Rank 0 speaks on this terminal, the others into run_dir/rank<n>.log.
+    """
+    command = ["tools/train_model.py", *words]
+    print(f"python {shlex.join(command)}    (RANK=0..{num_ranks - 1} WORLD_SIZE={num_ranks})", flush=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks: list[subprocess.Popen[bytes]] = []
+    for rank in range(num_ranks):
+        environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (run_dir / f"rank{rank}.log").open("ab") as log:
+            output = log if rank else None
+            ranks.append(
+                subprocess.Popen([sys.executable, *command], cwd=PROJECT, env=environment, stdout=output, stderr=output)
+            )
+    try:
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(0.2)
+            if stop_at_step is not None and last_step(run_dir) >= stop_at_step:
+                print(f"quickstart: step {stop_at_step} is reached: SIGTERM to all ranks", flush=True)
+                for rank in ranks:
+                    rank.send_signal(signal.SIGTERM)
+                stop_at_step = None
+        return wait_for_all(ranks)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+
+
+def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]], timeout_seconds: float = 120.0) -> int:
+    """Wait for the ranks once one has ended; a rank left over is killed. The first status that is not 0, else 0."""
+    deadline = time.monotonic() + timeout_seconds
+    for rank in ranks:
+        try:
+            rank.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+    return next((rank.returncode for rank in ranks if rank.returncode), EXIT_DONE)
+
+
+def last_step(run_dir: Path) -> int:
+    """The newest step in the run's metrics, 0 before there are any."""
+    return max(read_metrics(run_dir).last_step, 0) if (run_dir / "metrics.jsonl").is_file() else 0
+
+
+def free_port() -> int:
+    """A port on this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# ---- what came out
+
+
+def check_corpus(corpus: Path, planted: Planted | None) -> list[Check]:
+    """What the stages' summaries say they found, beside what was planted."""
+    if planted is None:
+        return []
+    extract, filtered, dedup = (read_json(corpus / stage / "summary.json") for stage in ("extract", "filter", "dedup"))
+    pairs: list[tuple[str, int, int]] = [
+        ("web pages read", planted.responses, extract["records"].get("response", 0)),
+        ("wiki pages read", planted.wiki_pages, extract["records"].get("page", 0)),
+        ("redirects", planted.redirects, extract["rejected"].get("source:redirect", 0)),
+        ("pages of other namespaces", planted.other_namespaces, extract["rejected"].get("source:namespace", 0)),
+        ("undecodable pages", planted.undecodable_pages, extract["rejected"].get("source:undecodable", 0)),
+        ("records cut off", planted.cut_off_records, extract["faults"].get("truncated record", 0)),
+        ("pages not in English", planted.other_languages, filtered["rejected"].get("language:other", 0)),
+        ("exact copies", planted.exact_copies, dedup["rejected"].get("dedup:exact", 0)),
+        ("near copies", planted.near_copies, dedup["rejected"].get("dedup:near", 0)),
+    ]
+    return [Check(name, f"{put:,} planted", f"{found:,} found", put == found) for name, put, found in pairs]
+
+
+def check_run(run_dir: Path, max_steps: int) -> list[Check]:
+    """The restart, the last step, and the validation loss beside the entropy of single tokens."""
+    metrics = read_metrics(run_dir)
+    starts = [row for row in metrics.all_rows if row["kind"] == "start"]
+    resumed = [row["step"] for row in starts if row.get("resumed")]
+    evaluation: dict[str, Any] = read_json(max((run_dir / "evaluations").glob("step_*.json")))
+    loss, entropy = evaluation["loss"], evaluation["sources"]["main"]["unigram_entropy"]
+    return [
+        Check(
+            "starts of the run",
+            "2, resumed once",
+            f"{len(starts)}, resumed at step {resumed}",
+            len(starts) == 2 and len(resumed) == 1,
+        ),
+        Check("last step", str(max_steps), str(metrics.last_step), metrics.last_step == max_steps),
+        Check(
+            "validation loss", f"< {entropy:.2f} - {MIN_GAIN} nats/token", f"{loss:.3f} nats/token", loss < entropy - MIN_GAIN
+        ),
+    ]
+
+
+def print_summary(config: QuickstartConfig, checks: Sequence[Check], *, seconds: float) -> None:
+    """The closing table, where everything is, and what to type next."""
+    title(f"Summary (after {seconds:.0f} s)")
+    for check in checks:
+        print(f"  {'ok ' if check.good else 'BAD'}  {check.name:<26} {check.expected:<28} {check.found}")
+    stages = {stage: read_json(config.run_dir / "corpus" / stage / "summary.json") for stage in ("extract", "filter", "dedup")}
+    funnel = " -> ".join(f"{stages[stage]['kept']:,} after {stage}" for stage in stages)
+    print(f"\nDocuments: {stages['extract']['documents_in']:,} in the dumps -> {funnel}")
+    print(
+        f"""
+What was made, below {config.run_dir}/
+  corpus/extract|filter|dedup   documents of each stage, with counts, reasons and examples of what was dropped
+  corpus/tokenizer, shards      the SentencePiece tokenizer, and Megatron .bin/.idx shards
+  train/                        checkpoints, metrics.jsonl, W&B files (offline), ledger
+  train/report.html             the loss curve and the data funnel: open it in a browser
+
+Next, with your own data
+  make quickstart WORDS="warc=PATH/*.warc.gz wiki=PATH/*.xml.bz2"
+  .venv/bin/python tools/extract_documents.py configs/corpus/common_crawl.yaml \\
+      work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
+      ... then filter_documents, dedup_documents, train_tokenizer, tokenize_documents with the same words
+  .venv/bin/torchrun --nproc-per-node 8 tools/train_model.py configs/train/gpt_124m.yaml data.sources.main.path=/data/cc/shards
+On SLURM: edit slurm/env.sh, then
+  slurm/preprocess.sh configs/corpus/common_crawl.yaml work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
+  slurm/pretrain.sh configs/train/gpt_1b3.yaml run_dir=/data/runs/first data.sources.main.path=/data/cc/shards"""
+    )
