@@ -1,7 +1,7 @@
 """Documents, the unit of the corpus half, and their `.jsonl.zst` files: one object a line, readable by the field's tools."""
 
-import gzip
 import io
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,13 @@ class Rejected:
 
 def read_documents(path: Path) -> Iterator[Document]:
     """Documents of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file. Raises UserError naming file, line and rule."""
+    number = 0
     with open_lines(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            yield parse_document(line, where=f"{path}: line {number}")
+        try:
+            for number, line in enumerate(lines, start=1):
+                yield parse_document(line, where=f"{path}: line {number}")
+        except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(f"{path}: cut off or damaged after line {number}: {error}") from None
 
 
 def parse_document(line: bytes, *, where: str) -> Document:
@@ -78,15 +82,56 @@ def write_documents(path: Path, documents: Iterable[Document], *, level: int = 3
 
 
 def open_lines(path: Path) -> IO[bytes]:
-    """A file of lines, decompressed by its name's ending (.zst: all frames, .gz: all members). Raises UserError if missing."""
+    """A file of lines, decompressed by its name's ending (.zst: all frames, .gz: all members). Raises UserError if missing.
+
+    Reading raises EOFError where the file is cut off, zlib.error or zstandard.ZstdError where it is damaged.
+    """
     try:
         raw = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if path.suffix == ".zst":
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True), 1 << 20
-        )
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)  # type: ignore[arg-type]
+    if path.suffix in (".zst", ".gz"):
+        return io.BufferedReader(_Plain(raw, path.suffix), 1 << 20)
     return raw
+
+
+def decompressed(raw: IO[bytes], ending: str) -> Iterator[bytes]:
+    """Plain bytes of a `.gz` or `.zst` file in pieces, all members or frames of it. Raises as `open_lines` says.
+
+    Library readers of zstd take a cut-off frame for the end of the file; this does not.
+    """
+    decoder: Any = None
+    data = b""
+    while data := data or raw.read(1 << 16):
+        if decoder is None:
+            data = data.lstrip(b"\0") if ending == ".gz" else data  # tape padding between gzip members
+            if not data:
+                continue
+            decoder = zlib.decompressobj(wbits=31) if ending == ".gz" else zstandard.ZstdDecompressor().decompressobj()
+        plain = decoder.decompress(data)
+        data, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
+        if plain:
+            yield plain
+    if decoder is not None:
+        raise EOFError("the file ends inside a compressed stream")
+
+
+class _Plain(io.RawIOBase):
+    """The raw stream below a BufferedReader over `decompressed`."""
+
+    def __init__(self, raw: IO[bytes], ending: str) -> None:
+        self._raw, self._pieces, self._rest = raw, decompressed(raw, ending), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._rest = self._rest or memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()

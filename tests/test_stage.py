@@ -304,6 +304,11 @@ def test_outputs_are_read_back_by_blocks(tmp_path: Path) -> None:
     by_blocks = [document for block in blocks for document in read_block(block)]
     assert by_blocks == list(read_documents(paths[0]))
     assert len(document_blocks(paths)) == 1
+    paths[0].write_bytes(paths[0].read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"in0\.jsonl\.zst: cut off or damaged"):
+        list(read_documents(paths[0]))
+    with pytest.raises(UserError, match=r"in0\.jsonl\.zst: cut off or damaged"):
+        list(read_block(blocks[4]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Blocks, the unit of work of a stage, and what processing one yields."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,8 @@ from typing import TypeAlias
 
 import zstandard
 
-from megagpt.documents import Document, Rejected, parse_document, read_documents
+from megagpt.config import UserError
+from megagpt.documents import Document, Rejected, decompressed, parse_document, read_documents
 from megagpt.files import read_json
 
 
@@ -80,14 +82,16 @@ def read_block(block: Block) -> Iterator[Document]:
     with path.open("rb") as raw:
         raw.seek(block.start)
         data = raw.read() if block.end is None else raw.read(block.end - block.start)
-    lines = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
     rest = b""
     number = 0
-    while chunk := lines.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            number += 1
-            yield parse_document(line, where=f"{path}: line {number} after byte {block.start}")
+    try:
+        for piece in decompressed(io.BytesIO(data), ".zst"):
+            *whole, rest = (rest + piece).split(b"\n")
+            for line in whole:
+                number += 1
+                yield parse_document(line, where=f"{path}: line {number} after byte {block.start}")
+    except (EOFError, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: cut off or damaged after line {number} from byte {block.start}: {error}") from None
 
 
 def plan_hash(config_hash: str, blocks: list[Block]) -> str:

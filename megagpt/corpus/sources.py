@@ -1,7 +1,6 @@
 """Inputs of a corpus: which files there are, how each is split into blocks, and readers of files that hold text already."""
 
 import contextlib
-import gzip
 import json
 import os
 import shutil
@@ -234,8 +233,8 @@ def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, F
         while block.end is None or offset < block.end:
             try:
                 line = file.readline()
-            except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-                kind = "truncated gzip member" if isinstance(error, EOFError) else "damaged compressed data"
+            except (EOFError, zlib.error, zstandard.ZstdError) as error:
+                kind = "truncated file" if isinstance(error, EOFError) else "damaged compressed data"
                 yield offset, Fault(kind, f"{name}: offset {offset}")
                 return
             if not line:

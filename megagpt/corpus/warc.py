@@ -20,6 +20,7 @@ from typing import IO
 import zstandard
 
 from megagpt.corpus.blocks import Block, Fault
+from megagpt.documents import decompressed
 
 CHUNK_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 16
@@ -55,13 +56,12 @@ def read_records(block: Block) -> Iterator[Record | Fault]:
     path = Path(block.path)
     with path.open("rb") as file:
         magic = file.read(4)
-        if magic[:3] == _GZIP_MAGIC:
+        if magic[:3] == _GZIP_MAGIC or (path.suffix == ".gz" and not magic.startswith((b"WARC", b"file"))):
             yield from _read_gzip(file, path.name, block.start, block.end)
             return
         file.seek(0)
         if magic == _ZSTD_MAGIC or path.suffix == ".zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            yield from _read_member(_Member(_zstd_chunks(reader)), path.name, 0, plain=True)
+            yield from _read_member(_Member(decompressed(file, ".zst")), path.name, 0, plain=True)
         else:
             yield from _read_member(_Member(iter(lambda: file.read(CHUNK_BYTES), b"")), path.name, 0, plain=True)
 
@@ -81,8 +81,9 @@ def split_gzip(path: Path, block_bytes: int) -> list[tuple[int, int | None]]:
 class _Member:
     """Decompressed bytes of one member, pulled as needed; `position` is the offset inside it."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[bytes], truncated: str = "truncated file") -> None:
         self._chunks, self._buffer, self._start, self.position = chunks, b"", 0, 0
+        self._truncated = truncated
         self.damage: str | None = None
 
     def fill(self, count: int) -> int:
@@ -95,7 +96,7 @@ class _Member:
             try:
                 piece = next(self._chunks, b"")
             except (zlib.error, zstandard.ZstdError, EOFError) as error:
-                self.damage = "truncated gzip member" if isinstance(error, EOFError) else "damaged compressed data"
+                self.damage = self._truncated if isinstance(error, EOFError) else "damaged compressed data"
                 self._chunks, piece = iter(()), b""
             if not piece:
                 break
@@ -150,7 +151,7 @@ def _read_gzip(file: IO[bytes], name: str, start: int, end: int | None) -> Itera
         file.seek(offset)
         decoder = zlib.decompressobj(wbits=31)
         consumed = [offset]
-        member = _Member(_gzip_chunks(file, decoder, consumed))
+        member = _Member(_gzip_chunks(file, decoder, consumed), "truncated gzip member")
         yield from _read_member(member, name, offset, plain=False)
         if member.damage:
             yield Fault(member.damage, f"{name}: offset {offset}")
@@ -171,11 +172,6 @@ def _gzip_chunks(file: IO[bytes], decoder: "zlib._Decompress", consumed: list[in
         consumed[0] += len(data) - len(decoder.unused_data)
         if piece:
             yield piece
-
-
-def _zstd_chunks(reader: zstandard.ZstdDecompressionReader) -> Iterator[bytes]:
-    while piece := reader.read(CHUNK_BYTES):
-        yield piece
 
 
 def _after_member(file: IO[bytes], offset: int) -> tuple[int | None, bool]:
