@@ -77,7 +77,8 @@ def run_quickstart(config: QuickstartConfig) -> int:
     try:
         inputs, planted = prepare_dumps(config)
         for stage in STAGES:
-            run_tool(stage, CORPUS_RECIPE, f"work_dir={corpus}", f"extract.inputs=[{','.join(inputs)}]")
+            dumps = [f"extract.inputs=[{','.join(inputs)}]"] if stage == "extract_documents" else []
+            run_tool(stage, CORPUS_RECIPE, f"work_dir={corpus}", *dumps)
         train = [
             TRAIN_RECIPE,
             f"run_dir={run_dir}",
@@ -112,9 +113,10 @@ def prepare_dumps(config: QuickstartConfig) -> tuple[list[str], Planted | None]:
                 raise UserError(f"{'warc' if path == config.warc else 'wiki'}={path}: no such file")
         return given, None
     title("Make a web crawl and a wiki dump from the documentation on this machine, with known faults planted")
-    planted = build_demo_dumps(DemoConfig(directory=config.run_dir / "dumps", text_megabytes=config.text_megabytes))
-    print(f"{config.run_dir / 'dumps'}: {planted.responses:,} web pages, {planted.articles:,} articles")
-    return [*planted.web_files, planted.wiki_file], planted
+    dumps = config.run_dir / "dumps"
+    planted = build_demo_dumps(DemoConfig(directory=dumps, text_megabytes=config.text_megabytes))
+    print(f"{dumps}: {planted.responses:,} web pages, {planted.articles:,} articles")
+    return [f"{dumps}/*.warc.gz", f"{dumps}/*.xml.bz2"], planted
 
 
 # ---- running tools
