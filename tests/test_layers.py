@@ -33,6 +33,8 @@ LAYERS = (
         "watchdog",
         "guard",
         "generate",
+        "charts",
+        "page",
     ),
     ("world", "shards", "tokenizer", "byte_pairs", "documents"),
     ("config", "files", "command", "permutation"),
