@@ -4,25 +4,28 @@ Two promises hold for all that `open_tokenizer` calls lossless: decode(encode(s)
 never come out of text (a literal `<|endoftext|>` in a document stays text). Neither is what the libraries do by default.
 """
 
-import base64
 import hashlib
 import io
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from megagpt.byte_pairs import (
+    BytePairs,
+    Encoder,
+    files_fingerprint,
+    join_pieces,
+    ranks_from_merges,
+    ranks_from_tiktoken,
+    ranks_from_tokenizer_json,
+)
 from megagpt.config import UserError
 from megagpt.files import atomic_path
 
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
-EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "<|im_end|>")
-"""Names under which published vocabularies carry their end-of-text token, the first found is taken."""
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character, so the character itself must never reach it."""
 
@@ -57,15 +60,17 @@ class Tokenizer(Protocol):
         ...
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
+def open_tokenizer(path: str | Path, encoder: Encoder = "tiktoken") -> Tokenizer:
     """Open a tokenizer: the word `bytes`, a SentencePiece `.model`, a `.tiktoken` rank file, a `tokenizer.json` of byte-level
     BPE, or a directory with one of these or with `encoder.json` and `vocab.bpe`. Raises UserError that says what was expected.
+
+    `encoder` is the library that encodes batches of byte-level BPE; ids do not depend on it.
     """
     if str(path) == "bytes":
         return Bytes()
     path = Path(path)
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(path, encoder)
     if not path.is_file():
         raise UserError(f"tokenizer {path}: no such file or directory (or the word bytes)")
     if path.name == "bytes.tokenizer":
@@ -73,11 +78,11 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".model":
         return SentencePiece(path)
     if path.suffix == ".tiktoken":
-        return BytePairs(_ranks_from_tiktoken(path), [path])
+        return BytePairs(ranks_from_tiktoken(path), [path], encoder)
     if path.name in ("encoder.json", "vocab.json"):
-        return _open_directory(path.parent)
+        return _open_directory(path.parent, encoder)
     if path.suffix == ".json":
-        return BytePairs(_ranks_from_tokenizer_json(path), [path])
+        return BytePairs(ranks_from_tokenizer_json(path), [path], encoder)
     raise UserError(f"tokenizer {path}: known are `bytes`, *.model, *.tiktoken, tokenizer.json, encoder.json with vocab.bpe")
 
 
@@ -99,7 +104,7 @@ class Bytes:
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return _join(self.token_bytes(), ids)
+        return join_pieces(self.token_bytes(), ids)
 
     def token_bytes(self) -> list[bytes]:
         return [bytes([value]) for value in range(256)] + [b""]
@@ -107,46 +112,6 @@ class Bytes:
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "bytes.tokenizer").write_text("UTF-8 bytes as ids 0 to 255, end-of-text 256\n", encoding="utf-8")
-
-
-class BytePairs:
-    """GPT-2-style byte-level BPE, encoded by tiktoken's `encode_ordinary`: exact, and the only one of six libraries tried that
-    leaves a literal `<|endoftext|>` text."""
-
-    kind = "bpe"
-    lossless = True
-
-    def __init__(self, vocabulary: "Vocabulary", files: list[Path]) -> None:
-        import tiktoken
-
-        self.eot_id, self.vocab_size = vocabulary.eot_id, vocabulary.size
-        self.fingerprint = _fingerprint(self.kind, files)
-        self._ranks, self._files = vocabulary.ranks, files
-        self._encoding = tiktoken.Encoding(
-            "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(self._encoding.encode_ordinary(text), np.uint32) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return _join(self._pieces, ids)
-
-    def token_bytes(self) -> list[bytes]:
-        return self._pieces
-
-    def save(self, directory: Path) -> None:
-        _copy(self._files, directory)
-
-    @cached_property
-    def _pieces(self) -> list[bytes]:
-        pieces = [b""] * self.vocab_size
-        for piece, rank in self._ranks.items():
-            pieces[rank] = piece
-        return pieces
 
 
 class SentencePiece:
@@ -164,7 +129,7 @@ class SentencePiece:
         pieces = self._model.get_piece_size()
         self.eot_id = self._model.eos_id() if self._model.eos_id() >= 0 else pieces
         self.vocab_size = max(pieces, self.eot_id + 1)
-        self.fingerprint = _fingerprint(self.kind, [path])
+        self.fingerprint = files_fingerprint(self.kind, [path])
         self._path = path
         self._byte_ids = {self._pieces[i][0]: i for i in range(pieces) if self._model.is_byte(i)}
         # A model made elsewhere may rewrite text (NFKC, dropped spaces, a space put in front): then it is not lossless.
@@ -187,7 +152,7 @@ class SentencePiece:
         return [np.asarray(ids, np.uint32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return _join(self._pieces, ids)
+        return join_pieces(self._pieces, ids)
 
     def token_bytes(self) -> list[bytes]:
         return self._pieces
@@ -270,16 +235,7 @@ def _cut(line: str) -> Iterable[str]:
     return (line[i : i + step] for i in range(0, len(line), step))
 
 
-class Vocabulary:
-    """A byte-level BPE: bytes -> rank (rank is the id and the merge order), the pre-split pattern, and the end-of-text id."""
-
-    def __init__(self, ranks: dict[bytes, int], pattern: str, eot_id: int | None = None, size: int = 0) -> None:
-        self.ranks, self.pattern = ranks, pattern
-        self.eot_id = max(ranks.values()) + 1 if eot_id is None else eot_id
-        self.size = max(size, self.eot_id + 1, max(ranks.values()) + 1)
-
-
-def _open_directory(directory: Path) -> Tokenizer:
+def _open_directory(directory: Path, encoder: Encoder) -> Tokenizer:
     if (directory / "bytes.tokenizer").is_file():
         return Bytes()
     models = sorted(directory.glob("*.model"))
@@ -291,111 +247,9 @@ def _open_directory(directory: Path) -> Tokenizer:
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         files = [directory / vocabulary, directory / merges]
         if all(file.is_file() for file in files):
-            return BytePairs(_ranks_from_merges(*files), files)
+            return BytePairs(ranks_from_merges(*files), files, encoder)
     if (directory / "tokenizer.json").is_file():
-        return BytePairs(_ranks_from_tokenizer_json(directory / "tokenizer.json"), [directory / "tokenizer.json"])
+        return BytePairs(ranks_from_tokenizer_json(directory / "tokenizer.json"), [directory / "tokenizer.json"], encoder)
     if ranks:
-        return BytePairs(_ranks_from_tiktoken(ranks[0]), ranks)
+        return BytePairs(ranks_from_tiktoken(ranks[0]), ranks, encoder)
     raise UserError(f"tokenizer {directory}: holds no *.model, tokenizer.json, *.tiktoken, nor encoder.json with vocab.bpe")
-
-
-def _ranks_from_tiktoken(path: Path) -> Vocabulary:
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line:
-            try:
-                piece, rank = line.split()
-                ranks[base64.b64decode(piece, validate=True)] = int(rank)
-            except ValueError:
-                raise UserError(f"tokenizer {path}: line {number}: expected `<base64> <rank>`") from None
-    return _checked(Vocabulary(ranks, GPT2_PATTERN), path)
-
-
-def _ranks_from_merges(vocabulary: Path, merges: Path) -> Vocabulary:
-    try:
-        ids = json.loads(vocabulary.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {vocabulary}: cannot be read ({error})") from None
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return _from_ids(ids, pairs, {}, GPT2_PATTERN, vocabulary)
-
-
-def _ranks_from_tokenizer_json(path: Path) -> Vocabulary:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        model = value["model"]
-        if model["type"] != "BPE" or value.get("normalizer") or model.get("byte_fallback"):
-            raise UserError(f"tokenizer {path}: only byte-level BPE without a normalizer can be kept lossless")
-        pattern = _pattern(value.get("pre_tokenizer"), path)
-        added = {token["content"]: token["id"] for token in value.get("added_tokens", [])}
-        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-        return _from_ids(model["vocab"], pairs, added, pattern, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error!r})") from None
-
-
-def _pattern(pre_tokenizer: Any, path: Path) -> str:
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    kinds = [step.get("type") for step in steps]
-    if any(step.get("add_prefix_space") for step in steps):
-        raise UserError(f"tokenizer {path}: add_prefix_space=true changes the text and cannot be kept lossless")
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return GPT2_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        split = steps[0]
-        if "Regex" in split["pattern"] and split.get("behavior") == "Isolated" and not split.get("invert"):
-            return split["pattern"]["Regex"]
-    raise UserError(f"tokenizer {path}: pre-tokenizer {kinds} is not known; ByteLevel, or Split by regex and ByteLevel, are")
-
-
-def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], pattern: str, path: Path) -> Vocabulary:
-    characters = _byte_characters()
-    try:
-        merged = [ids[left + right] for left, right in pairs]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"tokenizer {path}: a merge does not fit the vocabulary ({error})") from None
-    if merged != sorted(merged):
-        raise UserError(f"tokenizer {path}: ids do not follow the order of the merges, which GPT-2-style BPE needs")
-    known = {*added, *EOT_NAMES}
-    try:
-        ranks = {bytes(characters[c] for c in piece): i for piece, i in ids.items() if piece not in known}
-    except KeyError as error:
-        raise UserError(f"tokenizer {path}: the character {error} stands for no byte: not a byte-level vocabulary") from None
-    specials = {**{name: i for name, i in ids.items() if name in known}, **added}
-    eot_id = next((specials[name] for name in EOT_NAMES if name in specials), None)
-    vocabulary = Vocabulary(ranks, pattern, eot_id, size=max(specials.values(), default=-1) + 1)
-    return _checked(vocabulary, path)
-
-
-def _checked(vocabulary: Vocabulary, path: Path) -> Vocabulary:
-    missing = sum(bytes([value]) not in vocabulary.ranks for value in range(256))
-    if missing:
-        raise UserError(f"tokenizer {path}: {missing} of the 256 single bytes have no id, so some texts could not be encoded")
-    return vocabulary
-
-
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's map from the printable characters in its files to bytes (bytes_to_unicode in OpenAI's encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [value for value in range(256) if value not in printable]
-    return {**{chr(value): value for value in printable}, **{chr(256 + i): value for i, value in enumerate(others)}}
-
-
-def _fingerprint(kind: str, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(kind.encode())
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _copy(files: Sequence[Path], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        target = directory / file.name
-        if file.resolve() != target.resolve():
-            shutil.copyfile(file, target)
-
-
-def _join(pieces: list[bytes], ids: Iterable[int]) -> str:
-    return b"".join([pieces[i] for i in ids]).decode("utf-8", "replace")

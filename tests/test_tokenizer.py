@@ -185,6 +185,40 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
             open_tokenizer(tmp_path / name)
 
 
+def test_fastokens_gives_the_same_ids(small_bpe: Path) -> None:
+    reference, fast = open_tokenizer(small_bpe), open_tokenizer(small_bpe, "fastokens")
+    texts = [*HARD, TEXT, "<|endoftext|>"]
+    assert [ids.tolist() for ids in fast.encode_batch(texts)] == [reference.encode(text) for text in texts]
+    assert fast.encode_batch([]) == []
+    assert fast.fingerprint == reference.fingerprint
+
+
+def test_fastokens_is_refused_when_its_ids_differ(small_bpe: Path, tmp_path: Path) -> None:
+    # Another pattern than GPT-2's cannot be given to it.
+    value = json.loads((small_bpe / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s+|[^\s\p{L}]+"}, "behavior": "Isolated", "invert": False}
+    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**value, "pre_tokenizer": pre_tokenizer}))
+    assert open_tokenizer(tmp_path).decode(open_tokenizer(tmp_path).encode(TEXT)) == TEXT
+    with pytest.raises(UserError, match="encoder=fastokens needs"):
+        open_tokenizer(tmp_path, "fastokens")
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_fastokens_agrees_on_every_character_of_unicode(shared_data: Path) -> None:
+    folder = shared_data / "tokenizer" / "gpt2"
+    reference, fast = open_tokenizer(folder), open_tokenizer(folder, "fastokens")
+    for first in range(0, 0x110000, 4096):
+        points = [point for point in range(first, first + 4096) if not 0xD800 <= point < 0xE000]
+        texts = [f"a{c}b{c}{c}1{c} {c}x{c} \n{c}'s" for c in map(chr, points)]
+        found, expected = fast.encode_batch(texts), reference.encode_batch(texts)
+        assert [hex(p) for p, a, b in zip(points, found, expected, strict=True) if a.tolist() != b.tolist()] == []
+    text = (folder / "lib.rs.txt").read_text(encoding="utf-8")
+    assert fast.encode_batch([text])[0].tolist() == json.loads((folder / "tokens_gpt2.json").read_text())
+
+
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["encoder.json", "r50k_base.tiktoken"])
 def test_published_gpt2_ids(shared_data: Path, name: str) -> None:

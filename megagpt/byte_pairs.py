@@ -1,0 +1,218 @@
+"""GPT-2-style byte-level BPE: reading its published file formats, encoding and decoding."""
+
+import base64
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from megagpt.config import UserError
+
+Encoder: TypeAlias = Literal["tiktoken", "fastokens"]
+"""The library that encodes byte-level BPE in batches."""
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+"""How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
+EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "<|im_end|>")
+"""Names under which published vocabularies carry their end-of-text token, the first found is taken."""
+
+
+class Vocabulary:
+    """A byte-level BPE: bytes -> rank (rank is the id and the merge order), the pre-split pattern, the end-of-text id, and the
+    merges as the file spells them where it has them."""
+
+    def __init__(
+        self, ranks: dict[bytes, int], pattern: str, eot_id: int | None = None, size: int = 0, merges: list[Any] | None = None
+    ) -> None:
+        self.ranks, self.pattern, self.merges = ranks, pattern, merges
+        self.eot_id = max(ranks.values()) + 1 if eot_id is None else eot_id
+        self.size = max(size, self.eot_id + 1, max(ranks.values()) + 1)
+
+
+class BytePairs:
+    """GPT-2-style byte-level BPE. tiktoken's `encode_ordinary` is the reference; batches may go through fastokens instead,
+    several times as fast, which is refused if a probe of hard strings does not give the same ids.
+    """
+
+    kind = "bpe"
+    lossless = True
+
+    def __init__(self, vocabulary: Vocabulary, files: list[Path], encoder: Encoder = "tiktoken") -> None:
+        import tiktoken
+
+        self.eot_id, self.vocab_size = vocabulary.eot_id, vocabulary.size
+        self.fingerprint = files_fingerprint(self.kind, files)
+        self._ranks, self._files = vocabulary.ranks, files
+        self._encoding = tiktoken.Encoding(
+            "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
+        )
+        self._fast: Any = None
+        if encoder == "fastokens":
+            self._fast = _open_fastokens(vocabulary, files[0])
+            probe = _probe()
+            if any(a.tolist() != self.encode(b) for a, b in zip(self.encode_batch(probe), probe, strict=True)):
+                raise UserError(f"tokenizer {files[0]}: fastokens and tiktoken give different ids: use encoder=tiktoken")
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._fast is None:
+            return [np.asarray(self._encoding.encode_ordinary(text), np.uint32) for text in texts]
+        ids, offsets = self._fast.encode_batch_flat(list(texts))
+        ends = np.frombuffer(offsets, np.uint64)[1:-1].astype(np.int64)
+        return np.split(np.frombuffer(ids, np.uint32), ends) if texts else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return join_pieces(self._pieces, ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return self._pieces
+
+    def save(self, directory: Path) -> None:
+        copy_files(self._files, directory)
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
+        for piece, rank in self._ranks.items():
+            pieces[rank] = piece
+        return pieces
+
+
+def ranks_from_tiktoken(path: Path) -> Vocabulary:
+    """A `.tiktoken` file: lines of base64 and rank. Raises UserError naming the line."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line:
+            try:
+                piece, rank = line.split()
+                ranks[base64.b64decode(piece, validate=True)] = int(rank)
+            except ValueError:
+                raise UserError(f"tokenizer {path}: line {number}: expected `<base64> <rank>`") from None
+    return _checked(Vocabulary(ranks, GPT2_PATTERN), path)
+
+
+def ranks_from_merges(vocabulary: Path, merges: Path) -> Vocabulary:
+    """GPT-2's encoder.json with vocab.bpe, or vocab.json with merges.txt. Raises UserError."""
+    try:
+        ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {vocabulary}: cannot be read ({error})") from None
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    return _from_ids(ids, pairs, {}, GPT2_PATTERN, vocabulary)
+
+
+def ranks_from_tokenizer_json(path: Path) -> Vocabulary:
+    """A Hugging Face tokenizer.json. Raises UserError unless it is byte-level BPE that keeps every text."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        model = value["model"]
+        if model["type"] != "BPE" or value.get("normalizer") or model.get("byte_fallback"):
+            raise UserError(f"tokenizer {path}: only byte-level BPE without a normalizer can be kept lossless")
+        pattern = _pattern(value.get("pre_tokenizer"), path)
+        added = {token["content"]: token["id"] for token in value.get("added_tokens", [])}
+        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        return _from_ids(model["vocab"], pairs, added, pattern, path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error!r})") from None
+
+
+def _pattern(pre_tokenizer: Any, path: Path) -> str:
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    kinds = [step.get("type") for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        raise UserError(f"tokenizer {path}: add_prefix_space=true changes the text and cannot be kept lossless")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return GPT2_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        split = steps[0]
+        if "Regex" in split["pattern"] and split.get("behavior") == "Isolated" and not split.get("invert"):
+            return split["pattern"]["Regex"]
+    raise UserError(f"tokenizer {path}: pre-tokenizer {kinds} is not known; ByteLevel, or Split by regex and ByteLevel, are")
+
+
+def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], pattern: str, path: Path) -> Vocabulary:
+    characters = _byte_characters()
+    try:
+        merged = [ids[left + right] for left, right in pairs]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"tokenizer {path}: a merge does not fit the vocabulary ({error})") from None
+    if merged != sorted(merged):
+        raise UserError(f"tokenizer {path}: ids do not follow the order of the merges, which GPT-2-style BPE needs")
+    known = {*added, *EOT_NAMES}
+    try:
+        ranks = {bytes(characters[c] for c in piece): i for piece, i in ids.items() if piece not in known}
+    except KeyError as error:
+        raise UserError(f"tokenizer {path}: the character {error} stands for no byte: not a byte-level vocabulary") from None
+    specials = {**{name: i for name, i in ids.items() if name in known}, **added}
+    eot_id = next((specials[name] for name in EOT_NAMES if name in specials), None)
+    vocabulary = Vocabulary(ranks, pattern, eot_id, size=max(specials.values(), default=-1) + 1, merges=pairs)
+    return _checked(vocabulary, path)
+
+
+def _checked(vocabulary: Vocabulary, path: Path) -> Vocabulary:
+    missing = sum(bytes([value]) not in vocabulary.ranks for value in range(256))
+    if missing:
+        raise UserError(f"tokenizer {path}: {missing} of the 256 single bytes have no id, so some texts could not be encoded")
+    return vocabulary
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's map from the printable characters in its files to bytes (bytes_to_unicode in OpenAI's encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in printable]
+    return {**{chr(value): value for value in printable}, **{chr(256 + i): value for i, value in enumerate(others)}}
+
+
+def _open_fastokens(vocabulary: Vocabulary, path: Path) -> Any:
+    """fastokens over a tokenizer.json without added tokens, so that no text can become a special one."""
+    import fastokens
+
+    if vocabulary.merges is None or vocabulary.pattern != GPT2_PATTERN:
+        raise UserError(
+            f"tokenizer {path}: encoder=fastokens needs a file with merges, and GPT-2's pattern: use encoder=tiktoken"
+        )
+    characters = {value: character for character, value in _byte_characters().items()}
+    vocab = {"".join(characters[value] for value in piece): rank for piece, rank in vocabulary.ranks.items()}
+    # It wants ids without gaps; no text reaches these names, as no byte is spelt as a space.
+    vocab |= {f"special {i}": i for i in set(range(vocabulary.size)) - set(vocabulary.ranks.values())}
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in vocabulary.merges]}
+    value = {"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "decoder": split, "model": model}
+    return fastokens.Tokenizer.from_json_str(json.dumps(value))
+
+
+def _probe() -> list[str]:
+    """Strings that tell pre-splitting rules apart: letters, digits, marks and spaces from all over Unicode."""
+    points = [*range(0x20, 0x3100), *range(0x3100, 0x110000, 997)]
+    alphabet = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
+    words = ["".join(alphabet[i : i + 7]) for i in range(0, len(alphabet), 7)]
+    return ["", "<|endoftext|>", "we'll  they've\n\n 12345 \t x", *(f"{word} {word[0]}1{word[-1]}'s  {word}" for word in words)]
+
+
+def files_fingerprint(kind: str, files: Sequence[Path]) -> str:
+    """sha256 (hex) of a kind and the contents of files."""
+    digest = hashlib.sha256(kind.encode())
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def copy_files(files: Sequence[Path], directory: Path) -> None:
+    """Copy files into a directory under their own names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        target = directory / file.name
+        if file.resolve() != target.resolve():
+            shutil.copyfile(file, target)
+
+
+def join_pieces(pieces: list[bytes], ids: Iterable[int]) -> str:
+    """The text of ids, given the bytes of each."""
+    return b"".join([pieces[i] for i in ids]).decode("utf-8", "replace")
