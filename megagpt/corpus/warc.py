@@ -29,7 +29,7 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _WARC_START = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n?$")
 _WARC_INSIDE = re.compile(rb"\r?\nWARC/\d+\.\d+\r?\nWARC-[A-Z]")
 _ARC_START = re.compile(
-    rb"(?P<url>[A-Za-z][A-Za-z0-9+.-]*:.*) (?P<ip>[0-9a-fA-F.:]+|-) (?P<date>\d{8,17}) (?P<mime>\S+(?:; ?\S+)*)"
+    rb"(?P<url>[A-Za-z][A-Za-z0-9+.-]*:.*) (?P<ip>[0-9a-fA-F.:]+|-) (?P<date>\d{8,17}) (?P<mime>[^\s;]+(?:; ?[^\s;]+)?;?)"
     rb"(?P<v2> \S+ \S+ \S+ \d+ \S+)? (?P<length>\d+)\s*$"
 )
 
@@ -213,7 +213,7 @@ def _begins_record(data: bytes) -> bool:
         text = zlib.decompressobj(wbits=31).decompress(data, 4096).lstrip(b"\r\n")
     except zlib.error:
         return False
-    return text.startswith(b"WARC/") or _ARC_START.match(text.partition(b"\n")[0]) is not None
+    return text.startswith(b"WARC/") or _arc_start(text.partition(b"\n")[0]) is not None
 
 
 # ---- records
@@ -229,7 +229,7 @@ def _read_member(member: _Member, name: str, offset: int, *, plain: bool) -> Ite
         line = member.line()
         if not line:
             break
-        arc = None if line.startswith(b"WARC/") else _ARC_START.match(line)
+        arc = None if line.startswith(b"WARC/") else _arc_start(line)
         if arc is not None:
             yield from _arc_record(member, arc, where)
         elif _WARC_START.match(line):
@@ -247,7 +247,7 @@ def _to_next_start(member: _Member) -> None:
     """Pass over lines up to one that begins a record."""
     while head := member.peek(512):
         line = head.partition(b"\n")[0]
-        if _WARC_START.match(line + b"\n") or (len(head) > len(line) and _ARC_START.match(line)):
+        if _WARC_START.match(line + b"\n") or (len(head) > len(line) and _arc_start(line)):
             return
         member.line()
 
@@ -296,7 +296,12 @@ def _ends_here(member: _Member) -> bool:
     """Whether empty lines and then a record or the end follow."""
     following = member.peek(512).lstrip(b"\r\n")
     line = following.partition(b"\n")[0]
-    return not following or _WARC_START.match(line + b"\n") is not None or _ARC_START.match(line) is not None
+    return not following or _WARC_START.match(line + b"\n") is not None or _arc_start(line) is not None
+
+
+def _arc_start(line: bytes) -> re.Match[bytes] | None:
+    """The fields of an ARC record's line; a long line is none, and matching it could take long."""
+    return _ARC_START.match(line) if len(line) <= 4096 else None
 
 
 def _read_headers(member: _Member) -> dict[str, str]:

@@ -14,27 +14,29 @@ _DROPPED_SECTIONS = frozenset(
     ("references", "external links", "see also", "further reading", "notes", "footnotes", "notes and references", "citations")
 )
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
-_NOWIKI = re.compile(r"<nowiki>(.*?)</nowiki>", re.S | re.I)
+_NOWIKI = re.compile(r"<nowiki>(.*?)(?:</nowiki>|\Z)", re.S | re.I)
 _REF = re.compile(r"<ref\b[^<>]*/>|<ref\b[^<>]*>.*?(?:</ref\s*>|(?=\n\n)|\Z)|</ref\s*>", re.S | re.I)
-_ELEMENTS = re.compile(
-    r"<(gallery|math|chem|timeline|score|syntaxhighlight|source|imagemap|graph|mapframe|hiero|templatedata|references|charinsert"
-    r"|inputbox|categorytree)\b(?:[^<>]*/>|[^<>]*>(?:.*?</\1\s*>)?)",
-    re.S | re.I,
+_ELEMENT_TAG = re.compile(
+    r"<(/?)(gallery|math|chem|timeline|score|syntaxhighlight|source|imagemap|graph|mapframe|hiero|templatedata|references"
+    r"|charinsert|inputbox|categorytree)\b[^<>]*>",
+    re.I,
 )
 _TEMPLATE = re.compile(r"\{\{([^{}]*)\}\}")
 _PARAMETER = re.compile(r"\{\{\{[^{}]*\}\}\}")
 _LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
 _EXTERNAL = re.compile(
-    r"\[(?:https?:|ftp:|mailto:|irc:|news:)?//[^\s\]]*[ \t]*([^\]\n]*)\]|\[(?:mailto|news):[^\s\]]*[ \t]*([^\]\n]*)\]"
+    r"\[(?:https?:|ftp:|mailto:|irc:|news:)?//[^\s\[\]]*[ \t]*([^\[\]\n]*)\]|\[(?:mailto|news):[^\s\[\]]*[ \t]*([^\[\]\n]*)\]"
 )
 _BREAK = re.compile(r"<br\b[^<>]*>", re.I)
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
 _HEADING = re.compile(r"^(={1,6})[ \t]*(.+?)[ \t]*=*[ \t]*$")
 _QUOTES = re.compile(r"'{2,5}")
 _MAGIC = re.compile(r"__[A-Z]{3,}__")
-_EMPTY_BRACKETS = re.compile(r"[ \t]*[(（][\s,;:/–—-]*[)）]")
+_EMPTY_BRACKETS = re.compile(r"[(（][\s,;:/–—-]*[)）]")
 _BRACKET_START = re.compile(r"([(（])[\s,;:]+")
-_BRACKET_END = re.compile(r"[\s,;:]+([)）])")
+_WORD = re.compile(r"[^\W_]")
+_SPACES = re.compile(r"[ \t]{2,}|\t")
+_SPACE_BEFORE_POINT = re.compile(r" ([,.;:!?])(?=\s|\Z)")
 _LEFTOVER = re.compile(r"\{\{+|\}\}+|\[\[+|\]\]+|\{\||\|\}|\|\|+|<!--|-->|</?ref\b[^<>\n]*>?", re.I)
 _LANGUAGE_PREFIX = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*$|simple$")
 _NOT_LANGUAGES = frozenset(("mr", "dr", "st", "vs", "re", "ex", "the", "and", "war", "law", "art"))
@@ -49,8 +51,8 @@ def is_redirect(text: str) -> bool:
 def wikitext_to_text(text: str, drop_links: frozenset[str] = FILE_AND_CATEGORY) -> str:
     """Plain text of an article. Links into the namespaces `drop_links` (lower case; the wiki's own names too) go whole."""
     text = _COMMENT.sub("", text)
-    text = _NOWIKI.sub(lambda match: html.escape(match[1], quote=False).replace("[", "&#91;").replace("{", "&#123;"), text)
-    text = _ELEMENTS.sub("", _REF.sub("", text))
+    text = _NOWIKI.sub(lambda match: match[1].translate(_AS_ENTITIES), text)
+    text = _without_elements(_REF.sub("", text))
     text = _inside_out(_PARAMETER, "", text)
     text = _inside_out(_TEMPLATE, _template_text, text)
     text = _without_tables(text)
@@ -60,6 +62,24 @@ def wikitext_to_text(text: str, drop_links: frozenset[str] = FILE_AND_CATEGORY) 
     text = _MAGIC.sub("", _QUOTES.sub("", text))
     text = _LEFTOVER.sub(" ", text)
     return _tidy(text)
+
+
+_AS_ENTITIES = {ord(character): f"&#{ord(character)};" for character in "<>&[]{}|'=*#:;_"}
+
+
+def _without_elements(text: str) -> str:
+    """Drop elements that hold no prose, with their content; of one that is never closed only the tag."""
+    pieces, position, opened = list[str](), 0, ""
+    for match in _ELEMENT_TAG.finditer(text):
+        closing, name = match[1], match[2].lower()
+        if opened:
+            if closing and name == opened:
+                position, opened = match.end(), ""
+            continue
+        pieces.append(text[position : match.start()])
+        position = match.end()
+        opened = "" if closing or match[0].endswith("/>") else name
+    return "".join([*pieces, text[position:]])
 
 
 def _inside_out(pattern: re.Pattern[str], replacement: object, text: str) -> str:
@@ -76,28 +96,33 @@ def _inside_out(pattern: re.Pattern[str], replacement: object, text: str) -> str
 
 def _template_text(match: re.Match[str]) -> str:
     """What a template without inner templates shows; nothing for most."""
-    head, *arguments = match[1].split("|") if "[[" not in match[1] else _split_outside_links(match[1])
+    head, _, rest = match[1].partition("|")
     name = head.strip().lower().replace("_", " ")
     if name.startswith("formatnum:"):
         return head.partition(":")[2].strip()
-    positional = [argument.strip() for argument in arguments if not re.match(r"\s*[\w -]+\s*=", argument)]
-    if name in ("convert", "cvt"):
-        return _converted(positional)
     if name in _SYMBOLS:
         return _SYMBOLS[name]
-    if name.startswith("lang-") or name in _LAST_ARGUMENT:
-        return positional[-1] if positional else _named(arguments, ("text", "quote"))
+    if not name.startswith("lang-") and name not in _SHOWN:
+        return ""
+    arguments = rest.split("|") if "[[" not in rest else _PIPE_OUTSIDE_LINKS.split(rest[:20000])
+    positional = [argument.strip() for argument in arguments if not _NAMED.match(argument)]
+    if name in _CONVERT:
+        return _converted(positional)
+    if name in _FRACTION:
+        return " ".join(positional[:-2]) + (" " if len(positional) > 2 else "") + "/".join(positional[-2:])
+    if name in _CIRCA:
+        return "c. " + (positional[0] if positional else "")
+    if name in _AS_OF:
+        return "As of " + "-".join(positional)
     if name in _FIRST_ARGUMENT:
         return positional[0] if positional else _named(arguments, ("1", "text", "quote"))
-    if name in ("frac", "fraction", "sfrac"):
-        return " ".join(positional[:-2]) + (" " if len(positional) > 2 else "") + "/".join(positional[-2:])
-    if name in ("circa", "c.", "ca", "ca."):
-        return "c. " + (positional[0] if positional else "")
-    if name in ("as of", "asof"):
-        return "As of " + "-".join(positional)
-    return ""
+    return positional[-1] if positional else _named(arguments, ("text", "quote"))
 
 
+_PIPE_OUTSIDE_LINKS = re.compile(r"\|(?![^\[\]]*\]\])")
+_NAMED = re.compile(r"\s*[\w -]+=")
+_CONVERT, _FRACTION = frozenset(("convert", "cvt")), frozenset(("frac", "fraction", "sfrac"))
+_CIRCA, _AS_OF = frozenset(("circa", "c.", "ca", "ca.")), frozenset(("as of", "asof"))
 _SYMBOLS = {
     "nbsp": " ", "space": " ", "ndash": "–", "mdash": "—", "spaced ndash": " – ", "spnd": " – ", "snd": " – ", "dash": "–",
     "spaced en dash": " – ", "em dash": "—", "en dash": "–", "'": "'", "times": "×", "pi": "π", "deg": "°", "degree": "°",
@@ -112,11 +137,7 @@ _FIRST_ARGUMENT = frozenset(
 _LAST_ARGUMENT = frozenset(
     ("lang", "transl", "transliteration", "script", "wikt-lang", "color", "font color", "rtl-lang", "angbr", "linktext")
 )
-
-
-def _split_outside_links(text: str) -> list[str]:
-    """Split at pipes, but not at those inside [[links|with labels]]."""
-    return re.split(r"\|(?![^\[\]]*\]\])", text)
+_SHOWN = _CONVERT | _FRACTION | _CIRCA | _AS_OF | _FIRST_ARGUMENT | _LAST_ARGUMENT
 
 
 def _named(arguments: list[str], names: tuple[str, ...]) -> str:
@@ -187,8 +208,11 @@ def _link_text(inside: str, drop_links: frozenset[str]) -> str:
 
 
 def _tidy(text: str) -> str:
-    text = html.unescape(text).replace("\xa0", " ")
-    text = _BRACKET_END.sub(r"\1", _BRACKET_START.sub(r"\1", _EMPTY_BRACKETS.sub("", text)))
+    text = _SPACES.sub(" ", html.unescape(text).replace("\xa0", " "))
+    text = _BRACKET_START.sub(r"\1", _EMPTY_BRACKETS.sub("", text))
+    for before in (" )", ",)", ";)", " ）"):
+        text = text.replace(before, before[-1])
+    text = _SPACE_BEFORE_POINT.sub(r"\1", _SPACES.sub(" ", text))
     blocks: list[tuple[int, str]] = []
     skip_below = 0
     for line in text.split("\n"):
@@ -203,9 +227,9 @@ def _tidy(text: str) -> str:
             if not skip_below and title:
                 blocks.append((level, title))
             continue
-        line = re.sub(r"[ \t]+", " ", line.lstrip("*#:; \t")).strip()
-        if not skip_below and line and not line.startswith(("|", "!")) and any(map(str.isalnum, line)):
-            blocks.append((0, re.sub(r" ([,.;:!?])(?=\s|$)", r"\1", line)))
+        line = line.strip().lstrip("*#:; ")
+        if line and not skip_below and not line.startswith(("|", "!")) and _WORD.search(line):
+            blocks.append((0, line))
     while blocks and blocks[-1][0]:
         blocks.pop()
     return "\n".join(line for _, line in blocks)
