@@ -92,9 +92,9 @@ class GopherRepetitionConfig(Config):
     """Characters of such lines over all characters."""
     max_duplicate_paragraph_chars: Ratio | None = 0.20
     """Characters of such paragraphs over all characters."""
-    max_top_n_gram_chars: dict[Literal[2, 3, 4], Ratio] = Field(default={2: 0.20, 3: 0.18, 4: 0.16})
+    max_top_n_gram_chars: dict[Annotated[int, Field(ge=2, le=4)], Ratio] = Field(default={2: 0.20, 3: 0.18, 4: 0.16})
     """By n: characters of the most frequent n-gram, spaces included, times its count, over all characters."""
-    max_duplicate_n_gram_chars: dict[Literal[5, 6, 7, 8, 9, 10], Ratio] = Field(
+    max_duplicate_n_gram_chars: dict[Annotated[int, Field(ge=5, le=10)], Ratio] = Field(
         default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
     )
     """By n: characters, without spaces, of n-grams that occurred before, over all characters."""
