@@ -4,6 +4,7 @@ Every step is a subprocess of tools/*.py whose command line is printed. The rank
 starts them, one process each with RANK and WORLD_SIZE set, because torchrun hides their exit status when it is told to stop.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -77,7 +78,7 @@ def run_quickstart(config: QuickstartConfig) -> int:
     try:
         inputs, planted = prepare_dumps(config)
         for stage in STAGES:
-            dumps = [f"extract.inputs=[{','.join(inputs)}]"] if stage == "extract_documents" else []
+            dumps = [f"extract.inputs={json.dumps(inputs)}"] if stage == "extract_documents" else []
             run_tool(stage, CORPUS_RECIPE, f"work_dir={corpus}", *dumps)
         train = [
             TRAIN_RECIPE,

@@ -1,0 +1,179 @@
+"""Every tool explains itself, is in the README and refuses bad input with status 2; every shipped YAML loads."""
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagpt.command import run_words
+from megagpt.config import Config, dump, load
+
+PROJECT = Path(__file__).resolve().parent.parent
+TOOLS = sorted(path.stem for path in (PROJECT / "tools").glob("*.py"))
+CONFIGS = sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "configs").rglob("*.yaml"))
+
+# For each tool: words that are wrong, and what the error must name. {tmp} is an empty folder.
+BAD_INPUT = {
+    "extract_documents": [
+        (["work_dir={tmp}/w", "extract.inputs=[{tmp}/none.warc.gz]"], "none.warc.gz"),
+        (["work_dir={tmp}/w", "extract.inptus=[a]"], "did you mean extract.inputs"),
+        (["work_dir={tmp}/w", "num_workers=-1"], "num_workers=-1"),
+    ],
+    "filter_documents": [
+        (["work_dir={tmp}/w"], "{tmp}/w/extract"),
+        (["work_dir={tmp}/w", "filter.language.min_score=2"], "filter.language.min_score=2"),
+    ],
+    "dedup_documents": [
+        (["work_dir={tmp}/w", "dedup.inputs=[{tmp}/none.jsonl]"], "none.jsonl"),
+        (["work_dir={tmp}/w", "dedup.threshold=abc"], "dedup.threshold='abc'"),
+    ],
+    "train_tokenizer": [
+        (["work_dir={tmp}/w"], "{tmp}/w/dedup"),
+        (["work_dir={tmp}/w", "tokenizer.vocab_size=12"], "tokenizer.vocab_size=12"),
+    ],
+    "tokenize_documents": [
+        (["work_dir={tmp}/w", "tokenize.inputs=[{tmp}/none.jsonl]"], "none.jsonl"),
+        (["work_dir={tmp}/w", "tokenize.validation_fraction=1"], "tokenize.validation_fraction=1"),
+    ],
+    "inspect_data": [(["shards={tmp}/none"], "{tmp}/none")],
+    "quickstart": [
+        (["warc={tmp}/none.warc.gz", "run_dir={tmp}/q"], "warc={tmp}/none.warc.gz"),
+        (["max_steps=0"], "max_steps=0"),
+    ],
+    "train_model": [
+        (["{tmp}/none.yaml"], "{tmp}/none.yaml"),
+        (["configs/train/debug_cpu.yaml", "data.sources.main.path={tmp}/none", "run_dir={tmp}/r"], "{tmp}/none"),
+        (["configs/train/debug_cpu.yaml", "optim.lr=abc"], "optim.lr='abc'"),
+        (["configs/train/debug_cpu.yaml", "global_batch_size=-8"], "global_batch_size=-8"),
+        (["configs/train/debug_cpu.yaml", "globl_batch_size=8"], "did you mean global_batch_size"),
+    ],
+    "inspect_checkpoints": [(["run_dir={tmp}/none"], "{tmp}/none")],
+    "evaluate_model": [
+        (["run_dir={tmp}/none"], "{tmp}/none"),
+        (["run_dir={tmp}", "micro_batch_size=0"], "micro_batch_size=0"),
+    ],
+    "generate_text": [
+        (["run_dir={tmp}/none"], "{tmp}/none"),
+        (["run_dir={tmp}", "temperature=-1"], "temperature=-1"),
+    ],
+    "report_run": [(["run_dir={tmp}/none"], "{tmp}/none")],
+}
+CASES = [(tool, words, named) for tool, cases in BAD_INPUT.items() for words, named in cases]
+
+
+def main_arguments(tool: str) -> tuple[type[Config], object, str]:
+    """What a tool's file hands to megagpt.command.main: its configuration class, function and description."""
+    module = importlib.import_module(tool)
+    tree = ast.parse((PROJECT / "tools" / f"{tool}.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "main"]
+    assert len(calls) == 1, f"tools/{tool}.py: exactly one call of main() is expected"
+    names = [ast.unparse(argument) for argument in calls[0].args]
+    assert names[2] == "__doc__ or ''"
+    return getattr(module, names[0]), getattr(module, names[1]), module.__doc__ or ""
+
+
+def run_tool(tool: str, words: list[str]) -> tuple[int, str, str]:
+    """Run a tool inside this process: its exit status, standard output and standard error."""
+    output, errors = io.StringIO(), io.StringIO()
+    config_class, run, about = main_arguments(tool)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        status = run_words(config_class, run, about, words)  # type: ignore[arg-type]
+    return status, output.getvalue(), errors.getvalue()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_has_help(tool: str) -> None:
+    status, output, _ = run_tool(tool, ["--help"])
+    assert status == 0
+    config_class, _, about = main_arguments(tool)
+    assert output.startswith(about.strip().splitlines()[0])
+    assert f"tools/{tool}.py" in about, "the help shows no command line"
+    missing = [line for line in output.splitlines() if line.startswith("  ") and "  [" in line and line.endswith("]")]
+    assert not missing, "settings without an explanation"
+    for name in config_class.model_fields:
+        assert f"  {name}" in output
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_is_in_the_readme(tool: str) -> None:
+    assert f"`{tool}" in (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_tool_has_a_bad_input_case() -> None:
+    assert set(TOOLS) == set(BAD_INPUT)
+
+
+@pytest.mark.parametrize(("tool", "words", "named"), CASES, ids=lambda value: value if isinstance(value, str) else None)
+def test_bad_input_ends_with_status_2_and_names_what_is_wrong(
+    tool: str, words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    status, output, errors = run_tool(tool, [word.replace("{tmp}", str(tmp_path)) for word in words])
+    assert status == 2, errors
+    assert errors.startswith("error: ")
+    assert named.replace("{tmp}", str(tmp_path)) in errors
+    assert "Traceback" not in errors + output
+    assert list(tmp_path.rglob("*.zst")) + list(tmp_path.rglob("*.bin")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", TOOLS)
+def test_bad_input_from_the_shell(tool: str, tmp_path: Path) -> None:
+    words = [word.replace("{tmp}", str(tmp_path)) for word in BAD_INPUT[tool][0][0]]
+    for extra, traceback in (([], False), (["--debug"], True)):
+        command = [sys.executable, f"tools/{tool}.py", *words, *extra]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, env=clean_environment())
+        assert done.returncode == 2, done.stderr
+        assert ("Traceback" in done.stderr) == traceback, done.stderr
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without what a launcher or a cluster would set."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", *dropped))}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_unknown_setting_is_refused(tool: str) -> None:
+    status, _, errors = run_tool(tool, ["no_such_setting=1"])
+    assert status == 2
+    assert "no_such_setting: no such field" in errors
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_unknown_option_is_refused(tool: str) -> None:
+    status, _, errors = run_tool(tool, ["--verbose"])
+    assert status == 2
+    assert "--verbose" in errors
+
+
+def test_configs_are_there() -> None:
+    expected = {
+        *(f"configs/corpus/{name}.yaml" for name in ("common_crawl", "wikipedia", "quickstart")),
+        *(
+            f"configs/train/{name}.yaml"
+            for name in ("debug_cpu", "shakespeare_cpu", "gpt_124m", "gpt_1b3", "gpt_7b", "gpt_13b")
+        ),
+    }
+    assert expected <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_loads_and_survives_a_dump(path: str, tmp_path: Path) -> None:
+    tool = {"corpus": "extract_documents", "train": "train_model", "finetune": "train_model"}[Path(path).parent.name]
+    config_class, _, _ = main_arguments(tool)
+    config = load(config_class, [str(PROJECT / path)])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump(config), encoding="utf-8")
+    assert load(config_class, [str(copy)]) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_says_what_it_is_for(path: str) -> None:
+    assert (PROJECT / path).read_text(encoding="utf-8").startswith("# "), f"{path}: begins with a comment on its purpose"
