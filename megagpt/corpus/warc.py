@@ -56,7 +56,7 @@ def read_records(block: Block) -> Iterator[Record | Fault]:
     path = Path(block.path)
     with path.open("rb") as file:
         magic = file.read(4)
-        if magic[:3] == _GZIP_MAGIC or (path.suffix == ".gz" and not magic.startswith((b"WARC", b"file"))):
+        if magic[:3] == _GZIP_MAGIC or (path.suffix == ".gz" and magic not in (b"WARC", b"file")):
             yield from _read_gzip(file, path.name, block.start, block.end)
             return
         file.seek(0)
@@ -145,45 +145,75 @@ class _Member:
 # ---- members
 
 
+class _Tape:
+    """Compressed bytes of a file from an offset on; what a member did not need is given back for the next."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._ready, self.offset = file, b"", 0
+
+    def move(self, offset: int) -> None:
+        self._file.seek(offset)
+        self._ready, self.offset = b"", offset
+
+    def read(self) -> bytes:
+        data, self._ready = self._ready or self._file.read(CHUNK_BYTES), b""
+        self.offset += len(data)
+        return data
+
+    def give_back(self, data: bytes) -> None:
+        self._ready = data
+        self.offset -= len(data)
+
+
 def _read_gzip(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[Record | Fault]:
-    offset = 0 if start == 0 else _next_start(file, start, None)
+    tape = _Tape(file)
+    offset = start if start == 0 and _is_member(file, 0) else _next_start(file, start, None)
+    if offset is not None and start == 0 and offset > 0:
+        yield Fault("garbage between gzip members", f"{name}: offset 0")
+    tape.move(offset or 0)
     while offset is not None and (end is None or offset < end):
-        file.seek(offset)
-        decoder = zlib.decompressobj(wbits=31)
-        consumed = [offset]
-        member = _Member(_gzip_chunks(file, decoder, consumed), "truncated gzip member")
+        member = _Member(_gzip_chunks(tape), "truncated gzip member")
         yield from _read_member(member, name, offset, plain=False)
         if member.damage:
             yield Fault(member.damage, f"{name}: offset {offset}")
             offset = _next_start(file, offset + 1, None)
+            tape.move(offset or 0)
             continue
-        offset, garbage = _after_member(file, consumed[0])
-        if garbage:
-            yield Fault("garbage between gzip members", f"{name}: offset {consumed[0]}")
+        offset, garbage = _after_member(file, tape)
+        if garbage is not None:
+            yield Fault("garbage between gzip members", f"{name}: offset {garbage}")
 
 
-def _gzip_chunks(file: IO[bytes], decoder: "zlib._Decompress", consumed: list[int]) -> Iterator[bytes]:
-    """Decompressed pieces of the member at the file's position; consumed[0] becomes the offset after it."""
+def _gzip_chunks(tape: _Tape) -> Iterator[bytes]:
+    """Decompressed pieces of the member at the tape's position, which is left behind it."""
+    decoder = zlib.decompressobj(wbits=31)
     while not decoder.eof:
-        data = file.read(CHUNK_BYTES)
+        data = tape.read()
         if not data:
             raise EOFError
         piece = decoder.decompress(data)
-        consumed[0] += len(data) - len(decoder.unused_data)
+        if decoder.eof:
+            tape.give_back(decoder.unused_data)
         if piece:
             yield piece
 
 
-def _after_member(file: IO[bytes], offset: int) -> tuple[int | None, bool]:
-    """Where the next member starts, and whether anything but zero padding lies between."""
+def _is_member(file: IO[bytes], offset: int) -> bool:
     file.seek(offset)
-    head = file.read(CHUNK_BYTES)
+    return file.read(2) == _GZIP_MAGIC[:2]
+
+
+def _after_member(file: IO[bytes], tape: _Tape) -> tuple[int | None, int | None]:
+    """Where the next member starts (the tape is moved there), and where garbage begins if any lies between; zeros are none."""
+    here = tape.offset
+    head = tape.read()
     if head[:2] == _GZIP_MAGIC[:2]:
-        return offset, False
-    following = _next_start(file, offset, None)
-    if following is None or following - offset > CHUNK_BYTES:
-        return following, bool(head.strip(b"\0"))
-    return following, bool(head[: following - offset].strip(b"\0"))
+        tape.give_back(head)
+        return here, None
+    following = _next_start(file, here, None)
+    between = head if following is None else head[: following - here]
+    tape.move(following or 0)
+    return following, here if between.strip(b"\0") else None
 
 
 def _next_start(file: IO[bytes], offset: int, within: int | None) -> int | None:
@@ -223,8 +253,11 @@ def _read_member(member: _Member, name: str, offset: int, *, plain: bool) -> Ite
     """Cut a member into records. Its own damage (member.damage) is left to the caller if it is a gzip member."""
     first = True
     while True:
-        while member.peek(1) in (b"\r", b"\n"):
-            member.take(1)
+        while head := member.peek(16):
+            blank = len(head) - len(head.lstrip(b"\r\n"))
+            member.take(blank)
+            if blank < len(head):
+                break
         where = f"{name}:{offset + member.position}" if plain else f"{name}:{offset}" + ("" if first else f"+{member.position}")
         line = member.line()
         if not line:
@@ -308,7 +341,7 @@ def _read_headers(member: _Member) -> dict[str, str]:
     """Header lines up to the empty line; a line that begins with a space continues the one before. The first of a name wins."""
     headers: dict[str, str] = {}
     name = ""
-    while (line := member.line().rstrip(b"\r\n")) and len(headers) < 1000:
+    for line in _header_lines(member):
         text = line.decode("utf-8", "replace")
         if text[0] in " \t" and name:
             headers[name] += " " + text.strip()
@@ -317,6 +350,20 @@ def _read_headers(member: _Member) -> dict[str, str]:
         name = name.strip().lower()
         headers.setdefault(name, value.strip())
     return headers
+
+
+def _header_lines(member: _Member) -> Iterator[bytes]:
+    head = member.peek(2048)
+    end = head.find(b"\r\n\r\n")
+    if end > 0 and b"\n\n" not in head[:end]:
+        member.take(end + 4)
+        yield from filter(None, head[:end].split(b"\r\n"))
+        return
+    for _ in range(1000):
+        line = member.line().rstrip(b"\r\n")
+        if not line:
+            return
+        yield line
 
 
 def _readable(where: str) -> str:
