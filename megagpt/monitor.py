@@ -93,14 +93,18 @@ class Monitor:
         self._window: tuple[int, float] | None = None
         if rank != 0:
             return
+        with self.clock("start"):
+            self._open(run_dir, run_config, incarnation)
+
+    def _open(self, run_dir: Path, run_config: dict[str, Any], incarnation: int | None) -> None:
         earlier = _earlier(run_dir)
         self.incarnation = incarnation or 1 + max((row["incarnation"] for row in earlier.all_rows), default=0)
         if earlier.torn_lines:
             log.warning("%s: %d torn lines of an earlier start are left out", run_dir / METRICS_FILE, earlier.torn_lines)
         self._file = _open_for_lines(run_dir / METRICS_FILE)
-        self._gpu = open_gpu(device) if device is not None else None
-        if config.wandb != "off":
-            self._wandb = WandbRun(run_dir, config, run_config, last_step=_last_wandb_step(earlier))
+        self._gpu = open_gpu(self._device) if self._device is not None else None
+        if self.config.wandb != "off":
+            self._wandb = WandbRun(run_dir, self.config, run_config, last_step=_last_wandb_step(earlier))
 
     def due(self, step: int) -> bool:
         """Whether the step that was just done is one to log."""
@@ -165,9 +169,11 @@ class Monitor:
         return result
 
     def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        words = [f"{name} {_short(value)}" for name, value in values.items() if not isinstance(value, dict | list)]
+        flat = {name: value for name, value in values.items() if not isinstance(value, dict | list)}
+        texts = {name: value for name, value in flat.items() if isinstance(value, str) and "\n" in value.strip()}
         of = f"/{self.max_steps}" if self.max_steps else ""
-        line = "  ".join([f"{kind} {step}{of}", *words])
+        words = [f"{kind} {step}{of}", *(f"{name} {_short(value)}" for name, value in flat.items() if name not in texts)]
+        line = "  ".join(words) + "".join("\n  | " + text.replace("\n", "\n  | ") for text in texts.values())
         if self.max_steps and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -277,7 +283,9 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    if isinstance(value, str):
+        return value if value.strip() == value else repr(value)
+    if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}" if value < 1_000_000 else f"{value / 1e6:,.1f}M" if value < 1e9 else f"{value / 1e9:,.2f}B"

@@ -246,6 +246,14 @@ def test_console_lines_hold_the_keys_of_the_row(tmp_path: Path, caplog: pytest.L
     assert caplog.messages == ["train 100/200  loss 3.22  lr 3.00e-04  tokens 1.2M"]
 
 
+def test_texts_of_several_lines_go_below_the_console_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = open_monitor(tmp_path)
+    with caplog.at_level("INFO", logger="megagpt"):
+        monitor.log("sample", 5, prompt="\n", text="To be,\nor not", score=1)
+    monitor.close()
+    assert caplog.messages == ["sample 5  prompt '\\n'  score 1\n  | To be,\n  | or not"]
+
+
 def test_readings_without_a_gpu_are_none(caplog: pytest.LogCaptureFixture) -> None:
     assert open_gpu(torch.device("cpu")) is None
     assert caplog.messages == []

@@ -1,0 +1,230 @@
+"""The report page: what it reads, what it says, that it needs nothing from elsewhere, and the charts' reductions."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.charts import MAX_POINTS, Chart, Line, smoothed, thin, to_svg
+from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
+from megagpt.files import write_json
+from megagpt.metrics import METRICS_FILE, format_row
+from megagpt.page import bars, table
+from megagpt.report import ReportConfig, read_funnel, report_run
+
+HOSTILE = "</pre><script>alert('&')</script>"
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the texts, and checks that elements close."""
+
+    void = frozenset({"meta", "br", "use", "path"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.loads: list[str] = []
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "srcset")]
+        if tag not in self.void:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.void:
+            assert self._open.pop() == tag, f"</{tag}> does not close what is open"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def parse(path: Path) -> Page:
+    parser = Page()
+    parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
+    assert parser._open == []
+    return parser
+
+
+def write_run(root: Path) -> Path:
+    """A run of two starts, of which the first was killed, with a corpus, a checkpoint and an evaluation."""
+    run_dir, corpus = root / "run", root / "corpus"
+    rows: list[dict[str, Any]] = [{"kind": "start", "step": 0, "incarnation": 1, "seconds": {"start": 5.0}}]
+    for incarnation, steps in ((1, range(10, 61, 10)), (2, range(50, 101, 10))):
+        if incarnation == 2:
+            rows.append({"kind": "start", "step": 40, "incarnation": 2, "seconds": {"start": 5.0}})
+        for step in steps:
+            values = {"loss": 5 - step / 40, "lr": 1e-3, "grad_norm": 1.0 if step != 70 else math.nan, "tokens": step * 100}
+            values["tokens_per_second"] = 1000.0
+            seconds = {"start": 5.0, "train": float(step), "save": 1.0}
+            rows.append({"kind": "train", "step": step, "incarnation": incarnation, "seconds": seconds, **values})
+    score = {"loss": 2.75, "perplexity": 15.6, "bits_per_byte": 1.234, "tokens": 900, "text_bytes": 2900}
+    rows.append({"kind": "evaluate", "step": 100, "incarnation": 2, "sources": {"plays": score, "news": score}, **score})
+    rows.append({"kind": "sample", "step": 100, "incarnation": 2, "prompt": "O ", "text": HOSTILE})
+    rows.append({"kind": "done", "step": 100, "incarnation": 2})
+    run_dir.mkdir(parents=True)
+    lines = [format_row({"time": 1000.0 + i, **row}) for i, row in enumerate(rows)]
+    (run_dir / METRICS_FILE).write_bytes(b"".join(lines))
+    (run_dir / "config.yaml").write_text("seed: 1\n")
+    for incarnation in (1, 2):
+        start = {
+            "incarnation": incarnation,
+            "time": f"2026-01-0{incarnation}T00:00:00Z",
+            "host": "node-7",
+            "launcher": "srun",
+            "world_size": 8,
+            "device": "cuda:0",
+            "python": "3.11.7",
+            "versions": {"torch": "2.13.0"},
+            "git_commit": "abcdef0123456789",
+            "data_fingerprint": "f00d",
+            "config": {"data": {"sources": {"plays": {"path": str(corpus / "shards")}}}, "model": {"num_layers": 12}},
+        }
+        write_json(run_dir / "starts" / f"{incarnation:04d}.json", start)
+    write_json(run_dir / "checkpoints" / "step_00000100" / "manifest.json", {})
+    write_json(run_dir / "checkpoints" / "best.json", {"step": 100, "validation_loss": 2.75})
+    task = {
+        "questions": 4,
+        "accuracy": 0.75,
+        "accuracy_per_byte": 0.5,
+        "chance": 0.5,
+        "standard_error": 0.217,
+        "loss_of_gold": 3,
+    }
+    sources = {"plays": {**score, "unigram_entropy": 4.5}}
+    write_json(
+        run_dir / "evaluations" / "step_00000100.json", {"step": 100, "sources": sources, "tasks": {"piqa": task}, **score}
+    )
+    extract = {
+        "stage": "extract",
+        "documents_in": 400,
+        "kept": 300,
+        "rejected": {"source:mime": 100},
+        "faults": {"torn gzip": 3},
+    }
+    dedup = {
+        "stage": "dedup",
+        "documents_in": 300,
+        "kept": 120,
+        "rejected": {"dedup:near": 150, "dedup:exact": 30},
+        "faults": {},
+    }
+    write_json(corpus / "extract" / "summary.json", extract)
+    write_json(corpus / "dedup" / "summary.json", dedup)
+    for split, documents in (("train", 100), ("validation", 20)):
+        shard = {"documents": documents, "tokens": documents * 50, "text_bytes": documents * 200}
+        write_json(corpus / "shards" / split / "manifest.json", {"shards": [shard]})
+    return run_dir
+
+
+def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+    path = report_run(ReportConfig(run_dir=write_run(tmp_path)))
+    found = parse(path)
+    assert path == tmp_path / "run" / "report.html"
+    assert [target for target in found.loads if not target.startswith("#")] == []
+    assert "script" not in found.tags
+    assert found.tags.count("svg") == 4
+    style = path.read_text()
+    assert "url(http" not in style
+    assert "@import" not in style
+
+
+def test_what_the_page_says(tmp_path: Path) -> None:
+    found = parse(report_run(ReportConfig(run_dir=write_run(tmp_path))))
+    texts = [text.strip() for text in found.texts]
+
+    def after(label: str, offset: int = 1) -> str:
+        return texts[texts.index(label) + offset]
+
+    assert "finished at step 100" in texts
+    assert after("best validation loss") == "2.7500"
+    assert after("best validation loss", 2) == "step 100, 1.234 bits per byte"
+    assert after("starts") == "2"
+    assert after("starts", 2) == "2 lines done again"
+    assert after("tokens") == "10k"
+    # The two starts trained 60 s and 100 s, of which the 20 s after step 40 were done again.
+    assert after("train") == "2.3 min · 81.4%"
+    assert after("repeated") == "20.0 s · 11.6%"
+    assert after("before extract") == "400 documents"
+    assert after("after extract") == "300 · 75.0%"
+    assert after("after dedup") == "120 · 30.0%"
+    assert after("in shards") == "120 · 30.0% · 6k tokens"
+    assert after("dedup:near") == "150"
+    assert after("torn gzip") == "3"
+    assert after("piqa") == "0.750 ± 0.217"
+    assert "best: 2.7500" in texts
+    assert HOSTILE in texts
+    assert "abcdef012345" in texts
+
+
+def test_the_funnel_of_a_corpus_that_has_not_run_is_empty(tmp_path: Path) -> None:
+    assert read_funnel(tmp_path) == []
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    row = {"kind": "start", "step": 0, "time": 1.0, "incarnation": 1, "seconds": {"start": 2.0}}
+    (tmp_path / METRICS_FILE).write_bytes(format_row(row) + b'{"kind": "tra')
+    found = parse(report_run(ReportConfig(run_dir=tmp_path, output=tmp_path / "page.html")))
+    assert "last word at step 0, 1970-01-01 00:00:01 UTC" in found.texts
+    assert "svg" not in found.tags
+
+
+def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import report_run as tool
+
+    run_dir = write_run(tmp_path)
+    assert run_words(ReportConfig, tool.run, "", [f"run_dir={run_dir}"]) == EXIT_DONE
+    assert capsys.readouterr().out == f"{run_dir}/report.html\n"
+    assert run_words(ReportConfig, tool.run, "", ["run_dir=no/such/run"]) == EXIT_USER_ERROR
+    assert "no/such/run/metrics.jsonl" in capsys.readouterr().err
+
+
+def test_thinning_keeps_the_ends_order_and_extremes() -> None:
+    x = list(range(100_000))
+    y = [math.sin(i / 500) for i in x]
+    y[77_777], y[12_345] = 9.0, -9.0
+    thin_x, thin_y = thin(x, y)
+    assert len(thin_x) == len(thin_y) <= MAX_POINTS
+    assert thin_x == sorted(set(thin_x))
+    assert (77_777, 9.0) in zip(thin_x, thin_y, strict=True)
+    assert (12_345, -9.0) in zip(thin_x, thin_y, strict=True)
+    assert all(y[i] == value for i, value in zip(thin_x, thin_y, strict=True))
+
+
+def test_smoothing_has_no_bias_from_its_start_and_passes_over_what_is_not_finite() -> None:
+    assert smoothed([4.0, 4.0, 4.0], 0.9) == pytest.approx([4.0, 4.0, 4.0])
+    assert smoothed([1.0, math.nan, 3.0, math.inf], 0.5) == pytest.approx([1.0, 1.0, 7 / 3, 7 / 3])
+
+
+def test_charts_are_drawn_in_the_pages_colours_and_the_same_each_time() -> None:
+    lines = (Line("a", [0, 1], [2.0, 1.0], 1), Line("b", [0, 1], [3.0, 2.0], 2))
+    chart = Chart("Loss", lines, restarts=(0.5,), unit="nats")
+    svg = to_svg(chart)
+    assert svg.startswith("<svg role=")
+    assert "var(--series-1)" in svg
+    assert "var(--series-2)" in svg
+    assert "#0a0a0" not in svg
+    assert "#0b0b0" not in svg
+    assert "DejaVu" not in svg
+    assert svg == to_svg(chart)
+
+
+def test_text_is_escaped() -> None:
+    assert HOSTILE not in table(("x",), [(HOSTILE,)]) + bars([(HOSTILE, 0.5, HOSTILE, 1)])
+    assert table(("x",), [(None,)]).count("–") == 1
+
+
+def test_metrics_rows_are_json(tmp_path: Path) -> None:
+    lines = (write_run(tmp_path) / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:3]] == [0, 10, 20]

@@ -1,0 +1,16 @@
+"""Write a run's report: one self-contained HTML page with curves, time spent, data funnel, checkpoints and samples.
+
+python tools/report_run.py run_dir=runs/plays
+"""
+
+from megagpt.command import main
+from megagpt.report import ReportConfig, report_run
+
+
+def run(config: ReportConfig) -> None:
+    """Write the page, and say where it is."""
+    print(report_run(config))
+
+
+if __name__ == "__main__":
+    main(ReportConfig, run, __doc__ or "")
