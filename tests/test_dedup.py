@@ -255,7 +255,7 @@ def test_recall_and_precision_with_the_default_bands(tmp_path: Path) -> None:
     texts = planted(Writer(5), 900)
     output = run(tmp_path, {"all.jsonl.zst": texts})
     stays = {int(name.rpartition(":")[2]) for name in kept(output)}
-    sets = [set(slow_shingles(text, 5)) for text in texts]
+    sets = [set(shingle_set(text, words_per_shingle=5).tolist()) for text in texts]
     missed = sum(any(k < i and len(sets[i] & sets[k]) >= 0.8 * len(sets[i] | sets[k]) for k in stays) for i in stays)
     dropped = len(texts) - len(stays)
     wrong = sum(

@@ -1,5 +1,6 @@
 """Filters: for each a text it keeps, one it drops, and the reason; n-gram counts against an obvious version; the stage."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -357,3 +358,33 @@ def test_a_classifier_without_a_model_is_refused_before_any_work(tmp_path: Path)
     with pytest.raises(UserError, match=r"filter\.classifier\.model: required"):
         filter_documents(FilterConfig(order=("classifier",)), [], tmp_path / "out", Execution(num_workers=1))
     assert not (tmp_path / "out").exists()
+
+
+def test_contamination_by_evaluation_sets(tmp_path: Path) -> None:
+    passage = "a fisherman mending nets looked up nodded and went back to his work as though he"
+    (tmp_path / "eval.jsonl").write_text(
+        '{"context": "Nothing of this: ' + "x y z " * 9 + '"}\n{"q": ["A short one"]}\n{"c": "' + passage + '"}\n'
+    )
+    files = {"files": [str(tmp_path / "eval.jsonl")]}
+    (apply,) = build_filters(FilterConfig.model_validate({"order": ["contamination"], "contamination": files}))
+    outcome = apply(document(PROSE))
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == "contamination:eval.jsonl"
+    assert outcome.document.meta["contaminated_by"] == ["eval.jsonl: line 3"]
+    assert reason(apply(document(PROSE.replace("nodded", "smiled")))) == "kept"
+    assert reason(apply(document("A short one"))) == "kept"
+    assert reason(apply(document(""))) == "kept"
+    (tmp_path / "eval.jsonl").write_text('{"q": "A short one"}\n')
+    with pytest.raises(UserError, match="no evaluation item with 12 words"):
+        build_filters(FilterConfig.model_validate({"order": ["contamination"], "contamination": {**files, "words": 12}}))
+
+
+@pytest.mark.realdata
+def test_planted_evaluation_passages_are_all_found(shared_data: Path) -> None:
+    config = {"order": ["contamination"], "contamination": {"files": [str(shared_data / "eval" / "lambada_openai.jsonl")]}}
+    (apply,) = build_filters(FilterConfig.model_validate(config))
+    lines = (shared_data / "eval" / "lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines[::50]:
+        context = json.loads(line)["context"]
+        assert reason(apply(document(f"{PROSE}\n{context.upper()}\n{PROSE}"))) == "contamination:lambada_openai.jsonl"
+    assert reason(apply(document(PROSE))) == "kept"

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeAlias, get_args
 from pydantic import AfterValidator, Field
 
 from megagpt.config import Config, UserError, fingerprint
-from megagpt.corpus import page_filters, quality_rules
+from megagpt.corpus import contamination, page_filters, quality_rules
 from megagpt.corpus.blocks import Block, document_blocks, read_block
 from megagpt.corpus.clean import UnicodeForm
 from megagpt.corpus.executors import Execution
@@ -24,7 +24,7 @@ from megagpt.documents import Document, Rejected
 Filter: TypeAlias = Callable[[Document], Document | Rejected]
 FilterName: TypeAlias = Literal[
     "url", "language", "clean", "min_length", "gopher_repetition", "gopher_quality", "c4", "fineweb", "refinedweb", "bad_words",
-    "classifier", "personal_data",
+    "classifier", "contamination", "personal_data",
 ]  # fmt: skip
 Ratio: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
@@ -198,6 +198,17 @@ class ClassifierConfig(Config):
     """The score is noted as meta.<name>_score."""
 
 
+class ContaminationConfig(Config):
+    """Refuse documents that contain passages of evaluation sets."""
+
+    files: tuple[Path, ...] = ()
+    """Evaluation sets: .jsonl (all strings of a line are one item) or text (one item a line)."""
+    words: int = Field(default=13, ge=4)
+    """So many consecutive words in common are a hit. GPT-3 (arXiv 2005.14165, appendix C): 13."""
+    min_hits: int = Field(default=1, ge=1)
+    """A document is refused from so many different hits on."""
+
+
 class PersonalDataConfig(Config):
     """Mask e-mail addresses and public IPv4 addresses. null leaves them."""
 
@@ -222,7 +233,8 @@ class FilterConfig(Config):
     order: Annotated[tuple[FilterName, ...], AfterValidator(_each_once)] = (
         "clean", "url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "personal_data",
     )  # fmt: skip
-    """The filters that run, in this order (FineWeb's by default). Also there: min_length, refinedweb, bad_words, classifier."""
+    """The filters that run, in this order (FineWeb's by default). The rest: min_length, refinedweb, bad_words, classifier,
+    contamination."""
     url: UrlConfig = UrlConfig()
     language: LanguageConfig = LanguageConfig()
     clean: CleanConfig = CleanConfig()
@@ -234,6 +246,7 @@ class FilterConfig(Config):
     refinedweb: RefinedWebConfig = RefinedWebConfig()
     bad_words: BadWordsConfig = BadWordsConfig()
     classifier: ClassifierConfig = ClassifierConfig()
+    contamination: ContaminationConfig = ContaminationConfig()
     personal_data: PersonalDataConfig = PersonalDataConfig()
 
 
@@ -267,6 +280,13 @@ def _bind_classifier(config: ClassifierConfig, _: Splitter) -> Filter:
     return functools.partial(page_filters.classifier, score=score, min_score=config.min_score, name=config.name)
 
 
+def _bind_contamination(config: ContaminationConfig, _: Splitter) -> Filter:
+    if not config.files:
+        raise UserError("filter.contamination.files: required where order has contamination")
+    passages = contamination.load_passages(config.files, config.words)
+    return functools.partial(contamination.contamination, passages=passages, min_hits=config.min_hits)
+
+
 def _bind_with_splitter(function: Callable[..., Document | Rejected]) -> Callable[[Config, Splitter], Filter]:
     return lambda config, splitter: functools.partial(function, splitter=splitter, **_thresholds(config))
 
@@ -291,6 +311,7 @@ FILTERS: dict[FilterName, Callable[..., Filter]] = {
     "refinedweb": _bind(quality_rules.refinedweb),
     "bad_words": _bind_bad_words,
     "classifier": _bind_classifier,
+    "contamination": _bind_contamination,
     "personal_data": _bind(page_filters.personal_data),
 }
 """Name -> (its section of FilterConfig, splitter) -> Filter: binds the settings, loading lists and models once per process."""

@@ -58,15 +58,20 @@ def exact_digest(text: str) -> bytes:
     return xxhash.xxh3_128_digest(" ".join(text.split()).encode("utf-8", "surrogatepass"))
 
 
-def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
-    """The shingles of a text in order, repeated ones included: uint32; empty if the text has no word."""
+def n_gram_hashes(text: str, size: int) -> np.ndarray:
+    """64-bit hashes of the n-grams of a text in order, repeated ones included: uint64; empty if the text has no word."""
     from megagpt.corpus import minhash_kernels
 
     text = text.lower()
     if not text.isascii():
         text = unicodedata.normalize("NFD", text)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    return minhash_kernels.shingles(codes, character_classes(), words_per_shingle)
+    return minhash_kernels.shingles(codes, character_classes(), size)
+
+
+def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
+    """The shingles of a text in order: the upper halves of its n-gram hashes, uint32."""
+    return (n_gram_hashes(text, words_per_shingle) >> np.uint64(32)).astype(np.uint32)
 
 
 def minhash(text: str, settings: MinHashSettings) -> MinHash | None:

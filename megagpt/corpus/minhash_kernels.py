@@ -24,7 +24,7 @@ def _class_of(code, classes):
 
 @njit(cache=True, nogil=True)
 def shingles(codes, classes, size):
-    """Hashes of `size` consecutive words (of all in a shorter text): uint32. codes: uint32, classes: uint8 [table]."""
+    """Hashes of `size` consecutive words (of all in a shorter text): uint64. codes: uint32, classes: uint8 [table]."""
     start = np.uint64(0xCBF29CE484222325)
     prime = np.uint64(0x100000001B3)
     words = np.empty(codes.size, np.uint64)
@@ -58,14 +58,14 @@ def shingles(codes, classes, size):
         words[num_words] = _mix(value)
         num_words += 1
     if num_words == 0:
-        return np.empty(0, np.uint32)
+        return np.empty(0, np.uint64)
     size = min(size, num_words)
-    found = np.empty(num_words - size + 1, np.uint32)
+    found = np.empty(num_words - size + 1, np.uint64)
     for first in range(found.size):
         value = np.uint64(size)
         for word in range(first, first + size):
             value = _mix(value ^ words[word]) + np.uint64(0x9E3779B97F4A7C15)
-        found[first] = np.uint32(_mix(value) >> np.uint64(32))
+        found[first] = _mix(value)
     return found
 
 
