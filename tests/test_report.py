@@ -128,20 +128,24 @@ def write_run(root: Path) -> Path:
     return run_dir
 
 
-def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
-    path = report_run(ReportConfig(run_dir=write_run(tmp_path)))
-    found = parse(path)
-    assert path == tmp_path / "run" / "report.html"
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report_run(ReportConfig(run_dir=write_run(tmp_path_factory.mktemp("report"))))
+
+
+def test_the_page_is_whole_and_loads_nothing(report: Path) -> None:
+    found = parse(report)
+    assert (report.parent.name, report.name) == ("run", "report.html")
     assert [target for target in found.loads if not target.startswith("#")] == []
     assert "script" not in found.tags
     assert found.tags.count("svg") == 4
-    style = path.read_text()
+    style = report.read_text()
     assert "url(http" not in style
     assert "@import" not in style
 
 
-def test_what_the_page_says(tmp_path: Path) -> None:
-    found = parse(report_run(ReportConfig(run_dir=write_run(tmp_path))))
+def test_what_the_page_says(report: Path) -> None:
+    found = parse(report)
     texts = [text.strip() for text in found.texts]
 
     def after(label: str, offset: int = 1) -> str:
@@ -183,9 +187,11 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import report_run as tool
 
-    run_dir = write_run(tmp_path)
-    assert run_words(ReportConfig, tool.run, "", [f"run_dir={run_dir}"]) == EXIT_DONE
-    assert capsys.readouterr().out == f"{run_dir}/report.html\n"
+    row = {"kind": "start", "step": 0, "time": 1.0, "incarnation": 1}
+    (tmp_path / METRICS_FILE).write_bytes(format_row(row))
+    assert run_words(ReportConfig, tool.run, "", [f"run_dir={tmp_path}"]) == EXIT_DONE
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+    assert (tmp_path / "report.html").is_file()
     assert run_words(ReportConfig, tool.run, "", ["run_dir=no/such/run"]) == EXIT_USER_ERROR
     assert "no/such/run/metrics.jsonl" in capsys.readouterr().err
 
