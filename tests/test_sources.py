@@ -1,7 +1,10 @@
 """Readers of dumps: the counts of real files, and every kind of damage."""
 
 import bz2
+import functools
 import gzip
+import http.server
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -561,3 +564,26 @@ def test_fuzzed_jsonl_and_http(tmp_path_factory: pytest.TempPathFactory, noise: 
     body, _ = decode_body(message)
     decode_text(body, noise[:8].decode("latin-1"))
     decode_body(Message(200, {"content-encoding": noise[:5].decode("latin-1")}, noise))
+
+
+@pytest.mark.slow
+def test_https_style_url(tmp_path: Path) -> None:
+    """A real server on this machine; what is missing is a clear error."""
+    write_warc(tmp_path / "a.warc.gz", [response(PAGE.encode())] * 2)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            config = ExtractConfig(inputs=(f"{url}/a.warc.gz",))
+            assert extract_documents(config, tmp_path / "out", Execution(num_workers=1)).kept == 2
+            with pytest.raises(UserError, match=r"missing\.warc\.gz: not found"):
+                extract_documents(
+                    config.model_copy(update={"inputs": (f"{url}/missing.warc.gz",)}),
+                    tmp_path / "two",
+                    Execution(num_workers=1),
+                )
+        finally:
+            server.shutdown()
+            thread.join()
