@@ -367,7 +367,7 @@ class ShardWriter:
 
 def _chunks(file: Any) -> Iterator[bytes]:
     file.seek(0)
-    while chunk := file.read(8 << 20):
+    while chunk := file.read(1 << 20):
         yield chunk
 
 

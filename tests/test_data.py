@@ -258,10 +258,24 @@ def test_micro_batches_are_dealt_in_turn(two_sources: Data) -> None:
     assert firsts == [[(0, 3, 48), (9, 2, 32)], [(3, 3, 48), (0, 1, 0)], [(6, 3, 48), (0, 1, 0)]]
 
 
-def test_the_ledger_notices_another_order_and_other_tokens(two_sources: Data) -> None:
+class Swapped:
+    """A dataset with two of its samples exchanged."""
+
+    def __init__(self, dataset: Mixture, first: int, second: int) -> None:
+        self.dataset, self.other = dataset, {first: second, second: first}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def sample(self, index: int):
+        return self.dataset.sample(self.other.get(index, index))
+
+
+def test_the_ledger_notices_other_samples_and_another_order(two_sources: Data) -> None:
     hashes = {recompute_fed_hash(two_sources.train, TrainState(samples=n), 12) for n in range(20)}
     assert len(hashes) == 20
     assert all(0 <= value < 2**63 for value in hashes)
+    assert recompute_fed_hash(Swapped(two_sources.train, 2, 5), TrainState(), 12) not in hashes
 
 
 def test_document_lengths_reach_the_batch(two_sources: Data) -> None:

@@ -263,3 +263,41 @@ def test_a_trained_tokenizer_is_kept_for_the_same_documents(corpus: list[Path], 
     write_documents(tmp_path / "empty.jsonl.zst", [])
     with pytest.raises(UserError, match="no text to train a tokenizer on"):
         train_tokenizer([tmp_path / "empty.jsonl.zst"], tmp_path / "t", config)
+
+
+def test_a_full_disk_leaves_what_was_committed(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
+    # A limit on file size stops writes the way a full disk does, in the middle of a shard, in a process of its own.
+    program = f"""
+import resource, signal, sys
+from pathlib import Path
+from megagpt.corpus import pack
+from megagpt.corpus.executors import Execution
+
+def run_here(tasks, execution, consume, describe=str):
+    for key, function, arguments in tasks:
+        consume(key, function(*arguments))
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+pack.run_tasks, write = run_here, pack.ShardWriter.close
+number = 0
+
+def close(writer):
+    global number
+    number += 1
+    if number == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    return write(writer)
+
+if sys.argv[1] == "full":
+    pack.ShardWriter.close = close
+config = pack.TokenizeConfig(validation_fraction=0.1, shard_tokens=4000)
+inputs = [Path(path) for path in {[str(path) for path in corpus]!r}]
+pack.pack_documents(inputs, Path({str(tmp_path / "s")!r}), "bytes", config, Execution(num_workers=1))
+"""
+    failed = subprocess.run([sys.executable, "-c", program, "full"], capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 1
+    assert "OSError: [Errno 27] File too large" in failed.stderr
+    files = {path.name for path in (tmp_path / "s" / "train").iterdir()}
+    assert files == {f"shard_0000{i}{suffix}" for i in (0, 1) for suffix in (".bin", ".idx", ".docs.parquet")}
+    subprocess.run([sys.executable, "-c", program, "room"], check=True, capture_output=True, timeout=300)
+    assert tree(tmp_path / "s") == tree(packed)

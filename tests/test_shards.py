@@ -199,7 +199,7 @@ def test_ids_that_do_not_fit_and_reads_outside(tmp_path: Path) -> None:
 
 
 def test_a_million_documents_stay_out_of_memory(tmp_path: Path) -> None:
-    # Lengths go through a file: the index of many documents is right across its chunks of 8 MiB.
+    # Lengths go through a file: the index of many documents is right across its chunks of 1 MiB.
     tokens = np.arange(3_000_000, dtype=np.uint32) % 60_000
     lengths = np.tile([2, 0, 1, 4, 3], 300_000)
     with ShardWriter(tmp_path, "s", np.dtype("uint16")) as writer:
