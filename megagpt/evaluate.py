@@ -249,11 +249,13 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each request, in order. `model(ids)` gives logits; put it into evaluation mode first.
 
-    An empty context is the start of a document (`eot_id`). A context too long for the model is cut from the left; raises
-    UserError if a continuation alone is too long. Requests of similar length go through the model together.
+    An empty context is the start of a document (`eot_id`). A context too long for the model is cut from the left; a
+    continuation longer than seq_len is scored in pieces of seq_len / 2, each after what comes before it, cut likewise.
+    Requests of similar length go through the model together.
     """
-    results: dict[int, Likelihood] = {}
-    rows = [_row(request, config.seq_len, eot_id) for request in requests]
+    pieces = [(i, piece) for i, request in enumerate(requests) for piece in _pieces(request, config.seq_len)]
+    nats, greedy = [0.0] * len(requests), [True] * len(requests)
+    rows = [[*(piece.context or (eot_id,)), *piece.continuation][-(config.seq_len + 1) :] for _, piece in pieces]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), micro_batch_size):
         group = order[start : start + micro_batch_size]
@@ -261,19 +263,23 @@ def log_likelihoods(
         ids_bt = torch.tensor([rows[i][:-1] + [eot_id] * (width - len(rows[i]) + 1) for i in group], device=device)
         log_p_btv = model(ids_bt).float().log_softmax(dim=-1)
         for line, i in enumerate(group):
-            count, end = len(requests[i].continuation), len(rows[i]) - 1
-            targets = torch.tensor(rows[i][len(rows[i]) - count :], dtype=torch.long, device=device)
+            number, piece = pieces[i]
+            count, end = len(piece.continuation), len(rows[i]) - 1
+            targets = torch.tensor(piece.continuation, dtype=torch.long, device=device)
             log_p_tv = log_p_btv[line, end - count : end]
-            nats = log_p_tv.gather(1, targets[:, None]).double().sum()
-            results[i] = Likelihood(float(nats), bool((log_p_tv.argmax(dim=-1) == targets).all()))
-    return [results[i] for i in range(len(requests))]
+            nats[number] += float(log_p_tv.gather(1, targets[:, None]).double().sum())
+            greedy[number] &= bool((log_p_tv.argmax(dim=-1) == targets).all())
+    return [Likelihood(*found) for found in zip(nats, greedy, strict=True)]
 
 
-def _row(request: LikelihoodRequest, seq_len: int, eot_id: int) -> list[int]:
-    if len(request.continuation) > seq_len:
-        raise UserError(f"a continuation has {len(request.continuation)} tokens, the model reads seq_len={seq_len}")
-    context = request.context or (eot_id,)
-    return [*context, *request.continuation][-(seq_len + 1) :]
+def _pieces(request: LikelihoodRequest, seq_len: int) -> list[LikelihoodRequest]:
+    """The request itself, or pieces of it whose likelihoods multiply to its own."""
+    context, continuation = request.context, request.continuation
+    if len(continuation) <= seq_len:
+        return [request]
+    size = max(1, seq_len // 2)
+    starts = range(0, len(continuation), size)
+    return [LikelihoodRequest((*context, *continuation[:i]), continuation[i : i + size]) for i in starts]
 
 
 def _scorer(loaded: LoadedModel, micro_batch_size: int) -> Callable[[Sequence[tuple[str, str]]], list[tuple[float, bool]]]:

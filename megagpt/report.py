@@ -15,9 +15,6 @@ from megagpt.goodput import Ledger, goodput_ledger
 from megagpt.metrics import Metrics, Row, read_metrics
 from megagpt.page import bars, card, details, escape, page, table, tile
 
-SMOOTHING = 0.9
-"""Weight of the past in the smoothed training loss."""
-
 STAGES = ("extract", "filter", "dedup")
 """Folders of a corpus whose summary.json tells how many documents came and went, in order."""
 
@@ -178,9 +175,10 @@ def _loss_chart(facts: Facts) -> str:
     lines = []
     if train:
         steps, losses = _column(train, "loss")
+        window = min(100.0, max(3.0, len(losses) / 50))
         if len(losses) > 30:
             lines.append(Line("training", steps, losses, 1, faint=True))
-            lines.append(Line("training (smoothed)", steps, smoothed(losses, SMOOTHING), 1))
+            lines.append(Line("training (smoothed)", steps, smoothed(losses, 1 - 1 / window), 1))
         else:
             lines.append(Line("training", steps, losses, 1))
     names = sorted({name for row in evaluated for name in row.get("sources", {})})

@@ -218,8 +218,8 @@ def test_likelihoods_at_the_limits_of_the_context() -> None:
     assert nats(long, [5, 6]) != pytest.approx(nats(long[-30:], [5, 6]), abs=1e-4)
     assert nats([], [5, 6]) == nats([256], [5, 6])
     assert nats(long, long[:32]) == nats(long[-1:], long[:32])
-    with pytest.raises(UserError, match="33 tokens, the model reads seq_len=32"):
-        nats(long, long[:33])
+    by_hand = nats([3], long[:16]) + nats([3, *long[:16]], long[16:32]) + nats([3, *long[:32]], long[32:40])
+    assert nats([3], long[:40]) == pytest.approx(by_hand, abs=1e-9)
 
 
 @pytest.mark.parametrize(
