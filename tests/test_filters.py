@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megagpt.config import UserError
 from megagpt.corpus import page_filters, quality_rules
@@ -372,6 +373,12 @@ def test_contamination_by_evaluation_sets(tmp_path: Path) -> None:
     assert outcome.reason == "contamination:eval.jsonl"
     assert outcome.document.meta["contaminated_by"] == ["eval.jsonl: line 3"]
     assert reason(apply(document(PROSE.replace("nodded", "smiled")))) == "kept"
+    one_hit = document("Yesterday " + " ".join(passage.split()[:13]) + " fine.")
+    assert reason(apply(one_hit)) == "contamination:eval.jsonl"
+    (twice,) = build_filters(
+        FilterConfig.model_validate({"order": ["contamination"], "contamination": {**files, "min_hits": 2}})
+    )
+    assert reason(twice(one_hit)) == "kept"
     assert reason(apply(document("A short one"))) == "kept"
     assert reason(apply(document(""))) == "kept"
     (tmp_path / "eval.jsonl").write_text('{"q": "A short one"}\n')
@@ -388,3 +395,17 @@ def test_planted_evaluation_passages_are_all_found(shared_data: Path) -> None:
         context = json.loads(line)["context"]
         assert reason(apply(document(f"{PROSE}\n{context.upper()}\n{PROSE}"))) == "contamination:lambada_openai.jsonl"
     assert reason(apply(document(PROSE))) == "kept"
+
+
+def test_the_documented_thresholds_are_the_defaults(project: Path) -> None:
+    rows = re.findall(
+        r"^\| `(\w+)\.(\w+)` \| ([^|]+) \|", (project / "docs" / "filters.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    defaults = FilterConfig()
+    documented = {f"{section}.{name}": yaml.safe_load(value) for section, name, value in rows}
+    for name, value in documented.items():
+        section, _, field = name.partition(".")
+        assert getattr(getattr(defaults, section), field) == value, name
+    for section in ("language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "refinedweb"):
+        for field in type(getattr(defaults, section)).model_fields:
+            assert f"{section}.{field}" in documented or field in ("labels", "model"), f"{section}.{field} is not documented"
