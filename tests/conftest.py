@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run several processes at once
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
