@@ -1,0 +1,217 @@
+"""The job scripts: static checks, refusals before submission, and runs on a real SLURM on this host."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, running_cluster
+
+from megagpt.documents import Document, write_documents
+from megagpt.metrics import read_metrics
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("pretrain.sh", "preprocess.sh")
+TINY = (
+    "model.vocab_size=257",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.seq_len=32",
+    "data.seq_len=32",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "monitor.log_every_steps=5",
+    "evaluate_every_steps=0",
+    "evaluate_max_samples=4",
+    "sample_every_steps=0",
+    "save_every_steps=1000",
+)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "env.sh"])
+def test_shellcheck(name: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "-x", f"slurm/{name}"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_header_has_what_restarts_need_and_nothing_that_breaks_them(name: str) -> None:
+    header = re.findall(r"^#SBATCH (.*)$", (PROJECT / "slurm" / name).read_text(), re.MULTILINE)
+    options = dict(option.partition("=")[::2] for option in header)
+    assert options["--signal"].startswith("B:USR1@")
+    assert "--requeue" in options
+    assert options["--open-mode"] == "append"
+    assert not {"--ntasks-per-node", "--ntasks", "--gpus-per-task"} & options.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "usage: slurm/pretrain.sh CONFIG"),
+        (["none.yaml"], "none.yaml"),
+        (["configs/train/debug_cpu.yaml", "optim.lr=abc"], "optim.lr='abc'"),
+        (["configs/train/debug_cpu.yaml", "data.sources.main.path=/nonexistent/shards"], "/nonexistent/shards"),
+    ],
+)
+def test_mistakes_are_found_before_submission(words: list[str], named: str) -> None:
+    command = ["slurm/pretrain.sh", *words]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "sbatch" not in done.stderr, "it went as far as submitting"
+
+
+# ---- on a real SLURM
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if shutil.which("sbatch") is None or shutil.which("slurmctld", path="/usr/sbin:/sbin:/usr/bin") is None:
+        pytest.skip("SLURM is not installed (docker/install.sh packages dev)")
+    with running_cluster(tmp_path_factory.mktemp("slurm") / "lab", num_nodes=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A project as a site has it: the shipped files, and an env.sh with this cluster's options."""
+    root = tmp_path / "project"
+    root.mkdir()
+    for name in ("tools", "configs", "megagpt"):
+        (root / name).symlink_to(PROJECT / name)
+    shutil.copytree(PROJECT / "slurm", root / "slurm")
+    settings = (root / "slurm" / "env.sh").read_text()
+    for old, new in (
+        ("pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)", "pretrain_options=(--nodes=2 --time=30)"),
+        ("preprocess_options=(--nodes=1 --time=24:00:00)", "preprocess_options=(--nodes=2 --time=30)"),
+        ("python=${python:-$PWD/.venv/bin/python}", f"python={sys.executable}"),
+        ("master_addr=${master_addr:-}", "master_addr=127.0.0.1"),
+    ):
+        assert old in settings
+        settings = settings.replace(old, new)
+    (root / "slurm" / "env.sh").write_text(settings)
+    return root
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder of shards of bytes."""
+    text = (PROJECT / "LICENSE").read_text(encoding="utf-8")
+    write_documents(tmp_path / "in" / "text.jsonl.zst", [Document(f"text:{i}", text[i * 500 :], "text") for i in range(20)])
+    words = [f"work_dir={tmp_path}", f"tokenize.inputs=[{tmp_path}/in/*.zst]", "tokenize.tokenizer=bytes"]
+    words += ["tokenize.validation_fraction=0.2", "num_workers=1"]
+    subprocess.run([sys.executable, "tools/tokenize_documents.py", *words], cwd=PROJECT, check=True, timeout=300)
+    return tmp_path / "shards"
+
+
+def submit(cluster: Cluster, site: Path, script: str, *words: str) -> str:
+    """Run a job script as a user does; the number of the job."""
+    output = cluster.command(f"slurm/{script}", *words, cwd=site, timeout=300)
+    found = re.search(r"Submitted batch job (\d+)", output)
+    assert found is not None, output
+    return found[1]
+
+
+def log_of(site: Path, name: str) -> str:
+    path = site / name
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_job_near_its_time_limit_saves_goes_back_to_the_queue_and_finishes(
+    cluster: Cluster, site: Path, shards: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    words = ["configs/train/debug_cpu.yaml", f"run_dir={run_dir}", f"data.sources.main.path={shards}", "max_steps=400", *TINY]
+    job_id = submit(cluster, site, "pretrain.sh", *words)
+    log = f"megagpt-{job_id}.log"
+    wait_for_step(cluster, job_id, run_dir, 50)
+    # What --signal does 300 s before the limit, now.
+    cluster.command("scancel", "--signal=USR1", "--batch", job_id)
+    job = cluster.wait_for(job_id, "COMPLETED", timeout=600)
+    text = log_of(site, log)
+    assert job["Restarts"] == "1", text[-3000:]
+    assert text.count("goes back to the queue") == 1
+    assert "passing SIGUSR1 on to the ranks" in text
+    metrics = read_metrics(run_dir)
+    starts = [row for row in metrics.all_rows if row["kind"] == "start"]
+    stops = [row for row in metrics.all_rows if row["kind"] == "stop"]
+    assert [row["resumed"] for row in starts] == [False, True]
+    assert [row["reason"] for row in stops] == ["SIGUSR1"]
+    assert starts[1]["step"] == stops[0]["step"] >= 50
+    assert starts[0]["num_devices"] == 2
+    assert metrics.last_step == 400
+
+
+def wait_for_step(cluster: Cluster, job_id: str, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while not (run_dir / "metrics.jsonl").is_file() or read_metrics(run_dir).last_step < step:
+        job = cluster.job(job_id)
+        assert job["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), job
+        assert time.monotonic() < deadline, f"step {step} was not reached: {job}"
+        time.sleep(0.2)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_mistake_ends_the_job_and_a_crash_is_retried_so_often(
+    cluster: Cluster, site: Path, shards: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    words = ["configs/train/debug_cpu.yaml", f"run_dir={run_dir}", f"data.sources.main.path={shards}", "max_steps=100", *TINY]
+    sbatch = ["sbatch", "--parsable", "--nodes=2", "slurm/pretrain.sh"]
+    wrong = cluster.command(*sbatch, *words, "seed=abc", cwd=site).strip()
+    job = cluster.wait_for(wrong, "FAILED", timeout=300)
+    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+    assert "seed='abc'" in log_of(site, f"megagpt-{wrong}.log")
+
+    # A rank that cannot reach the others crashes at every start.
+    crashing = cluster.command(*sbatch, *words, cwd=site, max_starts_without_progress="2", GLOO_SOCKET_IFNAME="none0").strip()
+    job = cluster.wait_for(crashing, "FAILED", timeout=600)
+    assert (job["ExitCode"], job["Restarts"]) == ("1:0", "1")
+    assert "2 starts in a row without a newer checkpoint" in log_of(site, f"megagpt-{crashing}.log")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ["configs/train/debug_cpu.yaml", f"run_dir={run_dir}", f"data.sources.main.path={shards}", "max_steps=5000", *TINY]
+    job_id = submit(cluster, site, "pretrain.sh", *words)
+    wait_for_step(cluster, job_id, run_dir, 5)
+    cluster.command("scancel", job_id)
+    job = cluster.wait_for(job_id, "CANCELLED", timeout=120)
+    time.sleep(10)
+    assert cluster.job(job_id)["JobState"] == "CANCELLED"
+    assert job["Restarts"] == "0"
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_the_corpus_over_two_nodes_is_the_one_of_one_machine(cluster: Cluster, site: Path, tmp_path: Path) -> None:
+    paragraphs = [part for part in (PROJECT / "LICENSE").read_text(encoding="utf-8").split("\n\n") if len(part) > 40]
+    for name in ("a", "b", "c"):
+        documents = [Document(f"{name}:{i}", f"{part}\n{name}", "text") for i, part in enumerate(paragraphs)]
+        write_documents(tmp_path / "in" / f"{name}.jsonl.zst", [*documents, documents[0]])
+    words = [f"extract.inputs=[{tmp_path}/in/*.jsonl.zst]", "filter.order=[clean]", "tokenizer.vocab_size=400"]
+    words += ["tokenize.validation_fraction=0.1", "dedup.threshold=0.5"]
+    job_id = submit(cluster, site, "preprocess.sh", f"work_dir={tmp_path}/two", *words)
+    cluster.wait_for(job_id, "COMPLETED", timeout=900)
+    log = log_of(site, f"megagpt-corpus-{job_id}.log")
+    assert "complete" in log.splitlines()[-1]
+    for stage in ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents"):
+        command = [sys.executable, f"tools/{stage}.py", f"work_dir={tmp_path}/one", *words]
+        subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
+    for pattern in ("dedup/*.jsonl.zst", "tokenizer/tokenizer.model", "shards/*/*.bin", "shards/*/*.idx"):
+        ours = {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").glob(pattern)}
+        assert ours
+        assert ours == {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").glob(pattern)}
