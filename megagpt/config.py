@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 
 class UserError(Exception):
@@ -82,16 +83,23 @@ def fingerprint(config: Config) -> str:
 
 
 def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, str, str]]:
-    """One (name, default, help) row per field, sections opened, for `--help`."""
+    """One (name, default, help) row per field, sections opened, for `--help`; sections of several kinds say which kind."""
     rows = []
     for name, field in config_class.model_fields.items():
-        section = _section_class(field.annotation)
-        if section is not None:
-            rows.extend(describe(section, f"{prefix}{name}."))
-            continue
-        default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
-        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+        sections = _section_classes(field.annotation)
+        for section in sections:
+            inner = describe(section, f"{prefix}{name}.")
+            kind = section.model_fields["kind"].default if len(sections) > 1 else None
+            rows.extend((n, d, f"(kind={kind}) {text}" if kind and not n.endswith(".kind") else text) for n, d, text in inner)
+        if not sections:
+            default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
+            rows.append((prefix + name, default, " ".join((field.description or "").split())))
     return rows
+
+
+def by_kind(default: str) -> Discriminator:
+    """For a section that is one of several Config classes, told apart by their field `kind`, which may be left out."""
+    return Discriminator(lambda value: value.get("kind", default) if isinstance(value, dict) else value.kind)
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,14 +135,17 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(config_class: type[Config], item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
-    name = ".".join(path)
+    name = ".".join(_without_kinds(config_class, [str(part) for part in item["loc"]]))
     if item["type"] == "extra_forbidden":
         names = [row[0] for row in describe(config_class)]
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        if name in names:
+            return f"{name}: no such field for the kind that is set"
         return f"{name}: no such field" + (f" (did you mean {close[0]}?)" if close else "")
     if item["type"] == "missing":
         return f"{name}: required, and not given"
+    if item["type"] == "union_tag_invalid":
+        return f"{name}.kind={item['ctx']['tag']!r}: one of {item['ctx']['expected_tags']} is expected"
     message = item["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if item["msg"].startswith("Input") else message
     if item["type"] == "value_error" and isinstance(item["input"], dict):
@@ -142,11 +153,28 @@ def _explain(config_class: type[Config], item: Any) -> str:
     return f"{name}={item['input']!r}: {message}"
 
 
-def _section_class(annotation: Any) -> type[Config] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Config):
-            return candidate
-    return None
+def _without_kinds(config_class: type[Config], path: list[str]) -> list[str]:
+    """An error's path without the names of kinds, which pydantic puts between a section and its field."""
+    result, classes = [], [config_class]
+    for part in path:
+        if len(classes) > 1:
+            classes = [c for c in classes if c.model_fields["kind"].default == part] or classes
+            if len(classes) == 1:
+                continue
+        field = classes[0].model_fields.get(part) if classes else None
+        classes = _section_classes(field.annotation) if field else []
+        result.append(part)
+    return result
+
+
+def _section_classes(annotation: Any) -> list[type[Config]]:
+    """The Config classes that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        found = [section for candidate in get_args(annotation) for section in _section_classes(candidate)]
+        return list(dict.fromkeys(found))
+    return []
 
 
 def _show(value: Any) -> str:

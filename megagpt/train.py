@@ -16,8 +16,8 @@ from torch import Tensor
 from megagpt import checkpoint, preflight
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import Config
-from megagpt.data import Data, DataConfig, Loader, MicroBatch, TrainState, open_data
-from megagpt.engine import Engine, EngineConfig, Precision, build_engine, draw_weights
+from megagpt.data import HASH_MASK, Data, DataConfig, Loader, MicroBatch, TrainState, open_data, sample_indices
+from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, Precision, build_engine, draw_weights
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.flops import flops_per_token
 from megagpt.generate import SamplingConfig, generate_ids
@@ -54,7 +54,7 @@ class TrainConfig(Config):
     """What it is trained on."""
     optim: OptimConfig = OptimConfig()
     """How it is updated."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = DeepSpeedConfig()
     """How it is spread over ranks."""
     monitor: MonitorConfig = MonitorConfig()
     """What is shown."""
@@ -181,7 +181,8 @@ def loop(run: Run, state: TrainState) -> int:
                 result = engine.step(lr, config.optim.max_grad_norm)
 
             if ledger is not None:
-                ledger.write(Entry(state.step, state.samples, config.global_batch_size, fed_hash & MASK, run.incarnation))
+                first = sample_indices(state, 1)[0]
+                ledger.write(Entry(state.step, first, config.global_batch_size, fed_hash & HASH_MASK, run.incarnation))
             state, evaluated_loss = state.advance(config.global_batch_size, num_targets), None
             if not result.applied:
                 monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
@@ -201,10 +202,6 @@ def loop(run: Run, state: TrainState) -> int:
     return EXIT_DONE
 
 
-MASK = (1 << 63) - 1
-"""Hashes of the ledger are sums modulo 2^63."""
-
-
 def due(every_steps: int, step: int) -> bool:
     """Whether something done every `every_steps` (0 = never) is done after this step."""
     return every_steps > 0 and step % every_steps == 0
@@ -219,7 +216,7 @@ def inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Ten
 def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
     """Dropout depends on the seed, the step and the micro-batch's samples, not on which rank computes it."""
     if config.model.dropout > 0:
-        torch.manual_seed(mix(config.seed, step, batch.first_sample) & MASK)
+        torch.manual_seed(mix(config.seed, step, batch.first_sample) & HASH_MASK)
 
 
 def restore_or_start(run: Run) -> TrainState:

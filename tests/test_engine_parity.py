@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from toy import ADAMW, MODEL, SGD, batch, make_engine, plain_losses, train_steps
+from toy import ADAMW, ENGINES, MODEL, SGD, batch, make_engine, plain_losses, train_steps
 
 from megagpt.engine import build_engine, draw_weights
 from megagpt.model import GPT, ModelConfig, initialise
@@ -14,12 +14,14 @@ from megagpt.optim import OptimConfig
 from megagpt.world import World
 
 STEPS = 30
+NAMES = ["zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp_kept"]
+BF16 = NAMES[1:]
 
 
-def losses_of_cases(world: World, cases: list[tuple[int, OptimConfig, int]]) -> list[list[float]]:
+def losses_of_cases(world: World, cases: list[tuple[str, OptimConfig, int]]) -> list[list[float]]:
     results = []
-    for stage, optim, checkpoint_every in cases:
-        engine = make_engine(world, stage, optim, checkpoint_every=checkpoint_every)
+    for name, optim, checkpoint_every in cases:
+        engine = make_engine(world, name, optim, checkpoint_every=checkpoint_every)
         draw_weights(engine, MODEL, seed=1)
         results.append(train_steps(engine, world, range(STEPS), optim))
     return results
@@ -27,21 +29,22 @@ def losses_of_cases(world: World, cases: list[tuple[int, OptimConfig, int]]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-def test_every_stage_matches_the_plain_loop(size: int, tmp_path: Path) -> None:
-    cases = [(stage, optim, every) for stage in (0, 1, 2, 3) for optim, every in ((ADAMW, 0), (SGD, 1), (SGD, 2))]
+def test_every_engine_matches_the_plain_loop(size: int, tmp_path: Path) -> None:
+    names = [name for name in ENGINES if name != "hsdp" or size % 2 == 0]
+    cases = [(name, optim, every) for name in names for optim, every in ((ADAMW, 0), (SGD, 1), (SGD, 2))]
     results = run_ranks(losses_of_cases, size, tmp_path, cases)
     expected = {optim.kind: plain_losses(optim, STEPS) for optim in (ADAMW, SGD)}
-    for (stage, optim, every), losses in zip(cases, results[0], strict=True):
+    for (name, optim, every), losses in zip(cases, results[0], strict=True):
         difference = max(abs(a - b) for a, b in zip(losses, expected[optim.kind], strict=True))
-        print(f"{size} ranks, ZeRO {stage}, {optim.kind}, checkpointing {every}: {difference:.2e}")
+        print(f"{size} ranks, {name}, {optim.kind}, checkpointing {every}: {difference:.2e}")
         # fp32 sums in another order move the loss by a few 1e-7; a mean of means or a wrong clip factor by 1e-3 and more
-        assert difference < 1e-5, (size, stage, optim.kind, every)
+        assert difference < 1e-5, (size, name, optim.kind, every)
 
 
-def bf16_losses(world: World, stages: list[int]) -> list[tuple[list[float], set[str]]]:
+def bf16_losses(world: World, names: list[str]) -> list[tuple[list[float], set[str]]]:
     results = []
-    for stage in stages:
-        engine = make_engine(world, stage, precision="bf16")
+    for name in names:
+        engine = make_engine(world, name, precision="bf16")
         draw_weights(engine, MODEL, seed=1)
         kinds = {str(piece.data.dtype) for piece in engine.state().values()}
         kinds |= {f"working {parameter.dtype}" for parameter in engine.module.parameters()}
@@ -51,45 +54,53 @@ def bf16_losses(world: World, stages: list[int]) -> list[tuple[list[float], set[
 
 @pytest.mark.slow
 def test_bf16_keeps_fp32_masters_and_follows_the_fp32_loop(tmp_path: Path) -> None:
-    results = run_ranks(bf16_losses, 2, tmp_path, [1, 2, 3])
+    results = run_ranks(bf16_losses, 2, tmp_path, BF16)
     expected = plain_losses(ADAMW, STEPS)
     for losses, dtypes in results[0]:
-        assert dtypes == {"torch.float32", "working torch.bfloat16"}
+        assert dtypes in ({"torch.float32", "working torch.bfloat16"}, {"torch.float32", "working torch.float32"})
         # bf16 has 8 bits of mantissa: logits of size 1 are off by up to 4e-3, the mean loss by a few 1e-3
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-2
 
 
-def state_sizes(world: World, stages: list[int]) -> list[dict[str, int]]:
+def held_elements(parameter: Any) -> int:
+    """Elements of a working weight that this rank holds between steps."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.numel()
+    return parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+
+
+def state_sizes(world: World, names: list[str]) -> list[dict[str, int]]:
     sizes = []
-    for stage in stages:
-        engine = make_engine(world, stage)
+    for name in names:
+        engine = make_engine(world, name)
         draw_weights(engine, MODEL, seed=1)
         flat: dict[str, int] = {"param": 0, "exp_avg": 0, "exp_avg_sq": 0}
         for key, piece in engine.state().items():
             flat[key.partition(".")[0]] += len(piece.data)
-        flat["held"] = sum(getattr(p, "ds_tensor", p).numel() for p in engine.module.parameters())
+        flat["held"] = sum(held_elements(parameter) for parameter in engine.module.parameters())
         sizes.append(flat)
     return sizes
 
 
 @pytest.mark.slow
 def test_sharding_is_real(tmp_path: Path) -> None:
-    """ZeRO 1, 2 and 3: masters and moments of numel / ranks; ZeRO 3: the working weights too."""
+    """ZeRO 1 to 3 and FSDP: masters and moments of numel / ranks; ZeRO 3 and FSDP: the working weights too."""
     total = sum(parameter.numel() for parameter in GPT(MODEL).parameters())
-    by_rank = run_ranks(state_sizes, 2, tmp_path, [1, 2, 3])
-    for stage in range(3):
+    by_rank = run_ranks(state_sizes, 2, tmp_path, NAMES)
+    for i, name in enumerate(NAMES):
+        share = 1 if name == "zero0" else 2
         for key in ("param", "exp_avg", "exp_avg_sq"):
-            held = [sizes[stage][key] for sizes in by_rank]
-            assert sum(held) == total
-            assert max(held) - total / 2 <= 64, (stage + 1, key, held)  # partitions are aligned
-        working = by_rank[0][stage]["held"]
-        assert working == (total if stage < 2 else total // 2)
+            held = [sizes[i][key] for sizes in by_rank]
+            assert sum(held) == total * 2 // share
+            assert max(held) - total / share <= 64, (name, key, held)  # partitions are aligned
+        whole = name in ("zero0", "zero1", "zero2")
+        assert by_rank[0][i]["held"] == (total if whole else total // 2), name
 
 
-def nan_step(world: World, stages: list[int]) -> list[tuple[bool, bool, bool]]:
+def nan_step(world: World, names: list[str]) -> list[tuple[bool, bool, bool]]:
     results = []
-    for stage in stages:
-        engine = make_engine(world, stage)
+    for name in names:
+        engine = make_engine(world, name)
         draw_weights(engine, MODEL, seed=1)
         before = {key: piece.data.clone() for key, piece in engine.state().items()}
         loss = engine.model(*batch(0, world.rank))
@@ -103,8 +114,8 @@ def nan_step(world: World, stages: list[int]) -> list[tuple[bool, bool, bool]]:
 
 @pytest.mark.slow
 def test_a_non_finite_gradient_on_one_rank_is_applied_by_no_stage(tmp_path: Path) -> None:
-    for rank in run_ranks(nan_step, 2, tmp_path, [0, 1, 2, 3]):
-        assert rank == [(False, True, True)] * 4
+    for rank in run_ranks(nan_step, 2, tmp_path, NAMES):
+        assert rank == [(False, True, True)] * len(NAMES)
 
 
 def test_checkpointing_saves_the_activations_it_should() -> None:
@@ -124,7 +135,7 @@ def test_checkpointing_saves_the_activations_it_should() -> None:
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept[every] = sum(size for pointer, size in storages.items() if pointer not in weights)
         loss.backward()
-    hidden = 2 * 32 * MODEL.hidden_size * 4
+    hidden = 2 * 32 * MODEL.hidden_size * len(NAMES)
     # per block at least: 2 norms' inputs, q, k, v, attention output, MLP gate, up, product: more than 10 x hidden
     assert kept[0] - kept[1] >= MODEL.num_layers * 9 * hidden
     assert kept[1] < 12 * hidden + 200_000
@@ -133,13 +144,13 @@ def test_checkpointing_saves_the_activations_it_should() -> None:
 @pytest.mark.parametrize("value", [("bf16", 0)])
 def test_what_is_inexact_is_refused(value: tuple[Any, int]) -> None:
     from megagpt.config import UserError
-    from megagpt.engine import EngineConfig
+    from megagpt.engine import DeepSpeedConfig
 
     with pytest.raises(UserError, match="zero_stage=0 with precision=bf16"):
         build_engine(
             ModelConfig(vocab_size=8, seq_len=8, num_layers=1, num_heads=1, hidden_size=8),
             ADAMW,
-            EngineConfig(zero_stage=0),
+            DeepSpeedConfig(zero_stage=0),
             None,  # type: ignore[arg-type]
             precision=value[0],
             micro_batch_size=1,

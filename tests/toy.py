@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.engine import Engine, EngineConfig, build_engine
+from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, build_engine
 from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.optim import OptimConfig, ScheduleConfig, build_optimizer, lr_at, parameter_groups
 from megagpt.world import World
@@ -50,11 +50,19 @@ def plain_losses(optim: OptimConfig, steps: int, model_config: ModelConfig = MOD
     return losses
 
 
-def make_engine(world: World, stage: int, optim: OptimConfig = ADAMW, **options: Any) -> Engine:
-    """An engine on the toy model; nothing stays unsharded at stage 3."""
-    config = EngineConfig(zero_stage=stage, stage3_persistence_elements=0)  # type: ignore[arg-type]
+ENGINES: dict[str, EngineConfig] = {
+    **{f"zero{n}": DeepSpeedConfig(zero_stage=n, stage3_persistence_elements=0) for n in (0, 1, 2, 3)},  # type: ignore[arg-type]
+    "fsdp": FSDPConfig(),
+    "fsdp_kept": FSDPConfig(reshard_after_forward=False),
+    "hsdp": FSDPConfig(shard_size=2),
+}
+"""Every engine and stage; nothing stays unsharded at ZeRO 3."""
+
+
+def make_engine(world: World, name: str, optim: OptimConfig = ADAMW, **options: Any) -> Engine:
+    """The engine of that name on the toy model."""
     options = {"precision": "fp32", "micro_batch_size": MICRO_BATCH_SIZE, "model": MODEL, **options}
-    return build_engine(options.pop("model"), optim, config, world, **options)
+    return build_engine(options.pop("model"), optim, ENGINES[name], world, **options)
 
 
 def train_steps(engine: Engine, world: World, steps: range, optim: OptimConfig = ADAMW) -> list[float]:

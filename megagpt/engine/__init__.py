@@ -7,13 +7,13 @@ checkpoint writes them and reads into them, and fresh weights are drawn into the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeAlias
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
-from megagpt.config import Config, UserError
+from megagpt.config import Config, UserError, by_kind
 from megagpt.model import GPT, ModelConfig, initial_value
 from megagpt.optim import OptimConfig
 from megagpt.world import World
@@ -66,13 +66,13 @@ class Engine(Protocol):
         ...
 
 
-class EngineConfig(Config):
-    """Which engine shards the model, and how."""
+class DeepSpeedConfig(Config):
+    """DeepSpeed ZeRO (arXiv 1910.02054)."""
 
     kind: Literal["deepspeed"] = "deepspeed"
-    """deepspeed: ZeRO."""
+    """deepspeed (ZeRO) or fsdp (torch's fully_shard)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded over ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights (arXiv 1910.02054)."""
+    """What is sharded over ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
     reduce_bucket_elements: int = Field(default=50_000_000, gt=0)
     """Gradients reduced at a time."""
     allgather_bucket_elements: int = Field(default=500_000_000, gt=0)
@@ -89,13 +89,31 @@ class EngineConfig(Config):
     """Stage 3: ranks that share a secondary copy of the weights, usually those of one node (arXiv 2306.10209); 1 = off."""
 
     @model_validator(mode="after")
-    def _check(self) -> "EngineConfig":
+    def _check(self) -> "DeepSpeedConfig":
         if self.overlap_comm and self.zero_stage < 2:
             raise ValueError(f"overlap_comm needs zero_stage 2 or 3, this is {self.zero_stage}")
         if self.hpz_partition_size > 1 and self.zero_stage != 3:
             raise ValueError(f"hpz_partition_size={self.hpz_partition_size} needs zero_stage=3, this is {self.zero_stage}")
         return self
 
+
+class FSDPConfig(Config):
+    """FSDP2, torch's fully_shard: weights, gradients and optimizer states are sharded (arXiv 2304.11277)."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    """deepspeed (ZeRO) or fsdp (torch's fully_shard)."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass (as ZeRO 3) or keep them until the backward pass (as ZeRO 2)."""
+    shard_size: int | None = Field(default=None, ge=1)
+    """Ranks that share one copy of the model, usually those of one node; the copies are kept equal (HSDP). null = all ranks."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer states in host memory; the update runs there."""
+
+
+EngineConfig: TypeAlias = Annotated[
+    Annotated[DeepSpeedConfig, Tag("deepspeed")] | Annotated[FSDPConfig, Tag("fsdp")], by_kind("deepspeed")
+]
+"""Which engine shards the model, and how; told apart by `kind`."""
 
 Precision = Literal["fp32", "bf16"]
 """fp32: everything. bf16: bf16 working weights and activations; fp32 master weights, gradient sums, reductions and moments."""
@@ -112,19 +130,23 @@ def build_engine(
     checkpoint_every: int = 0,
 ) -> Engine:
     """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do."""
+    refuse_unsupported(engine, optim, precision)
+
+    def make() -> GPT:
+        return GPT(model_config, checkpoint_every=checkpoint_every)
+
+    if isinstance(engine, FSDPConfig):
+        from megagpt.engine.fsdp import FSDPEngine
+
+        return FSDPEngine(make, optim, engine, world, precision=precision)
     from megagpt.engine.deepspeed import DeepSpeedEngine  # imports deepspeed: 2 s and a build cache
 
-    if precision == "bf16" and engine.zero_stage == 0:
-        raise UserError(
-            "engine.zero_stage=0 with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3"
-        )
-    make = lambda: GPT(model_config, checkpoint_every=checkpoint_every)  # noqa: E731
     return DeepSpeedEngine(make, optim, engine, world, precision=precision, micro_batch_size=micro_batch_size)
 
 
 def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision) -> None:
     """Raise UserError on a combination that no engine computes rightly."""
-    if precision == "bf16" and engine.zero_stage == 0:
+    if isinstance(engine, DeepSpeedConfig) and precision == "bf16" and engine.zero_stage == 0:
         raise UserError(
             "engine.zero_stage=0 with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3"
         )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagpt.engine import EngineConfig, FlatPiece, Precision, StepResult
+from megagpt.engine import DeepSpeedConfig, FlatPiece, Precision, StepResult
 from megagpt.optim import OPTIMIZER_STATES, OptimConfig, build_optimizer, parameter_groups
 from megagpt.world import World
 
@@ -28,7 +28,7 @@ class DeepSpeedEngine:
         self,
         make_model: Callable[[], nn.Module],
         optim: OptimConfig,
-        config: EngineConfig,
+        config: DeepSpeedConfig,
         world: World,
         *,
         precision: Precision,
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
 
 
 def deepspeed_settings(
-    optim: OptimConfig, config: EngineConfig, size: int, *, precision: Precision, micro_batch_size: int
+    optim: OptimConfig, config: DeepSpeedConfig, size: int, *, precision: Precision, micro_batch_size: int
 ) -> dict[str, Any]:
     """DeepSpeed's JSON for our configuration."""
     zero: dict[str, Any] = {
