@@ -175,7 +175,7 @@ def test_article_reads_well(shared_data: Path) -> None:
         ("a {{lang|fr|mot}} b {{unknown|c|d}} e", "a mot b e"),
         ("a {{outer|{{inner|x}}|{{convert|3|km}}}} b", "a b"),
         ("text<ref name='x'>{{cite|a}}</ref> goes<ref name=y /> on", "text goes on"),
-        ("before\n{| class='x'\n|-\n| cell\n{|\n| nested\n|}\n|}\nafter", "before\nafter"),
+        ("before\n{| class='x'\n|-\n| cell\n{|\n| nested\n|}\nstill a cell\n|}\nafter", "before\nafter"),
         ("see [[Target|the label]], [[Plain]] and [[Paris (Texas)|]]", "see the label, Plain and Paris"),
         ("[[File:a.jpg|thumb|a [[linked]] caption]]text[[Category:C]][[de:Wort]]", "text"),
         ("[[:Category:C]] and [[Star Trek: Voyager]]", "Category:C and Star Trek: Voyager"),

@@ -147,6 +147,49 @@ def test_changed_input_is_made_again(tmp_path: Path) -> None:
     assert {name for name in times if times[name] != after[name]} == {"in1.jsonl.zst.done.json"}
 
 
+def fails_on_old_content(block: Block) -> Iterator[Outcome]:
+    text = Path(block.path).read_text()[:20]
+    if block.index == 3 and text.startswith("content"):
+        raise ValueError("old content")
+    yield Document(f"{block.index}", text, "test")
+
+
+def test_no_part_of_an_old_input_is_used(tmp_path: Path) -> None:
+    """Blocks 0 to 2 are committed, then the input changes: the result is that of the new input alone."""
+    blocks = make_blocks(tmp_path / "in", num_files=1)
+    execution = Execution(num_workers=1)
+    with pytest.raises(ValueError, match="old content"):
+        run_stage("test", blocks, tmp_path / "out", fails_on_old_content, config_hash="a", execution=execution)
+    assert num_committed(tmp_path / "out") >= 3  # the last block may have been on its way
+    (tmp_path / "in/in0.jsonl").write_text("new")
+    run_stage("test", blocks, tmp_path / "out", fails_on_old_content, config_hash="a", execution=execution)
+    assert [document.text for document in read_documents(tmp_path / "out/in0.jsonl.zst")] == ["new"] * 5
+    (tmp_path / "in/in0.jsonl").write_text("content again")
+    with pytest.raises(ValueError, match="old content"):
+        run_stage("test", blocks, tmp_path / "out", fails_on_old_content, config_hash="a", execution=execution)
+    assert not (tmp_path / "out/in0.jsonl.zst.done.json").exists()
+    with pytest.raises(UserError, match="no finished stage"):
+        stage_outputs(tmp_path / "out")
+
+
+def test_what_killed_runs_leave_is_swept(tmp_path: Path) -> None:
+    blocks = make_blocks(tmp_path / "in", num_files=1)
+    for _ in range(2):
+        run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=Execution(num_workers=1))
+        left = [
+            tmp_path / "out" / name for name in (".tmp-in0.jsonl.zst-x1", "dropped/.tmp-in0.jsonl.zst-x2", ".parts/in0/0.kept")
+        ]
+        assert not any(path.exists() for path in left)
+        for path in left:
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.touch()
+
+
+def sleeps(block: Block) -> Iterator[Outcome]:
+    time.sleep(600)
+    yield from numbers(block)
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in")
     execution = Execution(num_workers=1)
@@ -207,6 +250,30 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
     assert kills >= 2
     assert b"done" in subprocess.check_output(command, cwd=project, stderr=subprocess.DEVNULL)
     assert tree(tmp_path / "out") == reference[1]
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
+    """Also in the middle of a long block."""
+    code = (
+        "import sys; from pathlib import Path; from test_stage import make_blocks, sleeps;"
+        "from megagpt.corpus.executors import Execution; from megagpt.corpus.stage import run_stage;"
+        "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, config_hash='a',"
+        "execution=Execution(num_workers=2))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(project / "tests")}
+    process = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(session_members(process.pid)) < 4 and time.monotonic() < deadline:  # itself, a resource tracker, two workers
+        time.sleep(0.1)
+    time.sleep(3)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while session_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not session_members(process.pid)
 
 
 def num_committed(output: Path) -> int:
