@@ -43,7 +43,7 @@ class QuickstartConfig(Config):
     """Your own web dump (.warc.gz and so on; a path or a glob) instead of the one made from this machine's documentation."""
     wiki: str | None = None
     """Your own MediaWiki dump (.xml.bz2; a path or a glob)."""
-    text_megabytes: float = Field(default=5.0, ge=0.5, le=100)
+    text_megabytes: float = Field(default=5.0, ge=2, le=100)
     """Size of the corpus that is made here, before anything is planted or dropped, in millions of bytes."""
     max_steps: int = Field(default=300, ge=10)
     """Updates of the model."""
