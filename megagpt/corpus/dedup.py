@@ -16,9 +16,9 @@ import functools
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 import orjson
@@ -29,18 +29,13 @@ from megagpt.config import Config, UserError, fingerprint
 from megagpt.corpus import near_duplicates
 from megagpt.corpus.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
-from megagpt.corpus.executors import Execution, run_tasks
+from megagpt.corpus.executors import Execution
 from megagpt.corpus.minhash import MinHashSettings
 from megagpt.corpus.near_duplicates import Verification
-from megagpt.corpus.progress import Progress
+from megagpt.corpus.phases import Task, run_phase
 from megagpt.corpus.stage import StageSummary, run_stage
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, write_json
-
-_Task: TypeAlias = tuple[Path, Callable[..., Any], tuple[Any, ...]]
-"""(the file or folder that a task commits, function, arguments)"""
-
-SMALL_PHASE_BYTES = 16 << 20
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +147,7 @@ def _find_duplicates(
     if (index / "kept_by.i64").is_file():
         return open_blocks(folders)
     tasks = [(folder, index_block, (block, folder, config.minhash)) for block, folder in zip(blocks, folders, strict=True)]
-    if not _phase("dedup: index", tasks, execution, task_bytes=[num_bytes(block) for block in blocks]):
+    if not run_phase("dedup: index", tasks, execution, task_bytes=[num_bytes(block) for block in blocks]):
         return None
     indexed = open_blocks(folders)
     same_path = index / "same.i64"
@@ -174,12 +169,12 @@ def _find_near(
     """The files of decisions on near duplicates, or None if a phase waits for other parts."""
     share = max(1 << 20, config.memory_bytes // execution.num_workers)
     pairs = [index / "pairs" / f"{band:03d}" for band in range(config.num_bands)]
-    tasks: list[_Task] = [
+    tasks: list[Task] = [
         (path, near_duplicates.pair_band, (indexed, band, config.num_bands, index / "same.i64", path, share))
         for band, path in enumerate(pairs)
     ]
     num_documents = sum(place.num_documents for place in indexed)
-    if not _phase("dedup: bands", tasks, execution, task_bytes=[8 * num_documents] * len(tasks)):
+    if not run_phase("dedup: bands", tasks, execution, task_bytes=[8 * num_documents] * len(tasks)):
         return None
     plan = index / "plan"
     if not plan.is_dir():
@@ -189,7 +184,7 @@ def _find_near(
         (folder, near_duplicates.gather_block, (block, place, plan, config.minhash, config.verification.exact, folder))
         for block, place, folder in zip(blocks, indexed, candidates, strict=True)
     ]
-    if not _phase("dedup: candidates", tasks, execution, task_bytes=[num_bytes(block) for block in blocks]):
+    if not run_phase("dedup: candidates", tasks, execution, task_bytes=[num_bytes(block) for block in blocks]):
         return None
     decisions = [index / "decisions" / f"{i:06d}" for i in range(read_json(plan / "plan.json")["partitions"])]
     tasks = [
@@ -198,34 +193,7 @@ def _find_near(
     ]
     gathered = sum(path.stat().st_size for folder in candidates for path in folder.iterdir())
     task_bytes = [gathered // len(tasks)] * len(tasks) if tasks else []
-    return decisions if _phase("dedup: verification", tasks, execution, task_bytes=task_bytes) else None
-
-
-def _phase(label: str, tasks: Sequence[_Task], execution: Execution, *, task_bytes: Sequence[int]) -> bool:
-    """Run this part's tasks whose result is not there. True if afterwards the results of all parts are.
-
-    A phase of little data runs in this process: starting workers would take longer.
-    """
-    index, count = execution.part_of
-    size_of = dict(zip((path for path, _, _ in tasks), task_bytes, strict=True))
-    todo = [task for task in tasks[index::count] if not task[0].exists()]
-    for folder in {path.parent for path, _, _ in todo}:
-        folder.mkdir(parents=True, exist_ok=True)
-    total = sum(size_of[path] for path, _, _ in todo)
-    if todo:
-        with Progress(label, total) as progress:
-            if total <= SMALL_PHASE_BYTES:
-                for path, function, arguments in todo:
-                    function(*arguments)
-                    progress.add(size_of[path], kept=0, rejected=0)
-            else:
-                run_tasks(todo, execution, lambda path, _: progress.add(size_of[path], kept=0, rejected=0))
-    missing = sum(not path.exists() for path, _, _ in tasks)
-    if missing:
-        log.info(
-            "%s: %d of %d tasks remain for other parts: run all parts again when they are done", label, missing, len(tasks)
-        )
-    return not missing
+    return decisions if run_phase("dedup: verification", tasks, execution, task_bytes=task_bytes) else None
 
 
 def _report(blocks: Sequence[Block], indexed: Sequence[IndexedBlock], output_dir: Path, execution: Execution) -> None:
@@ -237,7 +205,7 @@ def _report(blocks: Sequence[Block], indexed: Sequence[IndexedBlock], output_dir
     tasks = [(folder / name, _report_file, (places, indexed, index, folder / name)) for name, places in files.items()]
     alone = execution.model_copy(update={"part": "0/1"})
     task_bytes = [sum(16 * place.num_documents for place in places) for places in files.values()]
-    _phase("dedup: report", tasks, alone, task_bytes=task_bytes)
+    run_phase("dedup: report", tasks, alone, task_bytes=task_bytes)
     counts = Counter[str]()
     for path in sorted((index / "decisions").glob("*.json")):
         counts.update(read_json(path))

@@ -190,7 +190,7 @@ def _each_block(label: str, blocks: Sequence[Block], job: _Job, execution: Execu
     with Progress(label, sum(map(num_bytes, todo)), skipped=len(mine) - len(todo)) as progress:
 
         def consume(block: Block, documents: int) -> None:
-            progress.add(num_bytes(block), kept=documents, rejected=0)
+            progress.add(num_bytes(block), documents=documents)
 
         if todo:
             tasks = [(block, work, (block, job, extra)) for block in todo]
@@ -375,7 +375,7 @@ def _write_shards(
 
         def consume(key: tuple[str, str, int], info: ShardInfo) -> None:
             found[key] = info
-            progress.add(info.bin_bytes, kept=info.documents, rejected=0)
+            progress.add(info.bin_bytes, documents=info.documents)
 
         if todo:
             run_tasks(todo, execution, consume, lambda key: f"shard {key[2]} of {key[0]} {key[1]}")

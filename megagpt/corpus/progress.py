@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections import Counter
 from types import TracebackType
 
 from tqdm import tqdm
@@ -13,20 +14,20 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts bytes of input towards `total_bytes`, with running counts of what was kept and rejected."""
+    """Counts bytes of input towards `total_bytes`, with running counts of what `add` is told (kept, rejected, documents)."""
 
     def __init__(self, label: str, total_bytes: int, *, skipped: int = 0) -> None:
-        self._label, self._total, self._done, self._counts = label, total_bytes, 0, {"kept": 0, "rejected": 0}
+        self._label, self._total, self._done, self._counts = label, total_bytes, 0, Counter[str]()
         self._started = self._printed = time.monotonic()
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label) if sys.stderr.isatty() else None
         if skipped:
             log.info("%s: %d blocks were done before", label, skipped)
 
-    def add(self, num_bytes: int, *, kept: int, rejected: int) -> None:
-        """A piece of work is done."""
+    def add(self, num_bytes: int, **counts: int) -> None:
+        """A piece of work is done. Only what is counted is shown."""
         self._done += num_bytes
-        self._counts["kept"] += kept
-        self._counts["rejected"] += rejected
+        for name, count in counts.items():
+            self._counts[name] += count
         if self._bar is not None:
             self._bar.update(num_bytes)
             self._bar.set_postfix(self._counts)
@@ -48,5 +49,5 @@ class Progress:
         rate = self._done / seconds
         left = (self._total - self._done) / rate if rate else 0.0
         share = 100 * self._done / self._total if self._total else 100.0
-        counts = ", ".join(f"{value:,} {key}" for key, value in self._counts.items())
-        return f"{self._label}: {share:.0f} %, {rate / 1e6:.1f} MB/s, {left:.0f} s left, {counts}"
+        counts = "".join(f", {value:,} {key}" for key, value in self._counts.items())
+        return f"{self._label}: {share:.0f} %, {rate / 1e6:.1f} MB/s, {left:.0f} s left{counts}"
