@@ -222,6 +222,23 @@ def test_likelihoods_at_the_limits_of_the_context() -> None:
     assert nats([3], long[:40]) == pytest.approx(by_hand, abs=1e-9)
 
 
+def test_every_piece_of_a_long_continuation_must_be_greedy() -> None:
+    model = small_gpt().eval()
+    ids = [3]
+    with torch.no_grad():
+        for i in range(40):
+            # The pieces of a continuation of 40 are 16, 16 and 8; the last two see the 32 - 15 or more tokens before them.
+            start = max(0, len(ids) - 32) if i < 16 else max(0, 1 + i // 16 * 16 + min(16, 40 - i // 16 * 16) - 33)
+            ids.append(int(model(torch.tensor([ids[start:]]))[0, -1].argmax()))
+
+    def is_greedy(continuation: list[int]) -> bool:
+        return log_likelihoods(model, model.config, [LikelihoodRequest((3,), tuple(continuation))], eot_id=256)[0].is_greedy
+
+    assert is_greedy(ids[1:])
+    assert not is_greedy([(ids[1] + 1) % 256, *ids[2:]])
+    assert not is_greedy([*ids[1:-1], (ids[-1] + 1) % 256])
+
+
 @pytest.mark.parametrize(
     ("line", "question"),
     [

@@ -189,7 +189,7 @@ def test_superseded_rows() -> None:
         (row("stop", 20, 1), False),
         (row("start", 10, 2), False),
         (row("evaluate", 10, 2), False),
-        (row("train", 30, 1), True),  # a left-over process of the first start
+        (row("evaluate", 15, 1), True),  # a left-over process of the first start
         (row("train", 20, 2), False),
         (row("train", 30, 2), True),
         (row("rewind", 20, 2), False),
@@ -222,10 +222,11 @@ def test_throughput_leaves_out_pauses(tmp_path: Path, peak_tflops: float | None,
     monitor.log("start", 0, tokens=0)
     now.now += 4
     monitor.log("train", 10, tokens=1000)
+    now.now += 1.5
     with monitor.clock("evaluate"):
         now.now += 7
     monitor.log("evaluate", 10, loss=1.0, tokens=1000)
-    now.now += 2
+    now.now += 0.5
     monitor.log("train", 20, tokens=2000)
     monitor.close()
     first, second = read_metrics(tmp_path).of_kind("train")
