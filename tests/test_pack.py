@@ -1,6 +1,7 @@
 """Packing: every document once, in the order of keys; the same bytes for any workers, parts, blocks and kills."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import xxhash
 
 from megagpt.config import UserError
-from megagpt.corpus import pack
+from megagpt.corpus import best_fit, leaks, pack, phases, segments
+from megagpt.corpus.best_fit import best_fit_order, num_cut
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.pack import TokenizeConfig, pack_documents
 from megagpt.corpus.vocabulary import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
@@ -43,12 +45,13 @@ def make_corpus(folder: Path, files: int = 3, documents: int = 120) -> list[Path
 
 def run(inputs: list[Path], output: Path, tokenizer: str = "bytes", workers: int = 0, part: str = "0/1", **values: Any):
     """Pack with a pool of workers, or in this process (workers=0), which spares the seconds a pool takes to start."""
-    overwrite, fraction = values.pop("overwrite", False), values.pop("validation_fraction", 0.1)
-    config = TokenizeConfig(validation_fraction=fraction, **values)
+    overwrite = values.pop("overwrite", False)
+    config = TokenizeConfig(**{"validation_fraction": 0.1, "leak_threshold": None, **values})
     execution = Execution(num_workers=max(workers, 1), part=part, overwrite=overwrite)
     with pytest.MonkeyPatch.context() as patch:
         if workers == 0:
             patch.setattr(pack, "run_tasks", run_here)
+            patch.setattr(phases, "run_tasks", run_here)
         return pack_documents(inputs, output, tokenizer, config, execution)
 
 
@@ -109,7 +112,7 @@ def test_every_document_once_in_the_order_of_its_key(corpus: list[Path], packed:
     for split, rows in found.items():
         keys = [xxhash.xxh3_64_intdigest(row["id"].encode(), seed=0) for row in rows]
         assert keys == sorted(keys)
-        chosen = {xxhash.xxh3_64_intdigest(row["id"].encode(), seed=pack.SPLIT_SEED) < bound for row in rows}
+        chosen = {xxhash.xxh3_64_intdigest(row["id"].encode(), seed=segments.SPLIT_SEED) < bound for row in rows}
         assert chosen == {split == "validation"}
     manifest = read_manifest(packed / "train")
     assert len(manifest.shards) == -(-manifest.tokens // 4000) > 5
@@ -129,8 +132,8 @@ def test_small_segments_leave_no_trace(
     corpus: list[Path], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Many segments per block, and small batches.
-    monkeypatch.setattr(pack, "SEGMENT_TOKENS", 900)
-    monkeypatch.setattr(pack, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(segments, "SEGMENT_TOKENS", 900)
+    monkeypatch.setattr(segments, "BATCH_CHARACTERS", 50)
     run(corpus, tmp_path / "s", shard_tokens=4000)
     assert tree(tmp_path / "s") == tree(packed)
 
@@ -154,7 +157,7 @@ def test_parts_do_not_change_a_byte(corpus: list[Path], packed: Path, tmp_path: 
 @pytest.mark.slow
 def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
     words = [f"tokenize.inputs={[str(path) for path in corpus]}", "tokenize.tokenizer=bytes", "tokenize.shard_tokens=4000"]
-    words += ["tokenize.validation_fraction=0.1", f"work_dir={tmp_path}", "num_workers=1"]
+    words += ["tokenize.validation_fraction=0.1", "tokenize.leak_threshold=null", f"work_dir={tmp_path}", "num_workers=1"]
     tool = Path(__file__).parent.parent / "tools" / "tokenize_documents.py"
     command = [sys.executable, str(tool), *words]
     delays = np.random.default_rng(3).uniform(0.3, 3.0, 8)
@@ -226,6 +229,151 @@ def test_empty_documents_are_counted_and_sources_need_names(tmp_path: Path) -> N
         run([tmp_path / "a.jsonl.zst"], tmp_path / "s", separate_sources=True)
 
 
+def shingled(text: str) -> set[str]:
+    words = text.split()
+    return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+
+def jaccard(first: set[str], second: set[str]) -> float:
+    return len(first & second) / len(first | second)
+
+
+def leaky_corpus(folder: Path) -> list[Path]:
+    """Texts of one template, so that all share shingles; a third are edits of others, of similarity 1 down to .5."""
+    rng = np.random.default_rng(5)
+    vocabulary = ["".join(rng.choice(list("abcdefghijklmnop"), 5)) for _ in range(3000)]
+    template = list(rng.choice(vocabulary, 12))
+    texts = [[*template, *rng.choice(vocabulary, rng.integers(30, 90))] for _ in range(200)]
+    for i in range(100):
+        words = list(texts[i])
+        for at in rng.choice(len(words), rng.integers(0, 6), replace=False):
+            words[at] = str(rng.choice(vocabulary))
+        texts.append(words)
+    paths = []
+    for number in range(2):
+        items = [
+            Document(f"leaky{number}:{i}", " ".join(words), "web", f"http://x/{i}") for i, words in enumerate(texts[number::2])
+        ]
+        items.append(Document(f"leaky{number}:dots", "... !!!", "web"))
+        paths.append(folder / f"leaky{number}.jsonl.zst")
+        write_documents(paths[-1], items)
+    return paths
+
+
+@pytest.mark.parametrize("split_by", ["hash", "tail"])
+def test_no_training_document_is_a_near_duplicate_of_a_validation_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split_by: str
+) -> None:
+    monkeypatch.setattr(leaks, "MERGE_ENTRIES", 300)  # the index is merged in many ranges
+    inputs, tokenizer = leaky_corpus(tmp_path), open_tokenizer("bytes")
+    run(inputs, tmp_path / "all", validation_fraction=0.3, split_by=split_by)
+    summary = run(inputs, tmp_path / "s", validation_fraction=0.3, split_by=split_by, leak_threshold=0.8)
+    before, after, validation = (
+        {row["id"]: shingled(row["text"]) for row in read_split(tmp_path / name, tokenizer)}
+        for name in ("all/train", "s/train", "s/validation")
+    )
+    nearest = {name: max(jaccard(found, other) for other in validation.values()) for name, found in before.items()}
+    expected = {name for name, similarity in nearest.items() if similarity >= 0.8 and not name.endswith("dots")}
+    assert len(expected) > 8
+    assert before.keys() - after.keys() == expected
+    assert summary.leaked_documents == len(expected)
+    lines = [json.loads(line) for line in (tmp_path / "s" / "leaks.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["similarity"] for line in lines} == {name: round(nearest[name], 4) for name in expected}
+    for line in lines:
+        assert jaccard(before[line["id"]], validation[line["validation"]]) == pytest.approx(line["similarity"], abs=5e-5)
+        assert line["url"].startswith("http://x/")
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.5, 0.8, 1.0])
+def test_lookups_equal_comparing_with_every_validation_document(tmp_path: Path, threshold: float) -> None:
+    rng = np.random.default_rng(8)
+    texts = [" ".join(rng.choice(["a", "b"], rng.integers(5, 26))) for _ in range(400)]
+    sets = [shingled(text) for text in texts]
+    for number in range(2):
+        chosen = range(100 * number, 100 * number + 100)
+        assert leaks.write_validation([(f"v{i}", texts[i]) for i in chosen], tmp_path / f"{number}") == 100
+    leaks.write_validation([], tmp_path / "none")
+    leaks.build_index([tmp_path / "0", tmp_path / "none", tmp_path / "1"], tmp_path / "index")
+    index = leaks.LeakIndex(tmp_path / "index", threshold)
+    hits = 0
+    for text, found in zip(texts[200:], sets[200:], strict=True):
+        similarities = [jaccard(found, other) for other in sets[:200]]
+        best = max(similarities)
+        expected = (f"v{similarities.index(best)}", round(best, 4)) if best >= threshold else None
+        assert index.find(text) == expected
+        hits += expected is not None
+    assert 0 < hits < 200
+
+
+def test_leaks_do_not_depend_on_parts(tmp_path: Path) -> None:
+    inputs = leaky_corpus(tmp_path)
+    values: dict[str, Any] = {"validation_fraction": 0.3, "leak_threshold": 0.8, "shard_tokens": 20_000}
+    run(inputs, tmp_path / "whole", **values)
+    for _ in range(3):
+        for part in ("1/2", "0/2"):
+            run(inputs, tmp_path / "parts", part=part, **values)
+    assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
+
+
+def test_without_validation_documents_nothing_leaks(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl.zst", [Document("a:0", "a few words here", "web")] * 2)
+    for fraction in (0, 1e-9):
+        summary = run([tmp_path / "a.jsonl.zst"], tmp_path / f"s{fraction}", validation_fraction=fraction, leak_threshold=0.8)
+        assert (summary.splits["train"]["documents"], summary.leaked_documents) == (2, 0)
+
+
+def document_lengths(kind: str, count: int) -> np.ndarray:
+    rng = np.random.default_rng(count)
+    if kind == "web":
+        return np.maximum(2, rng.lognormal(6, 1.1, count)).astype(np.int64)
+    return {"long": rng.integers(2000, 9000, count), "equal": np.full(count, 300), "tiny": rng.integers(1, 4, count)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["web", "long", "equal", "tiny"])
+@pytest.mark.parametrize("first_token", [0, 777])
+@pytest.mark.parametrize("count", [0, 1, 3000])
+def test_best_fit_is_an_order_that_cuts_no_more(kind: str, first_token: int, count: int) -> None:
+    lengths = document_lengths(kind, count)
+    order = best_fit_order(lengths, 1024, first_token)
+    assert sorted(order.tolist()) == list(range(count))
+    assert num_cut(lengths[order], 1024, first_token) <= num_cut(lengths, 1024, first_token)
+    assert order.tolist() == best_fit_order(lengths, 1024, first_token).tolist()
+
+
+def test_best_fit_leaves_hardly_a_document_cut() -> None:
+    lengths = document_lengths("web", 20_000)
+    fitting = int((lengths <= 2048).sum())
+    before, after = num_cut(lengths, 2048) / fitting, num_cut(lengths[best_fit_order(lengths, 2048, 0)], 2048) / fitting
+    assert before > 0.2
+    assert after < 0.003
+    # The order stays an order of keys on the whole: no trend of length, documents of all places mixed.
+    moved = lengths[best_fit_order(lengths, 2048, 0)]
+    assert abs(np.corrcoef(np.arange(20_000), moved)[0, 1]) < 0.05
+
+
+def test_best_fit_fills_by_hand() -> None:
+    # Samples of 10, three tokens of the first are taken. 7 fills it; 13 is 10 + 3, and 6 + 1 fill the rest; 9 has nothing to
+    # go with but a cut, and 8 comes last.
+    lengths = np.array([9, 6, 8, 13, 7, 1])
+    assert lengths[best_fit_order(lengths, 10, 3)].tolist() == [7, 13, 6, 1, 9, 8]
+
+
+def test_packed_shards_hold_the_same_documents_with_fewer_cuts(
+    corpus: list[Path], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best_fit, "BLOCK_DOCUMENTS", 40)  # several blocks in a shard
+    run(corpus, tmp_path / "s", shard_tokens=4000, pack_seq_len=512)
+    tokenizer = open_tokenizer("bytes")
+    before, after = (read_split(folder / "train", tokenizer) for folder in (packed, tmp_path / "s"))
+    assert sorted(row["id"] for row in before) == sorted(row["id"] for row in after)
+    cuts = [num_cut(np.array([row["tokens"] for row in rows]), 512) for rows in (before, after)]
+    assert cuts[0] > 40
+    assert cuts[1] < 0.45 * cuts[0]  # borders of shards are no borders of samples: packing goes on across them
+    monkeypatch.setattr(segments, "SEGMENT_TOKENS", 900)
+    run(corpus, tmp_path / "t", shard_tokens=4000, pack_seq_len=512)
+    assert tree(tmp_path / "s") == tree(tmp_path / "t")
+
+
 @pytest.mark.realdata
 def test_a_lossy_tokenizer_is_refused(corpus: list[Path], shared_data: Path, tmp_path: Path) -> None:
     model = str(shared_data / "tokenizer/sentencepiece/test_model.model")
@@ -270,7 +418,8 @@ def test_a_full_disk_leaves_what_was_committed(corpus: list[Path], packed: Path,
     program = f"""
 import resource, signal, sys
 from pathlib import Path
-from megagpt.corpus import pack
+from megagpt.corpus import best_fit, leaks, pack, phases, segments
+from megagpt.corpus.best_fit import best_fit_order, num_cut
 from megagpt.corpus.executors import Execution
 
 def run_here(tasks, execution, consume, describe=str):
@@ -278,7 +427,8 @@ def run_here(tasks, execution, consume, describe=str):
         consume(key, function(*arguments))
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-pack.run_tasks, write = run_here, pack.ShardWriter.close
+pack.run_tasks = phases.run_tasks = run_here
+write = pack.ShardWriter.close
 number = 0
 
 def close(writer):
@@ -290,7 +440,7 @@ def close(writer):
 
 if sys.argv[1] == "full":
     pack.ShardWriter.close = close
-config = pack.TokenizeConfig(validation_fraction=0.1, shard_tokens=4000)
+config = pack.TokenizeConfig(validation_fraction=0.1, leak_threshold=None, shard_tokens=4000)
 inputs = [Path(path) for path in {[str(path) for path in corpus]!r}]
 pack.pack_documents(inputs, Path({str(tmp_path / "s")!r}), "bytes", config, Execution(num_workers=1))
 """

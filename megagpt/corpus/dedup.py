@@ -147,7 +147,7 @@ def _find_duplicates(
     if (index / "kept_by.i64").is_file():
         return open_blocks(folders)
     tasks = [(folder, index_block, (block, folder, config.minhash)) for block, folder in zip(blocks, folders, strict=True)]
-    if not run_phase("dedup: index", tasks, execution, task_bytes=[num_bytes(block) for block in blocks]):
+    if not run_phase("dedup: index", tasks, execution, task_bytes=[num_bytes(block) for block in blocks], counted="documents"):
         return None
     indexed = open_blocks(folders)
     same_path = index / "same.i64"

@@ -1,16 +1,18 @@
 """From documents to shards: split, tokenize, shuffle globally, write; in bounded memory, resumable, the same bytes always.
 
 How it works. Every document gets a key, a hash of its id.
-1. Blocks of the input are tokenized by workers into segments: at most 16 Mi tokens, sorted by key, as flat tokens
-   (`.tokens`) and a memory-mapped Arrow table of rows (`.arrow`). A block's small .json comes last and means "committed".
+1. Blocks of the input are split and tokenized by workers into segments of at most 16 Mi tokens, sorted by key (segments.py).
+   Training documents that are near duplicates of validation documents are left out (leaks.py).
 2. The total says how many shards of `shard_tokens` there will be. Shard k of K holds the documents whose keys lie in the k-th
    K-th of the 64-bit range: its worker looks up that range in every segment and merges, so the concatenation of all shards is
-   the corpus in the order of keys. Neither blocks nor workers nor parts leave a trace in that order.
+   the corpus in the order of keys. Neither blocks nor workers nor parts leave a trace in that order. With pack_seq_len
+   documents then move a little so that samples cut few of them (best_fit.py).
 3. When every shard is there the manifests are written, and the segments removed.
 
     output_dir/train/        manifest.json, shard_00000.bin, .idx, .docs.parquet, …
     output_dir/validation/   the same
     output_dir/tokenizer/    a copy of the tokenizer, so that the folder is whole by itself
+    output_dir/leaks.jsonl   training documents that were left out, each with the validation document it resembles
     output_dir/summary.json  what there is
 With separate_sources each source has such a folder below output_dir.
 """
@@ -20,58 +22,27 @@ import json
 import logging
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import xxhash
-from pydantic import Field
+import orjson
 
-from megagpt.byte_pairs import Encoder
-from megagpt.config import Config, UserError, fingerprint
-from megagpt.corpus.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
+from megagpt.config import UserError, fingerprint
+from megagpt.corpus.best_fit import best_fit_order
+from megagpt.corpus.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.executors import Execution, run_tasks
 from megagpt.corpus.progress import Progress
-from megagpt.documents import Document
+from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, tokenize_blocks
 from megagpt.files import atomic_path, read_json, write_json
 from megagpt.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 
+__all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
+
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "validation")
-SEGMENT_TOKENS, SEGMENT_DOCUMENTS = 16 << 20, 1 << 19
-BATCH_CHARACTERS = 1 << 20
-SPLIT_SEED = 0x5EED
-"""The split hashes ids with a seed of its own: it is independent of the order, and never moves when data or settings change."""
-
-
-class TokenizeConfig(Config):
-    """Settings of `tools/tokenize_documents.py`."""
-
-    inputs: tuple[str, ...] = ()
-    """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs; empty = the output of deduplication."""
-    tokenizer: str | None = None
-    """`bytes`, or the path of a tokenizer; null = the one that tools/train_tokenizer.py left in work_dir/tokenizer."""
-    encoder: Encoder = "tiktoken"
-    """What encodes byte-level BPE: tiktoken, or fastokens (several times as fast; compared with tiktoken at every start)."""
-    split_by: Literal["hash", "tail"] = "hash"
-    """hash: validation documents are chosen by a hash of their id, and stay chosen when data is added. tail: the last part of
-    each source's text, in the order of the files, counted in characters; the document at the cut is cut in two."""
-    validation_fraction: float = Field(default=0.005, ge=0, lt=1)
-    """Share of the documents (hash) or of each source's characters (tail) that goes to validation."""
-    separate_sources: bool = False
-    """One folder of shards per document source, to weigh them in training and to see a validation loss for each."""
-    shard_tokens: int = Field(default=1 << 27, ge=1)
-    """Tokens in a shard, about; one worker holds the rows of one shard in memory, not its tokens."""
-    seed: int = Field(default=0, ge=0)
-    """Key of the global order of documents."""
-    require_lossless: bool = True
-    """Refuse a tokenizer that rewrites or drops text (a SentencePiece model without byte fallback, or with NFKC)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +53,8 @@ class PackSummary:
     splits: dict[str, dict[str, int]]
     """`<folder>/<split>` -> shards, documents, tokens, bytes."""
     empty_documents: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What every worker needs to know; small and picklable."""
-
-    segments: str
-    tokenizer: str
-    plan: str
-    config: TokenizeConfig
-    dtype: str
+    leaked_documents: int = 0
+    """Training documents that were left out for their likeness to a validation document; leaks.jsonl lists them."""
 
 
 def pack_documents(
@@ -114,7 +76,7 @@ def pack_documents(
         log.info("%s: complete", output_dir)
         _sweep(output_dir)
         return PackSummary(**read_json(output_dir / "summary.json"))
-    job = _Job(
+    job = Job(
         str(output_dir / ".segments"),
         str(tokenizer_path),
         plan,
@@ -122,12 +84,11 @@ def pack_documents(
         token_dtype(tokenizer.vocab_size).newbyteorder("=").name,
     )
     try:
-        records = _tokenize(blocks, job, execution)
+        records = tokenize_blocks(blocks, job, execution)
         if records is not None:
             folders = _folders(records, config)
             shards = _write_shards(records, folders, output_dir, job, execution)
-            empty = sum(record["empty"] for record in records)
-            return _finish(output_dir, tokenizer, config, folders, shards, empty)
+            return _finish(output_dir, tokenizer, config, folders, shards, records)
     except (FileNotFoundError, UserError):
         # Another part may have finished everything, and removed the segments, in the meantime.
         if not (output_dir / "summary.json").is_file():
@@ -135,16 +96,6 @@ def pack_documents(
     if (output_dir / "summary.json").is_file():
         return PackSummary(**read_json(output_dir / "summary.json"))
     return PackSummary(False, {})
-
-
-def _tokenize(blocks: Sequence[Block], job: _Job, execution: Execution) -> list[dict[str, Any]] | None:
-    """The records of all blocks, tokenized; None while those of other parts are missing."""
-    cuts: dict[str, dict[str, int]] | None = {}
-    if job.config.split_by == "tail":
-        cuts = _tail_cuts(blocks, job, execution)
-    if cuts is None or not _each_block("tokenize", blocks, job, execution, _tokenize_block, cuts):
-        return None
-    return [read_json(_record(job, block, "tokenize")) for block in blocks]
 
 
 # ---- what is done already
@@ -178,166 +129,6 @@ def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> None:
     write_json(marker, {"stage": "shards", "plan": plan})
 
 
-def _record(job: _Job, block: Block, phase: str) -> Path:
-    return Path(job.segments) / block.name / f"{block.index:06d}.{phase}.json"
-
-
-def _each_block(label: str, blocks: Sequence[Block], job: _Job, execution: Execution, work: Any, extra: Any) -> bool:
-    """Run `work` on this part's blocks that are not committed; True when the blocks of all parts are."""
-    index, count = execution.part_of
-    mine = blocks[index::count]
-    todo = [block for block in mine if not _record(job, block, label).is_file()]
-    with Progress(label, sum(map(num_bytes, todo)), skipped=len(mine) - len(todo)) as progress:
-
-        def consume(block: Block, documents: int) -> None:
-            progress.add(num_bytes(block), documents=documents)
-
-        if todo:
-            tasks = [(block, work, (block, job, extra)) for block in todo]
-            run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
-    missing = [block for block in blocks if not _record(job, block, label).is_file()]
-    if missing:
-        log.info(
-            "%s: %d of %d blocks remain for the other parts; run once more when they are done", label, len(missing), len(blocks)
-        )
-    return not missing
-
-
-# ---- split
-
-
-def _tail_cuts(blocks: Sequence[Block], job: _Job, execution: Execution) -> dict[str, dict[str, int]] | None:
-    """For the split by tail: per block record and source, how many more characters go to train. None: other parts remain."""
-    if not _each_block("count", blocks, job, execution, _count_block, None):
-        return None
-    counts = [read_json(_record(job, block, "count")) for block in blocks]
-    totals = Counter[str]()
-    for count in counts:
-        totals.update(count)
-    left = {source: int(total * (1 - job.config.validation_fraction)) for source, total in totals.items()}
-    cuts = {}
-    for block, count in zip(blocks, counts, strict=True):
-        cuts[f"{block.name}/{block.index}"] = {source: left[source] for source in count}
-        for source, characters in count.items():
-            left[source] -= characters
-    return cuts
-
-
-def _count_block(block: Block, job: _Job, _: None) -> int:
-    characters, documents = Counter[str](), 0
-    for document in read_block(block):
-        characters[document.source] += len(document.text)
-        documents += 1
-    write_json(_record(job, block, "count"), dict(characters))
-    return documents
-
-
-def _split(documents: Iterator[Document], config: TokenizeConfig, left: dict[str, int]) -> Iterator[tuple[str, Document, str]]:
-    """(split, document, text): the split by tail may cut a document in two."""
-    bound = int(config.validation_fraction * 2**64)
-    for document in documents:
-        if config.split_by == "hash":
-            is_validation = xxhash.xxh3_64_intdigest(document.id.encode(), seed=SPLIT_SEED) < bound
-            yield SPLITS[is_validation], document, document.text
-            continue
-        cut = min(max(left[document.source], 0), len(document.text))
-        left[document.source] -= len(document.text)
-        for split, text in zip(SPLITS, (document.text[:cut], document.text[cut:]), strict=True):
-            if text or not document.text:
-                yield split, document, text
-            if not document.text:
-                break
-
-
-# ---- tokenize into segments
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: str, encoder: Encoder) -> Tokenizer:
-    return open_tokenizer(path, encoder)
-
-
-class _Segments:
-    """The segments of one block: rows and tokens by (source folder, split), written out sorted whenever they are many."""
-
-    def __init__(self, block: Block, job: _Job) -> None:
-        self.job, self.stem = job, f"{block.name}/{block.index:06d}"
-        self.written: list[dict[str, Any]] = []
-        self._rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
-        self._tokens = self._documents = 0
-
-    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int, eot_id: int) -> None:
-        source = document.source if self.job.config.separate_sources else ""
-        rows = self._rows.setdefault((source, split), {name: [] for name in ("key", "id", "url", "source", "bytes", "ids")})
-        rows["key"].append(xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.job.config.seed))
-        rows["id"].append(document.id)
-        rows["url"].append(document.url)
-        rows["source"].append(document.source)
-        rows["bytes"].append(text_bytes)
-        rows["ids"].append(np.append(ids.astype(self.job.dtype), np.array(eot_id, self.job.dtype)))
-        self._tokens += len(ids) + 1
-        self._documents += 1
-        if self._tokens >= SEGMENT_TOKENS or self._documents >= SEGMENT_DOCUMENTS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has gathered, each group sorted by key (stable, so equal keys keep the input's order)."""
-        import pyarrow as pa
-
-        for (source, split), rows in sorted(self._rows.items()):
-            name = f"{self.stem}-{len(self.written):04d}"
-            order = np.argsort(np.array(rows["key"], np.uint64), kind="stable")
-            ids = [rows["ids"][i] for i in order]
-            lengths = np.array([len(x) for x in ids], np.int64)
-            columns = {column: pa.array([rows[column][i] for i in order], type=kind) for column, kind in _row_types().items()}
-            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-            table = pa.table({**columns, "tokens": pa.array(lengths), "start": pa.array(starts)})
-            with atomic_path(Path(self.job.segments) / f"{name}.tokens") as temporary, temporary.open("wb") as file:
-                for piece in ids:
-                    file.write(piece.tobytes())
-            with atomic_path(Path(self.job.segments) / f"{name}.arrow") as temporary:
-                with pa.ipc.new_file(str(temporary), table.schema) as writer:
-                    writer.write_batch(table.combine_chunks().to_batches()[0])
-            self.written.append({"name": name, "source": source, "split": split, "tokens": int(lengths.sum())})
-        self._rows, self._tokens, self._documents = {}, 0, 0
-
-
-def _row_types() -> dict[str, Any]:
-    import pyarrow as pa
-
-    return {"key": pa.uint64(), "id": pa.string(), "url": pa.string(), "source": pa.string(), "bytes": pa.int64()}
-
-
-def _tokenize_block(block: Block, job: _Job, cuts: dict[str, dict[str, int]]) -> int:
-    tokenizer = _tokenizer(job.tokenizer, job.config.encoder)
-    segments, empty, documents = _Segments(block, job), 0, 0
-    left = dict(cuts.get(f"{block.name}/{block.index}", {}))
-    for batch in _batches(_split(read_block(block), job.config, left)):
-        batch_ids = tokenizer.encode_batch([text for _, _, text in batch])
-        for (split, document, text), ids in zip(batch, batch_ids, strict=True):
-            if not text:
-                empty += 1
-                continue
-            segments.add(split, document, ids, len(text.encode()), tokenizer.eot_id)
-            documents += 1
-    segments.flush()
-    write_json(_record(job, block, "tokenize"), {"segments": segments.written, "documents": documents, "empty": empty})
-    return documents
-
-
-def _batches(items: Iterator[tuple[str, Document, str]]) -> Iterator[list[tuple[str, Document, str]]]:
-    batch: list[tuple[str, Document, str]] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += len(item[2])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 # ---- merge into shards
 
 
@@ -353,7 +144,7 @@ def _folders(records: list[dict[str, Any]], config: TokenizeConfig) -> dict[str,
 
 
 def _write_shards(
-    records: list[dict[str, Any]], folders: dict[str, str], output_dir: Path, job: _Job, execution: Execution
+    records: list[dict[str, Any]], folders: dict[str, str], output_dir: Path, job: Job, execution: Execution
 ) -> dict[tuple[str, str], list[ShardInfo]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {(source, split): [] for source in folders for split in SPLITS}
     for record in records:
@@ -364,7 +155,9 @@ def _write_shards(
         tokens = sum(segment["tokens"] for segment in segments)
         count = -(-tokens // job.config.shard_tokens)
         names = [segment["name"] for segment in segments]
-        tasks += [((source, split, k), (output_dir / folders[source] / split, k, count, names, job)) for k in range(count)]
+        first_tokens = _first_tokens(names, count, job) if job.config.pack_seq_len else [0] * count
+        directory = output_dir / folders[source] / split
+        tasks += [((source, split, k), (directory, k, count, first_tokens[k], names, job)) for k in range(count)]
     index, parts = execution.part_of
     # Parts that come here together begin at different shards; one that is there already is not written again.
     order = sorted(range(len(tasks)), key=lambda i: ((i - index) % parts, i))
@@ -384,7 +177,31 @@ def _write_shards(
     }  # fmt: skip
 
 
-def _write_shard(directory: Path, number: int, count: int, names: list[str], job: _Job) -> ShardInfo:
+def _first_tokens(names: list[str], count: int, job: Job) -> list[int]:
+    """The number of each shard's first token in its split."""
+    totals = np.zeros(count, np.int64)
+    for segment in names:
+        table = _rows(job, segment)
+        keys, tokens = (table[column].chunk(0).to_numpy() for column in ("key", "tokens"))
+        ends = np.concatenate([[0], np.cumsum(tokens)])
+        bounds = [_first_row(keys, k, count) for k in range(count + 1)]
+        totals += np.diff(ends[bounds])
+    return [0, *np.cumsum(totals).tolist()][:-1]
+
+
+def _rows(job: Job, segment: str) -> Any:
+    import pyarrow as pa
+
+    with pa.memory_map(f"{job.segments}/{segment}.arrow") as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _first_row(keys: np.ndarray, number: int, count: int) -> int:
+    """Where in ascending keys the rows of shard `number` of `count` begin."""
+    return len(keys) if number == count else int(np.searchsorted(keys, np.uint64(number * 2**64 // count)))
+
+
+def _write_shard(directory: Path, number: int, count: int, first_token: int, names: list[str], job: Job) -> ShardInfo:
     """Merge one range of keys out of all segments into a shard, unless it is there already."""
     import pyarrow as pa
 
@@ -394,14 +211,11 @@ def _write_shard(directory: Path, number: int, count: int, names: list[str], job
         info = ShardInfo(**read_json(record))
         if all((directory / f"{name}{suffix}").is_file() for suffix in (".bin", ".idx", ".docs.parquet")):
             return info
-    low, high = number * 2**64 // count, (number + 1) * 2**64 // count
     tables, sources = [], []
     for segment in names:
-        with pa.memory_map(f"{job.segments}/{segment}.arrow") as file:
-            table = pa.ipc.open_file(file).read_all()
+        table = _rows(job, segment)
         keys = table["key"].chunk(0).to_numpy()
-        first = int(np.searchsorted(keys, np.uint64(low)))
-        last = len(keys) if high == 2**64 else int(np.searchsorted(keys, np.uint64(high)))
+        first, last = _first_row(keys, number, count), _first_row(keys, number + 1, count)
         if last > first:
             tables.append(table.slice(first, last - first))
             sources.append(np.memmap(f"{job.segments}/{segment}.tokens", job.dtype, "r"))
@@ -410,6 +224,8 @@ def _write_shard(directory: Path, number: int, count: int, names: list[str], job
             origin = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
             rows = pa.concat_tables(tables)
             order = np.argsort(rows["key"].to_numpy(), kind="stable")
+            if job.config.pack_seq_len:
+                order = order[best_fit_order(rows["tokens"].to_numpy()[order], job.config.pack_seq_len, first_token)]
             for begin in range(0, len(order), 1024):
                 chosen = order[begin : begin + 1024]
                 part = rows.take(pa.array(chosen))
@@ -428,7 +244,7 @@ def _finish(
     config: TokenizeConfig,
     folders: dict[str, str],
     shards: dict[tuple[str, str], list[ShardInfo]],
-    empty: int,
+    records: list[dict[str, Any]],
 ) -> PackSummary:
     dtype = token_dtype(tokenizer.vocab_size).name
     splits = {}
@@ -444,10 +260,20 @@ def _finish(
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,
             }  # fmt: skip
-    summary = PackSummary(True, splits, empty)
+    _write_leaks(records, output_dir)
+    empty, leaked = (sum(record["empty"] for record in records), sum(len(record["leaks"]) for record in records))
+    summary = PackSummary(True, splits, empty, leaked)
     write_json(output_dir / "summary.json", asdict(summary))
     _sweep(output_dir)
     return summary
+
+
+def _write_leaks(records: list[dict[str, Any]], output_dir: Path) -> None:
+    """leaks.jsonl: a line per training document that was left out for its likeness to a validation document."""
+    with atomic_path(output_dir / "leaks.jsonl") as temporary, temporary.open("wb") as file:
+        for record in records:
+            for leak in record["leaks"]:
+                file.write(orjson.dumps(leak, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _sweep(output_dir: Path) -> None:
@@ -469,4 +295,7 @@ def describe(summary: PackSummary, output_dir: Path) -> str:
         f"{counts['bytes'] / max(counts['tokens'], 1):.2f} bytes per token"
         for name, counts in summary.splits.items()
     ]
+    if summary.leaked_documents:
+        where = output_dir / "leaks.jsonl"
+        lines.append(f"{summary.leaked_documents:,} training documents were too like validation documents: left out ({where})")
     return "\n".join(lines)

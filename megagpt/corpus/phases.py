@@ -16,10 +16,20 @@ SMALL_PHASE_BYTES = 16 << 20
 log = logging.getLogger(__name__)
 
 
-def run_phase(label: str, tasks: Sequence[Task], execution: Execution, *, task_bytes: Sequence[int]) -> bool:
+def run_phase(
+    label: str,
+    tasks: Sequence[Task],
+    execution: Execution,
+    *,
+    task_bytes: Sequence[int],
+    counted: str | None = None,
+    small_bytes: int = SMALL_PHASE_BYTES,
+    describe: Callable[[Path], str] = str,
+) -> bool:
     """Run this part's tasks whose result is not there. True if afterwards the results of all parts are.
 
-    A phase of little data runs in this process: starting workers would take longer.
+    A phase of at most `small_bytes` runs in this process: starting workers would take longer. `counted` names what functions
+    return the number of, for the progress line; `describe` says what a task was at work on if its worker dies.
     """
     index, count = execution.part_of
     size_of = dict(zip((path for path, _, _ in tasks), task_bytes, strict=True))
@@ -28,13 +38,16 @@ def run_phase(label: str, tasks: Sequence[Task], execution: Execution, *, task_b
         folder.mkdir(parents=True, exist_ok=True)
     total = sum(size_of[path] for path, _, _ in todo)
     if todo:
-        with Progress(label, total) as progress:
-            if total <= SMALL_PHASE_BYTES:
+        with Progress(label, total, skipped=len(tasks[index::count]) - len(todo)) as progress:
+
+            def consume(path: Path, result: Any) -> None:
+                progress.add(size_of[path], **({counted: result} if counted else {}))
+
+            if total <= small_bytes:
                 for path, function, arguments in todo:
-                    function(*arguments)
-                    progress.add(size_of[path])
+                    consume(path, function(*arguments))
             else:
-                run_tasks(todo, execution, lambda path, _: progress.add(size_of[path]))
+                run_tasks(todo, execution, consume, describe)
     missing = sum(not path.exists() for path, _, _ in tasks)
     if missing:
         log.info(

@@ -21,7 +21,7 @@ class Progress:
         self._started = self._printed = time.monotonic()
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label) if sys.stderr.isatty() else None
         if skipped:
-            log.info("%s: %d blocks were done before", label, skipped)
+            log.info("%s: %d were done before", label, skipped)
 
     def add(self, num_bytes: int, **counts: int) -> None:
         """A piece of work is done. Only what is counted is shown."""

@@ -1,0 +1,296 @@
+"""From documents to sorted segments of tokens, block by block: the worker's half of packing (pack.py has the whole picture).
+
+A block is read, split into train and validation, tokenized, and written as segments: at most 16 Mi tokens, sorted by key, as
+flat tokens (`.tokens`) and an Arrow table of rows (`.arrow`). The block's small .json comes last and means "committed".
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from pydantic import Field
+
+from megagpt.byte_pairs import Encoder
+from megagpt.config import Config
+from megagpt.corpus.blocks import Block, num_bytes, read_block
+from megagpt.corpus.executors import Execution
+from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
+from megagpt.corpus.phases import SMALL_PHASE_BYTES, Task, run_phase
+from megagpt.documents import Document
+from megagpt.files import atomic_path, read_json, write_json
+from megagpt.tokenizer import Tokenizer, open_tokenizer
+
+SPLITS = ("train", "validation")
+SEGMENT_TOKENS, SEGMENT_DOCUMENTS = 16 << 20, 1 << 19
+BATCH_CHARACTERS = 1 << 20
+SPLIT_SEED = 0x5EED
+"""The split hashes ids with a seed of its own: it is independent of the order, and never moves when data or settings change."""
+
+Cuts = dict[str, dict[str, int]]
+"""For the split by tail, per block and source, how many more characters go to train; empty for the split by hash."""
+
+
+class TokenizeConfig(Config):
+    """Settings of `tools/tokenize_documents.py`."""
+
+    inputs: tuple[str, ...] = ()
+    """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs; empty = the output of deduplication."""
+    tokenizer: str | None = None
+    """`bytes`, or the path of a tokenizer; null = the one that tools/train_tokenizer.py left in work_dir/tokenizer."""
+    encoder: Encoder = "tiktoken"
+    """What encodes byte-level BPE: tiktoken, or fastokens (several times as fast; compared with tiktoken at every start)."""
+    split_by: Literal["hash", "tail"] = "hash"
+    """hash: validation documents are chosen by a hash of their id, and stay chosen when data is added. tail: the last part of
+    each source's text, in the order of the files, counted in characters; the document at the cut is cut in two."""
+    validation_fraction: float = Field(default=0.005, ge=0, lt=1)
+    """Share of the documents (hash) or of each source's characters (tail) that goes to validation."""
+    separate_sources: bool = False
+    """One folder of shards per document source, to weigh them in training and to see a validation loss for each."""
+    shard_tokens: int = Field(default=1 << 27, ge=1)
+    """Tokens in a shard, about; one worker holds the rows of one shard in memory, not its tokens."""
+    pack_seq_len: int | None = Field(default=None, ge=2)
+    """Place documents so that samples of so many tokens (training's data.seq_len) cut few of them; null = keys alone decide."""
+    leak_threshold: float | None = Field(default=0.8, gt=0, le=1)
+    """Training documents whose Jaccard similarity (sets of 5 words) to a validation document is at least this are dropped; each
+    is compared with every validation document that could reach it. null = no check."""
+    seed: int = Field(default=0, ge=0)
+    """Key of the global order of documents."""
+    require_lossless: bool = True
+    """Refuse a tokenizer that rewrites or drops text (a SentencePiece model without byte fallback, or with NFKC)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker needs to know; small and picklable."""
+
+    segments: str
+    tokenizer: str
+    plan: str
+    config: TokenizeConfig
+    dtype: str
+
+
+def tokenize_blocks(blocks: Sequence[Block], job: Job, execution: Execution) -> list[dict[str, Any]] | None:
+    """The records of all blocks, tokenized: segments (name, source, split, tokens), documents, empty, leaks (as Leak has them).
+
+    None while those of other parts are missing.
+    """
+    cuts: Cuts | None = {}
+    if job.config.split_by == "tail":
+        cuts = _tail_cuts(blocks, job, execution)
+    if cuts is None or not _index_validation(blocks, cuts, job, execution):
+        return None
+    if not _each_block("tokenize", blocks, job, execution, _tokenize_block, cuts, small_bytes=0):
+        return None
+    return [read_json(_record(job, block, "tokenize")) for block in blocks]
+
+
+def _record(job: Job, block: Block, phase: str) -> Path:
+    return Path(job.segments) / block.name / f"{block.index:06d}.{phase}.json"
+
+
+def _each_block(
+    label: str,
+    blocks: Sequence[Block],
+    job: Job,
+    execution: Execution,
+    work: Callable[[Block, Job, Cuts], int],
+    cuts: Cuts,
+    small_bytes: int = SMALL_PHASE_BYTES,
+) -> bool:
+    """Run `work` on the blocks whose record is not there; True when the records of all parts are."""
+    tasks: list[Task] = [(_record(job, block, label), work, (block, job, cuts)) for block in blocks]
+    where = {path: f"{block.path} from byte {block.start}" for (path, _, _), block in zip(tasks, blocks, strict=True)}
+    return run_phase(
+        label,
+        tasks,
+        execution,
+        task_bytes=[num_bytes(block) for block in blocks],
+        counted="documents",
+        small_bytes=small_bytes,
+        describe=where.__getitem__,
+    )
+
+
+# ---- split
+
+
+def _tail_cuts(blocks: Sequence[Block], job: Job, execution: Execution) -> Cuts | None:
+    """For the split by tail: per block record and source, how many more characters go to train. None: other parts remain."""
+    if not _each_block("count", blocks, job, execution, _count_block, {}):
+        return None
+    counts = [read_json(_record(job, block, "count")) for block in blocks]
+    totals = Counter[str]()
+    for count in counts:
+        totals.update(count)
+    left = {source: int(total * (1 - job.config.validation_fraction)) for source, total in totals.items()}
+    cuts = {}
+    for block, count in zip(blocks, counts, strict=True):
+        cuts[f"{block.name}/{block.index}"] = {source: left[source] for source in count}
+        for source, characters in count.items():
+            left[source] -= characters
+    return cuts
+
+
+def _count_block(block: Block, job: Job, _: Cuts) -> int:
+    characters, documents = Counter[str](), 0
+    for document in read_block(block):
+        characters[document.source] += len(document.text)
+        documents += 1
+    write_json(_record(job, block, "count"), dict(characters))
+    return documents
+
+
+def _split(documents: Iterator[Document], config: TokenizeConfig, left: dict[str, int]) -> Iterator[tuple[str, Document, str]]:
+    """(split, document, text): the split by tail may cut a document in two."""
+    bound = int(config.validation_fraction * 2**64)
+    for document in documents:
+        if config.split_by == "hash":
+            is_validation = xxhash.xxh3_64_intdigest(document.id.encode(), seed=SPLIT_SEED) < bound
+            yield SPLITS[is_validation], document, document.text
+            continue
+        cut = min(max(left[document.source], 0), len(document.text))
+        left[document.source] -= len(document.text)
+        for split, text in zip(SPLITS, (document.text[:cut], document.text[cut:]), strict=True):
+            if text or not document.text:
+                yield split, document, text
+            if not document.text:
+                break
+
+
+def _index_validation(blocks: Sequence[Block], cuts: Cuts, job: Job, execution: Execution) -> bool:
+    """Make the index of validation documents, to look up training documents in. False: other parts remain."""
+    if job.config.leak_threshold is None or job.config.validation_fraction == 0:
+        return True
+    if not _each_block("validation", blocks, job, execution, _gather_validation, cuts):
+        return False
+    if not _leak_index(job).is_dir():
+        build_index([_record(job, block, "validation").with_suffix("") for block in blocks], _leak_index(job))
+    return True
+
+
+def _leak_index(job: Job) -> Path:
+    return Path(job.segments) / ".validation"
+
+
+def _gather_validation(block: Block, job: Job, cuts: Cuts) -> int:
+    pieces = _split(read_block(block), job.config, _left(block, cuts))
+    validation = ((document.id, text) for split, document, text in pieces if split == "validation")
+    record = _record(job, block, "validation")
+    count = write_validation(validation, record.with_suffix(""))
+    write_json(record, {"documents": count})
+    return count
+
+
+def _left(block: Block, cuts: Cuts) -> dict[str, int]:
+    return dict(cuts.get(f"{block.name}/{block.index}", {}))
+
+
+# ---- tokenize into segments
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: str, encoder: Encoder) -> Tokenizer:
+    return open_tokenizer(path, encoder)
+
+
+class _Segments:
+    """The segments of one block: rows and tokens by (source folder, split), written out sorted whenever they are many."""
+
+    def __init__(self, block: Block, job: Job) -> None:
+        self.job, self.stem = job, f"{block.name}/{block.index:06d}"
+        self.written: list[dict[str, Any]] = []
+        self._rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
+        self._tokens = self._documents = 0
+
+    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int, eot_id: int) -> None:
+        source = document.source if self.job.config.separate_sources else ""
+        rows = self._rows.setdefault((source, split), {name: [] for name in ("key", "id", "url", "source", "bytes", "ids")})
+        rows["key"].append(xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.job.config.seed))
+        rows["id"].append(document.id)
+        rows["url"].append(document.url)
+        rows["source"].append(document.source)
+        rows["bytes"].append(text_bytes)
+        rows["ids"].append(np.append(ids.astype(self.job.dtype), np.array(eot_id, self.job.dtype)))
+        self._tokens += len(ids) + 1
+        self._documents += 1
+        if self._tokens >= SEGMENT_TOKENS or self._documents >= SEGMENT_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has gathered, each group sorted by key (stable, so equal keys keep the input's order)."""
+        import pyarrow as pa
+
+        for (source, split), rows in sorted(self._rows.items()):
+            name = f"{self.stem}-{len(self.written):04d}"
+            order = np.argsort(np.array(rows["key"], np.uint64), kind="stable")
+            ids = [rows["ids"][i] for i in order]
+            lengths = np.array([len(x) for x in ids], np.int64)
+            columns = {column: pa.array([rows[column][i] for i in order], type=kind) for column, kind in _row_types().items()}
+            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+            table = pa.table({**columns, "tokens": pa.array(lengths), "start": pa.array(starts)})
+            with atomic_path(Path(self.job.segments) / f"{name}.tokens") as temporary, temporary.open("wb") as file:
+                for piece in ids:
+                    file.write(piece.tobytes())
+            with atomic_path(Path(self.job.segments) / f"{name}.arrow") as temporary:
+                with pa.ipc.new_file(str(temporary), table.schema) as writer:
+                    writer.write_batch(table.combine_chunks().to_batches()[0])
+            self.written.append({"name": name, "source": source, "split": split, "tokens": int(lengths.sum())})
+        self._rows, self._tokens, self._documents = {}, 0, 0
+
+
+def _row_types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    return {"key": pa.uint64(), "id": pa.string(), "url": pa.string(), "source": pa.string(), "bytes": pa.int64()}
+
+
+def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
+    tokenizer = _tokenizer(job.tokenizer, job.config.encoder)
+    segments, empty, documents = _Segments(block, job), 0, 0
+    leaks: list[Leak] = []
+    pieces = _split(read_block(block), job.config, _left(block, cuts))
+    if _leak_index(job).is_dir() and job.config.leak_threshold is not None:
+        pieces = _without_leaks(pieces, LeakIndex(_leak_index(job), job.config.leak_threshold), leaks)
+    for batch in _batches(pieces):
+        batch_ids = tokenizer.encode_batch([text for _, _, text in batch])
+        for (split, document, text), ids in zip(batch, batch_ids, strict=True):
+            if not text:
+                empty += 1
+                continue
+            segments.add(split, document, ids, len(text.encode()), tokenizer.eot_id)
+            documents += 1
+    segments.flush()
+    found = {"documents": documents, "empty": empty, "leaks": [asdict(leak) for leak in leaks]}
+    write_json(_record(job, block, "tokenize"), {"segments": segments.written, **found})
+    return documents
+
+
+def _without_leaks(
+    pieces: Iterator[tuple[str, Document, str]], index: LeakIndex, leaks: list[Leak]
+) -> Iterator[tuple[str, Document, str]]:
+    """Leave out of train what is too similar to a validation document; `leaks` grows by it."""
+    for split, document, text in pieces:
+        found = index.find(text) if split == "train" else None
+        if found is None:
+            yield split, document, text
+        else:
+            leaks.append(Leak(document.id, document.url, *found))
+
+
+def _batches(items: Iterator[tuple[str, Document, str]]) -> Iterator[list[tuple[str, Document, str]]]:
+    batch: list[tuple[str, Document, str]] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += len(item[2])
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
