@@ -20,9 +20,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ from megagpt.world import World, utc_now
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+
+Shares: TypeAlias = dict[str, tuple[int, Tensor]]
+"""What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""
 
 
 class CheckpointError(Failure):
@@ -84,40 +88,74 @@ def still_owner(run_dir: Path, incarnation: int) -> bool:
     return read_json(run_dir / "owner.json")["incarnation"] == incarnation
 
 
-def save(
-    run_dir: Path,
-    engine: Engine,
-    state: TrainState,
-    world: World,
-    *,
-    incarnation: int,
-    info: Mapping[str, Any],
-) -> Path:
-    """Write `run_dir/checkpoints/step_<step>` and return its path; all ranks call it together.
+class Saver:
+    """Writes the checkpoints of one start of a run; in the background if asked, one at a time.
 
-    `info` (JSON) goes into state.json beside the TrainState. Raises CheckpointError on every rank if any rank could not write
-    or if another start has claimed the run; nothing that was committed before is touched.
+    In the background the step is blocked only while this rank's pieces are copied to host memory; files, agreement and commit
+    happen in a thread with a process group of its own. What fails there is raised on every rank by the next call.
     """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f"tmp_{incarnation}_step_{state.step:08d}"
-    if world.rank == 0:
-        temporary.mkdir(parents=True, exist_ok=True)
-    world.barrier()
-    outcome = _attempt(lambda: _write_pieces(temporary, world.rank, engine.state()))
-    outcomes = world.gather(outcome)
-    failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
-    if not failures and world.rank == 0:
-        files: dict[str, Any] = dict(outcomes)
+
+    def __init__(self, run_dir: Path, world: World, incarnation: int, *, background: bool = False) -> None:
+        self._run_dir, self._incarnation = run_dir, incarnation
+        self._world = world.with_own_group() if background else world
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver") if background else None
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self,
+        engine: Engine,
+        state: TrainState,
+        info: Mapping[str, Any],
+        after: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Save `run_dir/checkpoints/step_<step>`; all ranks call it together.
+
+        `info` (JSON) goes into state.json beside the TrainState; `after(path)` runs on rank 0 once it is committed. Raises
+        CheckpointError on every rank if any rank could not write, or if another start has claimed the run; nothing that was
+        committed before is touched.
+        """
+        self.wait()
         saved = {"format": FORMAT, "train_state": state.to_json(), "updates": engine.updates, **info}
-        failure = _attempt(lambda: _commit(run_dir, temporary, final, files, saved, incarnation))
-        failures = [f"rank 0: {failure}"] if isinstance(failure, str) else []
-    failures = world.broadcast(failures)
-    if failures:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final} was not saved: {'; '.join(failures)}")
-    return final
+        shares = {key: _own_share(piece) for key, piece in engine.state().items()}
+        if self._thread is None:
+            self._write(shares, state.step, saved, after)
+            return
+        copies = {key: (start, data.to("cpu", copy=True)) for key, (start, data) in shares.items()}
+        self._pending = self._thread.submit(self._write, copies, state.step, saved, after)
+
+    def wait(self) -> None:
+        """Until what was begun is committed. Raises CheckpointError as `save` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def _write(self, shares: Shares, step: int, saved: dict[str, Any], after: Callable[[Path], None] | None) -> Path:
+        world, folder = self._world, self._run_dir / "checkpoints"
+        final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._incarnation}_step_{step:08d}"
+        made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
+        made = world.broadcast(made)
+        outcomes = world.gather(made or _attempt(lambda: _write_pieces(temporary, world.rank, shares)))
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
+        if not failures and world.rank == 0:
+            files: dict[str, Any] = dict(outcomes)
+            failure = _attempt(lambda: _commit(self._run_dir, temporary, final, files, saved, self._incarnation))
+            failures = [f"rank 0: {failure}"] if isinstance(failure, str) else []
+        failures = world.broadcast(failures)
+        if failures:
+            if world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"{final} was not saved: {'; '.join(failures)}")
+        if after is not None and world.rank == 0:
+            after(final)
+        return final
 
 
 def restore(
@@ -134,6 +172,29 @@ def restore(
     older one. `check(path, state.json)` may raise to refuse it. Raises CheckpointError if `step` is named and not good, or if
     all checkpoints are damaged.
     """
+    path, passed_over = newest_good(run_dir, world, step=step)
+    if path is None:
+        return None
+    saved = read_json(path / "state.json")
+    if check is not None:
+        check(path, saved)
+    read_pieces(path, engine.state(), world)
+    engine.refresh(saved["updates"])
+    return Restored(path, TrainState.from_json(saved["train_state"]), saved, passed_over)
+
+
+def load_weights(run_dir: Path, engine: Engine, world: World) -> Path:
+    """Load only the weights of another run's newest good checkpoint; returns its path. Raises UserError if there is none."""
+    path, _ = newest_good(run_dir, world)
+    if path is None:
+        raise UserError(f"init_from={run_dir}: there is no checkpoint in it")
+    read_pieces(path, {key: piece for key, piece in engine.state().items() if key.startswith("param.")}, world)
+    engine.refresh(0)
+    return path
+
+
+def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest checkpoint (or that of `step`) whose files all verify, and why newer ones were passed over."""
     passed_over: list[str] = []
     candidates = list_checkpoints(run_dir)
     if step is not None:
@@ -143,16 +204,11 @@ def restore(
     for path in reversed(candidates):
         problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
         if not problems:
-            saved = read_json(path / "state.json")
-            if check is not None:
-                check(path, saved)
-            read_pieces(path, engine.state(), world)
-            engine.refresh(saved["updates"])
-            return Restored(path, TrainState.from_json(saved["train_state"]), saved, tuple(passed_over))
-        passed_over.append("; ".join(str(problem) for problem in problems))
+            return path, tuple(passed_over)
+        passed_over.append("; ".join(problems))
     if passed_over:
         raise CheckpointError("no checkpoint is good: " + " | ".join(passed_over))
-    return None
+    return None, ()
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -274,10 +330,9 @@ def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[P
     return removed
 
 
-def _write_pieces(folder: Path, rank: int, pieces: Mapping[str, FlatPiece]) -> tuple[str, dict[str, Any]]:
+def _write_pieces(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str, Any]]:
     """This rank's file; returns its name and its entry in the manifest."""
     name = f"pieces_{rank:05d}.safetensors"
-    shares = {key: _own_share(piece) for key, piece in pieces.items()}
     tensors = {key: data for key, (_, data) in shares.items() if len(data)}
     starts = {key: str(start) for key, (start, data) in shares.items() if len(data)}
     size, digest = write_safetensors(folder / name, tensors, starts)

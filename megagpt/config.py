@@ -35,7 +35,9 @@ C = TypeVar("C", bound=Config)
 def load(config_class: type[C], words: Sequence[str]) -> C:
     """Read a configuration from command-line words: at most one YAML file, then `key=value` (dots reach into sections).
 
-    Values are YAML. Raises UserError that lists every wrong field at once, with the file it came from.
+    Values are YAML, except that a text field takes what is no YAML text as it stands. A word that sets another `kind` of a
+    section drops what the file says there and the new kind does not have. Raises UserError that lists every wrong field at
+    once, with the file it came from.
     """
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -44,7 +46,8 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
     for word in words:
         if "=" in word:
             key, _, text = word.partition("=")
-            _assign(values, key, _parse_value(key, text))
+            _assign(values, key, _parse_value(config_class, key, text))
+            _follow_kind(config_class, values, key)
     return validate(config_class, values, source=files[0] if files else "command line")
 
 
@@ -118,11 +121,38 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_value(key: str, text: str) -> Any:
+def _parse_value(config_class: type[Config], key: str, text: str) -> Any:
+    is_text = _annotation(config_class, key) is str
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        return text if is_text and not isinstance(value, str) else value
     except yaml.YAMLError:
+        if is_text:
+            return text
         raise UserError(f"command line: {key}={text!r} is not valid YAML (quote it?)") from None
+
+
+def _annotation(config_class: type[Config], key: str) -> Any:
+    """The type of a dotted field, None if there is no such field."""
+    classes, annotation = [config_class], None
+    for part in key.split("."):
+        fields = [section.model_fields[part] for section in classes if part in section.model_fields]
+        annotation = fields[0].annotation if fields else None
+        classes = [found for field in fields for found in _section_classes(field.annotation)]
+    return annotation
+
+
+def _follow_kind(config_class: type[Config], values: dict[str, Any], key: str) -> None:
+    section, _, last = key.rpartition(".")
+    classes = _section_classes(_annotation(config_class, section)) if last == "kind" else []
+    if len(classes) > 1:
+        for part in section.split("."):
+            values = values[part]
+        allowed = {
+            name for found in classes if found.model_fields["kind"].default == values["kind"] for name in found.model_fields
+        }
+        for name in set(values) - allowed if allowed else ():
+            del values[name]
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100
-"""Targets with this value have no loss."""
+from megagpt.samples import IGNORE
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits made at a time: 128 MiB in fp32."""

@@ -8,13 +8,13 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from megagpt.config import Config
 from megagpt.loss import summed_cross_entropy
@@ -198,11 +198,13 @@ class GPT(nn.Module):
     """Token ids to logits, or to the summed loss.
 
     `checkpoint_every` = n recomputes the activations of every n-th block in the backward pass (arXiv 1604.06174):
-    1 = all blocks, 0 = none.
+    1 = all blocks, 0 = none. `checkpoint_selectively` keeps the results of matrix products and attention, which are dear to
+    compute, and recomputes the rest.
     """
 
-    def __init__(self, config: ModelConfig, *, checkpoint_every: int = 0) -> None:
+    def __init__(self, config: ModelConfig, *, checkpoint_every: int = 0, checkpoint_selectively: bool = False) -> None:
         super().__init__()
+        self.checkpoint_contexts = keep_products if checkpoint_selectively else noop_context_fn
         self.config, self.checkpoint_every = config, checkpoint_every
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_len, config.hidden_size) if config.family == "gpt2" else None
@@ -238,7 +240,7 @@ class GPT(nn.Module):
         x_btd = self.dropout(x_btd)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
-                x_btd = checkpoint(block, x_btd, rope_te, mask, use_reentrant=False)
+                x_btd = checkpoint(block, x_btd, rope_te, mask, use_reentrant=False, context_fn=self.checkpoint_contexts)
             else:
                 x_btd = block(x_btd, rope_te, mask, cache[i] if cache else None)
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
@@ -246,6 +248,20 @@ class GPT(nn.Module):
     def new_cache(self) -> list[KeyValues]:
         """An empty cache for `forward(..., cache=)`."""
         return [KeyValues() for _ in self.blocks]
+
+
+def keep_products() -> Any:
+    """Contexts for `checkpoint` under which the results of matrix products and attention are kept."""
+    aten = torch.ops.aten
+    kept = [
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    return create_selective_checkpoint_contexts(kept)
 
 
 def rope_angles(config: ModelConfig, start: int, length: int, device: torch.device) -> Tensor:

@@ -1,12 +1,12 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from megagpt.config import Config
 
@@ -27,16 +27,19 @@ class ScheduleConfig(Config):
 class OptimConfig(Config):
     """Optimizer, learning rate, weight decay and clipping."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """adamw (arXiv 1711.05101) or sgd."""
+    kind: Literal["adamw", "sgd", "muon", "adabelief"] = "adamw"
+    """adamw (arXiv 1711.05101), sgd, muon (hidden matrices orthogonalised, adamw for the rest; it needs whole matrices: engine
+    fsdp, or zero_stage 0), or adabelief (arXiv 2010.07468; not with zero_stage 3)."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """adamw: decay of the first moment; sgd: momentum."""
+    """adamw, adabelief: decay of the first moment; sgd: momentum."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """adamw: decay of the second moment."""
+    """adamw, adabelief: decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
-    """adamw: added to the root of the second moment."""
+    """adamw, adabelief: added to the root of the second moment."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """muon: momentum of the hidden matrices."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay of matrices and embeddings; vectors (norms, biases) are never decayed."""
     max_grad_norm: float = Field(default=1.0, ge=0)
@@ -76,18 +79,101 @@ def _decay(schedule: ScheduleConfig, step: int, max_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups, decayed (two dimensions or more) and not decayed, in the model's order. Shapes are read before sharding."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if _ndim(p) >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if _ndim(p) < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    """Groups of parameters in the model's order: decayed (two dimensions or more) and not decayed; for muon the matrices of the
+    blocks are a group of their own. Shapes are read before sharding. `kind` in a group says which optimizer updates it.
+    """
+    kind = "adamw" if config.kind == "muon" else config.kind
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"params": [], "weight_decay": config.weight_decay, "kind": "muon"},
+        "decayed": {"params": [], "weight_decay": config.weight_decay, "kind": kind},
+        "plain": {"params": [], "weight_decay": 0.0, "kind": kind},
+    }
+    for name, parameter in model.named_parameters():
+        if _ndim(parameter) < 2:
+            group = "plain"
+        else:
+            group = "matrices" if config.kind == "muon" and name.startswith("blocks.") else "decayed"
+        groups[group]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """The torch optimizer that `config` names, over `groups`."""
-    return OPTIMIZERS[config.kind](groups, config)
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "Optimizer":
+    """The optimizer that `config` names, over `groups`."""
+    if config.kind == "muon":
+        return Together([_BUILDERS[kind]([g for g in groups if g["kind"] == kind], config) for kind in ("muon", "adamw")])
+    return _BUILDERS[config.kind](groups, config)
+
+
+class Optimizer(Protocol):
+    """What the engines use of a torch optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def state(self) -> MutableMapping[Any, Any]:
+        """States by parameter."""
+        ...
+
+    def step(self) -> Any:
+        """One update."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        ...
+
+
+class Together:
+    """Several optimizers that each update their own parameters."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self._part_of = {parameter: part for part in parts for group in part.param_groups for parameter in group["params"]}
+
+    @property
+    def state(self) -> MutableMapping[Any, Any]:
+        """The state of each parameter, in the part that updates it."""
+        return {parameter: part.state[parameter] for parameter, part in self._part_of.items()}
+
+    def step(self) -> None:
+        """One update of each part."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad()
+
+
+def create_states(optimizer: Optimizer, parameters: Iterable[tuple[Tensor, str]]) -> None:
+    """Make the states that torch would make in the first step, for (parameter, kind): a load needs them before."""
+    state_of = optimizer.state
+    for parameter, kind in parameters:
+        state = state_of[parameter]
+        state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in STATES[kind]})
+        if kind == "adamw":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def set_updates(optimizer: Optimizer, updates: int) -> None:
+    """Tell the optimizer how many updates it has made, for its bias correction."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(updates)
+    for group in optimizer.param_groups:
+        if group.get("kind") == "adabelief":
+            group["step"] = updates
+
+
+STATES: dict[str, tuple[str, ...]] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "muon": ("momentum_buffer",),
+    "adabelief": ("exp_avg", "exp_avg_var"),
+}
+"""The per-element states of a group's kind, by their names in torch's state dict; what the checkpoint keeps."""
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -98,10 +184,23 @@ def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optim
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Keller Jordan et al. 2024; updates scaled to AdamW's size (arXiv 2502.16982), so that both share a learning rate."""
+    return torch.optim.Muon(groups, lr=config.lr, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
 
-OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""The per-element states of each optimizer, by their names in torch's state dict; what the checkpoint keeps."""
+
+def _adabelief(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    from pytorch_optimizer import AdaBelief
+
+    return AdaBelief(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+_BUILDERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "muon": _muon,
+    "adabelief": _adabelief,
+}
 
 
 def _ndim(parameter: nn.Parameter) -> int:

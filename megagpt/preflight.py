@@ -13,7 +13,8 @@ from megagpt.config import UserError, dump
 from megagpt.data import Data
 from megagpt.engine import refuse_unsupported, whole_shapes
 from megagpt.files import write_json, write_text
-from megagpt.optim import OPTIMIZER_STATES
+from megagpt.monitor import check_wandb
+from megagpt.optim import STATES
 from megagpt.world import World, utc_now
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind")
 def check_run(config: "TrainConfig", data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
     refuse_unsupported(config.engine, config.optim, config.precision)
+    check_wandb(config.monitor)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is less than the {data.vocab_size} of the shards' tokenizer "
@@ -40,7 +42,7 @@ def check_run(config: "TrainConfig", data: Data) -> None:
         if name not in FIXED_ON_RESUME:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
     parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
-    checkpoint_bytes = 4 * parameters * (1 + len(OPTIMIZER_STATES[config.optim.kind]))
+    checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
     tokens = config.global_batch_size * config.data.seq_len
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:

@@ -16,16 +16,18 @@ from torch import Tensor
 from megagpt import checkpoint, preflight
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import Config
-from megagpt.data import HASH_MASK, Data, DataConfig, Loader, MicroBatch, TrainState, open_data, sample_indices
+from megagpt.data import HASH_MASK, Data, DataConfig, Loader, MicroBatch, TrainState, open_data
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, Precision, build_engine, draw_weights
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.flops import flops_per_token
 from megagpt.generate import SamplingConfig, generate_ids
-from megagpt.ledger import Entry, LedgerWriter
+from megagpt.guard import Guard, GuardConfig
+from megagpt.ledger import LedgerWriter, entry_of
 from megagpt.model import ModelConfig
 from megagpt.monitor import Monitor, MonitorConfig
 from megagpt.optim import OptimConfig, lr_at
 from megagpt.permutation import mix
+from megagpt.watchdog import Watchdog, WatchdogConfig
 from megagpt.world import World, close_world, init_world
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,11 @@ class TrainConfig(Config):
     """Samples that one rank puts through one forward."""
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
-    activation_checkpointing: Literal["none", "full"] | int = "none"
-    """Recompute activations in the backward pass: none, full (every block), or n for every n-th block."""
+    activation_checkpointing: Literal["none", "selective", "full"] | int = "none"
+    """Recompute activations in the backward pass: none, full (every block), n (every n-th block), or selective (every block,
+    but the results of matrix products and attention are kept)."""
+    compile: bool = False
+    """Compile each block with torch.compile: faster steps, a slower start."""
     model: ModelConfig
     """The model."""
     data: DataConfig
@@ -58,12 +63,18 @@ class TrainConfig(Config):
     """How it is spread over ranks."""
     monitor: MonitorConfig = MonitorConfig()
     """What is shown."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """When it counts as hung."""
+    guard: GuardConfig = GuardConfig()
+    """When it goes back to a checkpoint and leaves data out."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations on the validation split; 0 = only at the end."""
     evaluate_max_samples: int | None = Field(default=None, gt=0)
     """Validation samples per source; null = all."""
     save_every_steps: int = Field(default=1000, gt=0)
     """Steps between checkpoints; one more is saved at the end and on a stop signal."""
+    save_in_background: bool = True
+    """Copy the state to host memory and write it while training goes on; needs host memory for one copy of it."""
     keep_last: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept; the one with the best validation loss stays too."""
     keep_every_steps: int = Field(default=0, ge=0)
@@ -74,6 +85,8 @@ class TrainConfig(Config):
     """What the generated text begins with."""
     sample_tokens: int = Field(default=100, gt=0)
     """Tokens per generated sample."""
+    init_from: Path | None = None
+    """Another run's directory whose newest good checkpoint gives the initial weights (only the weights) of a new run."""
     resume_step: int | None = Field(default=None, ge=0)
     """Go on from this step's checkpoint instead of the newest good one."""
     allow_change: tuple[str, ...] = ()
@@ -86,7 +99,9 @@ class TrainConfig(Config):
         if self.data.seq_len > self.model.seq_len:
             raise ValueError(f"data.seq_len={self.data.seq_len} is more than model.seq_len={self.model.seq_len}")
         if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 1:
-            raise ValueError(f"activation_checkpointing={self.activation_checkpointing}: none, full, or a number from 1")
+            raise ValueError(
+                f"activation_checkpointing={self.activation_checkpointing}: none, selective, full, or a number from 1"
+            )
         if self.micro_batch_size > self.global_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}"
@@ -97,7 +112,7 @@ class TrainConfig(Config):
     def checkpoint_every(self) -> int:
         """Every how many blocks activations are recomputed; 0 = never."""
         every = self.activation_checkpointing
-        return every if isinstance(every, int) else {"none": 0, "full": 1}[every]
+        return every if isinstance(every, int) else {"none": 0, "selective": 1, "full": 1}[every]
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,10 @@ class Run:
     world: World
     engine: Engine
     monitor: Monitor
+    watchdog: Watchdog
+    guard: Guard
     incarnation: int
+    saver: checkpoint.Saver
 
 
 def train(config: TrainConfig) -> int:
@@ -122,11 +140,12 @@ def train(config: TrainConfig) -> int:
     if config.check:
         return EXIT_DONE
     world = init_world()
-    monitor = None
+    monitor = watchdog = None
     try:
         incarnation = checkpoint.claim_run(config.run_dir, world)
         preflight.record_start(config, data, world, incarnation)
         monitor = open_monitor(config, world, incarnation)
+        watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, incarnation)
         with monitor.clock("load"):
             engine = build_engine(
                 config.model,
@@ -137,10 +156,14 @@ def train(config: TrainConfig) -> int:
                 micro_batch_size=config.micro_batch_size,
                 checkpoint_every=config.checkpoint_every,
             )
-            run = Run(config, data, world, engine, monitor, incarnation)
+            guard = Guard(config.guard, config.run_dir)
+            saver = checkpoint.Saver(config.run_dir, world, incarnation, background=config.save_in_background)
+            run = Run(config, data, world, engine, monitor, watchdog, guard, incarnation, saver)
             state = restore_or_start(run)
         return loop(run, state)
     finally:
+        if watchdog is not None:
+            watchdog.close()
         if monitor is not None:
             monitor.close()
         close_world()
@@ -148,7 +171,7 @@ def train(config: TrainConfig) -> int:
 
 def loop(run: Run, state: TrainState) -> int:
     """Updates until max_steps or a stop signal, with all that happens between them."""
-    config, world, engine, monitor = run.config, run.world, run.engine, run.monitor
+    config, world, engine, monitor, watchdog = run.config, run.world, run.engine, run.monitor, run.watchdog
     loader = Loader(
         run.data.train,
         global_batch_size=config.global_batch_size,
@@ -168,27 +191,36 @@ def loop(run: Run, state: TrainState) -> int:
             if stopping:
                 if state.step != saved_step:
                     save(run, state, evaluated_loss)
+                with monitor.clock("save"):
+                    run.saver.close()
                 monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop")
                 return EXIT_STOPPED
 
             with monitor.clock("train"):
                 loss, lr = torch.zeros((), device=world.device), lr_at(config.optim, state.step, config.max_steps)
                 for i, batch in enumerate(batches.micro_batches):
+                    watchdog.beat(state.step)
                     seed_dropout(config, state.step, batch)
-                    micro_loss = engine.model(*inputs(batch, world.device)) / num_targets  # never a mean of means
+                    with watchdog.forward():
+                        micro_loss = engine.model(*inputs(batch, world.device)) / num_targets  # never a mean of means
                     engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
                     loss += micro_loss.detach()
                 result = engine.step(lr, config.optim.max_grad_norm)
 
             if ledger is not None:
-                first = sample_indices(state, 1)[0]
-                ledger.write(Entry(state.step, first, config.global_batch_size, fed_hash & HASH_MASK, run.incarnation))
+                ledger.write(entry_of(state, config.global_batch_size, fed_hash, run.incarnation))
+            dist.all_reduce(loss)
+            problem = run.guard.look(float(loss), result.grad_norm)
+            if problem:
+                state = rewind(run, state, problem, saved_step)
+                saved_step = state.step if state.step > 0 else None
+                continue
             state, evaluated_loss = state.advance(config.global_batch_size, num_targets), None
             if not result.applied:
                 monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
             if monitor.due(state.step):
-                dist.all_reduce(loss)
-                monitor.log("train", state.step, loss=loss, lr=lr, grad_norm=result.grad_norm, tokens=state.tokens)
+                ranks = watchdog.ranks()
+                monitor.log("train", state.step, loss=loss, lr=lr, grad_norm=result.grad_norm, tokens=state.tokens, **ranks)
             if due(config.evaluate_every_steps, state.step) or state.step == config.max_steps:
                 evaluated_loss = evaluate(run, state)
             if due(config.sample_every_steps, state.step):
@@ -198,6 +230,8 @@ def loop(run: Run, state: TrainState) -> int:
                 saved_step = state.step
             collect_garbage(state.step)
     loader.close()
+    with monitor.clock("save"):
+        run.saver.close()
     monitor.log("done", state.step, tokens=state.tokens)
     return EXIT_DONE
 
@@ -221,22 +255,47 @@ def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
 
 def restore_or_start(run: Run) -> TrainState:
     """The state of the newest good checkpoint, loaded into the engine, or fresh weights; says what it passed over."""
+    state, restored = load_newest(run, run.config.resume_step)
+    if restored is None:
+        origin = run.config.init_from
+        run.monitor.log("start", 0, tokens=0, resumed=False, init_from=None if origin is None else str(origin))
+        return state
+    for reason in restored.passed_over:
+        run.monitor.log("damaged", state.step, reason=reason)
+    run.monitor.log("start", state.step, tokens=state.tokens, resumed=True, checkpoint=str(restored.path))
+    return state
+
+
+def rewind(run: Run, state: TrainState, problem: str, saved_step: int | None) -> TrainState:
+    """Leave out the samples from the step at `state` on, in which the guard saw a problem, and go on from before it."""
+    config = run.config
+    window = run.guard.condemn(state, problem, global_batch_size=config.global_batch_size, write=run.world.rank == 0)
+    run.world.barrier()
+    with run.monitor.clock("load"):
+        run.saver.wait()
+        # Behind a start at resume_step newer checkpoints of what was abandoned may lie.
+        before, _ = load_newest(run, saved_step if config.resume_step is not None else None)
+    skipped = {"start": window.start, "count": window.count}
+    run.monitor.log("rewind", before.step, tokens=before.tokens, bad_step=state.step, reason=problem, skipped=skipped)
+    return before
+
+
+def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Restored | None]:
+    """Fill the engine from the newest good checkpoint (or that of `step`), with fresh weights if there is none."""
     config = run.config
     restored = checkpoint.restore(
         config.run_dir,
         run.engine,
         run.world,
-        step=config.resume_step,
+        step=step,
         check=lambda path, saved: preflight.check_resume(config, run.data, saved, path),
     )
     if restored is None:
         draw_weights(run.engine, config.model, config.seed)
-        run.monitor.log("start", 0, tokens=0, resumed=False)
-        return TrainState()
-    for reason in restored.passed_over:
-        run.monitor.log("damaged", restored.state.step, reason=reason)
-    run.monitor.log("start", restored.state.step, tokens=restored.state.tokens, resumed=True, checkpoint=str(restored.path))
-    return restored.state
+        if config.init_from is not None:
+            checkpoint.load_weights(config.init_from, run.engine, run.world)
+    run.guard.restore(restored.saved.get("guard") if restored is not None else None)
+    return run.guard.apply(restored.state if restored is not None else TrainState()), restored
 
 
 def evaluate(run: Run, state: TrainState) -> float | None:
@@ -273,21 +332,24 @@ def sample(run: Run, state: TrainState) -> None:
 
 
 def save(run: Run, state: TrainState, evaluated_loss: float | None) -> None:
-    """Commit a checkpoint of this step unless there is one, mark it if it is the best, delete old ones."""
-    config, monitor = run.config, run.monitor
-    with monitor.clock("save"):
-        info = {
-            "config": config.model_dump(mode="json"),
-            "model": config.model.model_dump(mode="json"),
-            "data_fingerprint": run.data.fingerprint,
-            "validation_loss": evaluated_loss,
-        }
-        path = checkpoint.save(config.run_dir, run.engine, state, run.world, incarnation=run.incarnation, info=info)
-        best = False
-        if run.world.rank == 0:
-            best = evaluated_loss is not None and checkpoint.mark_best(config.run_dir, state.step, evaluated_loss)
-            checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
-    monitor.log("save", state.step, path=str(path), best=best)
+    """Begin a checkpoint of this step; once it is committed mark it if it is the best, and delete old ones."""
+    config = run.config
+    info = {
+        "config": config.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
+        "data_fingerprint": run.data.fingerprint,
+        "validation_loss": evaluated_loss,
+        "guard": run.guard.to_json(),
+    }
+
+    def tidy(path: Path) -> None:
+        if evaluated_loss is not None:
+            checkpoint.mark_best(config.run_dir, state.step, evaluated_loss)
+        checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
+
+    with run.monitor.clock("save"):
+        run.saver.save(run.engine, state, info, after=tidy)
+    run.monitor.log("save", state.step, background=config.save_in_background)
 
 
 def open_monitor(config: TrainConfig, world: World, incarnation: int) -> Monitor:

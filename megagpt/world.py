@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -57,6 +57,10 @@ class World:
     launcher: str
     control: Any
     stop: StopRequest = field(default_factory=StopRequest)
+
+    def with_own_group(self) -> "World":
+        """The same ranks with a gloo group of their own, for collectives in another thread."""
+        return self if self.size == 1 else replace(self, control=dist.new_group(backend="gloo"))
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Sums of int64 values over all ranks (modulo 2^64)."""

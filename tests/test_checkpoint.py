@@ -9,7 +9,7 @@ from ranks import run_ranks
 from toy import ADAMW, MODEL, SGD, make_engine, train_steps
 
 from megagpt import checkpoint
-from megagpt.checkpoint import CheckpointError
+from megagpt.checkpoint import CheckpointError, Saver
 from megagpt.data import TrainState
 from megagpt.engine import draw_weights
 from megagpt.files import read_json, write_json
@@ -26,11 +26,13 @@ def write_and_continue(
     engine = make_engine(world, engine_name, optim)
     draw_weights(engine, MODEL, seed=1)
     incarnation = checkpoint.claim_run(run_dir, world)
+    saver = Saver(run_dir, world, incarnation, background=True)
     done = 0
     for step in steps:
         train_steps(engine, world, range(done, step), optim)
-        checkpoint.save(run_dir, engine, TrainState(step=step), world, incarnation=incarnation, info=INFO)
+        saver.save(engine, TrainState(step=step), INFO)
         done = step
+    saver.close()
     return train_steps(engine, world, range(done, done + 10), optim)
 
 
@@ -42,7 +44,7 @@ def read_and_continue(
     restored = checkpoint.restore(run_dir, engine, world)
     assert restored is not None
     incarnation = checkpoint.claim_run(copy, world)
-    checkpoint.save(copy, engine, restored.state, world, incarnation=incarnation, info=INFO)
+    Saver(copy, world, incarnation).save(engine, restored.state, INFO)
     losses = train_steps(engine, world, range(restored.state.step, restored.state.step + 10), optim)
     return restored.state.step, losses, restored.passed_over
 
@@ -125,7 +127,7 @@ def save_as_ghost(world: World, run_dir: Path) -> str:
     incarnation = checkpoint.claim_run(run_dir, world)
     write_json(run_dir / "owner.json", {**read_json(run_dir / "owner.json"), "incarnation": incarnation + 1})
     with pytest.raises(CheckpointError) as raised:
-        checkpoint.save(run_dir, engine, TrainState(step=9), world, incarnation=incarnation, info=INFO)
+        Saver(run_dir, world, incarnation).save(engine, TrainState(step=9), INFO)
     return str(raised.value)
 
 

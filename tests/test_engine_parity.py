@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from toy import ADAMW, ENGINES, MODEL, SGD, batch, make_engine, plain_losses, train_steps
+from toy import ADABELIEF, ADAMW, ENGINES, MODEL, MUON, SGD, batch, make_engine, plain_losses, train_steps
 
 from megagpt.engine import build_engine, draw_weights
 from megagpt.model import GPT, ModelConfig, initialise
@@ -32,13 +32,16 @@ def losses_of_cases(world: World, cases: list[tuple[str, OptimConfig, int]]) -> 
 def test_every_engine_matches_the_plain_loop(size: int, tmp_path: Path) -> None:
     names = [name for name in ENGINES if name != "hsdp" or size % 2 == 0]
     cases = [(name, optim, every) for name in names for optim, every in ((ADAMW, 0), (SGD, 1), (SGD, 2))]
+    cases += [(name, MUON, 0) for name in ("zero0", "fsdp", "fsdp_kept")]
+    cases += [(name, ADABELIEF, 0) for name in ("zero0", "zero1", "zero2", "fsdp")]
     results = run_ranks(losses_of_cases, size, tmp_path, cases)
-    expected = {optim.kind: plain_losses(optim, STEPS) for optim in (ADAMW, SGD)}
+    expected = {optim.kind: plain_losses(optim, STEPS) for optim in (ADAMW, SGD, MUON, ADABELIEF)}
     for (name, optim, every), losses in zip(cases, results[0], strict=True):
         difference = max(abs(a - b) for a, b in zip(losses, expected[optim.kind], strict=True))
         print(f"{size} ranks, {name}, {optim.kind}, checkpointing {every}: {difference:.2e}")
         # fp32 sums in another order move the loss by a few 1e-7; a mean of means or a wrong clip factor by 1e-3 and more
-        assert difference < 1e-5, (size, name, optim.kind, every)
+        # Muon orthogonalises in bf16 (torch.optim.Muon), where the last bits of a sum count for more
+        assert difference < (5e-5 if optim is MUON else 1e-5), (size, name, optim.kind, every)
 
 
 def bf16_losses(world: World, names: list[str]) -> list[tuple[list[float], set[str]]]:

@@ -112,7 +112,8 @@ def test_killed_at_a_random_step_it_resumes_bitwise(uninterrupted: Path, shards:
     kill_at = random.randrange(5, STEPS - 2)
     values = settings(shards, tmp_path / "run")
     ranks = start(project, tmp_path, values)
-    wait_until(lambda: len(read_ledger(tmp_path / "run")) >= kill_at)
+    first = tmp_path / "run" / "checkpoints" / "step_00000004"
+    wait_until(lambda: len(read_ledger(tmp_path / "run")) >= kill_at and first.exists())
     ranks.send(signal.SIGKILL)
     assert ranks.wait() == [-signal.SIGKILL] * 2
     assert len(read_ledger(tmp_path / "run")) < STEPS

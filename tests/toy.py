@@ -14,6 +14,8 @@ MODEL = ModelConfig(vocab_size=64, seq_len=32, num_layers=3, num_heads=2, hidden
 MICRO_BATCHES, MICRO_BATCH_SIZE, MAX_STEPS = 4, 2, 60
 ADAMW = OptimConfig(lr=1e-3, schedule=ScheduleConfig(warmup_steps=5))
 SGD = OptimConfig(kind="sgd", lr=0.5, beta1=0.9, weight_decay=0.1, max_grad_norm=0.3, schedule=ScheduleConfig(kind="constant"))
+MUON = OptimConfig(kind="muon", lr=2e-3, schedule=ScheduleConfig(warmup_steps=5))
+ADABELIEF = OptimConfig(kind="adabelief", lr=1e-3, eps=1e-12, schedule=ScheduleConfig(warmup_steps=5))
 
 
 def batch(step: int, number: int) -> tuple[Tensor, Tensor]:

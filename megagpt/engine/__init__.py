@@ -128,12 +128,17 @@ def build_engine(
     precision: Precision,
     micro_batch_size: int,
     checkpoint_every: int = 0,
+    checkpoint_selectively: bool = False,
+    compile_blocks: bool = False,
 ) -> Engine:
     """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do."""
     refuse_unsupported(engine, optim, precision)
 
     def make() -> GPT:
-        return GPT(model_config, checkpoint_every=checkpoint_every)
+        model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
+        for block in model.blocks if compile_blocks else ():
+            block.compile()
+        return model
 
     if isinstance(engine, FSDPConfig):
         from megagpt.engine.fsdp import FSDPEngine

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.engine import DeepSpeedConfig, FlatPiece, Precision, StepResult
-from megagpt.optim import OPTIMIZER_STATES, OptimConfig, build_optimizer, parameter_groups
+from megagpt.optim import STATES, OptimConfig, Together, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.world import World
 
 
@@ -44,12 +44,15 @@ class DeepSpeedEngine:
         optimizer = build_optimizer(parameter_groups(module, optim), optim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+            theirs = optimizer.parts[0] if isinstance(optimizer, Together) else optimizer  # stage 0 is stepped here
+            self.model, *_ = deepspeed.initialize(model=module, optimizer=theirs, config=settings)
         self.module, self.updates = module, 0
-        self._stage, self._world, self._state_names = config.zero_stage, world, OPTIMIZER_STATES[optim.kind]
+        self._stage, self._world = config.zero_stage, world
         self._zero: Any = self.model.optimizer
-        self._torch_optimizer: torch.optim.Optimizer = optimizer if config.zero_stage == 0 else self._zero.optimizer
-        self._create_optimizer_states()
+        self._torch_optimizer = optimizer if config.zero_stage == 0 else self._zero.optimizer
+        kinds = {parameter: group["kind"] for group in optimizer.param_groups for parameter in group["params"]}
+        self._kinds = {flat: kinds.get(flat, optim.kind) for flat in self._flat_partitions()}
+        create_states(self._torch_optimizer, self._kinds.items())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; the reduction across ranks happens here (stages 2 and 3) or in `step`."""
@@ -65,21 +68,18 @@ class DeepSpeedEngine:
 
     def state(self) -> dict[str, FlatPiece]:
         """Pieces of this rank; see FlatPiece."""
-        pieces = {}
+        pieces, states = {}, self._torch_optimizer.state
         for name, flat, offset, piece in self._fragments():
             pieces[f"param.{name}"] = piece
-            for key in self._state_names:
-                view = self._torch_optimizer.state[flat][key].flatten().narrow(0, offset, len(piece.data))
+            for key in STATES[self._kinds[flat]]:
+                view = states[flat][key].flatten().narrow(0, offset, len(piece.data))
                 pieces[f"{key}.{name}"] = FlatPiece(view, piece.start, piece.numel, piece.copy, piece.copies)
         return pieces
 
     def refresh(self, updates: int) -> None:
         """Copy fp32 weights into the working weights, gather them, and set Adam's step counts."""
         self.updates = updates
-        for flat in self._flat_partitions():
-            step = self._torch_optimizer.state[flat].get("step")
-            if step is not None:
-                step.fill_(updates)
+        set_updates(self._torch_optimizer, updates)
         if self._stage == 3:
             self._refresh_stage_3()
         elif self._stage > 0:
@@ -110,14 +110,6 @@ class DeepSpeedEngine:
             return self._zero.fp32_partitioned_groups_flat
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO 1 and 2; bf16 with fp32 sums at 1
         return next(getattr(self._zero, name) for name in names if hasattr(self._zero, name))
-
-    def _create_optimizer_states(self) -> None:
-        """torch makes them in the first step; a load and the first checkpoint need them before."""
-        for flat in self._flat_partitions():
-            state = self._torch_optimizer.state[flat]
-            state.update({key: torch.zeros_like(flat, requires_grad=False) for key in self._state_names})
-            if "exp_avg" in self._state_names:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
     def _fragments(self) -> Iterator[tuple[str, Tensor, int, FlatPiece]]:
         """(parameter name, flat partition, offset in it, fp32 weight piece) of everything this rank holds."""

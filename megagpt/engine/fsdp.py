@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from megagpt.config import UserError
 from megagpt.engine import FlatPiece, FSDPConfig, Precision, StepResult
 from megagpt.model import GPT
-from megagpt.optim import OPTIMIZER_STATES, OptimConfig, build_optimizer, parameter_groups
+from megagpt.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.world import World
 
 
@@ -47,9 +47,10 @@ class FSDPEngine:
         self.module: nn.Module = module
         self._root: FSDPModule = module  # type: ignore[assignment]
         self.updates, self._world, self._mesh = 0, world, mesh
-        self._state_names = OPTIMIZER_STATES[optim.kind]
         self._optimizer = build_optimizer(parameter_groups(module, optim), optim)
-        self._create_optimizer_states()
+        groups = self._optimizer.param_groups
+        self._kinds = {parameter: group["kind"] for group in groups for parameter in group["params"]}
+        create_states(self._optimizer, self._kinds.items())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then."""
@@ -75,10 +76,10 @@ class FSDPEngine:
     def state(self) -> dict[str, FlatPiece]:
         """Pieces of this rank: rows of each parameter. With HSDP the copies share the writing."""
         copy, copies = (self._mesh.get_local_rank(0), self._mesh.size(0)) if self._mesh.ndim == 2 else (0, 1)
-        pieces = {}
+        pieces, states = {}, self._optimizer.state
         for name, parameter in self.module.named_parameters():
             start, numel = shard_start(parameter), parameter.numel()
-            values = {"param": parameter.data, **{key: self._optimizer.state[parameter][key] for key in self._state_names}}
+            values = {"param": parameter.data, **{key: states[parameter][key] for key in STATES[self._kinds[parameter]]}}
             for key, value in values.items():
                 local = value.to_local().flatten()
                 if len(local):
@@ -88,17 +89,7 @@ class FSDPEngine:
     def refresh(self, updates: int) -> None:
         """Set Adam's step counts; the working weights are made from the shards at each use."""
         self.updates = updates
-        for parameter in self.module.parameters():
-            step = self._optimizer.state[parameter].get("step")
-            if step is not None:
-                step.fill_(updates)
-
-    def _create_optimizer_states(self) -> None:
-        for parameter in self.module.parameters():
-            state = self._optimizer.state[parameter]
-            state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in self._state_names})
-            if "exp_avg" in self._state_names:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        set_updates(self._optimizer, updates)
 
 
 def device_mesh(config: FSDPConfig, world: World) -> DeviceMesh:

@@ -1,0 +1,371 @@
+"""Hangs and stragglers: which rank keeps the others waiting, where, and why.
+
+Every rank reports about its own progress, some times a minute, to a TCP store that rank 0 serves; a hung file system, a full
+collective queue or a stuck main thread do not reach it. Rank 0 looks at all reports, the others at rank 0's. When some
+rank has not moved for too long, the missing one is the one that is behind the others: silent or gone, in an earlier
+place of the loop, with fewer collectives begun, or in the same place but not inside a collective. The verdict goes to the
+job's log, to run_dir/watchdog/ and metrics.jsonl, and all ranks end with status 76, so that the job starts again.
+
+The loop pays one increment per micro-batch; everything else happens in two threads per rank. A rank that holds the
+interpreter's lock for ever is silent: faulthandler, which needs no lock, prints its stack to its stderr and ends it.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from megagpt import stacks
+from megagpt.command import EXIT_WATCHDOG
+from megagpt.config import Config
+from megagpt.files import write_json
+from megagpt.goodput import Stopwatch
+from megagpt.metrics import METRICS_FILE, format_row
+from megagpt.world import World
+
+LONG_ACTIVITIES = ("start", "load", "save", "evaluate", "generate")
+"""Activities of the clock that may take `long_seconds`, like everything before the first step is done."""
+
+Report = dict[str, Any]
+"""What a rank says of itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,
+collectives, ended, seconds (of this process by activity), forward_seconds; and once it is half overdue: threads, cause, what,
+waits_for_others."""
+
+
+class WatchdogConfig(Config):
+    """When a run counts as hung. Nothing here changes the model that comes out."""
+
+    enabled: bool = True
+    """Whether hangs end the run with status 76 (slurm/pretrain.sh then starts it again)."""
+    stall_seconds: float = Field(default=300.0, gt=0)
+    """A rank that has not got through one micro-batch or wait of a step in this time is stuck."""
+    long_seconds: float = Field(default=1500.0, gt=0)
+    """The same for the first step, loading, saving, evaluating and generating."""
+    slow_ratio: float = Field(default=1.5, gt=1)
+    """A rank is named as slow if its data wait or forward passes take this many times the median of all ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why the run was ended. `rank` None: no single rank is missing."""
+
+    rank: int | None
+    host: str
+    step: int
+    activity: str
+    cause: str
+    what: str
+
+    def line(self) -> str:
+        """One line for the log."""
+        who = "no rank is missing" if self.rank is None else f"rank {self.rank} on {self.host} is missing"
+        return f"watchdog: {who}: step {self.step}, {self.activity}, {self.cause}: {self.what}"
+
+
+class Watchdog:
+    """The two threads of one rank. `beat` is the loop's only duty."""
+
+    def __init__(self, config: WatchdogConfig, world: World, run_dir: Path, clock: Stopwatch, incarnation: int) -> None:
+        """All ranks call it together."""
+        self.config, self.world, self.run_dir, self.incarnation = config, world, run_dir, incarnation
+        self._clock, self._step, self._beats, self._switches = clock, 0, 0, clock.switches
+        self._forward = _ForwardTimer(world.device)
+        self._position, self._since = (0, 0), time.monotonic()
+        self._number, self._first_step = 0, None
+        self._reports: dict[int, Report] = {}
+        self._heard: dict[int, float] = {}
+        self._before: dict[int, Report] = {}
+        self._foreign_verdict: Verdict | None = None
+        self._closing = threading.Event()
+        self._interval = min(5.0, max(0.1, config.stall_seconds / 20))
+        self._threads: list[threading.Thread] = []
+        if not config.enabled:
+            return
+        port = world.broadcast(self._serve() if world.rank == 0 else 0)
+        if world.rank != 0:
+            self._store = _store(os.environ["MASTER_ADDR"], port, is_master=False)
+        now = time.monotonic()
+        self._heard = dict.fromkeys(range(world.size) if world.rank == 0 else (0,), now)
+        for name, target in (("watchdog reports", self._exchange), ("watchdog", self._judge)):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _serve(self) -> int:
+        self._store = _store(os.environ["MASTER_ADDR"], 0, is_master=True)
+        return self._store.port
+
+    # ---- called by the loop
+
+    def beat(self, step: int) -> None:
+        """This rank has got on: `step` updates are done."""
+        self._step, self._switches = step, self._clock.switches
+        self._beats += 1
+        if self._first_step is None:
+            self._first_step = step
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Measure a forward pass: of all that a rank does in a step it waits least for others there."""
+        with self._forward():
+            yield
+
+    def ranks(self) -> dict[str, Any]:
+        """For the metrics (rank 0): seconds per step over the ranks since the last call, and the slow ranks' names."""
+        now, before = self._reports, self._before
+        self._before = dict(now)
+        rates: dict[str, dict[int, float]] = {"data_wait": {}, "forward": {}}
+        for rank, report in now.items():
+            earlier = before.get(rank)
+            steps = report["step"] - earlier["step"] if earlier else 0
+            if earlier and steps > 0:
+                for name, table in rates.items():
+                    table[rank] = (report["seconds"].get(name, 0.0) - earlier["seconds"].get(name, 0.0)) / steps
+        return summarise_ranks(rates, {rank: report["host"] for rank, report in now.items()}, self.config.slow_ratio)
+
+    def close(self) -> None:
+        """End the threads. The others hear that this rank has ended."""
+        if not self._threads:
+            return
+        self._closing.set()
+        for thread in self._threads:
+            thread.join(5.0)
+        faulthandler.cancel_dump_traceback_later()
+        self._threads = []
+
+    # ---- thread "watchdog reports": may hang with the network, decides nothing
+
+    def _exchange(self) -> None:
+        try:
+            while not self._closing.wait(self._interval):
+                self._send(self.report())
+                self._receive()
+            self._send(self.report() | {"ended": True})
+        except (RuntimeError, ValueError, OSError):
+            return  # the store has gone with rank 0; who needs to know sees it by its silence
+
+    def _send(self, report: Report) -> None:
+        self._store.set(f"rank {report['rank']}", json.dumps(report))
+
+    def _receive(self) -> None:
+        names = [f"rank {rank}" for rank in sorted(self._heard)]
+        present = [name for name in names if self._store.check([name])] if len(self._reports) < len(names) else names
+        for name, text in zip(present, self._store.multi_get(present) if present else [], strict=True):
+            report, rank = json.loads(text), int(name.split()[1])
+            if report["number"] != self._reports.get(rank, {}).get("number"):
+                self._heard[rank] = time.monotonic()
+            self._reports[rank] = report
+        if self.world.rank != 0 and self._store.check(["verdict"]):
+            self._foreign_verdict = Verdict(**json.loads(self._store.get("verdict")))
+
+    # ---- thread "watchdog": touches memory only, until there is a verdict
+
+    def report(self) -> Report:
+        """This rank's report of this moment."""
+        position = (self._beats, self._clock.switches - self._switches)
+        if position != self._position:
+            self._position, self._since = position, time.monotonic()
+        activity = self._clock.activity
+        stuck, limit = time.monotonic() - self._since, self._limit(activity)
+        self._number += 1
+        report: Report = {
+            "number": self._number,
+            "rank": self.world.rank,
+            "host": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
+            "pid": os.getpid(),
+            "step": self._step,
+            "activity": activity,
+            "position": list(position),
+            "stuck_seconds": stuck,
+            "limit_seconds": limit,
+            "collectives": collectives_begun(),
+            "ended": False,
+            "seconds": {**self._clock.peek(), "forward": self._forward.seconds},
+        }
+        if stuck > limit / 2:
+            threads = stacks.threads()
+            cause, what = stacks.explain(threads, activity)
+            waits = stacks.waits_for_others(threads)
+            report |= {"threads": stacks.as_json(threads), "cause": cause, "what": what, "waits_for_others": waits}
+        return report
+
+    def _limit(self, activity: str) -> float:
+        first = self._first_step is None or self._step == self._first_step
+        return self.config.long_seconds if first or activity in LONG_ACTIVITIES else self.config.stall_seconds
+
+    def _judge(self) -> None:
+        while not self._closing.wait(self._interval):
+            faulthandler.dump_traceback_later(self.config.long_seconds + self.config.stall_seconds, exit=True, file=2)
+            if self._foreign_verdict is not None:
+                self._end(self._foreign_verdict, record=False)
+            now = time.monotonic()
+            reports = self._judged()
+            silent = {rank: now - heard for rank, heard in self._heard.items() if rank != self.world.rank}
+            verdict = judge(reports, silent, self._silence_limit(reports))
+            if verdict is not None:
+                self._end(verdict, record=True)
+
+    def _judged(self) -> dict[int, Report]:
+        """Rank 0 judges all. The others only whether rank 0, which would judge, is still there."""
+        if self.world.rank == 0:
+            return {**self._reports, 0: self.report()}
+        first = {rank: report | {"stuck_seconds": 0.0} for rank, report in self._reports.items()}
+        return {**first, self.world.rank: self.report()} if first and first[0]["ended"] else first
+
+    def _silence_limit(self, reports: Mapping[int, Report]) -> float:
+        """Imports, compilations and writes can keep the interpreter's lock, and its threads silent, longer than a step may."""
+        return max((report["limit_seconds"] for report in reports.values()), default=self.config.long_seconds)
+
+    def _end(self, verdict: Verdict, *, record: bool) -> None:
+        """Say it, keep it, tell the others, end the process; nothing here may wait for long."""
+        line = verdict.line() if record else f"rank {self.world.rank} ends: {verdict.line()}"
+        os.write(2, (line + "\n").encode(errors="replace"))  # not by logging: the stuck thread may hold its lock
+        if record:
+            for action in (self._tell, self._record):
+                thread = threading.Thread(target=action, args=(verdict,), name="watchdog verdict", daemon=True)
+                thread.start()
+                thread.join(5.0)
+            time.sleep(2 * self._interval + 1.0)  # the others read the verdict from this process
+        os._exit(EXIT_WATCHDOG)
+
+    def _tell(self, verdict: Verdict) -> None:
+        if self.world.rank == 0:
+            self._store.set("verdict", json.dumps(_fields(verdict)))
+
+    def _record(self, verdict: Verdict) -> None:
+        record = _fields(verdict) | {"time": round(time.time(), 3), "incarnation": self.incarnation}
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        reports = {**self._reports, self.world.rank: self.report()}
+        path = self.run_dir / "watchdog" / f"{stamp}_{self.incarnation:04d}_rank{self.world.rank}.json"
+        write_json(path, record | {"seen_by_rank": self.world.rank, "reports": [reports[rank] for rank in sorted(reports)]})
+        with (self.run_dir / METRICS_FILE).open("ab", buffering=0) as file:
+            file.write(format_row({"kind": "watchdog", **record}))
+
+
+def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], silence_limit: float) -> Verdict | None:
+    """Who is missing, or None while all get on. `silent_seconds`: how long ago each other rank was last heard."""
+    silent = {rank: seconds for rank, seconds in silent_seconds.items() if seconds > silence_limit}
+    stuck = [report for report in reports.values() if report["stuck_seconds"] > report["limit_seconds"]]
+    if not silent and not stuck:
+        return None
+    # A rank that went quiet is missing, and so is one that ended while others wait, even if its limit is not reached.
+    gone = {rank: silent_seconds[rank] for rank in silent} | {
+        rank: silent_seconds.get(rank, 0.0) for rank, report in reports.items() if report["ended"]
+    }
+    if not gone and stuck:
+        gone = {r: s for r, s in silent_seconds.items() if s > max(5.0, 0.5 * silence_limit)}
+    if gone:
+        rank = max(gone, key=lambda r: gone[r])
+        last: Report = reports.get(rank) or {"host": "unknown", "step": 0, "activity": "start", "ended": False}
+        cause = "ended" if last["ended"] else "silent"
+        what = (
+            "its process has ended, the others go on waiting"
+            if last["ended"]
+            else f"not heard for {gone[rank]:.0f} s: process, node or step daemon gone or stopped, or its interpreter blocked"
+        )
+        return Verdict(rank, last["host"], last["step"], last["activity"], cause, what)
+    missing, different = most_behind(list(reports.values()))
+    named = missing[0]
+    if named["stuck_seconds"] <= named["limit_seconds"]:
+        return None  # the others wait for something that may take longer
+    cause, what = named.get("cause", "code"), named.get("what", "no stack yet")
+    if len(missing) == len(reports) and named.get("waits_for_others"):
+        what = f"all ranks are inside {'different collectives' if different else 'the same collective'}: {different or what}"
+        return Verdict(None, "", named["step"], named["activity"], "collective", what)
+    what += f"; the others: {different}" if different else ""
+    others = f" (and ranks {[report['rank'] for report in missing[1:9]]})" if len(missing) > 1 else ""
+    return Verdict(named["rank"], named["host"], named["step"], named["activity"], cause, what + others)
+
+
+def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
+    """The ranks that keep the others waiting, found by ever finer comparison; and where the others are, if elsewhere than these
+    although nothing tells who is behind: in another collective."""
+    earliest = min(tuple(report["position"]) for report in reports)
+    behind = [report for report in reports if tuple(report["position"]) == earliest]
+    if len(behind) < len(reports):
+        return behind, ""
+    fewest = min(report["collectives"] for report in behind)
+    if any(report["collectives"] != fewest for report in behind):
+        return [report for report in behind if report["collectives"] == fewest], ""
+    busy = [report for report in behind if not report.get("waits_for_others", True)]
+    if busy:
+        return busy, ""
+    places: dict[str, list[Report]] = {}
+    for report in behind:
+        places.setdefault(report.get("what", ""), []).append(report)
+    fewer, *more = sorted(places.values(), key=len)
+    elsewhere = "; ".join(f"ranks {[r['rank'] for r in group[:4]]} {group[0].get('what', '')}" for group in more)
+    return (fewer, elsewhere) if more and len(fewer) < len(more[-1]) else (behind, elsewhere)
+
+
+def summarise_ranks(rates: Mapping[str, Mapping[int, float]], hosts: Mapping[int, str], slow_ratio: float) -> dict[str, Any]:
+    """Median and maximum over ranks of seconds per step by activity, and `slow`: who exceeds `slow_ratio` medians."""
+    result: dict[str, Any] = {}
+    slow = []
+    for name, table in rates.items():
+        if not table:
+            continue
+        median, worst = statistics.median(table.values()), max(table, key=lambda rank: table[rank])
+        result[name] = {"median_seconds": median, "max_seconds": table[worst], "max_rank": worst}
+        for rank in sorted(table):
+            # Below a millisecond it is noise that costs nobody anything.
+            if len(table) > 1 and table[rank] > slow_ratio * median and table[rank] - median > 1e-3:
+                slow.append(f"rank {rank} on {hosts[rank]}: {name} {table[rank]:.3f} s, median {median:.3f} s")
+    if slow:
+        result["slow"] = "; ".join(slow[:8])
+    return result
+
+
+def collectives_begun() -> int:
+    """How many collectives this process has begun in all its groups; ranks that have begun fewer are behind."""
+    total = 0
+    groups: Any = dist.distributed_c10d._world.pg_map
+    for group in list(groups):
+        with contextlib.suppress(RuntimeError):
+            total += group._get_sequence_number_for_group()
+    return total
+
+
+class _ForwardTimer:
+    """Seconds in forward passes: on a GPU by events, read once they have passed, so nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._events: list[tuple[Any, Any]] | None = [] if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self._events is None:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+            return
+        while self._events and self._events[0][1].query():
+            first, last = self._events.pop(0)
+            self.seconds += first.elapsed_time(last) / 1000
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+
+def _store(address: str, port: int, *, is_master: bool) -> Any:
+    return TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+
+def _fields(verdict: Verdict) -> dict[str, Any]:
+    return {name: getattr(verdict, name) for name in Verdict.__slots__}

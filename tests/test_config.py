@@ -1,0 +1,149 @@
+"""Configuration: what is read, what is refused, and the words of the errors."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, Tag
+
+from megagpt.command import EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR, run_words
+from megagpt.config import Config, Failure, UserError, by_kind, describe, dump, fingerprint, load, validate
+
+
+class Red(Config):
+    kind: Literal["red"] = "red"
+    """Which."""
+    heat: float = Field(default=1.0, ge=0)
+    """How hot."""
+    shade: int = 0
+
+
+class Blue(Config):
+    kind: Literal["blue"] = "blue"
+    depth: int = 3
+    """How deep."""
+    shade: int = 0
+
+
+class Inner(Config):
+    lr: float = 3e-4
+    """Peak."""
+
+
+class Toy(Config):
+    name: str
+    """Its name."""
+    steps: int = Field(default=10, gt=0)
+    inner: Inner = Inner()
+    colour: Annotated[Annotated[Red, Tag("red")] | Annotated[Blue, Tag("blue")], by_kind("red")] = Red()
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "toy.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_words_override_the_file_and_dump_reads_back(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ninner:\n  lr: 3e-4\n")
+    config = load(Toy, [path, "inner.lr=1e-3", "steps=1e3"])
+    assert (config.name, config.inner.lr, config.steps) == ("a", 0.001, 1000)
+    assert load(Toy, [write(tmp_path, dump(config))]) == config
+    assert fingerprint(config) == fingerprint(load(Toy, ["name=a", "inner.lr=0.001", "steps=1000"]))
+    assert fingerprint(config) != fingerprint(load(Toy, ["name=b", "inner.lr=0.001", "steps=1000"]))
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [("name=no", "no"), ("name=3", "3"), ("name=KING: x", "KING: x"), ('name="a\\nb"', "a\nb"), ("name=[", "[")],
+)
+def test_a_text_field_takes_what_is_typed(word: str, text: str) -> None:
+    assert load(Toy, [word]).name == text
+
+
+def test_a_word_that_changes_the_kind_leaves_the_other_kinds_fields_behind(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ncolour:\n  heat: 2\n  shade: 7\n")
+    assert load(Toy, [path]).colour == Red(heat=2, shade=7)
+    assert load(Toy, [path, "colour.kind=blue", "colour.depth=5"]).colour == Blue(depth=5, shade=7)
+
+
+ERRORS = [
+    (["name=a", "steps=abc"], "steps='abc': input should be a valid integer"),
+    (["name=a", "steps=-1"], "steps=-1: input should be greater than 0"),
+    (["name=a", "stps=1"], "stps: no such field (did you mean steps?)"),
+    (["name=a", "inner.rl=1"], "inner.rl: no such field (did you mean inner.lr?)"),
+    ([], "name: required, and not given"),
+    (["name=a", "inner=3", "inner.lr=1"], "'inner' is a value in the file, not a section"),
+    (["name=a", "colour.kind=green"], "colour.kind='green': one of 'red', 'blue' is expected"),
+    (["name=a", "colour.kind=blue", "colour.heat=1"], "colour.heat: no such field for the kind that is set"),
+    (["name=a", "colour.heat=-1"], "colour.heat=-1: input should be greater than or equal to 0"),
+    (["a.yaml", "b.yaml"], "one configuration file is expected, 2 were given"),
+    (["name=a", "steps=nan"], "steps='nan'"),
+    (["none.yaml"], "none.yaml: cannot read the configuration file"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), ERRORS)
+def test_errors_name_file_field_value_and_rule(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load(Toy, words)
+    assert message in str(raised.value)
+
+
+def test_all_errors_come_at_once_with_their_source(tmp_path: Path) -> None:
+    path = write(tmp_path, "steps: 0\nbogus: 1\n")
+    with pytest.raises(UserError) as raised:
+        load(Toy, [path])
+    assert str(raised.value).splitlines()[0] == f"{path}:"
+    assert len(str(raised.value).splitlines()) == 4
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a list"):
+        load(Toy, [write(tmp_path, "- 1\n")])
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(Toy, [write(tmp_path, "a: [1\n")])
+
+
+def test_help_lists_every_field_with_default_and_text() -> None:
+    rows = describe(Toy)
+    assert ("name", "required", "Its name.") in rows
+    assert ("inner.lr", "0.0003", "Peak.") in rows
+    assert ("colour.depth", "3", "(kind=blue) How deep.") in rows
+
+
+def test_frozen_and_strict_about_keys() -> None:
+    config = validate(Toy, {"name": "a"}, source="here")
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "b"  # type: ignore[misc]
+
+
+def tool(words: list[str], error: Exception | None = None, status: int | None = None) -> int:
+    def run(config: Toy) -> int | None:
+        if error is not None:
+            raise error
+        return status
+
+    return run_words(Toy, run, "About.", words)
+
+
+def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool(["name=a"]) == EXIT_DONE
+    assert tool(["name=a", "--local_rank=3"], status=75) == 75
+    assert tool(["--help"]) == EXIT_DONE
+    assert "inner.lr" in capsys.readouterr().out
+    assert tool(["name=a", "--print"], RuntimeError()) == EXIT_DONE
+    assert "name: a" in capsys.readouterr().out
+    assert tool(["name=a", "--wrong"]) == EXIT_USER_ERROR
+    assert tool(["name=a"], UserError("no")) == EXIT_USER_ERROR
+    assert tool(["name=a"], Failure("gone")) == EXIT_CRASH
+    assert tool(["name=a"], OSError(28, "No space left on device", "/x/y")) == EXIT_CRASH
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "the disk is full while writing /x/y" in error
+    assert tool(["name=a"], PermissionError(13, "Permission denied", "/x/y")) == EXIT_USER_ERROR
+    assert "/x/y: Permission denied" in capsys.readouterr().err
+    assert tool(["name=a", "--debug"], UserError("no")) == EXIT_USER_ERROR
+    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        tool(["name=a"], RuntimeError("a bug"))
