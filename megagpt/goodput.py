@@ -1,8 +1,10 @@
 """Where the time went: a stopwatch over the activities of one process, and the ledger of a whole run over its restarts."""
 
 import contextlib
+import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megagpt.metrics import CONTINUES, Metrics, Row
@@ -23,22 +25,37 @@ class Stopwatch:
         self._seconds = dict(already or {})
         self._stack = [OTHER]
         self._since = now()
+        self.switches = 0
+        """How often the activity has changed."""
+
+    @property
+    def activity(self) -> str:
+        """What is being done now. Like `switches` and `peek` it may be read from another thread."""
+        return self._stack[-1]
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
         """Charge the time inside the block to `activity`; blocks nest, and the inner one is charged alone."""
-        self._charge()
+        self._switch()
         self._stack.append(activity)
         try:
             yield
         finally:
-            self._charge()
+            self._switch()
             self._stack.pop()
 
     def seconds(self) -> dict[str, float]:
         """Seconds per activity up to this moment, the running one included."""
         self._charge()
         return dict(self._seconds)
+
+    def peek(self) -> dict[str, float]:
+        """Seconds per activity up to the last switch."""
+        return dict(self._seconds)
+
+    def _switch(self) -> None:
+        self._charge()
+        self.switches += 1
 
     def _charge(self) -> None:
         now = self._now()
@@ -54,12 +71,22 @@ def process_age() -> float:
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
+JOB_TIMES = {"queued_at": "MEGAGPT_QUEUED_AT", "job_started_at": "MEGAGPT_JOB_STARTED_AT"}
+"""Values of a "start" row, and the variables (Unix seconds) by which slurm/pretrain.sh hands them over."""
+
+
+def job_times(environment: Mapping[str, str] = os.environ) -> dict[str, float]:
+    """When the job of this process was put into the queue and when it left it; {} outside slurm/pretrain.sh."""
+    return {name: float(environment[variable]) for name, variable in JOB_TIMES.items() if environment.get(variable)}
+
+
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Seconds of a run by activity, from the first start to the last line logged; they sum to `wall_seconds`.
+    """Seconds of a run by activity, from the first submission to the last line logged; they sum to `wall_seconds`.
 
-    Besides the stopwatch's activities: "repeated" is training that a restart or rewind did again, "down" the time between the
-    last line of one incarnation and the start of the next process.
+    Besides the stopwatch's activities: "repeated" is training that a restart or rewind did again; between two starts lie "down"
+    (from the last line of one to the next one's being queued, a hang included), "queue" and "launch" (the job's checks and
+    srun). Without a job's times all of that is "down".
     """
 
     seconds: dict[str, float]
@@ -83,15 +110,72 @@ def goodput_ledger(metrics: Metrics) -> Ledger:
         last = rows[-1]
         for activity, spent in last["seconds"].items():
             seconds[activity] = seconds.get(activity, 0.0) + spent
-        if previous_end is not None:
-            started = last["time"] - sum(last["seconds"].values())
-            seconds["down"] = seconds.get("down", 0.0) + max(0.0, started - previous_end)
+        started = last["time"] - sum(last["seconds"].values())
+        for activity, spent in _between(rows[0], started, previous_end).items():
+            seconds[activity] = seconds.get(activity, 0.0) + spent
         previous_end = last["time"]
     repeated = min(_repeated_seconds(metrics.all_rows), seconds.get("train", 0.0))
     if repeated:
         seconds["train"] -= repeated
         seconds["repeated"] = repeated
     return Ledger(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointAdvice:
+    """How often to save, from what saving cost and how often the run failed."""
+
+    save_seconds: float
+    """The training that one save holds up."""
+    failures: int
+    seconds_between_failures: float
+    """Mean; with no failure yet all the time there was."""
+    interval_seconds: float
+    interval_steps: int
+
+    def line(self) -> str:
+        """In words."""
+        seen = f"{self.failures} failures" if self.failures else "no failure yet (at least)"
+        return (
+            f"a save costs {self.save_seconds:.1f} s; {seen}, one in {self.seconds_between_failures / 3600:.2f} h: "
+            f"save every {self.interval_seconds / 60:.1f} min or {self.interval_steps:,} steps"
+        )
+
+
+def advise_checkpoints(metrics: Metrics) -> CheckpointAdvice | None:
+    """Daly's interval (Future Generation Computer Systems 22, 2006, equation 37); None before a save and a step were timed."""
+    groups = _incarnations(metrics.all_rows)
+    spent = {name: sum(rows[-1]["seconds"].get(name, 0.0) for rows in groups) for name in ("save", "train", "data_wait")}
+    saves = sum(row["kind"] == "save" for row in metrics.all_rows)
+    steps = sum(rows[-1]["step"] - rows[0]["step"] for rows in groups)
+    if not saves or steps <= 0 or spent["save"] <= 0:
+        return None
+    failures = sum(rows[-1]["kind"] not in ("stop", "done") for rows in groups[:-1])
+    up = sum(sum(rows[-1]["seconds"].values()) for rows in groups) / max(1, failures)
+    cost = spent["save"] / saves
+    interval = daly_interval(cost, up)
+    step_seconds = (spent["train"] + spent["data_wait"]) / steps
+    return CheckpointAdvice(cost, failures, up, interval, max(1, round(interval / step_seconds)))
+
+
+def daly_interval(save_seconds: float, seconds_between_failures: float) -> float:
+    """Seconds of work between two saves that lose least to saves and failures; Young's sqrt(2 d M) to higher order."""
+    if save_seconds >= 2 * seconds_between_failures:
+        return seconds_between_failures
+    ratio = save_seconds / (2 * seconds_between_failures)
+    return math.sqrt(2 * save_seconds * seconds_between_failures) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_seconds
+
+
+def _between(first: Row, started: float, previous_end: float | None) -> dict[str, float]:
+    """Where the time before a process went, from the end of the one before it (or the first submission)."""
+    queued, left = first.get("queued_at"), first.get("job_started_at")
+    if queued is None or left is None:
+        return {} if previous_end is None else {"down": max(0.0, started - previous_end)}
+    # Clocks of two machines, and seconds that SLURM rounds: the parts stay in order, so that they sum to the whole.
+    end = min(previous_end if previous_end is not None else queued, started)
+    queued = min(max(queued, end), started)
+    left = min(max(left, queued), started)
+    return {"down": queued - end, "queue": left - queued, "launch": started - left}
 
 
 def _incarnations(rows: tuple[Row, ...]) -> list[list[Row]]:

@@ -39,9 +39,10 @@ class GuardConfig(Config):
     min_steps: int = Field(default=64, ge=8)
     """Only once so many steps can be compared with is a step called a spike."""
     loss_z: float = Field(default=10.0, gt=0)
-    """A spike is a loss so many robust standard deviations (median, MAD) above the median of the steps before ..."""
+    """A spike is a loss that rises over the median of the last few steps by so many robust standard deviations (MAD) more than
+    usual ..."""
     loss_rise: float = Field(default=0.5, gt=0)
-    """... and at least so many nats above it."""
+    """... and by at least so many nats."""
     grad_norm_ratio: float = Field(default=100.0, gt=1)
     """An explosion is a gradient norm, before clipping, of so many times the median of the steps before."""
     max_non_finite_steps: int = Field(default=3, gt=0)
@@ -64,6 +65,10 @@ class Step:
 
     loss: float
     grad_norm: float
+
+
+RECENT = 5
+"""A loss is compared with the median of so many before it, so that the fall in a run's beginning does not count as spread."""
 
 
 class Guard:
@@ -132,12 +137,13 @@ def judge(before: Sequence[Step] | deque[Step], step: Step, config: GuardConfig)
     """Why a step is a spike or an explosion compared with those before it; "" if it is neither."""
     if len(before) < config.min_steps:
         return ""
-    losses = [earlier.loss for earlier in before]
-    median = statistics.median(losses)
-    spread = MAD_TO_SIGMA * statistics.median(abs(loss - median) for loss in losses)
-    z = (step.loss - median) / max(spread, 1e-12)
-    if step.loss - median > config.loss_rise and z > config.loss_z:
-        return f"loss spike: {step.loss:.4f}, {z:.1f} robust standard deviations above the median {median:.4f}"
+    losses = [*(earlier.loss for earlier in before), step.loss]
+    *rises, rise = (losses[i] - statistics.median(losses[i - RECENT : i]) for i in range(RECENT, len(losses)))
+    median = statistics.median(rises)
+    spread = MAD_TO_SIGMA * statistics.median(abs(usual - median) for usual in rises)
+    z = (rise - median) / max(spread, 1e-12)
+    if rise > config.loss_rise and z > config.loss_z:
+        return f"loss spike: {step.loss:.4f}, {rise:.4f} above the steps before, {z:.1f} robust standard deviations"
     usual = statistics.median(earlier.grad_norm for earlier in before)
     if step.grad_norm > config.grad_norm_ratio * usual:
         return f"gradient explosion: norm {step.grad_norm:.4g}, {step.grad_norm / max(usual, 1e-30):.0f} times the median"

@@ -19,7 +19,7 @@ from megagpt.config import Config, UserError, read_yaml, validate
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.ledger import Entry, read_ledger
-from megagpt.samples import Data, DataConfig, TokenDataset, TrainState, open_data, recompute_fed_hash
+from megagpt.samples import Data, DataConfig, TokenDataset, open_data, recompute_fed_hash, sample_indices
 from megagpt.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
 from megagpt.tokenizer import open_tokenizer
 
@@ -251,14 +251,14 @@ def check_ledger(run_dir: Path) -> Iterator[str]:
         if entry.step != before.step + 1
     ]
     for entry in tqdm(entries, unit="step", desc="ledger", disable=None):
-        found = recompute_fed_hash(data.train, TrainState(samples=entry.first_sample), entry.num_samples)
+        found = recompute_fed_hash(data.train, entry.state, entry.num_samples)
         if found != entry.fed_hash:
             faults.append(f"step {entry.step}: fed_hash {entry.fed_hash}, the shards give {found}")
     if faults:
         raise UserError("\n  ".join([f"{run_dir}: the ledger does not agree with the shards:", *faults]))
     first, end = min(entry.first_sample for entry in entries), _end(entries)
     yield f"{run_dir}: steps {entries[0].step} to {entries[-1].step}, samples {first:,} to {end:,}, all as in the shards"
-    used = sorted((entry.first_sample, entry.first_sample + entry.num_samples) for entry in entries)
+    used = sorted(samples for entry in entries for samples in entry.ranges())
     for (_, end), (start, _) in itertools.pairwise(used):
         if start != end:
             yield f"  samples {min(start, end):,} to {max(start, end):,} were {'left out' if start > end else 'used twice'}"
@@ -270,7 +270,7 @@ def show_step(run_dir: Path, step: int, *, rank: int | None) -> Iterator[str]:
     entry = next((entry for entry in entries if entry.step == step), None)
     if entry is None:
         raise UserError(f"{run_dir}: step={step} is not in the ledger, which has steps {entries[0].step} to {entries[-1].step}")
-    found = recompute_fed_hash(data.train, TrainState(samples=entry.first_sample), entry.num_samples)
+    found = recompute_fed_hash(data.train, entry.state, entry.num_samples)
     verdict = "as in the shards" if found == entry.fed_hash else f"BUT the shards give {found}"
     yield f"step {step}: samples {entry.first_sample:,} to {_end([entry]):,}, fed_hash {entry.fed_hash}, {verdict}"
     for index in _samples_of(run_dir, entry, rank):
@@ -297,7 +297,7 @@ def _open_run(run_dir: Path) -> tuple[Data, list[Entry]]:
 
 def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:
     """The global sample indices of a step, or those of one rank in the layout of the start that made the step."""
-    indices = list(range(entry.first_sample, entry.first_sample + entry.num_samples))
+    indices = sample_indices(entry.state, entry.num_samples)
     if rank is None:
         return indices
     start = read_json(run_dir / "starts" / f"{entry.incarnation:04d}.json")
@@ -308,4 +308,4 @@ def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:
 
 
 def _end(entries: Sequence[Entry]) -> int:
-    return max(entry.first_sample + entry.num_samples for entry in entries)
+    return max(end for entry in entries for _, end in entry.ranges())

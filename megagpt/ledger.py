@@ -10,18 +10,41 @@ from typing import Any
 
 import orjson
 
+from megagpt.samples import HASH_MASK, TrainState, Window, sample_indices
+
 LEDGER_FILE = "ledger.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One update: its number from 0, the global index of its first sample, how many samples, their hash, which start made it."""
+    """One update: its number from 0, global index of its first sample, how many samples, their hash, which start made it."""
 
     step: int
     first_sample: int
     num_samples: int
     fed_hash: int
     incarnation: int
+    skipped: tuple[Window, ...] = ()
+    """Samples left out between its first and its last one."""
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run stood before it, as far as samples go."""
+        return TrainState(step=self.step, samples=self.first_sample, skipped=self.skipped)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Its samples as [start, end)."""
+        starts = [self.first_sample, *(window.start + window.count for window in self.skipped)]
+        ends = [window.start for window in self.skipped]
+        used = sum(end - start for start, end in zip(starts, ends, strict=False))
+        return list(zip(starts, [*ends, starts[-1] + self.num_samples - used], strict=True))
+
+
+def entry_of(state: TrainState, num_samples: int, fed_hash: int, incarnation: int) -> Entry:
+    """The entry of the update that begins at `state`."""
+    indices = sample_indices(state, num_samples)
+    inside = tuple(window for window in state.skipped if indices[0] < window.start < indices[-1])
+    return Entry(state.step, indices[0], num_samples, fed_hash & HASH_MASK, incarnation, inside)
 
 
 class LedgerWriter:
@@ -58,6 +81,6 @@ def _parse(line: bytes) -> Entry | None:
     """The entry in a line, None for a torn one."""
     try:
         value: dict[str, Any] = orjson.loads(line)
-        return Entry(**value)
+        return Entry(**{**value, "skipped": tuple(Window(**window) for window in value.get("skipped", ()))})
     except (orjson.JSONDecodeError, TypeError):
         return None

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 CONTINUES = ("start", "rewind")
 """Kinds of rows whose step is where training goes on: later steps logged before them are done again."""
 
-EVENTS = (*CONTINUES, "damaged", "stop", "done")
+EVENTS = (*CONTINUES, "damaged", "stop", "watchdog", "done")
 """Kinds of rows that are history, never superseded."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -14,7 +14,7 @@ from pydantic import Field
 from megagpt.config import Config, UserError
 from megagpt.files import read_json, write_json
 from megagpt.flops import FlopsPerToken, peak_flops, utilisation
-from megagpt.goodput import Stopwatch, process_age
+from megagpt.goodput import Stopwatch, advise_checkpoints, job_times, process_age
 from megagpt.gpu import open_gpu, read_gpu
 from megagpt.metrics import METRICS_FILE, Metrics, format_row, plain, read_metrics
 
@@ -91,6 +91,7 @@ class Monitor:
         self._peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(self._device_name)
         self._file = self._wandb = self._gpu = self._bar = None
         self._window: tuple[int, float] | None = None
+        self._advice: dict[str, Any] = {}
         if rank != 0:
             return
         with self.clock("start"):
@@ -101,6 +102,9 @@ class Monitor:
         self.incarnation = incarnation or 1 + max((row["incarnation"] for row in earlier.all_rows), default=0)
         if earlier.torn_lines:
             log.warning("%s: %d torn lines of an earlier start are left out", run_dir / METRICS_FILE, earlier.torn_lines)
+        advice = advise_checkpoints(earlier)
+        if advice is not None:
+            self._advice = {"advised_save_every_steps": advice.interval_steps}
         self._file = _open_for_lines(run_dir / METRICS_FILE)
         self._gpu = open_gpu(self._device) if self._device is not None else None
         if self.config.wandb != "off":
@@ -146,7 +150,12 @@ class Monitor:
 
     def _facts(self) -> dict[str, Any]:
         peak = self._peak / 1e12 if self._peak else None
-        facts = {"device_name": self._device_name, "num_devices": self._num_devices, "peak_tflops_per_device": peak}
+        facts: dict[str, Any] = {
+            "device_name": self._device_name,
+            "num_devices": self._num_devices,
+            "peak_tflops_per_device": peak,
+        }
+        facts |= job_times() | self._advice
         if self._wandb is not None:
             facts["wandb"] = {"id": self._wandb.id, "mode": self._wandb.mode}
         return facts

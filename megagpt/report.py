@@ -11,7 +11,7 @@ from megagpt.charts import Chart, Line, smoothed, to_svg
 from megagpt.checkpoint import list_checkpoints, step_of
 from megagpt.config import Config
 from megagpt.files import read_json, write_text
-from megagpt.goodput import Ledger, goodput_ledger
+from megagpt.goodput import Ledger, advise_checkpoints, goodput_ledger
 from megagpt.metrics import Metrics, Row, read_metrics
 from megagpt.page import bars, card, details, escape, page, table, tile
 
@@ -100,7 +100,7 @@ def render(facts: Facts) -> str:
         '<div class="grid">',
         card("Loss", _loss_chart(facts), wide=True),
         *(card(title, svg) for title, svg in _small_charts(facts)),
-        card("Where the time went", _goodput(facts.ledger), wide=True),
+        card("Where the time went", _goodput(facts.ledger) + _advice(facts.metrics), wide=True),
         card("From documents to shards", "".join(_funnel(name, stages) for name, stages in facts.funnels.items()), wide=True),
         card("Evaluations of checkpoints", _evaluations(facts.evaluations), wide=True),
         card("Generated text", _samples(facts.metrics.of_kind("sample")), wide=True),
@@ -234,10 +234,15 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 def _goodput(ledger: Ledger) -> str:
     total = ledger.wall_seconds
     rows = sorted(ledger.seconds.items(), key=lambda item: -item[1])
-    colours = {"train": 3, "repeated": 2, "down": 2}
+    colours = {"train": 3, "repeated": 2, "down": 2, "queue": 2, "launch": 2}
     return bars(
         [(name, s / total, f"{_span(s)} · {s / total:.1%}", colours.get(name, 1)) for name, s in rows if total and s > 0]
     )
+
+
+def _advice(metrics: Metrics) -> str:
+    advice = advise_checkpoints(metrics)
+    return "" if advice is None else f'<p class="muted">checkpoints: {escape(advice.line())}</p>'
 
 
 def _funnel(name: str, stages: list[dict[str, Any]]) -> str:

@@ -31,6 +31,7 @@ LAYERS = (
         "goodput",
         "gpu",
         "watchdog",
+        "stacks",
         "guard",
         "generate",
         "charts",

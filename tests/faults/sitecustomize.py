@@ -1,0 +1,196 @@
+"""Faults in a training process that knows nothing of them: put this folder on PYTHONPATH and describe them in FAULTS (JSON).
+
+FAULTS: a list of {"kind": a function's name below, "rank": whose, "step": when (updates done), "once": a file that is made when
+the fault has happened, so that it happens once over all starts}. Patches megagpt right after it has been imported.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from importlib.abc import MetaPathFinder
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def due(fault: dict, step: int) -> bool:
+    """Whether it is this fault's turn, which comes only once."""
+    if rank() != fault["rank"] or step < fault["step"] or os.path.exists(fault["once"]):
+        return False
+    with open(fault["once"], "w") as file:
+        file.write(f"{time.time()}\n")
+    return True
+
+
+def block_on_fifo(folder: str) -> None:
+    path = os.path.join(folder, "stuck_file")
+    if not os.path.exists(path):
+        os.mkfifo(path)
+    with open(path, "rb") as file:  # nobody ever writes
+        file.read()
+
+
+def before_forward(train, fault, action) -> None:
+    original = train.seed_dropout
+
+    def seed_dropout(config, step, batch):
+        if due(fault, step):
+            action()
+        original(config, step, batch)
+
+    train.seed_dropout = seed_dropout
+
+
+def in_loader(train, fault, action) -> None:
+    from megagpt import samples
+
+    original = samples.TokenDataset.sample
+
+    def sample(self, index):
+        if due(fault, index // fault["batch"]):
+            return action(original, self, index)
+        return original(self, index)
+
+    samples.TokenDataset.sample = sample
+
+
+def lock(train, fault) -> None:
+    def action():
+        the_lock = threading.Lock()
+        the_lock.acquire()
+        the_lock.acquire()
+
+    before_forward(train, fault, action)
+
+
+def busy(train, fault) -> None:
+    def action():
+        while True:
+            pass
+
+    before_forward(train, fault, action)
+
+
+def collective(train, fault) -> None:
+    before_forward(train, fault, lambda: train.dist.all_reduce(train.torch.zeros(7)))
+
+
+def stopped(train, fault) -> None:
+    before_forward(train, fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def killed(train, fault) -> None:
+    before_forward(train, fault, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def interpreter(train, fault) -> None:
+    before_forward(train, fault, lambda: ctypes.PyDLL(None).sleep(3600))  # PyDLL keeps the interpreter's lock
+
+
+def loader(train, fault) -> None:
+    in_loader(train, fault, lambda *_: time.sleep(3600))
+
+
+def loader_file(train, fault) -> None:
+    in_loader(train, fault, lambda *_: block_on_fifo(os.path.dirname(fault["once"])))
+
+
+def loader_dead(train, fault) -> None:
+    from concurrent.futures import Future
+
+    original = train.Loader._start
+
+    def start(self, state):
+        key, future = original(self, state)
+        return (key, Future()) if due(fault, state.step) else (key, future)
+
+    train.Loader._start = start
+
+
+def save_file(train, fault) -> None:
+    original = train.checkpoint._write_pieces
+
+    def write(folder, *rest):
+        if due(fault, int(str(folder).rpartition("_")[2])):
+            block_on_fifo(os.path.dirname(fault["once"]))
+        return original(folder, *rest)
+
+    train.checkpoint._write_pieces = write
+
+
+def slow(train, fault) -> None:
+    """One rank's forward passes take longer."""
+    original = train.inputs
+
+    def inputs(*arguments):
+        if rank() == fault["rank"]:
+            time.sleep(0.05)
+        return original(*arguments)
+
+    train.inputs = inputs
+
+
+def poisoned(train, fault) -> None:
+    """Samples of some steps are noise, as from a damaged dump: [from, until) in steps, on every rank, at every pass."""
+    from dataclasses import replace
+
+    from megagpt import samples
+
+    original = samples.TokenDataset.sample
+
+    def sample(self, index):
+        found = original(self, index)
+        if any(start * fault["batch"] <= index < end * fault["batch"] for start, end in fault["windows"]):
+            noise = samples.np.random.default_rng(index).integers(128, 250, len(found.inputs))
+            return replace(found, inputs=noise, targets=noise[::-1].copy())
+        return found
+
+    samples.TokenDataset.sample = sample
+
+
+def not_a_number(train, fault) -> None:
+    """The loss of one micro-batch is NaN, once."""
+    build = train.build_engine
+
+    def build_engine(*arguments, **options):
+        engine = build(*arguments, **options)
+        backward = engine.backward
+
+        def poisoned_backward(loss, *, last):
+            backward(loss * float("nan") if due(fault, engine.updates) else loss, last=last)
+
+        engine.backward = poisoned_backward
+        return engine
+
+    train.build_engine = build_engine
+
+
+class Patcher(MetaPathFinder):
+    """Applies the faults once megagpt.train is there."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "megagpt.train":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            for fault in json.loads(os.environ["FAULTS"]):
+                globals()[fault["kind"]](module, fault)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if os.environ.get("FAULTS"):
+    sys.meta_path.insert(0, Patcher())

@@ -1,0 +1,175 @@
+"""The watchdog: whom it calls missing, what it says of hangs that it knows nothing of, and its silence in healthy runs."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ranks import Ranks, run_ranks
+from test_train import settings, write_shards
+
+from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
+from megagpt.files import read_json
+from megagpt.goodput import Stopwatch
+from megagpt.metrics import read_metrics
+from megagpt.watchdog import Report, Watchdog, WatchdogConfig, judge, summarise_ranks
+
+FAULTS = Path(__file__).resolve().parent / "faults"
+
+
+def report(rank: int, position: tuple[int, int], stuck: float, **more: Any) -> Report:
+    return {
+        "rank": rank, "host": f"n{rank}", "step": position[0], "activity": "train", "position": list(position),
+        "stuck_seconds": stuck, "limit_seconds": 10.0, "collectives": 5, "ended": False, "cause": "code", "what": "here",
+        "waits_for_others": False, **more,
+    }  # fmt: skip
+
+
+def test_nobody_is_blamed_while_all_get_on() -> None:
+    reports = {rank: report(rank, (7, 1), 9.0) for rank in range(3)}
+    assert judge(reports, {1: 3.0, 2: 3.0}, 10.0) is None
+
+
+MISSING = {
+    "behind in the loop": ([report(0, (8, 0), 11), report(1, (7, 4), 11), report(2, (8, 0), 9)], {}, 1, "code"),
+    "fewer collectives": ([report(0, (7, 1), 11), report(1, (7, 1), 11), report(2, (7, 1), 12, collectives=4)], {}, 2, "code"),
+    "not in the collective": (
+        [report(0, (7, 1), 11, waits_for_others=True), report(1, (7, 1), 11), report(2, (7, 1), 11, waits_for_others=True)],
+        {},
+        1,
+        "code",
+    ),
+    "silent": ([report(0, (7, 1), 2), report(1, (7, 1), 2)], {1: 10.5}, 1, "silent"),
+    "silent long enough when others are stuck": ([report(0, (7, 1), 11), report(1, (6, 1), 1)], {1: 8.0}, 1, "silent"),
+    "ended": ([report(0, (7, 1), 11), report(1, (7, 1), 0, ended=True)], {1: 9.0}, 1, "ended"),
+    "never heard": ([report(0, (0, 1), 11)], {1: 12.0}, 1, "silent"),
+    "in another collective": (
+        [report(r, (7, 1), 11, waits_for_others=True, what="here" if r == 2 else "there") for r in range(3)],
+        {},
+        2,
+        "code",
+    ),
+    "nobody": ([report(r, (7, 1), 11, waits_for_others=True, cause="collective") for r in (0, 1)], {}, None, "collective"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_the_missing_rank_is_the_one_the_others_wait_for(name: str) -> None:
+    reports, silent, rank, cause = MISSING[name]
+    verdict = judge({r["rank"]: r for r in reports}, silent, 10.0)
+    assert verdict is not None
+    assert (verdict.rank, verdict.cause) == (rank, cause)
+
+
+def test_who_waits_for_a_long_save_elsewhere_ends_nothing() -> None:
+    saving = report(0, (7, 3), 40, limit_seconds=100.0, activity="save")
+    assert judge({0: saving, 1: report(1, (7, 4), 11)}, {1: 0.1}, 100.0) is None
+
+
+def test_slow_ranks_are_named() -> None:
+    rates = {"data_wait": {0: 0.01, 1: 0.01, 2: 0.2}, "forward": {0: 1.0, 1: 1.2, 2: 1.1}}
+    found = summarise_ranks(rates, {0: "a", 1: "b", 2: "c"}, 1.5)
+    assert found["data_wait"] == {"median_seconds": 0.01, "max_seconds": 0.2, "max_rank": 2}
+    assert found["slow"] == "rank 2 on c: data_wait 0.200 s, median 0.010 s"
+
+
+# ---- real hangs
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("corpus"))
+
+
+HANGS = {
+    "lock": ("lock", "train", "the_lock.acquire()"),
+    "busy": ("code", "train", "while True"),
+    "collective": ("collective", "train", "all_reduce"),
+    "stopped": ("silent", "train", "not heard"),
+    "interpreter": ("silent", "train", "not heard"),
+    "loader": ("loader", "data_wait", "time.sleep(3600)"),
+    "loader_file": ("file system", "data_wait", "block_on_fifo"),
+    "loader_dead": ("loader", "data_wait", "never comes"),
+    "save_file": ("file system", "save", "block_on_fifo"),
+}
+"""Fault: the cause, the activity, and a part of the explanation."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HANGS)
+def test_a_hang_is_named_and_ended(
+    kind: str, shards: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 hangs in a way that nothing in the trainer knows of."""
+    fault = {"kind": kind, "rank": 1, "step": 8, "batch": 8, "once": str(tmp_path / "happened")}
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
+    monkeypatch.setenv("FAULTS", json.dumps([fault]))
+    # Time enough for a loaded machine; the save has the longer limit.
+    limits = {"stall_seconds": 6.0, "long_seconds": 12.0 if kind == "save_file" else 60.0}
+    values = settings(shards, tmp_path / "run", watchdog=limits, max_steps=2000, engine={"kind": "fsdp"})
+    values |= {"evaluate_every_steps": 0, "save_every_steps": 8 if kind == "save_file" else 1000}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    size = 3 if kind == "collective" else 2  # who is in another collective than the others needs a majority
+    ranks = Ranks([str(project / "tools" / "train_model.py"), str(tmp_path / "run.yaml")], size, tmp_path / "logs")
+    try:
+        assert ranks.processes[0].wait(300) == EXIT_WATCHDOG, ranks.output()
+        if kind not in ("stopped", "interpreter"):
+            assert ranks.processes[1].wait(60) == EXIT_WATCHDOG, ranks.output(1)
+        ended = time.time()
+    finally:
+        for process in ranks.processes:
+            process.kill()
+            process.wait()
+    cause, activity, words = HANGS[kind]
+    (path,) = (tmp_path / "run" / "watchdog").iterdir()
+    verdict = read_json(path)
+    assert (verdict["rank"], verdict["cause"], verdict["activity"]) == (1, cause, activity), verdict
+    assert words in verdict["what"]
+    assert f"rank 1 on {os.uname().nodename} is missing" in ranks.output()
+    assert read_metrics(tmp_path / "run").of_kind("watchdog")[0]["cause"] == cause
+    # What was found fast enough shows in seconds; the machine may be loaded.
+    assert ended - (tmp_path / "happened").stat().st_mtime < 60
+
+
+def healthy(world: Any, run_dir: str, steps: int) -> tuple[int, float]:
+    """A loop with collectives that get on; (verdicts, added CPU seconds per step)."""
+    clock = Stopwatch()
+    watchdog = Watchdog(WatchdogConfig(stall_seconds=20, long_seconds=60), world, Path(run_dir), clock, 1)
+    began = time.process_time()
+    for step in range(steps):
+        watchdog.beat(step)
+    cost = (time.process_time() - began) / steps
+    for step in range(steps):
+        watchdog.beat(step)
+        with clock("train"):
+            world.sum([step])
+    watchdog.close()
+    return len(list(Path(run_dir).glob("watchdog/*"))), cost
+
+
+@pytest.mark.slow
+def test_two_thousand_healthy_steps_have_no_verdict(tmp_path: Path) -> None:
+    for verdicts, cost in run_ranks(healthy, 2, tmp_path / "ranks", str(tmp_path / "run"), 2000):
+        assert verdicts == 0
+        assert cost < 1e-3  # seconds of CPU per step; about a microsecond, generous for a loaded machine
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named_in_the_metrics(
+    shards: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
+    monkeypatch.setenv("FAULTS", json.dumps([{"kind": "slow", "rank": 1}]))
+    limits = {"stall_seconds": 4.0, "long_seconds": 200.0}
+    values = settings(shards, tmp_path / "run", max_steps=60, watchdog=limits)
+    values |= {"evaluate_every_steps": 0, "save_every_steps": 1000, "monitor": {"log_every_steps": 10}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    ranks = Ranks([str(project / "tools" / "train_model.py"), str(tmp_path / "run.yaml")], 2, tmp_path / "logs")
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    rows = [row for row in read_metrics(tmp_path / "run").of_kind("train") if "forward" in row]
+    assert rows
+    assert rows[-1]["forward"]["max_rank"] == 1
+    assert any("rank 1 on" in row.get("slow", "") for row in rows)
