@@ -81,7 +81,7 @@ def write_run(run_dir: Path, source: Path, model: GPT) -> Path:
     run_config = {"data": {"seq_len": 32, "sources": {"toy": {"path": str(source)}}}}
     info = {"config": run_config, "model": model.config.model_dump(mode="json")}
     incarnation = checkpoint.claim_run(run_dir, world)
-    checkpoint.save(run_dir, WholeModel(model), TrainState(step=7), world, incarnation=incarnation, info=info)  # type: ignore[arg-type]
+    checkpoint.Saver(run_dir, world, incarnation).save(WholeModel(model), TrainState(step=7), info)  # type: ignore[arg-type]
     open_tokenizer(source / "tokenizer").save(run_dir / "tokenizer")
     return run_dir
 
