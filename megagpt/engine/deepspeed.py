@@ -8,6 +8,7 @@ stages 1 and 2 `single_partition_of_fp32_groups`, `_hp_mapping`; bf16 stage 1 `f
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -181,13 +182,19 @@ def deepspeed_settings(
 
 def _import_deepspeed() -> Any:
     """deepspeed, quiet, and without the shared-memory op that it would compile at start-up on machines without a GPU."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # instead of a warning that there is no GPU
+    # DeepSpeed still calls them by the names that torch 2.13 deprecates.
+    names = r".*`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=names, category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
         import deepspeed.ops
 
-    if not torch.cuda.is_available():
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
