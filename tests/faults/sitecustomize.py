@@ -1,10 +1,12 @@
 """Faults in a training process that knows nothing of them: put this folder on PYTHONPATH and describe them in FAULTS (JSON).
 
-FAULTS: a list of {"kind": a function's name below, "rank": whose, "step": when (updates done), "once": a file that is made when
-the fault has happened, so that it happens once over all starts}. Patches megagpt right after it has been imported.
+FAULTS: a list of {"kind": a function's name below, "rank": whose, and either "step": when (updates done) and "once": a file
+that is made when the fault has happened, so that it happens once over all starts, or "trigger": a file that makes it happen
+and that it removes}. Patches megagpt right after it has been imported.
 """
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
@@ -21,10 +23,20 @@ def rank() -> int:
 
 def due(fault: dict, step: int) -> bool:
     """Whether it is this fault's turn, which comes only once."""
+    if "trigger" in fault:
+        return rank() == fault["rank"] and triggered(fault["trigger"])
     if rank() != fault["rank"] or step < fault["step"] or os.path.exists(fault["once"]):
         return False
     with open(fault["once"], "w") as file:
         file.write(f"{time.time()}\n")
+    return True
+
+
+def triggered(path: str) -> bool:
+    try:
+        os.rename(path, f"{path}.done")
+    except FileNotFoundError:
+        return False
     return True
 
 
@@ -94,7 +106,7 @@ def interpreter(train, fault) -> None:
 
 
 def loader(train, fault) -> None:
-    in_loader(train, fault, lambda *_: time.sleep(3600))
+    in_loader(train, {"batch": 1, **fault}, lambda *_: time.sleep(3600))
 
 
 def loader_file(train, fault) -> None:
@@ -119,6 +131,17 @@ def save_file(train, fault) -> None:
     def write(folder, *rest):
         if due(fault, int(str(folder).rpartition("_")[2])):
             block_on_fifo(os.path.dirname(fault["once"]))
+        return original(folder, *rest)
+
+    train.checkpoint._write_pieces = write
+
+
+def disk_full(train, fault) -> None:
+    original = train.checkpoint._write_pieces
+
+    def write(folder, *rest):
+        if due(fault, 0):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         return original(folder, *rest)
 
     train.checkpoint._write_pieces = write
@@ -155,15 +178,19 @@ def poisoned(train, fault) -> None:
 
 
 def not_a_number(train, fault) -> None:
-    """The loss of one micro-batch is NaN, once."""
+    """The loss is NaN in one micro-batch of `count` steps that follow each other, not next to a save."""
     build = train.build_engine
 
     def build_engine(*arguments, **options):
         engine = build(*arguments, **options)
-        backward = engine.backward
+        backward, bad_steps = engine.backward, [0]
 
         def poisoned_backward(loss, *, last):
-            backward(loss * float("nan") if due(fault, engine.updates) else loss, last=last)
+            between = 2 <= engine.updates % fault.get("save_every", 1 << 30) <= fault.get("save_every", 1 << 30) - 8
+            if bad_steps[0] == 0 and between and due(fault, engine.updates):
+                bad_steps[0] = fault.get("count", 1)
+            backward(loss * float("nan") if bad_steps[0] else loss, last=last)
+            bad_steps[0] -= bool(last and bad_steps[0])
 
         engine.backward = poisoned_backward
         return engine
