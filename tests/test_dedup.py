@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -375,6 +376,128 @@ def test_other_settings_are_refused_or_replace(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds the work of other settings or other inputs"):
         run(tmp_path, files, threshold=0.5)
     assert len(kept(run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5))) == 1
+
+
+def crawls() -> dict[str, dict[str, list[str]]]:
+    """Three crawls, of two files each, with copies inside each and across."""
+    texts = planted(Writer(11), 330)
+    texts += [texts[i] for i in range(0, 330, 9)] + ["", "?!"]
+    random.Random(1).shuffle(texts)
+    return {name: {f"{name}{k}.jsonl.zst": texts[2 * i + k :: 6] for k in range(2)} for i, name in enumerate("abc")}
+
+
+def work_dir(folder: Path, files: dict[str, list[str]], **settings: object) -> Path:
+    """A corpus with its deduplication where `against` looks for it. The inputs are gone afterwards."""
+    inputs = folder / "inputs"
+    for name, texts in files.items():
+        write_documents(inputs / name, [Document(f"{name}:{i}", text, "test") for i, text in enumerate(texts)])
+    config = DedupConfig.model_validate(settings)
+    dedup_documents(config, sorted(inputs.iterdir()), folder / "dedup", ONE)
+    shutil.rmtree(inputs)
+    return folder
+
+
+def test_new_crawls_are_compared_with_what_was_kept_before(tmp_path: Path) -> None:
+    # Taking the crawls one after the other drops what one run over all of them drops.
+    files = crawls()
+    whole = work_dir(tmp_path / "all", {name: texts for crawl in files.values() for name, texts in crawl.items()})
+    a = work_dir(tmp_path / "a", files["a"])
+    before = contents(a)
+    b = work_dir(tmp_path / "b", files["b"], against=[a])
+    c = work_dir(tmp_path / "c", files["c"], against=[a, b])
+    assert contents(a) == before
+    for crawl in (a, b, c):
+        for path in sorted((crawl / "dedup").glob("*.jsonl.zst")):
+            assert list(read_documents(path)) == list(read_documents(whole / "dedup" / path.name))
+        # A copy of a document that was dropped itself is exact in one run; here only what was kept is known, and it is near.
+        found = {(item["dropped"], item["kept"], item["similarity"]) for item in duplicates(crawl / "dedup")}
+        assert len(found) > 10
+        assert found == {
+            (item["dropped"], item["kept"], item["similarity"])
+            for item in duplicates(whole / "dedup")
+            if item["dropped"][0] == crawl.name
+        }
+    assert {item["kept"][0] for item in duplicates(c / "dedup")} == {"a", "b", "c"}
+
+
+def test_lines_of_known_corpora_are_repeated_ones(tmp_path: Path) -> None:
+    files = {
+        name: {file: [re.sub(r"((?:\S+ ){10})", r"\1\n", text) for text in texts] for file, texts in crawl.items()}
+        for name, crawl in crawls().items()
+    }
+    known: list[Path] = []
+    for name in "abc":
+        known.append(work_dir(tmp_path / name, files[name], against=known, drop_repeated="lines"))
+    outputs = [path for folder in known for path in sorted((folder / "dedup").glob("*.jsonl.zst"))]
+    lines = [line for path in outputs for document in read_documents(path) for line in document.text.split("\n")]
+    lines = [line for line in lines if slow_words(line)]
+    assert len(lines) == len(set(lines))
+    every = {line for crawl in files.values() for texts in crawl.values() for text in texts for line in text.split("\n")}
+    assert len(every) > len(lines) > 0.6 * len(every)  # lines of near duplicates went with them
+    summaries = [read_json(folder / "dedup" / "summary.json") for folder in known]
+    assert all(summary["records"]["repeated lines"] > 10 for summary in summaries)
+
+
+def test_known_documents_that_are_near_to_nothing_new_are_not_read(tmp_path: Path) -> None:
+    files = crawls()
+    a = work_dir(tmp_path / "a", files["a"], num_bands=56, rows_per_band=2)
+    for path in (a / "dedup").glob("*.jsonl.zst"):
+        path.write_bytes(b"damaged")  # what was kept is similar among itself (many bands), but nothing new is
+    writer = Writer(99)
+    new = {"new.jsonl.zst": [writer.text() for _ in range(20)]}
+    b = work_dir(tmp_path / "b", new, against=[a], num_bands=56, rows_per_band=2)
+    assert read_json(b / "dedup" / "summary.json")["kept"] == 20
+
+
+def test_a_known_corpus_has_to_fit(tmp_path: Path) -> None:
+    files = crawls()
+    a = work_dir(tmp_path / "a", files["a"], num_bands=10)
+    with pytest.raises(UserError, match=r"a was deduplicated with num_bands=10, here it is 14"):
+        work_dir(tmp_path / "b", files["b"], against=[a])
+    with pytest.raises(UserError, match="drop_repeated=None, here it is lines"):
+        work_dir(tmp_path / "c", files["b"], against=[a], num_bands=10, drop_repeated="lines")
+    with pytest.raises(UserError, match="no finished stage here"):
+        work_dir(tmp_path / "d", files["b"], against=[tmp_path / "none"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "expected", "repeated"),
+    [
+        (
+            "lines",
+            ["Menu\nHome 12\n\nA story.\n---", "menu!\n\nHOME 7\n\nAnother story.\n---\nA  stóry", "Home 9\nMenu", "", "---"],
+            ["Menu\nHome 12\n\nA story.\n---", "Another story.\n---", "", "---"],
+            5,
+        ),
+        (
+            "paragraphs",
+            ["One line\nand two.\n\nThe end.", "One line\nand three.\n \nThe end.\n\n\nMore.\n\nMore."],
+            ["One line\nand two.\n\nThe end.", "One line\nand three.\n \nMore."],
+            2,
+        ),
+    ],
+)
+def test_repeated_parts_go(tmp_path: Path, kind: str, texts: list[str], expected: list[str], repeated: int) -> None:
+    output = run(tmp_path, {"a.jsonl.zst": texts}, drop_repeated=kind, near=False)
+    found = [document.text for path in sorted(output.glob("*.jsonl.zst")) for document in read_documents(path)]
+    assert found == expected
+    summary = read_json(output / "summary.json")
+    assert summary["records"] == {f"repeated {kind}": repeated}
+    assert summary["rejected"].get(f"dedup:{kind}", 0) == len(texts) - len(expected)
+
+
+def test_repeated_lines_in_little_memory_equal_a_slow_version(tmp_path: Path) -> None:
+    choose = random.Random(12)
+    lines = [" ".join(choose.choices(["tick", "tack", "tock"], k=5)) for _ in range(900)]
+    texts = ["\n".join(choose.choices(lines, k=8)) for _ in range(300)]
+    files = {f"{k}.jsonl.zst": texts[100 * k : 100 * k + 100] for k in range(3)}
+    output = run(tmp_path, files, drop_repeated="lines", near=False, memory_bytes=1 << 20)
+    seen: set[str] = set()
+    expected = []
+    for text in dict.fromkeys(texts):
+        left = [line for line in text.split("\n") if not (line in seen or seen.add(line))]
+        expected += ["\n".join(left)] if left else []
+    assert [document.text for path in sorted(output.glob("*.jsonl.zst")) for document in read_documents(path)] == expected
 
 
 @pytest.mark.realdata

@@ -32,12 +32,14 @@ def flatten(parents):
 
 
 @njit(cache=True, nogil=True)
-def add_weights(roots, first, shingle_counts, fixed_bytes, weights):
-    """Add the bytes of documents first, first + 1, ... to weights[root], which is negative while a component has one member."""
+def add_weights(roots, first, shingle_counts, fixed_bytes, first_new, weights):
+    """Add the bytes of documents first, first + 1, ... to weights[root], which is negative while a component has one member or
+    no new one (from `first_new` on)."""
     for i in range(shingle_counts.size):
         root = roots[first + i]
         weight = fixed_bytes + 4 * np.int64(shingle_counts[i])
-        weights[root] = -weight if root == first + i else abs(weights[root]) + weight
+        total = abs(weights[root]) + weight
+        weights[root] = -total if root == first + i or first + i < first_new else total
 
 
 @njit(cache=True, nogil=True)
@@ -86,13 +88,14 @@ def _jaccard(shingles, starts, a, b, threshold):
 
 
 @njit(cache=True, nogil=True)
-def keep_representatives(buckets, signatures, starts, shingles, threshold, min_estimate, exact, max_comparisons):
+def keep_representatives(buckets, signatures, starts, shingles, threshold, min_estimate, exact, max_comparisons, num_known):
     """Go through documents in order; drop one that is similar to a kept one it shares a bucket with, otherwise keep it.
 
     buckets: int64 [bands, documents], equal for documents with one key. signatures: uint16 [documents, rows]. starts: int64
     [documents + 1] into shingles (uint32, ascending per document; only with exact). In each bucket a document is compared with
-    at most max_comparisons kept ones, the earliest. Returns kept_by (int64, -1: kept), similarity, [comparisons, exact
-    comparisons, documents that were kept though some bucket had more kept ones than allowed].
+    at most max_comparisons kept ones, the earliest. The first num_known documents are kept without being compared. Returns
+    kept_by (int64, -1: kept), similarity, [comparisons, exact comparisons, documents that were kept though some bucket had more
+    kept ones than allowed].
     """
     num_bands, count = buckets.shape
     first = np.full((num_bands, count), -1, np.int64)
@@ -104,7 +107,7 @@ def keep_representatives(buckets, signatures, starts, shingles, threshold, min_e
     counts = np.zeros(3, np.int64)
     for document in range(count):
         limited = False
-        for band in range(num_bands):
+        for band in range(num_bands if document >= num_known else 0):
             other = first[band, buckets[band, document]]
             compared = 0
             while other >= 0 and kept_by[document] < 0:

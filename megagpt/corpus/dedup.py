@@ -1,6 +1,7 @@
 """Deduplication: exact copies and verified near duplicates are dropped, of each group the earliest document is kept.
 
 How it works. All phases commit whole files below output_dir/index, so a rerun goes on where the last one ended:
+  known/        per block of the corpora in `against`: their index, copied (known_corpora.py)
   blocks/       per block of input: digest, MinHash band keys, id of each document      (parallel over blocks)
   same.i64      exact copies, by external sort of the digests
   pairs/        per band, documents with equal keys, by external sort                   (parallel over bands)
@@ -8,6 +9,7 @@ How it works. All phases commit whole files below output_dir/index, so a rerun g
   candidates/   per block, signatures and shingles of documents in components > 1       (parallel over blocks)
   decisions/    per partition, who is dropped for whom, verified                        (parallel over partitions)
   kept_by.i64   the answer for every document
+  parts/        with drop_repeated, the lines or paragraphs of what is kept (repeated_lines.py)
 Then the stage writes the kept documents, and duplicates/<name> says for each dropped one which document was kept, and how
 similar they are. With part=i/n, a part that finds a phase unfinished by others ends and says so: run all parts again.
 """
@@ -17,8 +19,9 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import orjson
@@ -27,12 +30,14 @@ from pydantic import Field
 
 from megagpt.config import Config, UserError, fingerprint
 from megagpt.corpus import near_duplicates
-from megagpt.corpus.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
+from megagpt.corpus.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
 from megagpt.corpus.executors import Execution
+from megagpt.corpus.known_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
 from megagpt.corpus.minhash import MinHashSettings
 from megagpt.corpus.near_duplicates import Verification
 from megagpt.corpus.phases import Task, run_phase
+from megagpt.corpus.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.stage import StageSummary, run_stage
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, write_json
@@ -61,6 +66,11 @@ class DedupConfig(Config):
     """A document is compared with at most so many kept ones per band, the earliest; what is not compared is not dropped."""
     seed: int = Field(default=1, ge=0)
     """Seed of the MinHash functions."""
+    against: tuple[Path, ...] = ()
+    """work_dir of corpora that were deduplicated before, with the same MinHash settings: what is a copy of a document that they
+    kept is dropped. They are not changed, and nothing of them is hashed again."""
+    drop_repeated: PartKind | None = None
+    """lines or paragraphs: also drop those that occurred before in any document that stays (CCNet, arXiv 1911.00359)."""
     memory_bytes: int = Field(default=2 << 30, ge=1 << 20)
     """Memory for sorting and comparing, of all workers together, whatever the size of the corpus. Changes no result."""
 
@@ -75,39 +85,87 @@ class DedupConfig(Config):
         return Verification(self.verify == "exact", self.threshold, self.max_comparisons)
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is deduplicated, where, and against what. Known documents have the first numbers, then come those of `blocks`."""
+
+    config: DedupConfig
+    index: Path
+    known: tuple[KnownCorpus, ...]
+    blocks: tuple[Block, ...]
+    execution: Execution
+
+    @property
+    def known_blocks(self) -> list[KnownBlock]:
+        return [block for corpus in self.known for block in corpus.blocks]
+
+    @property
+    def texts(self) -> list[Block]:
+        """Where the text of every block of the index is read."""
+        return [*(block.output for block in self.known_blocks), *self.blocks]
+
+    def own(self, indexed: Sequence[IndexedBlock]) -> list[IndexedBlock]:
+        """Those of the blocks of the index that are not known ones."""
+        return list(indexed[len(indexed) - len(self.blocks) :])
+
+    def part_folders(self) -> list[Path]:
+        return [self.index / "parts" / f"{i:06d}" for i in range(len(self.blocks))]
+
+
 def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Path, execution: Execution) -> StageSummary | None:
     """Deduplicate document files into `output_dir`, one output per input. None: other parts have to finish a phase first.
 
-    Raises UserError if output_dir holds the work of other settings or inputs, or an input is damaged.
+    Raises UserError if output_dir holds the work of other settings or inputs, if a corpus in `against` does not fit, or if an
+    input is damaged.
     """
     blocks = document_blocks(inputs)
-    settings = fingerprint(config.model_copy(update={"inputs": (), "memory_bytes": 2 << 30}))
+    shared = {**asdict(config.minhash), "drop_repeated": config.drop_repeated}
+    if config.drop_repeated is None:
+        del shared["drop_repeated"]
+    known = tuple(open_known(work_dir, shared) for work_dir in config.against)
+    settings = fingerprint(config.model_copy(update={"inputs": (), "against": (), "memory_bytes": 2 << 30}))
     plans = [plan_hash(settings, [block]) for block in blocks]
-    config_hash = fingerprint(_Plan(settings=settings, blocks=tuple(zip((block.name for block in blocks), plans, strict=True))))
-    index = output_dir / "index"
-    _claim(index, config_hash, overwrite=execution.overwrite)
-    indexed = _find_duplicates(config, blocks, index, execution)
-    if indexed is None:
+    names = tuple(zip((block.name for block in blocks), plans, strict=True))
+    config_hash = fingerprint(_Plan(settings=settings, blocks=names, known=tuple(corpus.plan for corpus in known)))
+    work = _Work(config, output_dir / "index", known, tuple(blocks), execution)
+    _claim(work.index, config_hash, overwrite=execution.overwrite)
+    indexed = _find_duplicates(work)
+    if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
         return None
-    process = functools.partial(
-        dedup_block, places={(b.path, b.index): i for b, i in zip(blocks, indexed, strict=True)}, index=index
-    )
+    own = work.own(indexed)
+    firsts = first_parts(work.part_folders()) if config.drop_repeated else [0] * len(own)
+    places = {(b.path, b.index): (i, first) for b, i, first in zip(blocks, own, firsts, strict=True)}
+    process = functools.partial(dedup_block, places=places, index=work.index, kind=config.drop_repeated)
     summary = run_stage("dedup", blocks, output_dir, process, config_hash=config_hash, execution=execution)
     if summary.complete:
-        _report(blocks, indexed, output_dir, execution)
+        write_own(work.index, {**asdict(config.minhash), "drop_repeated": config.drop_repeated}, blocks, own)
+        _report(work, indexed, output_dir)
     return summary
 
 
-def dedup_block(block: Block, *, places: dict[tuple[str, int], IndexedBlock], index: Path) -> Iterator[Document | Rejected]:
-    """The process of the stage: what `kept_by` says about each document."""
-    place = places[block.path, block.index]
+def dedup_block(
+    block: Block, *, places: dict[tuple[str, int], tuple[IndexedBlock, int]], index: Path, kind: PartKind | None
+) -> Iterator[Document | Rejected | Seen]:
+    """The process of the stage: what `kept_by` says about each document, and what is left of those that stay."""
+    place, first_part = places[block.path, block.index]
     kept_by = open_array(index / "kept_by.i64", np.int64)
     same = open_array(index / "same.i64", np.int64)
+    flags = iter(open_array(index / "repeated.u8", np.uint8)[first_part:]) if kind else iter(())
+    repeated = 0
     for number, document in enumerate(read_block(block), start=place.first):
-        if kept_by[number] < 0:
-            yield document
-        else:
+        if kept_by[number] >= 0:
             yield Rejected(document, "dedup:exact" if same[number] >= 0 else "dedup:near")
+            continue
+        if kind:
+            text, count, emptied = drop_parts(document.text, kind, flags)
+            repeated += count
+            if emptied:
+                yield Rejected(document, f"dedup:{kind}")
+                continue
+            document = replace(document, text=text)
+        yield document
+    if kind:
+        yield Seen(f"repeated {kind}", repeated)
 
 
 def describe(summary: StageSummary | None, output_dir: Path) -> str:
@@ -115,15 +173,23 @@ def describe(summary: StageSummary | None, output_dir: Path) -> str:
     if summary is None or not summary.complete:
         return f"{output_dir}: other parts remain; run all parts again when they are done"
     exact, near = (summary.rejected.get(f"dedup:{kind}", 0) for kind in ("exact", "near"))
-    return (
+    lines = [
         f"{output_dir}: kept {summary.kept:,} of {summary.documents_in:,} documents; "
         f"dropped {exact:,} exact copies and {near:,} near duplicates, listed in {output_dir / 'duplicates'}"
-    )
+    ]
+    for kind in get_args(PartKind):
+        if f"repeated {kind}" in summary.records:
+            emptied = summary.rejected.get(f"dedup:{kind}", 0)
+            lines.append(
+                f"  and {summary.records[f'repeated {kind}']:,} repeated {kind}, which left nothing of {emptied:,} documents"
+            )
+    return "\n".join(lines)
 
 
 class _Plan(Config):
     settings: str
     blocks: tuple[tuple[str, str], ...]
+    known: tuple[str, ...]
 
 
 def _claim(index: Path, config_hash: str, *, overwrite: bool) -> None:
@@ -139,22 +205,27 @@ def _claim(index: Path, config_hash: str, *, overwrite: bool) -> None:
     write_json(marker, {"config_hash": config_hash})
 
 
-def _find_duplicates(
-    config: DedupConfig, blocks: Sequence[Block], index: Path, execution: Execution
-) -> list[IndexedBlock] | None:
+def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:
     """Run the phases that are not done. Returns the blocks of the index, or None if a phase waits for other parts."""
-    folders = [index / "blocks" / f"{i:06d}" for i in range(len(blocks))]
+    config, index, known = work.config, work.index, work.known_blocks
+    folders = [index / "known" / f"{i:06d}" for i in range(len(known))]
+    tasks: list[Task] = [(path, copy_kept, (old, path, config.num_bands)) for old, path in zip(known, folders, strict=True)]
+    own = [index / "blocks" / f"{i:06d}" for i in range(len(work.blocks))]
     if (index / "kept_by.i64").is_file():
-        return open_blocks(folders)
-    tasks = [(folder, index_block, (block, folder, config.minhash)) for block, folder in zip(blocks, folders, strict=True)]
-    if not run_phase("dedup: index", tasks, execution, task_bytes=[num_bytes(block) for block in blocks], counted="documents"):
+        return open_blocks([*folders, *own])
+    if not run_phase("dedup: known", tasks, work.execution, task_bytes=[num_bytes(block.output) for block in known]):
         return None
-    indexed = open_blocks(folders)
+    tasks = [(folder, index_block, (block, folder, config.minhash)) for block, folder in zip(work.blocks, own, strict=True)]
+    sizes = [num_bytes(block) for block in work.blocks]
+    if not run_phase("dedup: index", tasks, work.execution, task_bytes=sizes, counted="documents"):
+        return None
+    indexed = open_blocks([*folders, *own])
+    first_new = indexed[len(known)].first
     same_path = index / "same.i64"
     if not same_path.is_file():
-        copies = near_duplicates.find_exact(indexed, same_path, config.memory_bytes)
-        log.info("dedup: %d exact copies among %d documents", copies, sum(block.num_documents for block in indexed))
-    decisions = _find_near(config, blocks, indexed, index, execution) if config.near else []
+        copies = near_duplicates.find_exact(indexed, same_path, config.memory_bytes, first_new)
+        log.info("dedup: %d exact copies among %d documents", copies, sum(block.num_documents for block in work.own(indexed)))
+    decisions = _find_near(work, indexed, first_new) if config.near else []
     if decisions is None:
         return None
     near_duplicates.resolve(
@@ -163,10 +234,9 @@ def _find_duplicates(
     return indexed
 
 
-def _find_near(
-    config: DedupConfig, blocks: Sequence[Block], indexed: Sequence[IndexedBlock], index: Path, execution: Execution
-) -> list[Path] | None:
+def _find_near(work: _Work, indexed: Sequence[IndexedBlock], first_new: int) -> list[Path] | None:
     """The files of decisions on near duplicates, or None if a phase waits for other parts."""
+    config, index, execution = work.config, work.index, work.execution
     share = max(1 << 20, config.memory_bytes // execution.num_workers)
     pairs = [index / "pairs" / f"{band:03d}" for band in range(config.num_bands)]
     tasks: list[Task] = [
@@ -178,17 +248,17 @@ def _find_near(
         return None
     plan = index / "plan"
     if not plan.is_dir():
-        near_duplicates.plan_partitions(indexed, pairs, plan, config.minhash, share // 2)
-    candidates = [index / "candidates" / f"{i:06d}" for i in range(len(blocks))]
+        near_duplicates.plan_partitions(indexed, pairs, plan, config.minhash, share // 2, first_new)
+    candidates = [index / "candidates" / f"{i:06d}" for i in range(len(indexed))]
     tasks = [
         (folder, near_duplicates.gather_block, (block, place, plan, config.minhash, config.verification.exact, folder))
-        for block, place, folder in zip(blocks, indexed, candidates, strict=True)
+        for block, place, folder in zip(work.texts, indexed, candidates, strict=True)
     ]
-    if not run_phase("dedup: candidates", tasks, execution, task_bytes=[num_bytes(block) for block in blocks]):
+    if not run_phase("dedup: candidates", tasks, execution, task_bytes=[num_bytes(block) for block in work.texts]):
         return None
     decisions = [index / "decisions" / f"{i:06d}" for i in range(read_json(plan / "plan.json")["partitions"])]
     tasks = [
-        (path, near_duplicates.decide_partition, (candidates, partition, config.minhash, config.verification, path))
+        (path, near_duplicates.decide_partition, (candidates, partition, config.minhash, config.verification, path, first_new))
         for partition, path in enumerate(decisions)
     ]
     gathered = sum(path.stat().st_size for folder in candidates for path in folder.iterdir())
@@ -196,14 +266,30 @@ def _find_near(
     return decisions if run_phase("dedup: verification", tasks, execution, task_bytes=task_bytes) else None
 
 
-def _report(blocks: Sequence[Block], indexed: Sequence[IndexedBlock], output_dir: Path, execution: Execution) -> None:
+def _find_repeated(work: _Work, own: Sequence[IndexedBlock]) -> bool:
+    """Find the lines or paragraphs that occurred before. False: a phase waits for other parts."""
+    kept_by, kind, folders = work.index / "kept_by.i64", work.config.drop_repeated, work.part_folders()
+    tasks: list[Task] = [
+        (folder, index_parts, (block, place, kept_by, kind, folder))
+        for block, place, folder in zip(work.blocks, own, folders, strict=True)
+    ]
+    sizes = [num_bytes(block) for block in work.blocks]
+    if not run_phase(f"dedup: {kind}", tasks, work.execution, task_bytes=sizes, counted=kind):
+        return False
+    if not (work.index / "emptied.u8").is_file():
+        old = [path for corpus in work.known for path in corpus.parts]
+        mark_repeated(old, folders, work.index, work.config.memory_bytes)
+    return True
+
+
+def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> None:
     """Write duplicates/<name> and dedup.json, then remove what only the phases needed."""
     files: dict[str, list[IndexedBlock]] = {}
-    for block, place in zip(blocks, indexed, strict=True):
+    for block, place in zip(work.blocks, work.own(indexed), strict=True):
         files.setdefault(block.name, []).append(place)
     folder, index = output_dir / "duplicates", output_dir / "index"
     tasks = [(folder / name, _report_file, (places, indexed, index, folder / name)) for name, places in files.items()]
-    alone = execution.model_copy(update={"part": "0/1"})
+    alone = work.execution.model_copy(update={"part": "0/1"})
     task_bytes = [sum(16 * place.num_documents for place in places) for places in files.values()]
     run_phase("dedup: report", tasks, alone, task_bytes=task_bytes)
     counts = Counter[str]()

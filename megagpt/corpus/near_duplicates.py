@@ -8,7 +8,8 @@
    the threshold, otherwise it is kept. So the chain A~B~C loses only B if A and C differ, and of k copies of one template k - 1
    are compared with the first alone.
 
-The result is the one that taking all documents in order would give: it depends on neither partitions nor workers.
+The result is the one that taking all documents in order would give: it depends on neither partitions nor workers. Documents
+before `first_new` are those of corpora that were deduplicated before: they come first, and all of them stay.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ class Verification:
         return self.threshold - 4 * math.sqrt(self.threshold * (1 - self.threshold) / num_rows)
 
 
-def find_exact(blocks: Sequence[IndexedBlock], path: Path, memory_bytes: int) -> int:
+def find_exact(blocks: Sequence[IndexedBlock], path: Path, memory_bytes: int, first_new: int = 0) -> int:
     """Write int64 [documents] to `path`: the first document with the same digest, or -1. Returns how many have one."""
     count = 0
     num_documents = sum(block.num_documents for block in blocks)
@@ -64,7 +65,7 @@ def find_exact(blocks: Sequence[IndexedBlock], path: Path, memory_bytes: int) ->
         same = stack.enter_context(new_array(path, np.int64, num_documents, -1))
         chunks = ((halves, documents) for halves, _, documents in read_exact(blocks))
         for pairs in equal_key_pairs(chunks, memory_bytes=memory_bytes, scratch=path.parent):
-            pairs = pairs[second[pairs[:, 0]] == second[pairs[:, 1]]]
+            pairs = pairs[(second[pairs[:, 0]] == second[pairs[:, 1]]) & (pairs[:, 1] >= first_new)]
             same[pairs[:, 1]] = pairs[:, 0]
             count += len(pairs)
     return count
@@ -82,12 +83,17 @@ def pair_band(blocks: Sequence[IndexedBlock], band: int, num_bands: int, same: P
 
 
 def plan_partitions(
-    blocks: Sequence[IndexedBlock], pair_files: Sequence[Path], folder: Path, settings: MinHashSettings, memory_bytes: int
+    blocks: Sequence[IndexedBlock],
+    pair_files: Sequence[Path],
+    folder: Path,
+    settings: MinHashSettings,
+    memory_bytes: int,
+    first_new: int = 0,
 ) -> int:
     """Join all pairs to components and deal these out to partitions of at most `memory_bytes`; returns how many partitions.
 
     Writes `folder`: roots.i64, the smallest document of each one's component; partitions.i64, each root's partition or -1 for a
-    component of one document; plan.json.
+    component of one document, or of none from first_new on; plan.json.
     """
     from megagpt.corpus import cluster_kernels
 
@@ -105,7 +111,7 @@ def plan_partitions(
             cluster_kernels.flatten(roots)
             with new_array(temporary / "partitions.i64", np.int64, num_documents, 0) as weights:
                 for block in blocks:
-                    cluster_kernels.add_weights(roots, block.first, read_shingle_counts(block), fixed, weights)
+                    cluster_kernels.add_weights(roots, block.first, read_shingle_counts(block), fixed, first_new, weights)
                 num_partitions = int(cluster_kernels.assign_partitions(weights, memory_bytes))
         write_json(temporary / "plan.json", {"partitions": num_partitions})
     return num_partitions
@@ -143,7 +149,12 @@ def gather_block(block: Block, place: IndexedBlock, plan: Path, settings: MinHas
 
 
 def decide_partition(
-    folders: Sequence[Path], partition: int, settings: MinHashSettings, verification: Verification, path: Path
+    folders: Sequence[Path],
+    partition: int,
+    settings: MinHashSettings,
+    verification: Verification,
+    path: Path,
+    first_new: int = 0,
 ) -> dict[str, int]:
     """Write the decisions (DECISION records of dropped documents) of a partition to `path`; returns counts."""
     from megagpt.corpus import cluster_kernels
@@ -162,6 +173,7 @@ def decide_partition(
             verification.min_estimate(settings.num_rows),
             verification.exact,
             verification.max_comparisons,
+            int(np.searchsorted(records["document"], first_new)),
         )
         dropped = np.flatnonzero(kept_by >= 0)
         decisions = np.empty(dropped.size, DECISION)
