@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +139,7 @@ def test_equal_keys_in_little_and_in_much_memory(tmp_path: Path, memory_bytes: i
     assert list(tmp_path.iterdir()) == []
 
 
-def run(folder: Path, files: dict[str, Sequence[str]], execution: Execution = ONE, **settings: object) -> Path:
+def run(folder: Path, files: Mapping[str, Sequence[str]], execution: Execution = ONE, **settings: object) -> Path:
     """Write texts as document files, deduplicate them and return the output's folder."""
     for name, texts in files.items():
         write_documents(folder / name, [Document(f"{name}:{i}", text, "test") for i, text in enumerate(texts)])
@@ -386,7 +386,7 @@ def crawls() -> dict[str, dict[str, list[str]]]:
     return {name: {f"{name}{k}.jsonl.zst": texts[2 * i + k :: 6] for k in range(2)} for i, name in enumerate("abc")}
 
 
-def work_dir(folder: Path, files: dict[str, list[str]], **settings: object) -> Path:
+def work_dir(folder: Path, files: Mapping[str, Sequence[str]], **settings: object) -> Path:
     """A corpus with its deduplication where `against` looks for it. The inputs are gone afterwards."""
     inputs = folder / "inputs"
     for name, texts in files.items():

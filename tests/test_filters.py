@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from megagpt.config import UserError
 from megagpt.corpus import page_filters, quality_rules
 from megagpt.corpus.executors import Execution
-from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters, config_hash, filter_documents
+from megagpt.corpus.filtering import config_hash, filter_documents
+from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters
 from megagpt.corpus.text_statistics import Splitter, count_duplicates, count_repeated_n_grams, split_sentences, split_words
+from megagpt.corpus.top_fraction import score_of_top
 from megagpt.documents import Document, Rejected, read_documents, write_documents
 
 PROSE = (
@@ -343,6 +346,7 @@ def test_filter_stage_counts_reasons(tmp_path: Path) -> None:
     write_documents(tmp_path / "in.jsonl.zst", [Document(f"in:{i}", text, "test") for i, text in enumerate(texts)])
     config = FilterConfig(order=("gopher_quality", "c4"))
     summary = filter_documents(config, [tmp_path / "in.jsonl.zst"], tmp_path / "out", Execution(num_workers=1))
+    assert summary is not None
     assert summary.rejected == {"c4:lorem_ipsum": 1, "gopher_quality:too_few_words": 1}
     assert [found.id for found in read_documents(tmp_path / "out" / "in.jsonl.zst")] == ["in:0", "in:2"]
 
@@ -350,6 +354,49 @@ def test_filter_stage_counts_reasons(tmp_path: Path) -> None:
 def test_a_filter_named_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="each filter stands once"):
         FilterConfig(order=("c4", "c4"))
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.1, 0.37, 0.999])
+def test_the_score_of_the_best_fraction_is_exact(tmp_path: Path, fraction: float) -> None:
+    rng = np.random.default_rng(4)
+    scores = np.concatenate([rng.random(5000), rng.normal(0.5, 1e-6, 3000), [0, 1]]).astype(np.float32)
+    for number, part in enumerate(np.array_split(scores, 3)):
+        part.tofile(tmp_path / f"{number}")
+    expected = np.sort(scores)[::-1][max(1, int(np.ceil(fraction * scores.size))) - 1]
+    assert score_of_top(sorted(tmp_path.iterdir()), fraction) == expected
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(UserError, match="no document reaches the classifier"):
+        score_of_top([tmp_path / "empty"], 0.5)
+
+
+def test_the_best_fraction_of_what_reaches_the_classifier_stays(tmp_path: Path) -> None:
+    german = "Der Hafen war still und niemand sprach mit ihnen, als sie zum Wasser kamen."
+    words = german.split()
+    texts = [" ".join(PROSE.split()[i : i + 9] + words[: i % 13]) for i in range(60)] + ["short"] * 20
+    for number in range(2):
+        items = [Document(f"{number}:{i}", text, "test") for i, text in enumerate(texts[number::2])]
+        write_documents(tmp_path / f"{number}.jsonl.zst", items)
+    inputs = sorted(tmp_path.glob("*.jsonl.zst"))
+    model = page_filters.bundled_language_model()
+    config = FilterConfig.model_validate(
+        {
+            "order": ["min_length", "classifier"],
+            "min_length": {"min_characters": 10},
+            "classifier": {"model": str(model), "label": "en", "top_fraction": 0.3},
+        }
+    )
+    for part in ("0/2", "1/2", "0/2"):
+        summary = filter_documents(config, inputs, tmp_path / "out", Execution(num_workers=1, part=part))
+        assert (summary is None) == (not (tmp_path / "out" / "min_score.json").is_file())
+    score = page_filters.load_classifier(model, "en")
+    ranked = sorted((score(" ".join(text.split())) for text in texts if len(text) >= 10), reverse=True)
+    best = {text for text in texts if len(text) >= 10 and score(" ".join(text.split())) >= ranked[17]}
+    kept = [found.text for path in sorted((tmp_path / "out").glob("*.jsonl.zst")) for found in read_documents(path)]
+    assert sorted(kept) == sorted(best)
+    assert len(kept) == 18
+    assert summary is not None
+    assert summary.rejected == {"classifier:quality_score": 42, "min_length:characters": 20}
+    assert list((tmp_path / "out").glob(".scores-*")) == []
 
 
 def test_a_classifier_without_a_model_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -1,23 +1,19 @@
-"""The FILTERS table, its settings, and the stage that runs the chosen filters over documents in the order given.
+"""The FILTERS table and its settings. The stage that runs the filters over a corpus is in filtering.py.
 
 To add a filter: write a pure function `name(document, *, thresholds) -> Document | Rejected`, a Config section with its
 thresholds, one row in FILTERS that binds the two, and a test with a text it keeps and a text it drops.
 """
 
 import functools
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, Field
 
-from megagpt.config import Config, UserError, fingerprint
+from megagpt.config import Config, UserError
 from megagpt.corpus import contamination, page_filters, quality_rules
-from megagpt.corpus.blocks import Block, document_blocks, read_block
 from megagpt.corpus.clean import UnicodeForm
-from megagpt.corpus.executors import Execution
-from megagpt.corpus.stage import StageSummary, run_stage
 from megagpt.corpus.text_statistics import DEFAULT_SPLITTER, Splitter
 from megagpt.documents import Document, Rejected
 
@@ -27,8 +23,6 @@ FilterName: TypeAlias = Literal[
     "classifier", "contamination", "personal_data",
 ]  # fmt: skip
 Ratio: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-
-log = logging.getLogger(__name__)
 
 
 class UrlConfig(Config):
@@ -194,6 +188,9 @@ class ClassifierConfig(Config):
     """The label whose probability is the score."""
     min_score: Ratio = 0.018112
     """Documents below are refused. DCLM with its own model (fasttext-oh-eli5): 0.018112; yours has another scale."""
+    top_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of min_score: keep this fraction of the documents that reach the classifier, the best ones (DCLM: 0.1). They are
+    read and filtered twice, first to find the score."""
     name: str = Field(default="quality", pattern=r"^[a-z_]+$")
     """The score is noted as meta.<name>_score."""
 
@@ -334,43 +331,3 @@ def apply_filters(document: Document, filters: Sequence[Filter]) -> Document | R
             return outcome
         document = outcome
     return document
-
-
-def filter_block(block: Block, *, config: FilterConfig) -> Iterator[Document | Rejected]:
-    """The process of the filter stage."""
-    filters = build_filters(config)
-    for document in read_block(block):
-        yield apply_filters(document, filters)
-
-
-def filter_documents(config: FilterConfig, inputs: Sequence[Path], output_dir: Path, execution: Execution) -> StageSummary:
-    """Filter document files into `output_dir`, one output per input, with the reasons in its summary.
-
-    Raises UserError before any work if a list or a model cannot be read, or an input is damaged.
-    """
-    build_filters(config)
-    for code in config.language.labels if "language" in config.order else ():
-        names = [name for name in quality_rules.rules_passed(code) if name.partition(".")[0] in config.order]
-        if names:
-            log.info("language %s passes the rules it has no word lists or no spaces for: %s", code, ", ".join(names))
-    process = functools.partial(filter_block, config=config)
-    return run_stage(
-        "filter", document_blocks(inputs), output_dir, process, config_hash=config_hash(config), execution=execution
-    )
-
-
-def describe(summary: StageSummary, output_dir: Path) -> str:
-    """What the filters did, for the console: one line per reason, the most frequent first."""
-    if not summary.complete:
-        return f"{output_dir}: {summary.files} of {summary.files_total} files are done; the other parts remain"
-    lines = [
-        f"{output_dir}: kept {summary.kept:,} of {summary.documents_in:,} documents ({summary.characters_out:,} characters)"
-    ]
-    ranked = sorted(summary.rejected.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join(lines + [f"  {count:>10,}  {reason}" for reason, count in ranked])
-
-
-def config_hash(config: FilterConfig) -> str:
-    """Fingerprint of what decides the result: the settings of the filters that run, not of the others."""
-    unused = {name: type(getattr(config, name))() for name in get_args(FilterName) if name not in config.order}
-    return fingerprint(config.model_copy(update={**unused, "inputs": ()}))

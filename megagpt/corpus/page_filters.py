@@ -136,9 +136,14 @@ def classifier(
     document: Document, *, score: Callable[[str], float], min_score: float, name: str = "quality"
 ) -> Document | Rejected:
     """Score the text with the user's model, note the score in meta[<name>_score], keep what reaches `min_score`."""
-    value = score(" ".join(document.text.split()))
+    value = score_of(document, score)
     scored = replace(document, meta={**document.meta, f"{name}_score": round(value, 5)})
     return scored if value >= min_score else Rejected(scored, f"classifier:{name}_score")
+
+
+def score_of(document: Document, score: Callable[[str], float]) -> float:
+    """A classifier's score of a document: fastText reads one line."""
+    return score(" ".join(document.text.split()))
 
 
 def personal_data(

@@ -1,0 +1,105 @@
+"""The filter stage: run the chosen filters over documents in the order given, with the reasons counted."""
+
+import functools
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import get_args
+
+from megagpt.config import Config, fingerprint
+from megagpt.corpus import page_filters, quality_rules
+from megagpt.corpus.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
+from megagpt.corpus.executors import Execution
+from megagpt.corpus.filters import FilterConfig, FilterName, apply_filters, build_filters
+from megagpt.corpus.phases import Task, run_phase
+from megagpt.corpus.stage import StageSummary, run_stage
+from megagpt.corpus.top_fraction import score_of_top, write_scores
+from megagpt.documents import Document, Rejected
+from megagpt.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+def filter_block(block: Block, *, config: FilterConfig) -> Iterator[Document | Rejected]:
+    """The process of the filter stage."""
+    filters = build_filters(config)
+    for document in read_block(block):
+        yield apply_filters(document, filters)
+
+
+def filter_documents(
+    config: FilterConfig, inputs: Sequence[Path], output_dir: Path, execution: Execution
+) -> StageSummary | None:
+    """Filter document files into `output_dir`, one output per input, with the reasons in its summary.
+
+    None: other parts have to score their documents first. Raises UserError before any work if a list or a model cannot be read,
+    or an input is damaged.
+    """
+    build_filters(config)
+    blocks = document_blocks(inputs)
+    if "classifier" in config.order and config.classifier.top_fraction is not None:
+        min_score = _find_min_score(config, blocks, output_dir, execution)
+        if min_score is None:
+            return None
+        log.info(
+            "classifier: the best %g of the documents have a score of at least %g", config.classifier.top_fraction, min_score
+        )
+        config = config.model_copy(update={"classifier": config.classifier.model_copy(update={"min_score": min_score})})
+    for code in config.language.labels if "language" in config.order else ():
+        names = [name for name in quality_rules.rules_passed(code) if name.partition(".")[0] in config.order]
+        if names:
+            log.info("language %s passes the rules it has no word lists or no spaces for: %s", code, ", ".join(names))
+    process = functools.partial(filter_block, config=config)
+    return run_stage("filter", blocks, output_dir, process, config_hash=config_hash(config), execution=execution)
+
+
+def _find_min_score(config: FilterConfig, blocks: Sequence[Block], output_dir: Path, execution: Execution) -> float | None:
+    """The score of `top_fraction`, from all documents that reach the classifier; None while other parts score theirs."""
+    settings = config_hash(config)
+    plan = fingerprint(_ScorePlan(blocks=tuple(plan_hash(settings, [block]) for block in blocks)))
+    answer, folder = output_dir / "min_score.json", output_dir / f".scores-{plan[:16]}"
+    if answer.is_file() and (found := read_json(answer))["plan"] == plan:
+        return found["min_score"]
+    paths = [folder / f"{number:06d}.f32" for number in range(len(blocks))]
+    tasks: list[Task] = [(path, _score_block, (block, config, path)) for block, path in zip(blocks, paths, strict=True)]
+    sizes = [num_bytes(block) for block in blocks]
+    if not run_phase("scores", tasks, execution, task_bytes=sizes, counted="documents", small_bytes=1 << 20):
+        return None
+    min_score = score_of_top(paths, config.classifier.top_fraction or 1.0)
+    write_json(answer, {"plan": plan, "min_score": min_score})
+    for stale in output_dir.glob(".scores-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return min_score
+
+
+class _ScorePlan(Config):
+    blocks: tuple[str, ...]
+
+
+def _score_block(block: Block, config: FilterConfig, path: Path) -> int:
+    """Write the scores of a block's documents that reach the classifier; returns how many."""
+    first = config.model_copy(update={"order": config.order[: config.order.index("classifier")]})
+    filters = build_filters(first)
+    score = page_filters.load_classifier(config.classifier.model or Path(), config.classifier.label)
+    outcomes = (apply_filters(document, filters) for document in read_block(block))
+    return write_scores((page_filters.score_of(outcome, score) for outcome in outcomes if isinstance(outcome, Document)), path)
+
+
+def describe(summary: StageSummary | None, output_dir: Path) -> str:
+    """What the filters did, for the console: one line per reason, the most frequent first."""
+    if summary is None:
+        return f"{output_dir}: the documents of this part are scored; run all parts again when they are done"
+    if not summary.complete:
+        return f"{output_dir}: {summary.files} of {summary.files_total} files are done; the other parts remain"
+    lines = [
+        f"{output_dir}: kept {summary.kept:,} of {summary.documents_in:,} documents ({summary.characters_out:,} characters)"
+    ]
+    ranked = sorted(summary.rejected.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(lines + [f"  {count:>10,}  {reason}" for reason, count in ranked])
+
+
+def config_hash(config: FilterConfig) -> str:
+    """Fingerprint of what decides the result: the settings of the filters that run, not of the others."""
+    unused = {name: type(getattr(config, name))() for name in get_args(FilterName) if name not in config.order}
+    return fingerprint(config.model_copy(update={**unused, "inputs": ()}))
