@@ -71,8 +71,8 @@ def process_age() -> float:
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
-JOB_TIMES = {"queued_at": "MEGAGPT_QUEUED_AT", "job_started_at": "MEGAGPT_JOB_STARTED_AT"}
-"""Values of a "start" row, and the variables (Unix seconds) by which slurm/pretrain.sh hands them over."""
+JOB_TIMES = {"queued_at": "MEGAGPT_QUEUED_AT", "started_at": "MEGAGPT_JOB_STARTED_AT"}
+"""Values of a "start" row's `job`, and the variables (Unix seconds) by which slurm/pretrain.sh hands them over."""
 
 
 def job_times(environment: Mapping[str, str] = os.environ) -> dict[str, float]:
@@ -168,7 +168,7 @@ def daly_interval(save_seconds: float, seconds_between_failures: float) -> float
 
 def _between(first: Row, started: float, previous_end: float | None) -> dict[str, float]:
     """Where the time before a process went, from the end of the one before it (or the first submission)."""
-    queued, left = first.get("queued_at"), first.get("job_started_at")
+    queued, left = (first.get("job", {}).get(name) for name in JOB_TIMES)
     if queued is None or left is None:
         return {} if previous_end is None else {"down": max(0.0, started - previous_end)}
     # Clocks of two machines, and seconds that SLURM rounds: the parts stay in order, so that they sum to the whole.

@@ -155,7 +155,7 @@ class Monitor:
             "num_devices": self._num_devices,
             "peak_tflops_per_device": peak,
         }
-        facts |= job_times() | self._advice
+        facts |= {"job": job_times()} | self._advice
         if self._wandb is not None:
             facts["wandb"] = {"id": self._wandb.id, "mode": self._wandb.mode}
         return facts

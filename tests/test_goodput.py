@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -9,18 +10,18 @@ from megagpt.goodput import advise_checkpoints, daly_interval, goodput_ledger, j
 from megagpt.metrics import Metrics, Row
 
 
-def row(kind: str, step: int, time: float, incarnation: int, seconds: dict[str, float], **more: float) -> Row:
+def row(kind: str, step: int, time: float, incarnation: int, seconds: dict[str, float], **more: Any) -> Row:
     return {"kind": kind, "step": step, "time": time, "incarnation": incarnation, "seconds": seconds, **more}
 
 
 LIFE = (
     # submitted at 1000, started at 1060, the first process begins at 1070
-    row("start", 0, 1090.0, 1, {"start": 20.0}, queued_at=1000, job_started_at=1060),
+    row("start", 0, 1090.0, 1, {"start": 20.0}, job={"queued_at": 1000, "started_at": 1060}),
     row("train", 50, 1195.0, 1, {"start": 20.0, "train": 100.0, "data_wait": 5.0}),
     row("save", 50, 1200.0, 1, {"start": 20.0, "train": 100.0, "data_wait": 5.0, "save": 5.0}),
     row("train", 90, 1280.0, 1, {"start": 20.0, "train": 180.0, "data_wait": 5.0, "save": 5.0}),
     # killed; seen at 1300, queued until 1400, begins at 1410
-    row("start", 50, 1430.0, 2, {"start": 15.0, "load": 5.0}, queued_at=1300, job_started_at=1400),
+    row("start", 50, 1430.0, 2, {"start": 15.0, "load": 5.0}, job={"queued_at": 1300, "started_at": 1400}),
     row("done", 150, 1640.0, 2, {"start": 15.0, "load": 5.0, "train": 200.0, "data_wait": 4.0, "save": 6.0}),
 )
 
@@ -36,21 +37,21 @@ def test_every_second_of_a_life_is_accounted_for() -> None:
 
 
 def test_without_a_job_the_time_between_is_down() -> None:
-    rows = tuple({k: v for k, v in r.items() if k not in ("queued_at", "job_started_at")} for r in LIFE)
+    rows = tuple({k: v for k, v in r.items() if k != "job"} for r in LIFE)
     seconds = goodput_ledger(Metrics(rows, rows, 0)).seconds
     assert seconds["down"] == 130.0
     assert not {"queue", "launch"} & seconds.keys()
 
 
 def test_clocks_that_disagree_keep_the_sum() -> None:
-    rows = (*LIFE[:4], LIFE[4] | {"queued_at": 1100, "job_started_at": 1500}, LIFE[5])
+    rows = (*LIFE[:4], LIFE[4] | {"job": {"queued_at": 1100, "started_at": 1500}}, LIFE[5])
     ledger = goodput_ledger(Metrics(rows, rows, 0))
     assert ledger.wall_seconds == pytest.approx(640)
 
 
 def test_the_script_hands_the_jobs_times_over() -> None:
     environment = {"MEGAGPT_QUEUED_AT": "1000", "MEGAGPT_JOB_STARTED_AT": "1060"}
-    assert job_times(environment) == {"queued_at": 1000.0, "job_started_at": 1060.0}
+    assert job_times(environment) == {"queued_at": 1000.0, "started_at": 1060.0}
     assert job_times({}) == {}
 
 

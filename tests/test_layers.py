@@ -31,6 +31,7 @@ LAYERS = (
         "goodput",
         "gpu",
         "watchdog",
+        "node",
         "stacks",
         "guard",
         "generate",

@@ -62,6 +62,7 @@ BAD_INPUT = {
         (["run_dir={tmp}/none"], "{tmp}/none"),
         (["run_dir={tmp}", "temperature=-1"], "temperature=-1"),
     ],
+    "check_node": [(["num_gpus=-1"], "num_gpus=-1"), (["run_dri=x"], "did you mean run_dir")],
     "report_run": [(["run_dir={tmp}/none"], "{tmp}/none")],
 }
 CASES = [(tool, words, named) for tool, cases in BAD_INPUT.items() for words, named in cases]
