@@ -94,9 +94,9 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         if not config.enabled:
             return
-        port = world.broadcast(self._serve() if world.rank == 0 else 0)
+        self._port = world.broadcast(self._serve() if world.rank == 0 else 0)
         if world.rank != 0:
-            self._store = _store(os.environ["MASTER_ADDR"], port, is_master=False)
+            self._store = _store(os.environ["MASTER_ADDR"], self._port, is_master=False)
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size) if world.rank == 0 else (0,), now)
         for name, target in (("watchdog reports", self._exchange), ("watchdog", self._judge)):
@@ -149,13 +149,17 @@ class Watchdog:
     # ---- thread "watchdog reports": may hang with the network, decides nothing
 
     def _exchange(self) -> None:
-        try:
-            while not self._closing.wait(self._interval):
+        while not self._closing.wait(self._interval):
+            try:
                 self._send(self.report())
                 self._receive()
+            except (RuntimeError, ValueError, OSError):
+                # A hole in the network, or rank 0 has gone: then its silence tells. The connection is made anew.
+                if self.world.rank != 0 and not self._closing.wait(self._interval):
+                    with contextlib.suppress(RuntimeError):
+                        self._store = _store(os.environ["MASTER_ADDR"], self._port, is_master=False)
+        with contextlib.suppress(RuntimeError):
             self._send(self.report() | {"ended": True})
-        except (RuntimeError, ValueError, OSError):
-            return  # the store has gone with rank 0; who needs to know sees it by its silence
 
     def _send(self, report: Report) -> None:
         self._store.set(f"rank {report['rank']}", json.dumps(report))

@@ -25,8 +25,14 @@ tasks_per_node=${tasks_per_node:-}
 # Where rank 0 listens. Empty: the first node of the job, by name.
 master_addr=${master_addr:-}
 
+# The address or interface name of every node on which Dask listens (executor=dask). Empty: the one of the host's name.
+dask_host=${dask_host:-}
+
 # The job starts again after a crash, until so many starts in a row have not brought a newer checkpoint.
 max_starts_without_progress=${max_starts_without_progress:-3}
+
+# How long the check of the nodes may take before the first start and after a failure. A node that is not done is bad.
+node_check_seconds=${node_check_seconds:-300}
 
 # Compiled kernels: one cache on a disk that all nodes share.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/runs/cache/torch_extensions}

@@ -9,10 +9,13 @@
 #   slurm/preprocess.sh CONFIG [key=value ...]                     submits itself with env.sh's options
 #   sbatch [options] slurm/preprocess.sh CONFIG [key=value ...]    the same, from the project's root
 #   stages="filter_documents dedup_documents" slurm/preprocess.sh ...    only some of the stages
+#   executor=dask slurm/preprocess.sh ...                          one pool of workers over all nodes, by Dask
+#   stages=extract_documents sbatch --array=0-63 slurm/preprocess.sh ...    one stage, each task its part
 #
-# Each node works on its part of a stage (part=i/n) with a worker per core. Deduplication has phases that need all parts of the
-# phase before: over several nodes it is run until its summary is there. What is committed stays, so a job that was
-# preempted or ran into its time limit goes on where it was. A stage that fails ends the job and names the stage.
+# Otherwise each node works on its part of a stage (part=i/n) with a worker per core. Deduplication has phases that need all
+# parts of the phase before: over several nodes it is run until its summary is there. With Dask nodes share one queue, so
+# a lost node costs only what it was at work on. What is committed stays, so a job that was preempted or ran into its time
+# limit goes on where it was. A stage that fails ends the job and names the stage.
 set -uo pipefail
 
 say() { printf '%s preprocess.sh: %s\n' "$(date '+%F %T')" "$*"; }
@@ -31,25 +34,38 @@ cd "$root" || exit 2
 source slurm/env.sh
 [ $# -ge 1 ] || fail "usage: slurm/preprocess.sh CONFIG [key=value ...]"
 "${launch[@]}" "$python" tools/extract_documents.py "$@" --print > /dev/null || exit 2
+executor=${executor:-process}
+case $executor in process | dask) ;; *) fail "executor=$executor: process or dask is expected" ;; esac
+if [ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]; then
+  [ "$executor" = process ] || fail "executor=dask is for one job of many nodes, not for an array"
+  case ${stages:-all} in *' '* | all) fail "an array runs one stage: stages=extract_documents sbatch --array=... (the next one with --dependency=afterok:...)" ;; esac
+fi
 
 if ! "$in_job"; then
+  # Dask goes on without a node that is lost; otherwise SLURM shall put the job back.
+  if [ "$executor" = dask ]; then preprocess_options+=(--no-kill); fi
   exec sbatch "${site_options[@]}" "${preprocess_options[@]}" slurm/preprocess.sh "$@"
 fi
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "not inside a SLURM job, and not beside env.sh"
 export PYTHONUNBUFFERED=1 SRUN_CPUS_PER_TASK=$SLURM_CPUS_ON_NODE
 
-stopping=false
-trap 'stopping=true; kill "$srun_pid" 2> /dev/null' USR1
+stopping=false stage_pid='' dask_pids=()
+trap 'stopping=true; kill "$stage_pid" 2> /dev/null' USR1
+
+# attend COMMAND...: its status, with traps answered meanwhile.
+attend() {
+  "$@" &
+  stage_pid=$!
+  while kill -0 "$stage_pid" 2> /dev/null; do sleep 1; done # traps run between the sleeps
+  wait "$stage_pid"
+}
 
 # run_on N COMMAND...: one task on each of N nodes; the tasks' status.
 run_on() {
   local nodes=$1
   shift
-  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "$@" &
-  srun_pid=$!
-  while kill -0 "$srun_pid" 2> /dev/null; do sleep 1; done # traps run between the sleeps
-  wait "$srun_pid"
+  attend srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "$@"
 }
 
 on_all_nodes() {
@@ -57,18 +73,64 @@ on_all_nodes() {
   run_on "$SLURM_JOB_NUM_NODES" bash -c '"$@" "part=$SLURM_PROCID/$SLURM_NTASKS" "num_workers=$SLURM_CPUS_ON_NODE"' part "$@"
 }
 
+# A scheduler beside this script and a worker per core on every node. They talk TLS with a key made for this job: a Dask worker
+# runs whatever it is sent. Files of keys and of the scheduler's address are readable by the owner alone.
+start_dask() {
+  local folder=$PWD/runs/dask/$SLURM_JOB_ID
+  rm -rf "$folder"
+  (umask 077 && mkdir -p "$folder" && openssl req -x509 -newkey rsa:2048 -nodes -days 90 -subj /CN=megagpt-corpus \
+    -keyout "$folder/key.pem" -out "$folder/certificate.pem" 2> /dev/null) || fail "openssl could not make a key in $folder"
+  local prefix=DASK_DISTRIBUTED__COMM__TLS role
+  export DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION=True "${prefix}__CA_FILE=$folder/certificate.pem"
+  for role in SCHEDULER WORKER CLIENT; do
+    export "${prefix}__${role}__CERT=$folder/certificate.pem" "${prefix}__${role}__KEY=$folder/key.pem"
+  done
+  scheduler_file=$folder/scheduler.json
+  "${launch[@]}" "$python" -m distributed.cli.dask_scheduler --protocol tls --port 0 --no-dashboard --no-show \
+    ${dask_host:+--host "$dask_host"} --scheduler-file "$scheduler_file" > "$folder/scheduler.log" 2>&1 &
+  dask_pids=($!)
+  # A node that is lost takes its workers with it, not the others.
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill --wait=0 \
+    --output "$folder/workers-%n.log" "${launch[@]}" "$python" -m distributed.cli.dask_worker --protocol tls --no-dashboard \
+    ${dask_host:+--host "$dask_host"} --nworkers "$SLURM_CPUS_ON_NODE" --nthreads 1 --local-directory /tmp \
+    --death-timeout 300 --scheduler-file "$scheduler_file" &
+  dask_pids+=($!)
+  local waited
+  for ((waited = 0; waited < 300; waited++)); do
+    [ -s "$scheduler_file" ] && grep -q 'Registered to' "$folder"/workers-*.log 2> /dev/null && return
+    kill -0 "${dask_pids[0]}" 2> /dev/null || break
+    sleep 1
+  done
+  fail "Dask did not start: see $folder"
+}
+
+end_dask() { [ ${#dask_pids[@]} = 0 ] || kill "${dask_pids[@]}" 2> /dev/null; }
+
+if [ "$executor" = dask ]; then
+  start_dask
+  trap end_dask EXIT
+fi
 for stage in ${stages:-extract_documents filter_documents dedup_documents train_tokenizer tokenize_documents}; do
   say "$stage on $SLURM_JOB_NODELIST"
   command=("${launch[@]}" "$python" "tools/$stage.py" "$@")
   rounds=1
-  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$executor" = process ]; then
     case $stage in
       dedup_documents) rounds=5 ;;    # index, bands, candidates, verification, writing
       tokenize_documents) rounds=3 ;; # counting or tokenizing, writing, completing
     esac
   fi
   for ((round = 1; round <= rounds; round++)); do
-    if [ "$stage" = train_tokenizer ]; then run_on 1 "${command[@]}"; else on_all_nodes "${command[@]}"; fi
+    if [ "$stage" = train_tokenizer ]; then
+      run_on 1 "${command[@]}"
+    elif [ "$executor" = dask ]; then
+      attend "${command[@]}" executor=dask "scheduler_file=$scheduler_file"
+    elif [ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]; then
+      part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT
+      run_on 1 "${command[@]}" "part=$part" "num_workers=$SLURM_CPUS_ON_NODE"
+    else
+      on_all_nodes "${command[@]}"
+    fi
     status=$?
     if "$stopping"; then
       say "the time limit is near: goes back to the queue"

@@ -15,6 +15,7 @@
 #   75  stopped on request (time limit, preemption) with a checkpoint: starts again
 #   76  ended by the watchdog: starts again
 #   else  a crash: starts again, until max_starts_without_progress starts in a row brought no newer checkpoint
+# Before its first start and after a failure the nodes are checked; if some are bad, a successor without them is submitted.
 set -uo pipefail
 
 say() { printf '%s pretrain.sh: %s\n' "$(date '+%F %T')" "$*"; }
@@ -44,20 +45,28 @@ check() {
 
 if ! "$in_job"; then
   check "$@" check=true
+  # A successor of this job has to be submitted with the same options.
+  export MEGAGPT_SBATCH_OPTIONS="${site_options[*]} ${pretrain_options[*]}"
   exec sbatch "${site_options[@]}" "${pretrain_options[@]}" slurm/pretrain.sh "$@"
 fi
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "not inside a SLURM job, and not beside env.sh"
+MEGAGPT_JOB_STARTED_AT=$(date +%s)
 settings=$(check "$@" --print) || exit 2
 run_dir=$("$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<< "$settings") || exit 2
 check "$@" check=true
 
+job_field() { scontrol show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 newest_checkpoint() { find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2> /dev/null | sort | tail -n 1; }
 count_starts() { find "$run_dir/starts" -name '*.json' 2> /dev/null | wc -l; }
 
+# For the account of where the time of the run went.
+MEGAGPT_QUEUED_AT=$(date -d "$(job_field SubmitTime)" +%s)
+export MEGAGPT_JOB_STARTED_AT MEGAGPT_QUEUED_AT
+
 # A rank that gets a signal before Python has its handlers dies of it. A start is on record once all ranks have joined.
 starts_before=$(count_starts)
-stop_signal='' forwarded=false
+stop_signal='' forwarded=false srun_pid=''
 trap 'stop_signal=USR1' USR1
 trap 'stop_signal=TERM' TERM
 forward_when_ready() {
@@ -65,6 +74,15 @@ forward_when_ready() {
     say "passing SIG$stop_signal on to the ranks: they save and end"
     kill -s "$stop_signal" "$srun_pid" 2> /dev/null
     forwarded=true
+  fi
+}
+
+# A job that was cancelled must stay so, and a preempted one is requeued by SLURM: only a running one is put back by itself.
+back_to_the_queue() {
+  if [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+    say "goes back to the queue"
+    scontrol requeue "$SLURM_JOB_ID" || exit 1
+    sleep 60 # the requeue ends this script
   fi
 }
 
@@ -76,10 +94,67 @@ export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
 export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
 export PYTHONUNBUFFERED=1
 
+failures="$run_dir/starts_without_progress"
+
+# check_nodes WHAT...: what the job's nodes say of themselves, one task on each.
+check_nodes() {
+  timeout --kill-after=20 "$node_check_seconds" srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    --ntasks-per-node=1 "${launch[@]}" "$python" tools/check_node.py "run_dir=$run_dir" "$@" 2>&1
+}
+
+# bad_nodes: the job's nodes that do not say in time that they are good. None if all are bad: then it is not the nodes.
+bad_nodes() {
+  local report good bad
+  report=$(check_nodes network=false)
+  grep '^check_node: ' <<< "$report" >&2
+  good=$(sed -n 's/^check_node: \([^ ]*\) good$/\1/p' <<< "$report")
+  if [ -z "$good" ]; then
+    say "no node passed the check; its last lines:" >&2
+    tail -n 20 <<< "$report" >&2
+    return
+  fi
+  bad=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$good" | paste -sd , -)
+  if [ -z "$bad" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    # This says only that something between the nodes is wrong, not where.
+    check_nodes local=false "timeout_seconds=$((node_check_seconds / 2))" | grep '^check_node: .* bad' >&2
+  fi
+  printf '%s' "$bad"
+}
+
+# A running job cannot be moved off a node: another one takes over without it, with the same options, on the same run_dir.
+submit_successor() {
+  local bad=$1 before options
+  shift
+  before=$(job_field ExcNodeList)
+  [ "$before" = "(null)" ] && before=''
+  if [ -n "${MEGAGPT_SBATCH_OPTIONS:-}" ]; then
+    read -ra options <<< "$MEGAGPT_SBATCH_OPTIONS"
+  else
+    options=("--nodes=$SLURM_JOB_NUM_NODES" "--time=$(job_field TimeLimit)" "--partition=$(job_field Partition)")
+    local account gpus
+    account=$(job_field Account) gpus=$(job_field TresPerNode)
+    [ "$account" = "(null)" ] || options+=("--account=$account")
+    [ -z "$gpus" ] || options+=("--gres=${gpus/gres:gpu/gpu}")
+    [ "$(job_field OverSubscribe)" != NO ] || options+=(--exclusive)
+  fi
+  say "bad nodes: $bad; a successor without them takes over"
+  env -u SLURM_NNODES sbatch "${options[@]}" --exclude="$bad${before:+,$before}" --dependency="afterany:$SLURM_JOB_ID" \
+    slurm/pretrain.sh "$@"
+}
+
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ -e "$failures" ]; then
+  bad=$(bad_nodes)
+  if [ -n "$bad" ]; then
+    submit_successor "$bad" "$@" && exit 1
+    say "the successor could not be submitted: goes on with all nodes" >&2
+  fi
+fi
+
 before=$(newest_checkpoint)
 say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks ranks a node, from ${before:-the beginning}"
-srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) \
-  "${launch[@]}" "$python" tools/train_model.py "$@" &
+# --wait: ranks whose step daemon has died are not waited for when the others have ended.
+srun --kill-on-bad-exit=1 --wait=30 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" \
+  --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) "${launch[@]}" "$python" tools/train_model.py "$@" &
 srun_pid=$!
 while kill -0 "$srun_pid" 2> /dev/null; do
   sleep 1
@@ -89,11 +164,19 @@ wait "$srun_pid"
 status=$?
 after=$(newest_checkpoint)
 say "the ranks ended with status $status, newest checkpoint: ${after:-none}"
+if [ "$(job_field Restarts)" != "${SLURM_RESTART_COUNT:-0}" ]; then
+  # SLURM had lost this node and started the job elsewhere: what is done from here on is the other start's affair.
+  say "a later start of this job runs: nothing more is done here" >&2
+  exit 1
+fi
 
-failures="$run_dir/starts_without_progress"
 case $status in
-  0 | 2)
-    exit "$status"
+  0)
+    rm -f "$failures"
+    exit 0
+    ;;
+  2)
+    exit 2
     ;;
   75)
     rm -f "$failures"
@@ -108,12 +191,5 @@ case $status in
     fi
     ;;
 esac
-
-# A job that was cancelled must stay so, and a preempted one is requeued by SLURM: only a running one is put back by itself.
-state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)
-if [ "$state" = RUNNING ]; then
-  say "goes back to the queue"
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
-  sleep 60 # the requeue ends this script
-fi
+back_to_the_queue
 exit "$status"

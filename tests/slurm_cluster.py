@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,15 +41,18 @@ JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 EnforcePartLimits=ALL
 ReturnToService=2
-SlurmdTimeout=30
-KillWait=30
+SlurmdTimeout=20
+KillWait=15
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=3600
 JobRequeue=1
 PropagateResourceLimits=NONE
 FirstJobId={first_job}
 NodeName=DEFAULT CPUs=2 RealMemory=4000 State=UNKNOWN
 {nodes}
-PartitionName=main Nodes=n[1-{num_nodes}] Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
+PartitionName=main Nodes=n[1-{num_nodes}] Default=YES MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n[1-{num_nodes}] MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -59,6 +63,22 @@ class Cluster:
         self.folder = folder
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RANK", "WORLD_SIZE"))}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        """slurmctld, and one slurmd by the name of each node."""
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd, at the beginning or after it was killed."""
+        self.daemons[name] = start_daemon(self, "slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL to a node's slurmd; what it has started lives on."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+
+    def submit(self, site: Path, *command: str, **environment: str) -> str:
+        """Run a job script, or sbatch, in a project; the number of the job."""
+        output = self.command(*command, cwd=site, timeout=300, **environment)
+        return output.strip().split()[-1]
 
     def command(self, *words: str, cwd: Path | None = None, timeout: float = 60, **environment: str) -> str:
         """Run a SLURM command (or a script that calls some) and return what it prints. Raises CalledProcessError."""
@@ -102,13 +122,13 @@ def running_cluster(folder: Path, *, num_nodes: int) -> Iterator[Cluster]:
     )
     (folder / "slurm.conf").write_text(text)
     cluster = Cluster(folder)
-    daemons: list[subprocess.Popen[bytes]] = []
     try:
-        daemons.append(start_daemon(cluster, "slurmctld", "-D", "-c"))
-        daemons += [start_daemon(cluster, "slurmd", "-D", "-N", f"n{i}") for i in range(1, num_nodes + 1)]
+        cluster.daemons["slurmctld"] = start_daemon(cluster, "slurmctld", "-D", "-c")
+        for i in range(1, num_nodes + 1):
+            cluster.start_node(f"n{i}")
         deadline = time.monotonic() + 60
         while idle_nodes(cluster) < num_nodes:
-            assert daemons[0].poll() is None, (folder / "log" / "slurmctld.log").read_text()[-2000:]
+            assert cluster.daemons["slurmctld"].poll() is None, (folder / "log" / "slurmctld.log").read_text()[-2000:]
             assert time.monotonic() < deadline, "the nodes did not become idle"
             time.sleep(0.2)
         yield cluster
@@ -116,7 +136,7 @@ def running_cluster(folder: Path, *, num_nodes: int) -> Iterator[Cluster]:
         with contextlib.suppress(subprocess.SubprocessError):
             cluster.command("scancel", "--user", getpass.getuser(), timeout=10)
             time.sleep(1)
-        stop_daemons(daemons)
+        stop_daemons(list(cluster.daemons.values()))
 
 
 def start_daemon(cluster: Cluster, *words: str) -> subprocess.Popen[bytes]:
@@ -154,3 +174,38 @@ def free_ports(count: int) -> list[int]:
         for listener in sockets:
             listener.bind(("127.0.0.1", 0))
         return [listener.getsockname()[1] for listener in sockets]
+
+
+def make_site(root: Path, project: Path, *, nodes: str = "2") -> Path:
+    """A project as a site has it: the shipped files, and an env.sh with this cluster's options."""
+    root.mkdir(parents=True)
+    for name in ("tools", "configs", "megagpt"):
+        (root / name).symlink_to(project / name)
+    shutil.copytree(project / "slurm", root / "slurm")
+    settings = (root / "slurm" / "env.sh").read_text()
+    for old, new in (
+        ("pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)", f"pretrain_options=(--nodes={nodes} --time=30)"),
+        ("preprocess_options=(--nodes=1 --time=24:00:00)", f"preprocess_options=(--nodes={nodes} --time=30)"),
+        ("python=${python:-$PWD/.venv/bin/python}", f"python={sys.executable}"),
+        ("master_addr=${master_addr:-}", "master_addr=127.0.0.1"),
+    ):
+        assert old in settings
+        settings = settings.replace(old, new)
+    (root / "slurm" / "env.sh").write_text(settings)
+    return root
+
+
+def processes_of(job_id: str, program: str = "tools/train_model.py", rank: int | None = None) -> list[int]:
+    """The processes of a job's tasks that run a Python program, on this host; or those of one task."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        mine = f"SLURM_JOB_ID={job_id}".encode() in environment and program.encode() in words and b"python" in words[0]
+        place = rank is None or f"SLURM_PROCID={rank}".encode() in environment
+        if mine and place and any(word.startswith(b"SLURM_STEP_NUM_TASKS=") for word in environment):
+            found.append(int(folder.name))
+    return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, running_cluster
+from slurm_cluster import Cluster, make_site, running_cluster
 
 from megagpt.documents import Document, write_documents
 from megagpt.metrics import read_metrics
@@ -82,23 +82,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A project as a site has it: the shipped files, and an env.sh with this cluster's options."""
-    root = tmp_path / "project"
-    root.mkdir()
-    for name in ("tools", "configs", "megagpt"):
-        (root / name).symlink_to(PROJECT / name)
-    shutil.copytree(PROJECT / "slurm", root / "slurm")
-    settings = (root / "slurm" / "env.sh").read_text()
-    for old, new in (
-        ("pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)", "pretrain_options=(--nodes=2 --time=30)"),
-        ("preprocess_options=(--nodes=1 --time=24:00:00)", "preprocess_options=(--nodes=2 --time=30)"),
-        ("python=${python:-$PWD/.venv/bin/python}", f"python={sys.executable}"),
-        ("master_addr=${master_addr:-}", "master_addr=127.0.0.1"),
-    ):
-        assert old in settings
-        settings = settings.replace(old, new)
-    (root / "slurm" / "env.sh").write_text(settings)
-    return root
+    """A project as a site has it."""
+    return make_site(tmp_path / "project", PROJECT)
 
 
 @pytest.fixture

@@ -1,0 +1,245 @@
+"""A training job on a real SLURM of three nodes: whatever happens, it ends with the weights of a run left in peace."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks, wait_until
+from slurm_cluster import Cluster, make_site, processes_of, running_cluster
+
+from bench import chaos
+from megagpt.checkpoint import load_model
+from megagpt.documents import Document, write_documents
+from megagpt.files import read_json
+from megagpt.inspection import check_ledger
+from megagpt.metrics import read_metrics
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]
+"""The six faults of the soak's short form: bench/chaos.py has more kinds, and more of each."""
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if shutil.which("sbatch") is None or shutil.which("slurmctld", path="/usr/sbin:/sbin:/usr/bin") is None:
+        pytest.skip("SLURM is not installed (docker/install.sh packages dev)")
+    with running_cluster(tmp_path_factory.mktemp("slurm") / "lab", num_nodes=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chaos.make_shards(tmp_path_factory.mktemp("corpus"))
+
+
+def test_six_faults_in_a_row_change_no_bit(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    soak = chaos.soak_run(cluster, tmp_path, shards, SHORT)
+    found = chaos.compare(soak, tmp_path / "clean", shards)
+    assert found["weights_equal"]
+    assert found["losses_equal"]
+    assert "all as in the shards" in found["ledger"][0]
+    assert not any("used twice" in line for line in found["ledger"])
+    verdicts = {outcome.fault: outcome.verdict for outcome in soak.table}
+    assert verdicts["stop_soon"] == "stop: SIGUSR1"
+    assert verdicts["rank_stopped"].startswith("watchdog: silent, rank ")
+    assert "ended with status 76" in soak.log()
+    assert read_metrics(soak.run_dir).of_kind("damaged")
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(run_dir).of_kind("train")}
+
+
+def uninterrupted(folder: Path, shards: Path, max_steps: int, size: int) -> Path:
+    """The same run on this machine, without SLURM."""
+    config, *words = chaos.settings(folder / "run", shards, max_steps)
+    ranks = Ranks([str(PROJECT / "tools" / "train_model.py"), str(PROJECT / config), *words], size, folder / "logs")
+    assert ranks.wait() == [0] * size, ranks.output()
+    return folder / "run"
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_model(run_dir).model.state_dict()
+
+
+def read_incarnation(run_dir: Path) -> int:
+    return int(read_json(run_dir / "owner.json")["incarnation"]) if (run_dir / "owner.json").exists() else 0
+
+
+def last_step(run_dir: Path, incarnation: int) -> int:
+    if not (run_dir / "metrics.jsonl").exists():
+        return -1
+    rows = read_metrics(run_dir).all_rows
+    return max((row["step"] for row in rows if row["incarnation"] == incarnation and row["kind"] == "train"), default=-1)
+
+
+def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """slurmd dies, its rank and batch script train on while SLURM starts the job elsewhere."""
+    site, run_dir, steps = make_site(tmp_path / "project", PROJECT, nodes="1"), tmp_path / "run", 700
+    job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, steps))
+    wait_until(lambda: last_step(run_dir, 1) >= 60)
+    node = cluster.job(job_id)["NodeList"]
+    ghosts = processes_of(job_id)
+    # It waits, so that it still lives when the next start has saved; then it goes on.
+    for pid in ghosts:
+        os.kill(pid, signal.SIGSTOP)
+    cluster.kill_node(node)
+    try:
+        wait_until(lambda: read_incarnation(run_dir) == 2 and last_step(run_dir, 2) >= 0)
+        assert cluster.job(job_id)["NodeList"] != node
+        for pid in ghosts:
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ghosts))
+        cluster.wait_for(job_id, "COMPLETED", timeout=300)
+    finally:
+        for pid in ghosts:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        cluster.start_node(node)
+    assert cluster.job(job_id)["Restarts"] == "1", "the left-over batch script must not requeue the job"
+    log = (site / f"megagpt-{job_id}.log").read_text(errors="replace")
+    assert "incarnation 1 may not commit" in log
+    clean = uninterrupted(tmp_path / "clean", shards, steps, 1)
+    ours, expected = weights(run_dir), weights(clean)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert losses(run_dir) == losses(clean)
+    assert "all as in the shards" in next(iter(check_ledger(run_dir)))
+
+
+def test_it_goes_on_with_the_nodes_that_there_are(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """--nodes=1-3: two nodes, then one, then three, as the partition has them."""
+    site, run_dir, steps = make_site(tmp_path / "project", PROJECT, nodes="1-3"), tmp_path / "run", 500
+
+    def drain(*nodes: str) -> None:
+        for node in ("n1", "n2", "n3"):
+            words = ["state=drain", "reason=test"] if node in nodes else ["state=resume"]
+            with contextlib.suppress(subprocess.CalledProcessError):  # resuming one that is not drained
+                cluster.command("scontrol", "update", f"nodename={node}", *words)
+
+    drain("n3")
+    job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, steps))
+    for incarnation, drained in ((1, ("n2", "n3")), (2, ())):
+        wait_until(lambda i=incarnation: last_step(run_dir, i) >= 100 * i)
+        drain(*drained)
+        cluster.command("scontrol", "requeue", job_id)
+    cluster.wait_for(job_id, "COMPLETED", timeout=400)
+    sizes = [read_json(path)["world_size"] for path in sorted((run_dir / "starts").glob("*.json"))]
+    assert sizes == [2, 1, 3]
+    clean = uninterrupted(tmp_path / "clean", shards, steps, 2)
+    found, expected = losses(run_dir), losses(clean)
+    # fp32 sums in another order
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
+    ours, theirs = weights(run_dir), weights(clean)
+    difference = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs)
+    assert (difference / sum(float(tensor.square().sum()) for tensor in theirs.values())) ** 0.5 <= 1e-4
+    assert "all as in the shards" in next(iter(check_ledger(run_dir)))
+
+
+def test_a_bad_node_is_left_out_by_a_successor(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    site, run_dir = make_site(tmp_path / "project", PROJECT), tmp_path / "run"
+    launcher = tmp_path / "launch.sh"
+    launcher.write_text('#!/bin/bash\ncase "$SLURMD_NODENAME $*" in "n1 "*check_node*) exit 1 ;; esac\nexec "$@"\n')
+    launcher.chmod(0o755)
+    settings = site / "slurm" / "env.sh"
+    settings.write_text(settings.read_text().replace("launch=()", f"launch=({launcher})"))
+    job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, 30), node_check_seconds="60")
+    cluster.wait_for(job_id, "FAILED", timeout=200)
+    successor = str(int(job_id) + 1)
+    job = cluster.wait_for(successor, "COMPLETED", timeout=200)
+    assert (job["NodeList"], job["ExcNodeList"]) == ("n[2-3]", "n1")
+    assert "bad nodes: n1" in (site / f"megagpt-{job_id}.log").read_text()
+    assert last_step(run_dir, 1) == 30
+
+
+@pytest.mark.parametrize("script", ["pretrain.sh", "preprocess.sh"])
+def test_sbatch_would_take_the_script(script: str, cluster: Cluster, tmp_path: Path) -> None:
+    site = make_site(tmp_path / "project", PROJECT)
+    cluster.command("sbatch", "--test-only", "--nodes=2", f"slurm/{script}", "configs/train/debug_cpu.yaml", cwd=site)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--nodes=9", "More processors requested than permitted"),
+        ("--nodes=2 --gpus-per-node=8", "Invalid generic resource"),
+        ("--nodes=2 --partition=none", "partition"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused_at_submission(
+    options: str, named: str, cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    site = make_site(tmp_path / "project", PROJECT)
+    settings = site / "slurm" / "env.sh"
+    settings.write_text(settings.read_text().replace("pretrain_options=(--nodes=2 --time=30)", f"pretrain_options=({options})"))
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(tmp_path / "run", shards, 10))
+    assert named in error.value.stderr
+
+
+def write_corpus(folder: Path) -> list[str]:
+    """Some small inputs; the settings for them."""
+    text = (PROJECT / "LICENSE").read_text(encoding="utf-8")
+    paragraphs = [part for part in text.split("\n\n") if len(part) > 40]
+    for name in "abcdef":
+        documents = [Document(f"{name}:{i}", f"{part}\n{name}", "text") for i, part in enumerate(paragraphs)]
+        write_documents(folder / "in" / f"{name}.jsonl.zst", documents)
+    words = [f"extract.inputs=[{folder}/in/*.jsonl.zst]", "filter.order=[clean]", "block_bytes=5000"]
+    return [*words, "tokenize.tokenizer=bytes", "tokenize.validation_fraction=0.1", "dedup.threshold=0.5"]
+
+
+def files(folder: Path, *patterns: str) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in sorted(folder.glob(pattern))}
+
+
+STAGES = ("extract_documents", "filter_documents", "dedup_documents", "tokenize_documents")
+
+
+def test_the_corpus_on_dask_survives_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
+    """All of one node's workers are killed with their step daemon; the other node does the rest, with the same bytes."""
+    words, site = write_corpus(tmp_path), make_site(tmp_path / "project", PROJECT)
+    environment = {"executor": "dask", "dask_host": "127.0.0.1", "stages": " ".join(STAGES)}
+    job_id = cluster.submit(site, "slurm/preprocess.sh", f"work_dir={tmp_path}/two", *words, **environment)
+    wait_until(lambda: (tmp_path / "two" / "extract").is_dir())
+    workers = processes_of(job_id, "distributed.cli.dask_worker", rank=1)
+    assert workers
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    cluster.wait_for(job_id, "COMPLETED", timeout=600)
+    assert "tls://" in (site / "runs" / "dask" / job_id / "scheduler.log").read_text()
+    for stage in STAGES:
+        command = [sys.executable, f"tools/{stage}.py", f"work_dir={tmp_path}/one", *words]
+        subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
+    patterns = ("dedup/*.jsonl.zst", "shards/*/*.bin", "shards/*/*.idx")
+    assert files(tmp_path / "two", *patterns) == files(tmp_path / "one", *patterns) != {}
+
+
+def test_an_array_completes_but_for_the_task_that_fails(cluster: Cluster, tmp_path: Path) -> None:
+    """Task 1 of 3 fails once; run again, it alone has work to do, and the output is that of one machine."""
+    words, site = write_corpus(tmp_path), make_site(tmp_path / "project", PROJECT)
+    launcher = tmp_path / "launch.sh"
+    launcher.write_text(f'#!/bin/bash\ncase "$*" in *part=1/3*) [ -e {tmp_path}/mended ] || exit 1 ;; esac\nexec "$@"\n')
+    launcher.chmod(0o755)
+    settings = site / "slurm" / "env.sh"
+    settings.write_text(settings.read_text().replace("launch=()", f"launch=({launcher})"))
+    sbatch = ["sbatch", "--parsable", "--array=0-2", "--nodes=1", "slurm/preprocess.sh", f"work_dir={tmp_path}/array", *words]
+    first = cluster.submit(site, *sbatch, stages="extract_documents")
+    cluster.wait_for(f"{first}_1", "FAILED", timeout=200)
+    for task in (0, 2):
+        cluster.wait_for(f"{first}_{task}", "COMPLETED", timeout=200)
+    (tmp_path / "mended").touch()
+    second = cluster.submit(site, *sbatch, stages="extract_documents")
+    for task in range(3):
+        cluster.wait_for(f"{second}_{task}", "COMPLETED", timeout=200)
+    command = [sys.executable, "tools/extract_documents.py", f"work_dir={tmp_path}/one", *words]
+    subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
+    assert files(tmp_path / "array", "extract/*.jsonl.zst") == files(tmp_path / "one", "extract/*.jsonl.zst") != {}
