@@ -102,9 +102,14 @@ class Ranks:
         try:
             return [process.wait(max(1.0, end - time.monotonic())) for process in self.processes]
         finally:
-            for process in self.processes:
-                if process.poll() is None:
-                    process.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def output(self, rank: int = 0) -> str:
         """What a rank has printed so far."""

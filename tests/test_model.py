@@ -1,0 +1,202 @@
+"""The model against slow, obvious versions: attention, rotary positions, documents, cache, loss, start."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt import loss as loss_module
+from megagpt.config import UserError, validate
+from megagpt.loss import summed_cross_entropy
+from megagpt.model import GPT, ModelConfig, initial_value, initialise, rope_angles, rotate
+
+SMALL = {"vocab_size": 50, "seq_len": 24, "num_layers": 2, "num_heads": 4, "hidden_size": 32}
+
+
+def small(**changes: object) -> tuple[ModelConfig, GPT]:
+    config = ModelConfig.model_validate({**SMALL, **changes})
+    model = GPT(config)
+    initialise(model, seed=3)
+    return config, model.eval()
+
+
+def ids(rows: int = 2, length: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def obvious_logits(config: ModelConfig, model: GPT, tokens: Tensor) -> Tensor:
+    """The llama family from its weights with explicit loops over heads and positions."""
+    w = dict(model.named_parameters())
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
+
+    def turn(x: Tensor, position: int) -> Tensor:
+        half = config.head_size // 2
+        angles = torch.tensor([position * config.rope_theta ** (-2 * i / config.head_size) for i in range(half)])
+        first, second = x[:half], x[half:]
+        return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()])
+
+    x = w["embedding.weight"][tokens]
+    for layer in range(config.num_layers):
+        p = f"blocks.{layer}."
+        h = norm(x, w[p + "attention_norm.weight"])
+        q, k, v = (h @ w[f"{p}attention.{name}.weight"].T for name in ("query", "key", "value"))
+        out = torch.zeros(len(tokens), config.num_heads * config.head_size)
+        size = config.head_size
+        for head in range(config.num_heads):
+            kv = head * config.kv_heads // config.num_heads
+            queries = [turn(q[t, head * size : (head + 1) * size], t) for t in range(len(tokens))]
+            keys = [turn(k[t, kv * size : (kv + 1) * size], t) for t in range(len(tokens))]
+            for t in range(len(tokens)):
+                scores = torch.stack([queries[t] @ keys[s] for s in range(t + 1)]) / size**0.5
+                values = v[: t + 1, kv * size : (kv + 1) * size]
+                out[t, head * size : (head + 1) * size] = scores.softmax(0) @ values
+        x = x + out @ w[p + "attention.out.weight"].T
+        h = norm(x, w[p + "mlp_norm.weight"])
+        gate, up = h @ w[p + "mlp.gate.weight"].T, h @ w[p + "mlp.up.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ w[p + "mlp.out.weight"].T
+    head_weight = w.get("head.weight", w["embedding.weight"])
+    return norm(x, w["norm.weight"]) @ head_weight.T
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"tied_head": False}])
+def test_llama_equals_the_obvious_computation(changes: dict[str, object]) -> None:
+    config, model = small(**changes)
+    with torch.no_grad():
+        # fp32 sums in another order
+        torch.testing.assert_close(model(ids()[:1, :9])[0], obvious_logits(config, model, ids()[0, :9]), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"family": "gpt2"}, {"num_kv_heads": 1, "qk_norm": True}])
+def test_the_loss_is_torchs_summed_cross_entropy_and_so_are_its_gradients(changes: dict[str, object]) -> None:
+    _, model = small(**changes)
+    targets = ids(seed=1)
+    targets[0, :7] = -100
+    ours = model(ids(), targets)
+    theirs = F.cross_entropy(model(ids()).flatten(0, 1), targets.flatten(), reduction="sum")
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 50, (37,), generator=generator)
+    targets[5] = -100
+    whole = summed_cross_entropy(hidden, weight, targets, z_loss=1e-2)
+    grads = torch.autograd.grad(whole * 3, (hidden, weight))
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 50 * 10)
+    chunked = summed_cross_entropy(hidden, weight, targets, z_loss=1e-2)
+    torch.testing.assert_close(chunked, whole)
+    for a, b in zip(torch.autograd.grad(chunked * 3, (hidden, weight)), grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    counted = targets != -100
+    log_z = (hidden @ weight.T).logsumexp(-1)
+    reference = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") + 1e-2 * log_z[counted].square().sum()
+    torch.testing.assert_close(whole, reference)
+    for a, b in zip(torch.autograd.grad(reference * 3, (hidden, weight)), grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_z_loss_counts_in_training_only() -> None:
+    _, model = small(z_loss=0.1)
+    with torch.no_grad():
+        evaluated = float(model(ids(), ids(seed=1)))
+        assert float(model.train()(ids(), ids(seed=1))) > evaluated + 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tokens_one_by_one_through_the_cache_give_the_same_logits(family: str) -> None:
+    _, model = small(family=family)
+    with torch.no_grad():
+        whole = model(ids())
+        cache = model.new_cache()
+        parts = [model(ids()[:, :10], cache=cache)]
+        parts += [model(ids()[:, t : t + 1], cache=cache) for t in range(10, 24)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_does_not_cross_documents() -> None:
+    _, model = small()
+    lengths = torch.tensor([[10, 14, 0], [3, 3, 18]])
+    with torch.no_grad():
+        masked = model(ids(), doc_lengths=lengths)
+        alone = model(ids()[:1, 10:])  # rotary positions are relative, so a document of its own gives the same
+        torch.testing.assert_close(masked[:1, 10:], alone, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(masked[:1, 10:], model(ids())[:1, 10:], atol=1e-3)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
+    config, _ = small()
+    x, y = torch.randn(2, 1, 1, 1, config.head_size, generator=torch.Generator().manual_seed(0))
+    at = [rotate(x, rope_angles(config, p, 1, x.device)) for p in (2, 7)]
+    to = [rotate(y, rope_angles(config, p, 1, x.device)) for p in (5, 10)]
+    torch.testing.assert_close(at[0].norm(), x.norm())
+    torch.testing.assert_close((at[0] * to[0]).sum(), (at[1] * to[1]).sum())
+
+
+def test_the_start_depends_on_seed_and_name_only() -> None:
+    config, model = small()
+    _, again = small()
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(a, initial_value(config, name, a.shape, 3)), name
+    other = GPT(config)
+    initialise(other, seed=4)
+    assert not torch.equal(other.embedding.weight, model.embedding.weight)
+    values = initial_value(config, "blocks.0.mlp.out.weight", torch.Size((1000, 100)), 0)
+    assert float(values.std()) == pytest.approx(0.02 / (2 * config.num_layers) ** 0.5, rel=0.02)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    config, _ = small(dropout=0.2)
+    grads = []
+    for every, selectively in ((0, False), (1, False), (2, False), (1, True)):
+        model = GPT(config, checkpoint_every=every, checkpoint_selectively=selectively)
+        initialise(model, seed=3)
+        torch.manual_seed(0)
+        model(ids(), ids(seed=1)).backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            assert a is not None
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"num_heads": 32}, "odd"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        validate(ModelConfig, {**SMALL, **changes}, source="test")
+    assert message in str(raised.value)
+
+
+def test_too_long_a_sequence_is_refused() -> None:
+    _, model = small()
+    with pytest.raises(ValueError, match="25 tokens are more than seq_len=24"):
+        model(ids(length=25))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler trips over warnings that are errors
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_block_has_no_graph_break_and_the_same_loss(family: str) -> None:
+    _, model = small(family=family)
+    expected = model(ids(), ids(seed=1))
+    for block in model.blocks:
+        block.compile(fullgraph=True)  # a graph break would raise
+    loss = model(ids(), ids(seed=1))
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)

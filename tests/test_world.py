@@ -1,0 +1,79 @@
+"""Which rank this is, from each launcher's variables; collectives over real ranks; stop signals."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+from megagpt.config import UserError
+from megagpt.world import Place, StopRequest, World, place_from_environment
+
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Place(0, 1, 0, "none")),
+        (SRUN, Place(3, 4, 1, "srun")),
+        (TORCHRUN, Place(3, 4, 1, "torchrun")),
+        ({**SRUN, **TORCHRUN, "RANK": "2"}, Place(2, 4, 1, "torchrun")),
+        # A batch script's own variables, without srun: this process is alone.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place(0, 1, 0, "none")),
+    ],
+)
+def test_place(environment: dict[str, str], place: Place) -> None:
+    assert place_from_environment(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is missing"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='x'"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM_LOCALID is missing"),
+    ],
+)
+def test_half_an_environment_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        place_from_environment(environment)
+    assert message in str(raised.value)
+
+
+def collectives(world: World) -> tuple[list[int], bool, bool, object, list[object], int]:
+    own = world.with_own_group()
+    return (
+        world.sum([world.rank, -(2**62), 2**62 + 1]),
+        world.any(world.rank == 1),
+        world.any(False),
+        world.broadcast(f"from {world.rank}"),
+        world.gather(world.rank * 10),
+        own.sum([1])[0],
+    )
+
+
+@pytest.mark.slow
+def test_collectives_agree(tmp_path: Path) -> None:
+    expected = ([1, -(2**63), -(2**63) + 2], True, False, "from 0", [0, 10], 2)
+    assert run_ranks(collectives, 2, tmp_path) == [expected, expected]
+
+
+def test_the_first_stop_signal_is_remembered_and_a_second_interrupt_interrupts() -> None:
+    stop = StopRequest()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        stop.install()
+        assert stop.signal_name == ""
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal_name == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGUSR1"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
