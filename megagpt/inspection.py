@@ -19,6 +19,7 @@ from megagpt.config import Config, UserError, read_yaml, validate
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.ledger import Entry, read_ledger
+from megagpt.provenance import explain
 from megagpt.samples import Data, DataConfig, TokenDataset, open_data, recompute_fed_hash, sample_indices
 from megagpt.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
 from megagpt.tokenizer import open_tokenizer
@@ -28,7 +29,7 @@ CHUNK_TOKENS = 4 << 20
 
 
 class InspectConfig(Config):
-    """Settings of `tools/inspect_data.py`: one of shards, stage and run_dir says what is looked into."""
+    """Settings of `tools/inspect_data.py`: one of shards, stage, work_dir and run_dir says what is looked into."""
 
     shards: Path | None = None
     """A split (a folder with manifest.json), or a folder with splits somewhere below it. Alone: statistics."""
@@ -46,6 +47,10 @@ class InspectConfig(Config):
     """With stage: only reasons that begin with this."""
     num_examples: int = Field(default=3, ge=0)
     """With stage: examples per reason."""
+    work_dir: Path | None = None
+    """A corpus: say why the page `url` was kept or dropped."""
+    url: str | None = None
+    """With work_dir: a URL as the dump has it, or a document's id."""
     run_dir: Path | None = None
     """A training run: recompute what was fed from the shards and compare it with the run's ledger."""
     step: int | None = Field(default=None, ge=0)
@@ -55,9 +60,11 @@ class InspectConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "InspectConfig":
-        given = [name for name in ("shards", "stage", "run_dir") if getattr(self, name) is not None]
+        given = [name for name in ("shards", "stage", "work_dir", "run_dir") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"one of shards, stage and run_dir is expected, {' and '.join(given) or 'none'} given")
+            raise ValueError(f"one of shards, stage, work_dir and run_dir is expected, {' and '.join(given) or 'none'} given")
+        if (self.url is None) != (self.work_dir is None):
+            raise ValueError("url and work_dir belong together")
         if self.rank is not None and self.step is None:
             raise ValueError("rank needs step")
         return self
@@ -71,6 +78,8 @@ def inspect(config: InspectConfig) -> Iterator[str]:
         return check_ledger(config.run_dir)
     if config.run_dir is not None and config.step is not None:
         return show_step(config.run_dir, config.step, rank=config.rank)
+    if config.work_dir is not None and config.url is not None:
+        return explain(config.work_dir, config.url)
     splits = find_splits(config.shards or Path())
     if config.token is not None:
         named = [path for path in splits if path.name == config.split] or splits

@@ -11,12 +11,10 @@ from megagpt.charts import Chart, Line, smoothed, to_svg
 from megagpt.checkpoint import list_checkpoints, step_of
 from megagpt.config import Config
 from megagpt.files import read_json, write_text
+from megagpt.funnel import big, read_funnel, show_funnel
 from megagpt.goodput import Ledger, advise_checkpoints, goodput_ledger
 from megagpt.metrics import Metrics, Row, read_metrics
 from megagpt.page import bars, card, details, escape, page, table, tile
-
-STAGES = ("extract", "filter", "dedup")
-"""Folders of a corpus whose summary.json tells how many documents came and went, in order."""
 
 
 class ReportConfig(Config):
@@ -79,18 +77,6 @@ def read_facts(config: ReportConfig) -> Facts:
     )
 
 
-def read_funnel(work_dir: Path) -> list[dict[str, Any]]:
-    """The stages of a corpus that have run: each with `stage`, `documents_in`, `kept`, `rejected` and `faults`."""
-    paths = [work_dir / stage / "summary.json" for stage in STAGES]
-    found = [read_json(path) for path in paths if path.exists()]
-    manifests = [work_dir / "shards" / split / "manifest.json" for split in ("train", "validation")]
-    shards = [shard for path in manifests if path.exists() for shard in read_json(path)["shards"]]
-    if shards:
-        totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
-        found.append({"stage": "shards", "kept": totals["documents"], **totals, "rejected": {}, "faults": {}})
-    return found
-
-
 def render(facts: Facts) -> str:
     """The page as HTML."""
     name = facts.run_dir.resolve().name
@@ -101,7 +87,9 @@ def render(facts: Facts) -> str:
         card("Loss", _loss_chart(facts), wide=True),
         *(card(title, svg) for title, svg in _small_charts(facts)),
         card("Where the time went", _goodput(facts.ledger) + _advice(facts.metrics), wide=True),
-        card("From documents to shards", "".join(_funnel(name, stages) for name, stages in facts.funnels.items()), wide=True),
+        card(
+            "From documents to shards", "".join(show_funnel(name, stages) for name, stages in facts.funnels.items()), wide=True
+        ),
         card("Evaluations of checkpoints", _evaluations(facts.evaluations), wide=True),
         card("Generated text", _samples(facts.metrics.of_kind("sample")), wide=True),
         card("Starts", _starts(facts), wide=True),
@@ -148,9 +136,9 @@ def _tiles(facts: Facts) -> list[str]:
         tiles.append(tile("best validation loss", f"{best['loss']:.4f}", f"step {best['step']:,}{bits}"))
     if train:
         rates = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
-        tiles.append(tile("tokens", _big(train[-1].get("tokens", 0)), f"{train[-1]['step']:,} steps"))
+        tiles.append(tile("tokens", big(train[-1].get("tokens", 0)), f"{train[-1]['step']:,} steps"))
         if rates:
-            tiles.append(tile("throughput", f"{_big(statistics.median(rates))}/s", "tokens, median"))
+            tiles.append(tile("throughput", f"{big(statistics.median(rates))}/s", "tokens, median"))
         shares = [row["mfu"] for row in train if "mfu" in row]
         if shares:
             causal = statistics.median(row["mfu_causal"] for row in train if "mfu_causal" in row)
@@ -243,31 +231,6 @@ def _goodput(ledger: Ledger) -> str:
 def _advice(metrics: Metrics) -> str:
     advice = advise_checkpoints(metrics)
     return "" if advice is None else f'<p class="muted">checkpoints: {escape(advice.line())}</p>'
-
-
-def _funnel(name: str, stages: list[dict[str, Any]]) -> str:
-    first = max(1, stages[0].get("documents_in", stages[0]["kept"]))
-    rows = []
-    if "documents_in" in stages[0]:
-        rows.append((f"before {stages[0]['stage']}", 1.0, f"{first:,} documents", 1))
-    for stage in stages:
-        size = f" · {_big(stage['tokens'])} tokens" if "tokens" in stage else ""
-        label = "in shards" if stage["stage"] == "shards" else f"after {stage['stage']}"
-        rows.append((label, stage["kept"] / first, f"{stage['kept']:,} · {stage['kept'] / first:.1%}{size}", 1))
-    lost = [
-        (stage["stage"], reason, f"{count:,}", f"{count / first:.1%}")
-        for stage in stages
-        for reason, count in sorted(stage["rejected"].items(), key=lambda item: -item[1])
-    ]
-    faults = [
-        (s["stage"], kind, f"{n:,}") for s in stages for kind, n in sorted(s["faults"].items(), key=lambda item: -item[1])
-    ]
-    html = f"<h3>{escape(name)}</h3>{bars(rows)}"
-    if lost:
-        html += "<h3>why documents went</h3>" + table(("stage", "reason", "documents", "share"), lost[:20], numbers=(2, 3))
-    if faults:
-        html += "<h3>damage met in the input</h3>" + table(("stage", "kind", "times"), faults[:20], numbers=(2,))
-    return html
 
 
 def _evaluations(evaluations: list[dict[str, Any]]) -> str:
@@ -363,13 +326,6 @@ def _settings(facts: Facts) -> str:
 def _mean_of_last(rows: Sequence[Row], key: str) -> float:
     values = _column(rows, key)[1][-10:]
     return statistics.fmean(values) if values else float("nan")
-
-
-def _big(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def _span(seconds: float) -> str:

@@ -198,9 +198,11 @@ def _data_section(run_dir: Path) -> dict:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of shards, stage and run_dir is expected, none given"),
+        ([], "one of shards, stage, work_dir and run_dir is expected, none given"),
         (["shards=a", "stage=b"], "shards and stage given"),
         (["run_dir=a", "rank=1"], "rank needs step"),
+        (["work_dir=a"], "url and work_dir belong together"),
+        (["work_dir=/nonexistent", "url=x"], "no stage has run here"),
         (["shards=/nonexistent"], r"no manifest.json at or below it"),
         (["run_dir=/nonexistent"], "cannot read the configuration file"),
     ],

@@ -11,7 +11,21 @@ import pytest
 
 # From the top down. A module may import from its own line (while there is no cycle) and from any line below.
 LAYERS = (
-    ("quickstart", "train", "preflight", "serve", "report", "page", "charts", "plan", "inspection", "corpus.*"),
+    (
+        "quickstart",
+        "train",
+        "preflight",
+        "serve",
+        "report",
+        "data_report",
+        "provenance",
+        "funnel",
+        "page",
+        "charts",
+        "plan",
+        "inspection",
+        "corpus.*",
+    ),
     ("evaluate", "tasks", "export"),
     (
         "chat",
@@ -41,7 +55,20 @@ LAYERS = (
     ("world", "shards", "tokenizer", "byte_pairs", "documents"),
     ("config", "files", "command", "permutation"),
 )
-TORCH_FREE = ("corpus", "corpus.*", "documents", "shards", "tokenizer", "config", "files", "command", "permutation", "samples")
+TORCH_FREE = (
+    "corpus",
+    "corpus.*",
+    "documents",
+    "shards",
+    "tokenizer",
+    "config",
+    "files",
+    "command",
+    "permutation",
+    "samples",
+    "data_report",
+    "provenance",
+)
 DEEPSPEED_ONLY_IN = "engine.deepspeed"
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -41,6 +41,7 @@ BAD_INPUT = {
         (["work_dir={tmp}/w", "tokenize.inputs=[{tmp}/none.jsonl]"], "none.jsonl"),
         (["work_dir={tmp}/w", "tokenize.validation_fraction=1"], "tokenize.validation_fraction=1"),
     ],
+    "report_data": [(["work_dir={tmp}/none"], "{tmp}/none")],
     "inspect_data": [(["shards={tmp}/none"], "{tmp}/none")],
     "quickstart": [
         (["warc={tmp}/none.warc.gz", "run_dir={tmp}/q"], "warc={tmp}/none.warc.gz"),

@@ -4,6 +4,7 @@
     python tools/inspect_data.py shards=DIR verify=true         check every byte
     python tools/inspect_data.py shards=DIR token=N             which record of which dump a token comes from
     python tools/inspect_data.py stage=DIR [reason=...]         what a stage rejected, with examples
+    python tools/inspect_data.py work_dir=DIR url=URL           why a page was kept or dropped
     python tools/inspect_data.py run_dir=DIR                    compare the run's ledger with the shards
     python tools/inspect_data.py run_dir=DIR step=N [rank=R]    which documents were in a batch
 

@@ -1,0 +1,281 @@
+"""The report of a corpus: one self-contained HTML page made from what its stages left in work_dir. No torch."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import orjson
+from pydantic import Field
+
+from megagpt.config import Config, UserError
+from megagpt.documents import Document, open_lines, read_documents
+from megagpt.files import read_json, write_text
+from megagpt.funnel import STAGES, big, read_funnel, read_leaked, show_funnel
+from megagpt.page import bars, card, escape, page, table, tile
+
+MAX_NAMES = 1_000_000
+"""Domains, and documents with copies, that are counted at once; beyond that those seen once are forgotten."""
+
+
+class DataReportConfig(Config):
+    """Which corpus is reported on."""
+
+    work_dir: Path
+    """The corpus: the folder with extract/, filter/, dedup/ and shards/; what has not run yet is left out."""
+    output: Path | None = None
+    """The page; null = work_dir/report.html."""
+    num_examples: int = Field(default=3, ge=0, le=20)
+    """Rejected documents that are shown per reason."""
+    num_documents: int = Field(default=20_000, ge=0)
+    """So many kept documents, evenly from all files, are read to count languages."""
+    num_rows: int = Field(default=25, ge=1)
+    """Rows of a table (domains, most copied documents, reasons) at most."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Totals over the tables of all documents in shards."""
+
+    splits: list[dict[str, Any]]
+    """name, shards, documents, tokens, bytes."""
+    sources: Counter[str]
+    """Tokens by source."""
+    domains: Counter[str]
+    """Tokens by host name."""
+    lengths: Counter[int]
+    """Documents by power of two of their tokens: n counts those of 2^(n-1) to 2^n - 1."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What deduplication dropped."""
+
+    kinds: Counter[str]
+    similarities: Counter[int]
+    """Near duplicates by similarity in hundredths, rounded down to fives."""
+    most_copied: list[tuple[str, int]]
+    """(id of the document that stays, how many were dropped for it)."""
+
+
+def report_data(config: DataReportConfig) -> Path:
+    """Write the page and return its path. Raises UserError if no stage has run in work_dir."""
+    funnel = read_funnel(config.work_dir)
+    if not funnel:
+        raise UserError(f"work_dir={config.work_dir}: no stage has run here ({', '.join(STAGES)} leave a summary.json)")
+    path = config.output or config.work_dir / "report.html"
+    write_text(path, render(config, funnel))
+    return path
+
+
+def render(config: DataReportConfig, funnel: list[dict[str, Any]]) -> str:
+    """The page as HTML."""
+    work_dir, name = config.work_dir, config.work_dir.resolve().name
+    shards, duplicates = read_shards(work_dir), read_duplicates(work_dir, config.num_rows)
+    languages, num_read = count_languages(work_dir, config.num_documents)
+    sources = _shares(shards.sources, config.num_rows, "tokens") if len(shards.sources) > 1 else ""
+    body = [
+        f"<h1>{escape(name)}</h1>",
+        f'<div class="tiles">{"".join(_tiles(funnel, shards, duplicates, work_dir))}</div>',
+        '<div class="grid">',
+        card("From records to shards", show_funnel("", funnel, max_rows=config.num_rows), wide=True),
+        card("Shards", _splits(shards), wide=True),
+        card("Tokens by source", sources, wide=True),
+        card("Length of documents", _lengths(shards.lengths), wide=True),
+        card("Languages", _languages(languages, num_read), wide=True),
+        card("Domains with most tokens", _shares(shards.domains, config.num_rows, "tokens"), wide=True),
+        card("Duplicates", _duplicates(duplicates), wide=True),
+        card("What was dropped, by reason", _examples(work_dir, funnel, config.num_examples), wide=True),
+        "</div>",
+    ]
+    return page(f"{name} – MegaGPT data", "".join(body))
+
+
+# ---- reading
+
+
+def read_shards(work_dir: Path) -> Shards:
+    """Add up the tables of documents beside the shards, one row group in memory at a time."""
+    import pyarrow.parquet as pq
+
+    shards = Shards([], Counter(), Counter(), Counter())
+    for manifest_path in sorted((work_dir / "shards").rglob("manifest.json")):
+        infos = read_json(manifest_path)["shards"]
+        totals = {name: sum(info[name] for info in infos) for name in ("documents", "tokens", "text_bytes")}
+        split = str(manifest_path.parent.relative_to(work_dir / "shards"))
+        shards.splits.append({"name": split, "shards": len(infos), **totals})
+        for info in infos:
+            file = pq.ParquetFile(manifest_path.parent / f"{info['name']}.docs.parquet")
+            for batch in file.iter_batches(columns=["url", "source", "tokens"]):
+                columns = batch.to_pydict()
+                for url, source, tokens in zip(columns["url"], columns["source"], columns["tokens"], strict=True):
+                    shards.sources[source] += tokens
+                    if url:
+                        shards.domains[domain_of(url)] += tokens
+                powers = np.frexp(batch["tokens"].to_numpy())[1]
+                shards.lengths.update(powers.tolist())
+                _forget_rare(shards.domains)
+    return shards
+
+
+def domain_of(url: str) -> str:
+    """The host name in a URL, without www; the text before the first slash if it has no scheme."""
+    try:
+        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
+    except ValueError:
+        host = ""
+    return host.removeprefix("www.") or "(none)"
+
+
+def read_duplicates(work_dir: Path, num_rows: int) -> Duplicates:
+    """Count what dedup/duplicates lists."""
+    kinds, similarities, copies = Counter[str](), Counter[int](), Counter[str]()
+    for path in sorted((work_dir / "dedup" / "duplicates").glob("*.jsonl.zst")):
+        with open_lines(path) as lines:
+            for value in map(orjson.loads, lines):
+                kinds[value["kind"]] += 1
+                copies[value["kept"]] += 1
+                if value["kind"] == "near":
+                    similarities[int(100 * value["similarity"] + 1e-9) // 5 * 5] += 1
+        _forget_rare(copies)
+    most = sorted(copies.items(), key=lambda item: (-item[1], item[0]))[:num_rows]
+    return Duplicates(kinds, similarities, most)
+
+
+def _forget_rare(counts: Counter[str]) -> None:
+    if len(counts) > MAX_NAMES:
+        kept = counts.most_common(MAX_NAMES // 2)
+        counts.clear()
+        counts.update(dict(kept))
+
+
+def count_languages(work_dir: Path, num_documents: int) -> tuple[Counter[str], int]:
+    """(documents by meta.language, how many were read) among the first documents of each file of the last stage that ran."""
+    stages = [work_dir / stage for stage in reversed(STAGES) if (work_dir / stage / "summary.json").is_file()]
+    files = sorted(stages[0].glob("*.jsonl.zst")) if stages else []
+    languages = Counter[str]()
+    for path in files:
+        share = -(-num_documents // len(files))
+        languages.update(document.meta.get("language", "") for document in itertools.islice(read_documents(path), share))
+    return languages, sum(languages.values())
+
+
+def read_examples(stage: Path, reasons: Mapping[str, int], num_examples: int) -> dict[str, list[Document]]:
+    """The first rejected documents per reason that a stage put aside."""
+    found: dict[str, list[Document]] = {}
+    for path in sorted((stage / "rejected").glob("*.jsonl.zst")):
+        if all(len(found.get(reason, [])) >= num_examples for reason in reasons):
+            break
+        for document in read_documents(path):
+            examples = found.setdefault(str(document.meta.get("rejected")), [])
+            if len(examples) < num_examples:
+                examples.append(document)
+    return found
+
+
+# ---- sections
+
+
+def _tiles(funnel: Sequence[dict[str, Any]], shards: Shards, duplicates: Duplicates, work_dir: Path) -> Iterator[str]:
+    first = funnel[0]
+    if "documents_in" in first:
+        yield tile("documents in", big(first["documents_in"]), f"before {first['stage']}")
+    documents = [stage for stage in funnel if stage["stage"] in STAGES]
+    if documents:
+        share = documents[-1]["kept"] / max(1, first.get("documents_in", first["kept"]))
+        yield tile("kept", big(documents[-1]["kept"]), f"{share:.1%}, after {documents[-1]['stage']}")
+    if duplicates.kinds:
+        yield tile(
+            "copies", big(sum(duplicates.kinds.values())), ", ".join(f"{n:,} {k}" for k, n in sorted(duplicates.kinds.items()))
+        )
+    tokens, size = (sum(split[name] for split in shards.splits) for name in ("tokens", "text_bytes"))
+    if tokens:
+        yield tile("tokens", big(tokens), f"{size / tokens:.2f} bytes per token")
+        yield tile("text", f"{big(size)}B", "UTF-8, in shards")
+        yield tile("leaks", f"{read_leaked(work_dir):,}", "left out of train: too like validation")
+    faults = sum(sum(stage["faults"].values()) for stage in funnel)
+    yield tile("damaged records", f"{faults:,}", "met in the input")
+
+
+def _splits(shards: Shards) -> str:
+    rows = [
+        (s["name"], s["shards"], f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['tokens'] / max(1, s['documents']):,.0f}")
+        for s in shards.splits
+    ]
+    return table(("split", "shards", "documents", "tokens", "tokens per document"), rows, numbers=(1, 2, 3, 4)) if rows else ""
+
+
+def _shares(counts: Counter[str], num_rows: int, unit: str) -> str:
+    total, most = sum(counts.values()), counts.most_common(num_rows)
+    if not most:
+        return ""
+    rows = [(name, count / most[0][1], f"{big(count)} {unit} · {count / total:.1%}", 1) for name, count in most]
+    rest = len(counts) - len(most)
+    return bars(rows) + (f'<p class="muted">and {rest:,} more</p>' if rest > 0 else "")
+
+
+def _lengths(lengths: Counter[int]) -> str:
+    if not lengths:
+        return ""
+    highest, total = max(lengths.values()), sum(lengths.values())
+    return bars(
+        [
+            (
+                f"{2 ** (power - 1):,} to {2**power - 1:,} tokens",
+                lengths[power] / highest,
+                f"{lengths[power]:,} · {lengths[power] / total:.1%}",
+                3,
+            )
+            for power in range(min(lengths), max(lengths) + 1)
+        ]
+    )
+
+
+def _languages(languages: Counter[str], num_read: int) -> str:
+    if not set(languages) - {""}:
+        return ""
+    rows = [
+        (name or "not noted", count / num_read, f"{count:,} · {count / num_read:.1%}", 5)
+        for name, count in languages.most_common(25)
+    ]
+    return bars(rows) + f'<p class="muted">of {num_read:,} documents that were kept, the first ones of each file</p>'
+
+
+def _duplicates(duplicates: Duplicates) -> str:
+    html = ""
+    if duplicates.similarities:
+        highest = max(duplicates.similarities.values())
+        rows = [
+            (f".{low} to .{low + 5}" if low < 95 else ".95 to 1", count / highest, f"{count:,} near duplicates", 2)
+            for low, count in sorted(duplicates.similarities.items())
+        ]
+        html += "<h3>similarity to the document that stays</h3>" + bars(rows)
+    if duplicates.most_copied:
+        rows = [(name, f"{count:,}") for name, count in duplicates.most_copied]
+        html += "<h3>documents with most copies</h3>" + table(("document that stays", "dropped for it"), rows, numbers=(1,))
+    return html
+
+
+def _examples(work_dir: Path, funnel: Sequence[dict[str, Any]], num_examples: int) -> str:
+    html = ""
+    for stage in funnel:
+        if stage["stage"] not in STAGES or not num_examples:
+            continue
+        found = read_examples(work_dir / stage["stage"], stage["rejected"], num_examples)
+        for reason, count in sorted(stage["rejected"].items(), key=lambda item: (-item[1], item[0])):
+            texts = "".join(_quote(document) for document in found.get(reason, []))
+            if texts:
+                html += f"<details><summary>{escape(stage['stage'])} · {escape(reason)} · {count:,}</summary>{texts}</details>"
+    return html
+
+
+def _quote(document: Document) -> str:
+    where = " · ".join(filter(None, (document.id, document.url)))
+    text = re.sub(r"\s*\n\s*", "\n", document.text.strip())
+    shown = escape(text[:600]) + (" …" if len(text) > 600 else "")
+    return f'<blockquote><p class="muted">{escape(where)}</p><pre>{shown or "(no text)"}</pre></blockquote>'

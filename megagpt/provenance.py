@@ -1,0 +1,86 @@
+"""Why a page was kept or dropped: what every stage of a corpus noted about a URL or a document's id. No torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megagpt.config import UserError
+from megagpt.documents import open_lines, parse_document
+from megagpt.funnel import STAGES
+
+
+def explain(work_dir: Path, name: str) -> Iterator[str]:
+    """A line per stage and document with this URL or id, in the order of the stages: dropped (why), or where it is.
+
+    Raises UserError if nothing in work_dir is of that name.
+    """
+    stages = [stage for stage in STAGES if (work_dir / stage / "summary.json").is_file()]
+    if not stages:
+        raise UserError(f"work_dir={work_dir}: no stage has run here ({', '.join(STAGES)} leave a summary.json)")
+    found = 0
+    for stage in stages:
+        for line in _dropped(work_dir / stage, name):
+            found += 1
+            yield f"{stage}: {line}"
+    manifests = sorted((work_dir / "shards").rglob("manifest.json"))
+    where = _in_shards(work_dir / "shards", manifests, name) if manifests else _kept(work_dir / stages[-1], name)
+    for line in where:
+        found += 1
+        yield line
+    if not found:
+        raise UserError(
+            f"url={name}: no document in {work_dir} has this URL or id: its record is not in the inputs, or it is no page "
+            "(extract/summary.json counts the records by type)"
+        )
+
+
+def _lines_with(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file in which `name` stands; a search for bytes comes first, parsing is slower."""
+    needle = orjson.dumps(name)
+    with open_lines(path) as lines:
+        for line in lines:
+            if needle in line:
+                yield orjson.loads(line)
+
+
+def _dropped(stage: Path, name: str) -> Iterator[str]:
+    for path in sorted((stage / "dropped").glob("*.jsonl.zst")):
+        for value in _lines_with(path, name):
+            if name not in (value["url"], value["id"]):
+                continue
+            line = f"{value['id']} was dropped: {value['reason']}"
+            listed = stage / "duplicates" / path.name
+            for copy in _lines_with(listed, value["id"]) if listed.is_file() else ():
+                if copy["dropped"] == value["id"]:
+                    line += f", a copy ({copy['kind']}, similarity {copy['similarity']}) of {copy['kept']}"
+            yield line
+
+
+def _in_shards(shards: Path, manifests: list[Path], name: str) -> Iterator[str]:
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+
+    if (shards / "leaks.jsonl").is_file():
+        for value in _lines_with(shards / "leaks.jsonl", name):
+            if name in (value["url"], value["id"]):
+                likeness = f"similarity {value['similarity']} to the validation document {value['validation']}"
+                yield f"shards: {value['id']} was left out of train: {likeness}"
+    wanted = (pc.field("url") == name) | (pc.field("id") == name)
+    for manifest in manifests:
+        for path in sorted(manifest.parent.glob("*.docs.parquet")):
+            for row in ds.dataset(path).to_table(filter=wanted).to_pylist():
+                shard = path.parent / path.name.removesuffix(".docs.parquet")
+                yield f"shards: {row['id']} is in {shard}, {row['tokens']:,} tokens"
+
+
+def _kept(stage: Path, name: str) -> Iterator[str]:
+    needle = orjson.dumps(name)
+    for path in sorted(stage.glob("*.jsonl.zst")):
+        with open_lines(path) as lines:
+            for line in lines:
+                if needle in line:
+                    document = parse_document(line, where=str(path))
+                    if name in (document.url, document.id):
+                        yield f"{stage.name}: {document.id} is kept in {path}, {len(document.text):,} characters"

@@ -1,0 +1,16 @@
+"""Write a corpus's report: one self-contained HTML page with funnel, reasons, lengths, languages, domains, duplicates, samples.
+
+python tools/report_data.py work_dir=/data/crawl
+"""
+
+from megagpt.command import main
+from megagpt.data_report import DataReportConfig, report_data
+
+
+def run(config: DataReportConfig) -> None:
+    """Write the page, and say where it is."""
+    print(report_data(config))
+
+
+if __name__ == "__main__":
+    main(DataReportConfig, run, __doc__ or "")
