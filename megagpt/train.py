@@ -269,7 +269,9 @@ def restore_or_start(run: Run) -> TrainState:
 def rewind(run: Run, state: TrainState, problem: str, saved_step: int | None) -> TrainState:
     """Leave out the samples from the step at `state` on, in which the guard saw a problem, and go on from before it."""
     config = run.config
-    window = run.guard.condemn(state, problem, global_batch_size=config.global_batch_size, write=run.world.rank == 0)
+    # A rank left over from an earlier start must not leave samples out for the later one.
+    write = run.world.rank == 0 and checkpoint.still_owner(config.run_dir, run.incarnation)
+    window = run.guard.condemn(state, problem, global_batch_size=config.global_batch_size, write=write)
     run.world.barrier()
     with run.monitor.clock("load"):
         run.saver.wait()

@@ -5,8 +5,8 @@
     srun python tools/train_model.py CONFIG ...           (what slurm/pretrain.sh does: one task per GPU)
     python tools/train_model.py CONFIG check=true         (only check settings, data, tokenizer and disk space)
 
-SIGTERM, SIGUSR1 and Ctrl-C end it after the current update with a checkpoint. Exit status: 0 done, 75 stopped on request, 2 a
-mistake in the settings, 1 a crash.
+SIGTERM, SIGUSR1 and Ctrl-C end it after the current update with a checkpoint. Exit status: 0 done, 75 stopped on request, 76
+ended by the watchdog, 2 a mistake in the settings, 1 a crash.
 """
 
 from megagpt.command import main
