@@ -3,14 +3,12 @@
 import html.parser
 import random
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from inline import inline
 
 from megagpt.config import UserError, validate
-from megagpt.corpus import pack, phases, stage
 from megagpt.corpus.dedup import dedup_documents
 from megagpt.corpus.filtering import filter_documents
 from megagpt.corpus.pack import pack_documents
@@ -38,17 +36,6 @@ def corpus() -> list[Document]:
     return [*pages, *copies, edit, *short]
 
 
-def run_here(
-    tasks: Iterable[tuple[Any, Callable[..., Any], tuple[Any, ...]]],
-    execution: object,
-    consume: Callable[[Any, Any], None],
-    describe: object = None,
-) -> None:
-    """In this process: starting workers would take longer than everything else."""
-    for key, function, arguments in tasks:
-        consume(key, function(*arguments))
-
-
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
@@ -56,12 +43,11 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {
         "work_dir": str(folder),
         "filter": {"order": ["min_length"]},
+        "num_workers": 1,
         "tokenize": {"tokenizer": "bytes", "validation_fraction": 0.2, "shard_tokens": 4000},
     }
     config = validate(CorpusConfig, values, source="test")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (stage, phases, pack):
-            patch.setattr(module, "run_tasks", run_here)
+    with inline():
         filter_documents(config.filter, [folder / "d.jsonl.zst"], folder / "filter", config)
         dedup_documents(config.dedup, config.inputs("dedup"), folder / "dedup", config)
         pack_documents(config.inputs("shards"), folder / "shards", "bytes", config.tokenize, config)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
+from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
@@ -25,6 +26,15 @@ from megagpt.documents import Document, open_lines, read_documents, write_docume
 from megagpt.files import read_json
 
 ONE = Execution(num_workers=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_workers() -> Iterator[None]:
+    """Tests about workers set more than one."""
+    with inline():
+        yield
+
+
 SETTINGS = MinHashSettings(words_per_shingle=5, num_bands=14, rows_per_band=8, seed=1)
 WORD_64 = 2**64
 

@@ -4,12 +4,13 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus import page_filters, quality_rules
@@ -339,6 +340,13 @@ def test_config_hash_ignores_filters_that_do_not_run() -> None:
         FilterConfig.model_validate({"order": ["c4"], "fineweb": {"max_short_lines": 0.5}})
     )
     assert config_hash(plain) != config_hash(FilterConfig.model_validate({"order": ["c4"], "c4": {"min_sentences": 3}}))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_workers() -> Iterator[None]:
+    """Starting a worker takes longer than filtering."""
+    with inline():
+        yield
 
 
 def test_filter_stage_counts_reasons(tmp_path: Path) -> None:

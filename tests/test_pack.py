@@ -1,5 +1,6 @@
 """Packing: every document once, in the order of keys; the same bytes for any workers, parts, blocks and kills."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,9 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import best_fit, leaks, pack, phases, segments
+from megagpt.corpus import best_fit, leaks, segments
 from megagpt.corpus.best_fit import best_fit_order, num_cut
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.pack import TokenizeConfig, pack_documents
@@ -48,16 +50,8 @@ def run(inputs: list[Path], output: Path, tokenizer: str = "bytes", workers: int
     overwrite = values.pop("overwrite", False)
     config = TokenizeConfig(**{"validation_fraction": 0.1, "leak_threshold": None, **values})
     execution = Execution(num_workers=max(workers, 1), part=part, overwrite=overwrite)
-    with pytest.MonkeyPatch.context() as patch:
-        if workers == 0:
-            patch.setattr(pack, "run_tasks", run_here)
-            patch.setattr(phases, "run_tasks", run_here)
+    with inline() if workers == 0 else contextlib.nullcontext():
         return pack_documents(inputs, output, tokenizer, config, execution)
-
-
-def run_here(tasks, execution, consume, describe=str) -> None:
-    for key, function, arguments in tasks:
-        consume(key, function(*arguments))
 
 
 def read_split(directory: Path, tokenizer: Tokenizer) -> list[dict]:
@@ -418,8 +412,7 @@ def test_a_full_disk_leaves_what_was_committed(corpus: list[Path], packed: Path,
     program = f"""
 import resource, signal, sys
 from pathlib import Path
-from megagpt.corpus import best_fit, leaks, pack, phases, segments
-from megagpt.corpus.best_fit import best_fit_order, num_cut
+from megagpt.corpus import pack, phases
 from megagpt.corpus.executors import Execution
 
 def run_here(tasks, execution, consume, describe=str):
