@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,17 @@ class TrainConfig(Config):
         every = self.activation_checkpointing
         return every if isinstance(every, int) else {"none": 0, "selective": 1, "full": 1}[every]
 
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The keyword arguments of build_engine."""
+        return {
+            "precision": self.precision,
+            "micro_batch_size": self.micro_batch_size,
+            "checkpoint_every": self.checkpoint_every,
+            "checkpoint_selectively": self.activation_checkpointing == "selective",
+            "compile_blocks": self.compile,
+        }
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,20 +158,15 @@ def train(config: TrainConfig) -> int:
         monitor = open_monitor(config, world, incarnation)
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, incarnation)
         with monitor.clock("load"):
-            engine = build_engine(
-                config.model,
-                config.optim,
-                config.engine,
-                world,
-                precision=config.precision,
-                micro_batch_size=config.micro_batch_size,
-                checkpoint_every=config.checkpoint_every,
-            )
+            engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, incarnation, background=config.save_in_background)
             run = Run(config, data, world, engine, monitor, watchdog, guard, incarnation, saver)
             state = restore_or_start(run)
-        return loop(run, state)
+        status = loop(run, state)
+        if status == EXIT_STOPPED:
+            world.stop.ignore()
+        return status
     finally:
         if watchdog is not None:
             watchdog.close()

@@ -227,6 +227,48 @@ def test_another_model_does_not_go_on_from_a_checkpoint(
     assert "allow_change=[data]" in ranks.output()
 
 
+@pytest.mark.slow
+def test_another_runs_weights_another_engine_and_optimizer(
+    uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"max_steps": 2, "activation_checkpointing": "selective"}
+    values = settings(shards, tmp_path / "run", init_from=str(uninterrupted), **changes)
+    ranks = start(project, tmp_path, values, 1, "engine.kind=fsdp", "optim.kind=muon")
+    assert ranks.wait() == [EXIT_DONE], ranks.output()
+    whole = losses(uninterrupted)
+    assert losses(tmp_path / "run")[1] < (whole[1] + whole[STEPS]) / 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "every", "selectively"), [("none", 0, False), ("full", 1, False), ("selective", 1, True), (3, 3, False)]
+)
+def test_activation_checkpointing_reaches_the_engine(setting: Any, every: int, selectively: bool) -> None:
+    values = settings(Path("x"), Path("y"), activation_checkpointing=setting, compile=True)
+    options = TrainConfig.model_validate(values).engine_options
+    assert (options["checkpoint_every"], options["checkpoint_selectively"]) == (every, selectively)
+    assert options["compile_blocks"] is True
+
+
+@pytest.mark.slow
+def test_an_engine_compiles_blocks_and_keeps_products(tmp_path: Path) -> None:
+    assert run_ranks(engine_traits, 1, tmp_path) == [[(True, True), (False, False)]]
+
+
+def engine_traits(world: Any) -> list[tuple[bool, bool]]:
+    from toy import make_engine
+
+    from megagpt.model import keep_products
+
+    traits = []
+    for wanted in (True, False):
+        module: Any = make_engine(
+            world, "fsdp", checkpoint_every=1, checkpoint_selectively=wanted, compile_blocks=wanted
+        ).module
+        compiled = all(block._compiled_call_impl is not None for block in module.blocks)
+        traits.append((compiled, module.checkpoint_contexts is keep_products))
+    return traits
+
+
 def dropout_masks(world: Any, _: None) -> list[int]:
     from megagpt.data import MicroBatch
     from megagpt.train import seed_dropout
