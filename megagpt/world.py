@@ -40,6 +40,12 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
+    def ignore(self) -> None:
+        """Ignore STOP_SIGNALS for good: when a rank has ended with a status, srun sends SIGTERM to those that are about to, and
+        a Python that is ending would die of it with another status."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt
