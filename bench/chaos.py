@@ -10,6 +10,7 @@ with the same samples left out, and the ledger must show every other sample once
 import contextlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from megagpt.checkpoint import list_checkpoints, load_model  # noqa: E402
 from megagpt.files import write_json  # noqa: E402
 from megagpt.inspection import check_ledger  # noqa: E402
 from megagpt.metrics import METRICS_FILE, read_metrics  # noqa: E402
+from megagpt.world import utc_now  # noqa: E402
 
 SAVE_EVERY, BATCH = 50, 4
 STEPS_PER_FAULT = 150
@@ -250,8 +253,8 @@ def settings(run_dir: Path, shards: Path, max_steps: int) -> list[str]:
         "engine={kind: fsdp}", "monitor.log_every_steps=1", "evaluate_every_steps=0", "evaluate_max_samples=4",
         "sample_every_steps=0", f"save_every_steps={SAVE_EVERY}", "keep_last=3",
         "watchdog.stall_seconds=10", "watchdog.long_seconds=60",
-        "guard.window_steps=64", "guard.min_steps=32", "guard.max_non_finite_steps=1", "guard.max_rewinds=1000",
-        "optim.schedule.kind=constant", "optim.lr=1e-3",
+        "guard.window_steps=64", "guard.min_steps=32", "guard.max_non_finite_steps=1", "guard.loss_z=6",
+        "guard.max_rewinds=1000", "optim.schedule.kind=constant", "optim.lr=1e-3",
     ]  # fmt: skip
 
 
@@ -353,6 +356,10 @@ def main() -> None:
     with running_cluster(folder / "slurm", num_nodes=3) as cluster:
         soak = soak_run(cluster, folder, shards, faults, seed=seed)
     result = {"seconds": round(time.monotonic() - began), "seed": seed, **compare(soak, folder / "clean", shards)}
+    result["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
+    result["versions"] = {name: version(name) for name in ("torch", "megagpt")}
+    result["slurm"] = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    result["date"] = utc_now()
     result["starts"] = soak.incarnation()
     result["rewinds"] = count_rewinds(soak)
     result["faults"] = [asdict(outcome) for outcome in soak.table]

@@ -52,9 +52,24 @@ fi
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "not inside a SLURM job, and not beside env.sh"
 MEGAGPT_JOB_STARTED_AT=$(date +%s)
-settings=$(check "$@" --print) || exit 2
-run_dir=$("$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<< "$settings") || exit 2
 check "$@" check=true
+
+# read_run_dir CONFIG [key=value ...]: run_dir alone, without the seconds that importing torch takes.
+read_run_dir() {
+  "${launch[@]}" "$python" - "$@" << 'PYTHON'
+import sys
+from pathlib import Path
+from pydantic import ConfigDict
+from megagpt.config import Config, load
+
+class Settings(Config):
+    model_config = ConfigDict(extra="ignore")
+    run_dir: Path
+
+print(load(Settings, sys.argv[1:]).run_dir)
+PYTHON
+}
+run_dir=$(read_run_dir "$@") || exit 2
 
 job_field() { scontrol show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 newest_checkpoint() { find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2> /dev/null | sort | tail -n 1; }
@@ -88,8 +103,9 @@ back_to_the_queue() {
 
 tasks=${tasks_per_node:-${SLURM_GPUS_ON_NODE:-1}}
 export MASTER_ADDR=${master_addr:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-# Jobs that share a node have different numbers, so different ports; below the range that the kernel hands out.
-export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+# Jobs that share a node have different numbers, so different ports; a later start meets no rank that an earlier one left
+# behind. Below the range that the kernel hands out.
+export MASTER_PORT=$((15000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 15000))
 # srun does not take --cpus-per-task over from the job: without this all workers of a rank would share one core.
 export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
 export PYTHONUNBUFFERED=1

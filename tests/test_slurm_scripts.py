@@ -110,33 +110,6 @@ def log_of(site: Path, name: str) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-@pytest.mark.slurm
-@pytest.mark.slow
-def test_a_job_near_its_time_limit_saves_goes_back_to_the_queue_and_finishes(
-    cluster: Cluster, site: Path, shards: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    words = ["configs/train/debug_cpu.yaml", f"run_dir={run_dir}", f"data.sources.main.path={shards}", "max_steps=400", *TINY]
-    job_id = submit(cluster, site, "pretrain.sh", *words)
-    log = f"megagpt-{job_id}.log"
-    wait_for_step(cluster, job_id, run_dir, 50)
-    # What --signal does 300 s before the limit, now.
-    cluster.command("scancel", "--signal=USR1", "--batch", job_id)
-    job = cluster.wait_for(job_id, "COMPLETED", timeout=600)
-    text = log_of(site, log)
-    assert job["Restarts"] == "1", text[-3000:]
-    assert text.count("goes back to the queue") == 1
-    assert "passing SIGUSR1 on to the ranks" in text
-    metrics = read_metrics(run_dir)
-    starts = [row for row in metrics.all_rows if row["kind"] == "start"]
-    stops = [row for row in metrics.all_rows if row["kind"] == "stop"]
-    assert [row["resumed"] for row in starts] == [False, True]
-    assert [row["reason"] for row in stops] == ["SIGUSR1"]
-    assert starts[1]["step"] == stops[0]["step"] >= 50
-    assert starts[0]["num_devices"] == 2
-    assert metrics.last_step == 400
-
-
 def wait_for_step(cluster: Cluster, job_id: str, run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + 300
     while not (run_dir / "metrics.jsonl").is_file() or read_metrics(run_dir).last_step < step:
