@@ -190,7 +190,8 @@ def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *,
     soak = Soak(cluster, site, folder / "run", "", folder / "triggers", random.Random(seed))
     soak.triggers.mkdir()
     words = settings(soak.run_dir, shards, (len(faults) + 2) * STEPS_PER_FAULT)
-    environment = {"FAULTS": json.dumps(injected(soak.triggers, len(faults))), "PYTHONPATH": str(PROJECT / "tests" / "faults")}
+    path = os.pathsep.join([str(PROJECT / "tests" / "faults"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {"FAULTS": json.dumps(injected(soak.triggers, len(faults))), "PYTHONPATH": path}
     soak.job_id = cluster.submit(site, "slurm/pretrain.sh", *words, **environment)
     for name in faults:
         incarnation = wait_for_progress(soak)
