@@ -14,49 +14,27 @@ before the rename, so a rank left over from an earlier start cannot commit; betw
 microseconds stays open.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from megagpt.config import Failure, UserError, validate
+from megagpt.config import UserError, validate
 from megagpt.data import TrainState
 from megagpt.engine import Engine, FlatPiece
 from megagpt.files import read_json, sha256_file, sync, write_json
 from megagpt.model import GPT, ModelConfig
+from megagpt.pieces import CheckpointError, Shares, own_share, read_pieces, write_pieces
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 from megagpt.world import World, utc_now
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-
-Shares: TypeAlias = dict[str, tuple[int, Tensor]]
-"""What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""
-
-
-class CheckpointError(Failure):
-    """A checkpoint that is torn, changed, or does not fit; the message names the file and the rule."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run of consecutive elements of one flattened tensor, on disk: `file` holds elements [start, start + length)."""
-
-    file: str
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +94,7 @@ class Saver:
         """
         self.wait()
         saved = {"format": FORMAT, "train_state": state.to_json(), "updates": engine.updates, **info}
-        shares = {key: _own_share(piece) for key, piece in engine.state().items()}
+        shares = {key: own_share(piece) for key, piece in engine.state().items()}
         if self._thread is None:
             self._write(shares, state.step, saved, after)
             return
@@ -142,7 +120,7 @@ class Saver:
         final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._incarnation}_step_{step:08d}"
         made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
         made = world.broadcast(made)
-        outcomes = world.gather(made or _attempt(lambda: _write_pieces(temporary, world.rank, shares)))
+        outcomes = world.gather(made or _attempt(lambda: write_pieces(temporary, world.rank, shares)))
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
         if not failures and world.rank == 0:
             files: dict[str, Any] = dict(outcomes)
@@ -241,30 +219,6 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
     return problems
 
 
-def read_pieces(path: Path, pieces: Mapping[str, FlatPiece], world: World | None = None) -> None:
-    """Fill `pieces` in place from the files that overlap with them. Raises CheckpointError if elements are missing."""
-    index = _index(path) if world is None or world.rank == 0 else None
-    index = world.broadcast(index) if world is not None else index or {}
-    wanted: dict[str, list[tuple[str, FlatPiece, Run]]] = {}
-    for key, piece in pieces.items():
-        covered = 0
-        for run in index.get(key, ()):
-            overlap = min(run.start + run.length, piece.start + len(piece.data)) - max(run.start, piece.start)
-            if overlap > 0:
-                wanted.setdefault(run.file, []).append((key, piece, run))
-                covered += overlap
-        if covered != len(piece.data):
-            raise CheckpointError(f"{path}: holds {covered} of the {len(piece.data)} elements of {key} that this rank needs")
-    with torch.no_grad():
-        for name, reads in sorted(wanted.items()):
-            with safe_open(path / name, framework="pt") as file:
-                for key, piece, run in reads:
-                    first = max(run.start, piece.start)
-                    last = min(run.start + run.length, piece.start + len(piece.data))
-                    source = file.get_slice(key)[first - run.start : last - run.start]
-                    piece.data[first - piece.start : last - piece.start].copy_(source)
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A model as one process uses it, with what is needed to feed it."""
@@ -330,54 +284,6 @@ def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[P
     return removed
 
 
-def _write_pieces(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str, Any]]:
-    """This rank's file; returns its name and its entry in the manifest."""
-    name = f"pieces_{rank:05d}.safetensors"
-    tensors = {key: data for key, (_, data) in shares.items() if len(data)}
-    starts = {key: str(start) for key, (start, data) in shares.items() if len(data)}
-    size, digest = write_safetensors(folder / name, tensors, starts)
-    return name, {"size": size, "sha256": digest}
-
-
-def _own_share(piece: FlatPiece) -> tuple[int, Tensor]:
-    """(start, data) of what this rank writes: of a run that several ranks hold, its part."""
-    length = len(piece.data)
-    first, last = length * piece.copy // piece.copies, length * (piece.copy + 1) // piece.copies
-    return piece.start + first, piece.data[first:last]
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Write 1-D fp32 tensors tensor by tensor, fsync; returns (bytes, sha256). https://huggingface.co/docs/safetensors.
-
-    The library's own writer needs all of them as bytes in memory at once and a second read for the checksum.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, tensor in tensors.items():
-        end = offset + 4 * len(tensor)
-        header[key] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for data in _chunks(text, tensors.values()):
-            digest.update(data)
-            size += file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
-    yield header
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(f"a piece is {tensor.dtype}, checkpoints hold fp32")
-        yield tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
-
-
 def _commit(
     run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], saved: dict[str, Any], incarnation: int
 ) -> None:
@@ -404,18 +310,6 @@ def seal(folder: Path, files: dict[str, Any]) -> None:
     state = {"size": state_path.stat().st_size, "sha256": sha256_file(state_path)}
     write_json(folder / "manifest.json", {"files": {**files, "state.json": state}})
     sync(folder)
-
-
-def _index(path: Path) -> dict[str, list[Run]]:
-    """Where each tensor's runs are, from the headers of a checkpoint's files."""
-    index: dict[str, list[Run]] = {}
-    for file in sorted(path.glob("pieces_*.safetensors")):
-        with safe_open(file, framework="np") as opened:
-            starts = opened.metadata() or {}
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                length = opened.get_slice(key).get_shape()[0]
-                index.setdefault(key, []).append(Run(file.name, int(starts[key]), length))
-    return index
 
 
 def _attempt(action: Any) -> Any:

@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from megagpt.checkpoint import (
-    FORMAT,
-    CheckpointError,
-    list_checkpoints,
-    prune,
-    read_pieces,
-    seal,
-    step_of,
-    verify,
-    write_safetensors,
-)
+from megagpt.checkpoint import FORMAT, list_checkpoints, prune, seal, step_of, verify
 from megagpt.config import Config, UserError
 from megagpt.data import TrainState
 from megagpt.engine import FlatPiece, whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model import ModelConfig
+from megagpt.pieces import CheckpointError, read_pieces, write_safetensors
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,12 @@ from ranks import run_ranks
 from toy import ADAMW, MODEL, SGD, make_engine, train_steps
 
 from megagpt import checkpoint
-from megagpt.checkpoint import CheckpointError, Saver
+from megagpt.checkpoint import Saver
 from megagpt.data import TrainState
 from megagpt.engine import draw_weights
 from megagpt.files import read_json, write_json
 from megagpt.optim import OptimConfig
+from megagpt.pieces import CheckpointError, index_of
 from megagpt.world import World, lone_world
 
 INFO: dict[str, Any] = {"model": MODEL.model_dump(mode="json"), "config": {}, "data_fingerprint": "x"}
@@ -55,7 +56,7 @@ def whole_tensors(path: Path) -> dict[str, bytes]:
     import numpy as np
     from safetensors import safe_open
 
-    index = checkpoint._index(path)
+    index = index_of(path)
     result = {}
     for key, runs in index.items():
         full = np.full(sum(run.length for run in runs), np.nan, dtype=np.float32)

@@ -38,6 +38,7 @@ LAYERS = (
         "engine",
         "engine.*",
         "checkpoint",
+        "pieces",
         "checkpoint_admin",
         "ledger",
         "monitor",

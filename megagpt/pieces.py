@@ -1,0 +1,118 @@
+"""The tensors of a checkpoint on disk: runs of flattened fp32 tensors in safetensors files, one file per rank that wrote."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megagpt.config import Failure
+from megagpt.engine import FlatPiece
+from megagpt.world import World
+
+Shares: TypeAlias = dict[str, tuple[int, Tensor]]
+"""What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""
+
+
+class CheckpointError(Failure):
+    """A checkpoint that is torn, changed, or does not fit; the message names the file and the rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of consecutive elements of one flattened tensor, on disk: `file` holds elements [start, start + length)."""
+
+    file: str
+    start: int
+    length: int
+
+
+def read_pieces(path: Path, pieces: Mapping[str, FlatPiece], world: World | None = None) -> None:
+    """Fill `pieces` in place from the files that overlap with them. Raises CheckpointError if elements are missing."""
+    index = index_of(path) if world is None or world.rank == 0 else None
+    index = world.broadcast(index) if world is not None else index or {}
+    wanted: dict[str, list[tuple[str, FlatPiece, Run]]] = {}
+    for key, piece in pieces.items():
+        covered = 0
+        for run in index.get(key, ()):
+            overlap = min(run.start + run.length, piece.start + len(piece.data)) - max(run.start, piece.start)
+            if overlap > 0:
+                wanted.setdefault(run.file, []).append((key, piece, run))
+                covered += overlap
+        if covered != len(piece.data):
+            raise CheckpointError(f"{path}: holds {covered} of the {len(piece.data)} elements of {key} that this rank needs")
+    with torch.no_grad():
+        for name, reads in sorted(wanted.items()):
+            with safe_open(path / name, framework="pt") as file:
+                for key, piece, run in reads:
+                    first = max(run.start, piece.start)
+                    last = min(run.start + run.length, piece.start + len(piece.data))
+                    source = file.get_slice(key)[first - run.start : last - run.start]
+                    piece.data[first - piece.start : last - piece.start].copy_(source)
+
+
+def write_pieces(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str, Any]]:
+    """This rank's file; returns its name and its entry in the manifest."""
+    name = f"pieces_{rank:05d}.safetensors"
+    tensors = {key: data for key, (_, data) in shares.items() if len(data)}
+    starts = {key: str(start) for key, (start, data) in shares.items() if len(data)}
+    size, digest = write_safetensors(folder / name, tensors, starts)
+    return name, {"size": size, "sha256": digest}
+
+
+def own_share(piece: FlatPiece) -> tuple[int, Tensor]:
+    """(start, data) of what this rank writes: of a run that several ranks hold, its part."""
+    length = len(piece.data)
+    first, last = length * piece.copy // piece.copies, length * (piece.copy + 1) // piece.copies
+    return piece.start + first, piece.data[first:last]
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Write 1-D fp32 tensors tensor by tensor, fsync; returns (bytes, sha256). https://huggingface.co/docs/safetensors.
+
+    The library's own writer needs all of them as bytes in memory at once and a second read for the checksum.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + 4 * len(tensor)
+        header[key] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for data in _chunks(text, tensors.values()):
+            digest.update(data)
+            size += file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"a piece is {tensor.dtype}, checkpoints hold fp32")
+        yield tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
+
+
+def index_of(path: Path) -> dict[str, list[Run]]:
+    """Where each tensor's runs are, from the headers of a checkpoint's files."""
+    index: dict[str, list[Run]] = {}
+    for file in sorted(path.glob("pieces_*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            starts = opened.metadata() or {}
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                length = opened.get_slice(key).get_shape()[0]
+                index.setdefault(key, []).append(Run(file.name, int(starts[key]), length))
+    return index
