@@ -19,7 +19,7 @@ from megagpt.config import Config, UserError, read_yaml, validate
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.ledger import Entry, read_ledger
-from megagpt.provenance import explain
+from megagpt.provenance import explain, show_record
 from megagpt.samples import Data, DataConfig, TokenDataset, open_data, recompute_fed_hash, sample_indices
 from megagpt.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
 from megagpt.tokenizer import open_tokenizer
@@ -39,6 +39,8 @@ class InspectConfig(Config):
     """With shards: say which documents the tokens from this one on come from."""
     num_tokens: int = Field(default=1, ge=1)
     """How many tokens `token` begins."""
+    dumps: Path | None = None
+    """With token: the web archives that the corpus was made from (a folder, or one file), to show the records of the tokens."""
     split: Literal["train", "validation"] = "train"
     """Which split `token` counts in, where shards holds both."""
     stage: Path | None = None
@@ -85,7 +87,7 @@ def inspect(config: InspectConfig) -> Iterator[str]:
         named = [path for path in splits if path.name == config.split] or splits
         if len(named) != 1:
             raise UserError(f"shards={config.shards}: {len(named)} splits are below it, token= needs one: name its folder")
-        return show_tokens(named[0], config.token, config.num_tokens)
+        return show_tokens(named[0], config.token, config.num_tokens, config.dumps)
     return verify_splits(splits) if config.verify else show_statistics(splits)
 
 
@@ -173,7 +175,7 @@ def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator
         yield f"{directory / info.name}.docs.parquet: its tokens or bytes are not those of the index and the manifest"
 
 
-def show_tokens(directory: Path, token: int, num_tokens: int) -> Iterator[str]:
+def show_tokens(directory: Path, token: int, num_tokens: int, dumps: Path | None = None) -> Iterator[str]:
     """The documents that tokens [token, token + num_tokens) of a split come from, back to the record of the dump."""
     dataset, tokenizer = TokenDataset(directory, seq_len=1), open_tokenizer(directory.parent / "tokenizer")
     if token + num_tokens > dataset.num_tokens:
@@ -181,6 +183,8 @@ def show_tokens(directory: Path, token: int, num_tokens: int) -> Iterator[str]:
     for place in places(dataset, token, num_tokens):
         yield f"{place.where}: {place.describe()}"
         yield f"  {excerpt(tokenizer.decode(dataset.tokens(place.start, place.count).tolist()))}"
+        if dumps is not None:
+            yield from (f"  {line}" for line in show_record(dumps, place.row["id"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
-"""Why a page was kept or dropped: what every stage of a corpus noted about a URL or a document's id. No torch."""
+"""Where a document comes from and what became of it: its record in the dump, and what every stage noted about it. No torch."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import orjson
 
 from megagpt.config import UserError
+from megagpt.corpus.blocks import Block
 from megagpt.documents import open_lines, parse_document
 from megagpt.funnel import STAGES
+
+HEAD_BYTES = 8192
 
 
 def explain(work_dir: Path, name: str) -> Iterator[str]:
@@ -34,6 +38,28 @@ def explain(work_dir: Path, name: str) -> Iterator[str]:
             f"url={name}: no document in {work_dir} has this URL or id: its record is not in the inputs, or it is no page "
             "(extract/summary.json counts the records by type)"
         )
+
+
+def show_record(dumps: Path, document_id: str) -> Iterator[str]:
+    """The record of a web archive that a document was made from: its headers, and those of HTTP.
+
+    `dumps` is the archive, or a folder with it somewhere below. Raises UserError if it is not there, or has no such record.
+    """
+    from megagpt.corpus.warc import Record, read_records
+
+    name, _, offset = document_id.rpartition(":")
+    paths = sorted(dumps.rglob(glob.escape(name))) if dumps.is_dir() else [dumps] * (dumps.name == name)
+    if not paths:
+        raise UserError(f"dumps={dumps}: {name}, from which {document_id} comes, is not there")
+    start = int(offset.partition("+")[0])
+    for record in read_records(Block(str(paths[0]), name, 0, start, start + 1)):
+        if isinstance(record, Record) and record.where == document_id:
+            yield f"{paths[0]}, byte {offset}: {record.type}, {record.date}, {record.mime}, {len(record.body):,} bytes"
+            yield from (f"  {header}: {value}" for header, value in record.headers.items())
+            head = record.body[:HEAD_BYTES].replace(b"\r\n", b"\n").partition(b"\n\n")[0] if record.is_http else b""
+            yield from (f"  | {line}" for line in head.decode("utf-8", "replace").splitlines())
+            return
+    raise UserError(f"{paths[0]}: no record at {offset}: not the file that {document_id} was made from")
 
 
 def _lines_with(path: Path, name: str) -> Iterator[dict[str, Any]]:

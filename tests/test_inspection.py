@@ -10,10 +10,13 @@ import pytest
 
 from megagpt.command import run_words
 from megagpt.config import UserError, dump, validate
+from megagpt.corpus.blocks import Block
+from megagpt.corpus.warc import Record, read_records
 from megagpt.documents import Document, write_documents
 from megagpt.files import write_json, write_text
 from megagpt.inspection import InspectConfig, check_ledger, inspect
 from megagpt.ledger import Entry, LedgerWriter
+from megagpt.provenance import show_record
 from megagpt.samples import DataConfig, TrainState, open_data, recompute_fed_hash
 from megagpt.shards import Manifest, ShardError, ShardWriter, write_manifest
 from megagpt.tokenizer import open_tokenizer
@@ -104,6 +107,30 @@ def test_lineage_of_tokens(tmp_path: Path) -> None:
     assert found[3].strip() == '"Tex"'
     with pytest.raises(UserError, match=r"tokens 999999 to 1000000 asked of"):
         lines(shards=folder, token=999_999)
+
+
+@pytest.mark.realdata
+def test_the_record_of_a_token(tmp_path: Path, shared_data: Path) -> None:
+    dump = shared_data / "warc" / "cc-main-2020-34.warc.gz"
+    records = [record for record in read_records(Block(str(dump), dump.name)) if isinstance(record, Record)]
+    pages = [record for record in records if record.type == "response"][:2]
+    tokenizer = open_tokenizer("bytes")
+    with ShardWriter(tmp_path / "train", "shard_00000", np.dtype("uint16")) as writer:
+        for page in pages:
+            writer.add(np.array([65, 66, 256]), id=page.where, url=page.url, source="web", text_bytes=2)
+        info = writer.close()
+    write_manifest(tmp_path / "train", Manifest("train", "uint16", 257, 256, tokenizer.fingerprint, "", (info,)))
+    tokenizer.save(tmp_path / "tokenizer")
+    for dumps in (dump, dump.parent.parent):
+        found = lines(shards=tmp_path, token=4, dumps=dumps)
+        assert found[1].strip().startswith('"B')
+        assert found[2].startswith(f"  {dump}, byte {pages[1].where.rpartition(':')[2]}: response, ")
+        assert f"    warc-target-uri: {pages[1].url}" in found
+        assert any(line.startswith("    | HTTP/1.1 200") for line in found)
+    with pytest.raises(UserError, match=r"from which .* comes, is not there"):
+        lines(shards=tmp_path, token=4, dumps=tmp_path)
+    with pytest.raises(UserError, match="no record at"):
+        list(show_record(dump, f"{dump.name}:1"))
 
 
 def test_rejected_documents_by_reason(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     python tools/inspect_data.py shards=DIR                     statistics
     python tools/inspect_data.py shards=DIR verify=true         check every byte
     python tools/inspect_data.py shards=DIR token=N             which record of which dump a token comes from
+    python tools/inspect_data.py shards=DIR token=N dumps=DIR   and that record's headers
     python tools/inspect_data.py stage=DIR [reason=...]         what a stage rejected, with examples
     python tools/inspect_data.py work_dir=DIR url=URL           why a page was kept or dropped
     python tools/inspect_data.py run_dir=DIR                    compare the run's ledger with the shards
