@@ -377,6 +377,18 @@ def test_a_finished_run_is_not_repeated(corpus: dict[str, list[str]], tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl.zst")} == times
 
 
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    files = {"1.jsonl.zst": ["one text", "another text"]}
+    index = run(tmp_path, files) / "index"
+    before = sorted(index.rglob("*"))
+    (index / "blocks" / "tmp-99-000000").mkdir()
+    (index / "blocks" / "tmp-99-000000" / "keys.u64").write_bytes(b"x")
+    (index / ".tmp-kept_by.i64-abc").write_bytes(b"x")
+    (index / "runs-abc").mkdir()
+    run(tmp_path, files)
+    assert sorted(index.rglob("*")) == before
+
+
 def test_other_settings_are_refused_or_replace(tmp_path: Path) -> None:
     writer = Writer(10)
     a = writer.text()

@@ -300,6 +300,12 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
         log.info("dedup: %d documents met more kept ones in a band than max_comparisons allows", counts["limited"])
     for name in ("pairs", "plan", "candidates"):
         shutil.rmtree(index / name, ignore_errors=True)
+    # What killed runs left; the small .json files may be those of another part that is at this point now.
+    for leftover in [*index.rglob("tmp-*"), *index.rglob(".tmp-*"), *index.glob("runs-*")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        elif ".json-" not in leftover.name:
+            leftover.unlink(missing_ok=True)
 
 
 def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock], index: Path, path: Path) -> None:
