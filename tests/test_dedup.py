@@ -262,6 +262,7 @@ def test_with_many_bands_the_result_is_that_of_comparing_all_pairs(tmp_path: Pat
     assert {int(name.rpartition(":")[2]) for name in kept(output)} == greedy(texts, 0.8)
 
 
+@pytest.mark.slow
 def test_recall_and_precision_with_the_default_bands(tmp_path: Path) -> None:
     texts = planted(Writer(5), 900)
     output = run(tmp_path, {"all.jsonl.zst": texts})
