@@ -20,7 +20,7 @@ quickstart: $(VENV)/.installed ## The whole way from web dump to trained GPT, sm
 	$(BIN)/python tools/quickstart.py $(WORDS)
 
 test: $(VENV)/.installed ## Every test (tests that need a GPU, the real dumps or SLURM skip, with the reason, where these are absent)
-	$(BIN)/pytest -n $(JOBS) -r s
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -r s
 
 check: $(VENV)/.installed ## What a change must pass before review: format, lint, types, shell scripts, fast tests
 	$(BIN)/ruff format --check .

@@ -35,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_SkipWatch(), "skip-watch")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup all SLURM tests go to one worker: one cluster at a time is enough for the machine."""
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 class _SkipWatch:
     """Fails the session when a test, or a whole file, was skipped without being marked gpu."""
 

@@ -83,8 +83,13 @@ class Cluster:
     def command(self, *words: str, cwd: Path | None = None, timeout: float = 60, **environment: str) -> str:
         """Run a SLURM command (or a script that calls some) and return what it prints. Raises CalledProcessError."""
         done = subprocess.run(
-            words, cwd=cwd, env=self.environment | environment, capture_output=True, text=True, timeout=timeout, check=True
+            words, cwd=cwd, env=self.environment | environment, capture_output=True, text=True, timeout=timeout
         )
+        try:
+            done.check_returncode()
+        except subprocess.CalledProcessError as error:
+            error.add_note(done.stderr)
+            raise
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:

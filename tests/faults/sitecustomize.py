@@ -126,25 +126,25 @@ def loader_dead(train, fault) -> None:
 
 
 def save_file(train, fault) -> None:
-    original = train.checkpoint._write_pieces
+    original = train.checkpoint.write_pieces
 
     def write(folder, *rest):
         if due(fault, int(str(folder).rpartition("_")[2])):
             block_on_fifo(os.path.dirname(fault["once"]))
         return original(folder, *rest)
 
-    train.checkpoint._write_pieces = write
+    train.checkpoint.write_pieces = write
 
 
 def disk_full(train, fault) -> None:
-    original = train.checkpoint._write_pieces
+    original = train.checkpoint.write_pieces
 
     def write(folder, *rest):
         if due(fault, 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         return original(folder, *rest)
 
-    train.checkpoint._write_pieces = write
+    train.checkpoint.write_pieces = write
 
 
 def slow(train, fault) -> None:
