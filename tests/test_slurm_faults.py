@@ -122,7 +122,7 @@ def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shard
 
 def test_it_goes_on_with_the_nodes_that_there_are(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     """--nodes=1-3: two nodes, then one, then three, as the partition has them."""
-    site, run_dir, steps = make_site(tmp_path / "project", PROJECT, nodes="1-3"), tmp_path / "run", 500
+    site, run_dir, steps = make_site(tmp_path / "project", PROJECT, nodes="1-3"), tmp_path / "run", 240
 
     def drain(*nodes: str) -> None:
         for node in ("n1", "n2", "n3"):
@@ -130,12 +130,12 @@ def test_it_goes_on_with_the_nodes_that_there_are(cluster: Cluster, shards: Path
             with contextlib.suppress(subprocess.CalledProcessError):  # resuming one that is not drained
                 cluster.command("scontrol", "update", f"nodename={node}", *words)
 
-    # SGD: over hundreds of steps AdamW's division by small second moments turns last bits of fp32 sums into 1e-4 and more
-    changes = ("optim.kind=sgd", "optim.lr=0.05")
+    # Small steps of SGD: training is chaotic, and at higher rates the last bits of fp32 sums grow tenfold every 60 updates
+    changes = ("optim.kind=sgd", "optim.lr=0.01")
     drain("n3")
     job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, steps), *changes)
     for incarnation, drained in ((1, ("n2", "n3")), (2, ())):
-        wait_until(lambda i=incarnation: last_step(run_dir, i) >= 100 * i)
+        wait_until(lambda i=incarnation: last_step(run_dir, i) >= 60 * i)
         drain(*drained)
         cluster.command("scontrol", "requeue", job_id)
     cluster.wait_for(job_id, "COMPLETED", timeout=400)
