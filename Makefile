@@ -1,4 +1,4 @@
-# Each target is all that a fresh machine needs (git, Python 3.11 or 3.12, a C compiler, make): it installs into .venv first.
+# Each target is all that a fresh machine needs (git, Python 3.11, a C compiler, make): it installs into .venv first.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 

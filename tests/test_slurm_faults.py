@@ -170,7 +170,8 @@ def test_a_bad_node_is_left_out_by_a_successor(cluster: Cluster, shards: Path, t
 @pytest.mark.parametrize("script", ["pretrain.sh", "preprocess.sh"])
 def test_sbatch_would_take_the_script(script: str, cluster: Cluster, tmp_path: Path) -> None:
     site = make_site(tmp_path / "project", PROJECT)
-    cluster.command("sbatch", "--test-only", "--nodes=2", f"slurm/{script}", "configs/train/debug_cpu.yaml", cwd=site)
+    words = ("--test-only", "--nodes=2", "--parsable", f"slurm/{script}", "configs/train/debug_cpu.yaml")
+    assert cluster.command("sbatch", *words, cwd=site) == ""  # accepted: nothing is submitted, and a refusal would raise
 
 
 @pytest.mark.parametrize(
