@@ -1,0 +1,181 @@
+"""What every benchmark here shares: peers' environments, interleaved runs of commands, and results with their provenance.
+
+Times on shared cores mean nothing by themselves: compare only what ran in one `run_interleaved`, and quote ratios of medians.
+"""
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+RESULTS = PROJECT / "bench" / "results"
+ENVIRONMENTS = PROJECT / "runs" / "bench" / "environments"
+"""One virtual environment per peer (their pins exclude each other); ignored by git."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one command."""
+
+    wall_s: float
+    cpu_s: float
+    """User and system time of the process and all its waited-for children."""
+    peak_rss_bytes: int
+    """The largest resident set of any one process of it."""
+    output: dict[str, Any]
+    """The JSON object of its last line of standard output; empty where that is none."""
+
+
+def run_interleaved(
+    commands: Mapping[str, Sequence[str]],
+    repetitions: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 3600,
+) -> dict[str, list[Run]]:
+    """Run all commands in turn, `repetitions` rounds of it, each as its own process; the order turns around every round.
+
+    Raises:
+        SystemExit: a command failed; its last lines are shown.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for round_number in range(repetitions):
+        names = list(commands) if round_number % 2 == 0 else list(reversed(commands))
+        for name in names:
+            run = run_once(commands[name], environment=environment, timeout_s=timeout_s)
+            runs[name].append(run)
+            print(f"round {round_number + 1}/{repetitions}  {name:40} {run.cpu_s:9.2f} CPU s  {run.wall_s:9.2f} s", flush=True)
+    return runs
+
+
+def run_once(command: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float = 3600) -> Run:
+    """Run one command to its end; `environment` is added to ours."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command],
+            stdout=output,
+            stderr=errors,
+            cwd=PROJECT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        alarm = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
+        alarm.start()
+        _, status, used = os.wait4(process.pid, 0)
+        alarm.cancel()
+        wall_s = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        printed = output.read()
+        if process.returncode != 0:
+            tail = f"{printed[-2000:]}\n{errors.read()[-4000:]}"
+            raise SystemExit(f"{shlex.join(command)}: exit status {process.returncode} after {wall_s:.0f} s\n{tail}")
+    found = _last_object(printed)
+    return Run(wall_s, used.ru_utime + used.ru_stime, int(found.get("peak_rss_bytes", used.ru_maxrss * 1024)), found)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median of a few measurements with the smallest and the largest."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def peer_python(name: str, requirements: Sequence[str]) -> Path:
+    """The Python of the peer's own environment, made on first use (needs a package index)."""
+    folder = ENVIRONMENTS / name
+    wanted = "\n".join(requirements)
+    marker = folder / "requirements.txt"
+    if not (marker.exists() and marker.read_text(encoding="utf-8") == wanted):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([folder / "bin/pip", "install", "--quiet", *requirements], check=True)
+        marker.write_text(wanted, encoding="utf-8")
+    return folder / "bin" / "python"
+
+
+def peer_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Versions of packages as another environment has them."""
+    code = "import json,sys;from importlib.metadata import version;print(json.dumps({p:version(p) for p in sys.argv[1:]}))"
+    return json.loads(subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout)
+
+
+def write_results(
+    name: str, results: Mapping[str, Any], *, packages: Sequence[str] = (), peers: Mapping[str, str] | None = None
+) -> Path:
+    """Write bench/results/<name>.json: the results with date, machine, versions, commit and the command that made them."""
+    document = {
+        "name": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "machine": machine(),
+        "versions": {package: version(package) for package in packages},
+        "peers": dict(peers or {}),
+        "results": results,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1, default=_jsonable) + "\n", encoding="utf-8")
+    print(f"results in {path.relative_to(PROJECT)}", flush=True)
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on; no name of it."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory_kib = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_kib / 2**20, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load_1m": os.getloadavg()[0],
+    }
+
+
+def _last_object(output: str) -> dict[str, Any]:
+    lines = output.strip().splitlines()
+    try:
+        found = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _jsonable(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Run) else str(value)
+
+
+def _relative(words: Sequence[str]) -> list[str]:
+    """Command words without this machine's folders."""
+    inside = [Path(word).resolve() for word in words]
+    return [
+        str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) and path.exists() else w
+        for path, w in zip(inside, words, strict=True)
+    ]
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
