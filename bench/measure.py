@@ -116,7 +116,16 @@ def peer_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
 def write_results(
     name: str, results: Mapping[str, Any], *, packages: Sequence[str] = (), peers: Mapping[str, str] | None = None
 ) -> Path:
-    """Write bench/results/<name>.json: the results with date, machine, versions, commit and the command that made them."""
+    """Write bench/results/<name>.json: the results with date, machine, versions, commit and the command that made them.
+
+    bench/document.py makes docs/benchmarks.md of these files. It shows, of `results`:
+        title: heading of the section.   about: a paragraph: what is compared, on which data, what is good.
+        rows: a table: flat objects with the same keys; a key is words, the unit last: `save_blocked_s`, `ratio_to_peer`.
+        tables: further tables, a list of {"title", "about", "rows", "plot"}.
+        plot: {"x": key, "y": key, "by": key of the lines' names or null, "log": bool} draws the rows of its table.
+        lost: a paragraph on each number that a peer wins, with the reason; "" = none is lost.
+    Other keys (raw runs) stay in the file for those who look. Values: str, number, bool, null or spread().
+    """
     document = {
         "name": name,
         "date": datetime.now(UTC).date().isoformat(),
