@@ -1,26 +1,25 @@
 """A soak: one run on a real SLURM of this host under random faults, compared with a run that nothing happened to.
 
-    python bench/chaos.py FOLDER [NUM_FAULTS [SEED]]     (50 faults take about half an hour on two cores; FOLDER is made)
+    python bench/chaos.py FOLDER [NUM_FAULTS [SEED]]     (50 faults take about three quarters of an hour on two cores)
 
 Three nodes, a job of two of them through slurm/pretrain.sh. The faults are those of KINDS, in random order; also in the data
 lie windows of noise, which the guard has to leave out. At the end the weights must be bitwise those of an uninterrupted run
-with the same samples left out, and the ledger must show every other sample once. Prints a table; FOLDER/chaos.json keeps it.
+with the same samples left out, and the ledger must show every other sample once. FOLDER is made and keeps the run, its log and
+a line per fault; the results go to bench/results/chaos.json.
 """
 
 import contextlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,20 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 from ranks import Ranks  # noqa: E402
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster  # noqa: E402
 
+from bench.measure import spread, write_results  # noqa: E402
 from megagpt.checkpoint import list_checkpoints, load_model  # noqa: E402
-from megagpt.files import write_json  # noqa: E402
 from megagpt.inspection import check_ledger  # noqa: E402
 from megagpt.metrics import METRICS_FILE, read_metrics  # noqa: E402
-from megagpt.world import utc_now  # noqa: E402
 
 SAVE_EVERY, BATCH = 50, 4
 STEPS_PER_FAULT = 150
-TRIGGERED = ("loader", "loader_dead", "disk_full", "not_a_number")
+DESCRIPTIONS = {
+    "loader": "The thread that reads data sleeps for ever.",
+    "loader_dead": "The thread that reads data is gone; the batch never comes.",
+    "disk_full": "The disk is full in the middle of a save.",
+    "not_a_number": "The loss is NaN in two steps that follow each other.",
+}
+TRIGGERED = tuple(DESCRIPTIONS)
 """Faults inside a rank, by tests/faults; the trainer's code knows nothing of them."""
 
 
@@ -213,7 +217,8 @@ def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *,
             wait_until(lambda: soak.last_step(soak.incarnation()) >= 0, 240, soak)
             recovered = time.monotonic() - began
         soak.table.append(Outcome(name, round(detected, 1), round(recovered, 1), verdict(soak, name)))
-        print(soak.table[-1], flush=True)
+        with (folder / "faults.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(soak.table[-1])) + "\n")
     job = cluster.wait_for(soak.job_id, "COMPLETED", timeout=900)
     assert job["ExitCode"] == "0:0"
     return soak
@@ -342,6 +347,24 @@ def make_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
+def summarise(soak: Soak) -> list[dict[str, Any]]:
+    """One row per kind of fault."""
+    table = []
+    for name, action in KINDS.items():
+        outcomes = [outcome for outcome in soak.table if outcome.fault == name]
+        if outcomes:
+            counts = Counter(outcome.verdict for outcome in outcomes)
+            row = {
+                "fault": action.__doc__ or DESCRIPTIONS[name],
+                "times": len(outcomes),
+                "detected_s": spread([outcome.detected_seconds for outcome in outcomes]),
+                "trains_again_s": spread([outcome.recovered_seconds for outcome in outcomes]),
+                "what_the_run_said": "; ".join(f"{verdict} ({count})" for verdict, count in counts.most_common()),
+            }
+            table.append(row)
+    return table
+
+
 def main() -> None:
     """The full form."""
     folder, num_faults, seed = (
@@ -355,24 +378,35 @@ def main() -> None:
     shards = make_shards(folder / "corpus")
     began = time.monotonic()
     with running_cluster(folder / "slurm", num_nodes=3) as cluster:
+        slurm = cluster.command("sbatch", "--version").split()[-1]
         soak = soak_run(cluster, folder, shards, faults, seed=seed)
-    result = {"seconds": round(time.monotonic() - began), "seed": seed, **compare(soak, folder / "clean", shards)}
-    result["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
-    result["versions"] = {name: version(name) for name in ("torch", "megagpt")}
-    result["slurm"] = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    result["date"] = utc_now()
-    result["starts"] = soak.incarnation()
-    result["rewinds"] = count_rewinds(soak)
-    result["faults"] = [asdict(outcome) for outcome in soak.table]
-    write_json(folder / "chaos.json", result)
-    for name in KINDS:
-        rows = [outcome for outcome in soak.table if outcome.fault == name]
-        if rows:
-            times = [
-                statistics.median(getattr(row, kind) for row in rows) for kind in ("detected_seconds", "recovered_seconds")
-            ]
-            print(f"{name:20} {len(rows):3}  detected {times[0]:6.1f} s  trains again {times[1]:6.1f} s  {rows[-1].verdict}")
-    print({key: value for key, value in result.items() if key != "faults"})
+    seconds = round(time.monotonic() - began)
+    found = compare(soak, folder / "clean", shards)
+    equal = found["weights_equal"] and found["losses_equal"]
+    windows = len(injected(soak.triggers, len(faults))[-1]["windows"])
+    about = (
+        f"One run of {found['steps']:,} steps on a real SLURM of three nodes, two of them in the job, under {len(faults)} "
+        f"faults and with {windows} windows of noise in its data. It took {seconds:,} s and {soak.incarnation()} starts; the "
+        f"guard went back {count_rewinds(soak)} times. Against an uninterrupted run with the same samples left out: weights "
+        f"bitwise equal: {found['weights_equal']}; losses equal: {found['losses_equal']}. The ledger: "
+        f"{found['ledger'][0].partition(': ')[2]}. Detected: until the run had noticed and ended or gone back."
+    )
+    results = {
+        "title": "A run under faults",
+        "about": about,
+        "rows": summarise(soak),
+        "lost": "" if equal else "The run under faults differs from the uninterrupted one.",
+        "seed": seed,
+        "seconds": seconds,
+        **found,
+        "starts": soak.incarnation(),
+        "rewinds": count_rewinds(soak),
+        "faults": [asdict(outcome) for outcome in soak.table],
+    }
+    write_results("chaos", results, packages=("torch", "megagpt"), peers={"slurm": slurm})
+    print(about)
+    if not equal:
+        raise SystemExit("the run under faults differs from the uninterrupted one")
 
 
 if __name__ == "__main__":
