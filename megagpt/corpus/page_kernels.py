@@ -1,0 +1,210 @@
+"""Compiled loops behind page_lines.py. Importing this module imports numba: do it where it is used.
+
+`read_page` goes once over the characters of a page as lexbor writes it: tags are closed, attributes are ` name="value"` with
+quotes escaped, text has no bare `<` or `&`.
+"""
+
+import numpy as np
+from numba import njit
+
+INLINE, VOID, DROPPED, BREAK, LINK, PREFORMATTED = 1, 2, 4, 8, 16, 32
+"""What an element's name says: INLINE leaves the line as it is, VOID has no end tag, DROPPED goes with all that is in it."""
+NAME, DEPTH, START, END, CLASS, CLASS_END, ID, ID_END, OTHER, OTHER_END = range(10)
+"""Columns of an element: number of its name, depth, lines [START, END), and where in the source its class, its id and, if it
+has a role, style, itemprop or aria-hidden, all its attributes stand (-1: none)."""
+ELEMENT_COLUMNS = 10
+
+_LT, _GT, _SLASH, _SPACE, _QUOTE, _EQUAL, _AND, _BANG, _DASH, _SEMICOLON, _NEWLINE = (ord(c) for c in '<>/ "=&!-;\n')
+_AMP, _NBSP = ord("a"), ord("n")
+
+
+@njit(cache=True, nogil=True)
+def name_hash(codes, start, end):
+    """64-bit hash (FNV-1a) of the characters [start, end)."""
+    value = np.uint64(0xCBF29CE484222325)
+    for i in range(start, end):
+        value = (value ^ np.uint64(codes[i])) * np.uint64(0x100000001B3)
+    return value
+
+
+@njit(cache=True, nogil=True)
+def _is_space(code):
+    """What str.isspace says."""
+    if code <= 0x20:
+        return code == 0x20 or 9 <= code <= 13 or 28 <= code <= 31
+    if code < 0x85:
+        return False
+    return code in (0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000) or 0x2000 <= code <= 0x200A
+
+
+@njit(cache=True, nogil=True)
+def _number_of(value, hashes, numbers):
+    at = np.searchsorted(hashes, value)
+    return numbers[at] if at < hashes.size and hashes[at] == value else 0
+
+
+@njit(cache=True, nogil=True)
+def _entity(codes, at):
+    """(character, length) of the entity that begins at `at`: the four that lexbor writes in text."""
+    left = codes.size - at
+    second = codes[at + 1] if left > 3 else 0
+    if second == _AMP and left > 4 and codes[at + 4] == _SEMICOLON:
+        return 0x26, 5
+    if second == 0x6C and codes[at + 3] == _SEMICOLON:
+        return _LT, 4
+    if second == 0x67 and codes[at + 3] == _SEMICOLON:
+        return _GT, 4
+    if second == _NBSP and left > 5 and codes[at + 5] == _SEMICOLON:
+        return _SPACE, 6
+    return 0x26, 1
+
+
+@njit(cache=True, nogil=True)
+def _skip_comment(codes, at):
+    """The place behind a comment that begins at `at`."""
+    at += 4
+    while at + 2 < codes.size and not (codes[at] == _DASH and codes[at + 1] == _DASH and codes[at + 2] == _GT):
+        at += 1
+    return min(codes.size, at + 3)
+
+
+@njit(cache=True, nogil=True)
+def _read_attributes(codes, at, watched, row):
+    """Note class, id and whether others of `watched` (hashes; class and id first) are there in `row`; the place of the `>`."""
+    start, size = at, codes.size
+    while at < size and codes[at] == _SPACE:
+        begin = at + 1
+        at = begin + 1
+        while at + 1 < size and not (codes[at] == _EQUAL and codes[at + 1] == _QUOTE):
+            at += 1
+        value = name_hash(codes, begin, at)
+        first = at + 2
+        at = first
+        while at < size and codes[at] != _QUOTE:
+            at += 1
+        if value == watched[0]:
+            row[CLASS], row[CLASS_END] = first, at
+        elif value == watched[1]:
+            row[ID], row[ID_END] = first, at
+        elif value == watched[2] or value == watched[3] or value == watched[4] or value == watched[5]:
+            row[OTHER] = start
+        at += 1
+    while at < size and codes[at] != _GT:
+        at += 1
+    if row[OTHER] >= 0:
+        row[OTHER_END] = at
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _end_line(out, begin, end, raw, link, element, lines, count):
+    """Close the line out[begin:end]: (its end in `out`, lines there are now). A line of white space is none."""
+    if raw:
+        while begin < end and out[end - 1] == _NEWLINE:
+            end -= 1
+        first = begin
+        while first < end and out[first] == _NEWLINE:
+            first += 1
+        blank = True
+        for i in range(first, end):
+            blank = blank and _is_space(out[i])
+        if blank:
+            return begin, count
+        lines[count, 0] = first
+    else:
+        if begin == end:
+            return begin, count
+        lines[count, 0] = begin
+    lines[count, 1], lines[count, 2], lines[count, 3] = end, min(link, end - lines[count, 0]), element
+    return end, count + 1
+
+
+@njit(cache=True, nogil=True)
+def read_page(codes, hashes, numbers, flags, watched):
+    """Lines and elements of a page.
+
+    codes: uint32, the page's characters. hashes (ascending), numbers: known names of elements; flags: uint8 by number. watched:
+    see `_read_attributes`. Returns out (uint32, the lines' characters), lines (int64 [lines, 4]: start and end in out,
+    characters in links, element that holds it) and elements (int64 [elements, ELEMENT_COLUMNS]; the first is the root).
+    """
+    size, num_tags = codes.size, 2
+    for code in codes:
+        num_tags += code == _LT
+    out, lines = np.empty(size + 1, np.uint32), np.empty((num_tags, 4), np.int64)
+    elements = np.full((num_tags, ELEMENT_COLUMNS), -1, np.int64)
+    stack = np.empty(num_tags, np.int64)
+    elements[0, :3] = 0
+    num_lines, num_elements, depth, skipped = 0, 1, 0, 0
+    stack[0] = 0
+    at, begin, end, link = 0, 0, 0, 0
+    space = in_link = raw = False
+    while at < size:
+        code = codes[at]
+        if code != _LT:
+            length = 1
+            if code == _AND:
+                code, length = _entity(codes, at)
+            at += length
+            if skipped:
+                continue
+            if raw:
+                out[end] = code
+                end += 1
+                link += in_link
+            elif _is_space(code):
+                space = end > begin
+            else:
+                if space:
+                    out[end] = _SPACE
+                    end += 1
+                    link += in_link
+                    space = False
+                out[end] = code
+                end += 1
+                link += in_link
+            continue
+        if at + 3 < size and codes[at + 1] == _BANG:
+            at = _skip_comment(codes, at)
+            continue
+        closing = at + 1 < size and codes[at + 1] == _SLASH
+        name_start = at + 2 if closing else at + 1
+        at = name_start
+        while at < size and codes[at] != _SPACE and codes[at] != _GT:
+            at += 1
+        number = _number_of(name_hash(codes, name_start, at), hashes, numbers)
+        kind = flags[number]
+        row = elements[num_elements]
+        row[CLASS:] = -1
+        at = _read_attributes(codes, at, watched, row) + 1
+        if skipped:
+            if not kind & VOID:
+                skipped += -1 if closing else 1
+            continue
+        if kind & DROPPED:
+            skipped = 0 if closing or kind & VOID else 1
+            continue
+        if kind & INLINE:
+            if kind & LINK:
+                in_link = not closing
+            continue
+        if kind & VOID and not kind & BREAK:
+            continue
+        end, num_lines = _end_line(out, begin, end, raw, link, stack[depth], lines, num_lines)
+        begin, link, space = end, 0, False
+        if kind & BREAK:
+            continue
+        if closing:
+            if depth > 0:
+                elements[stack[depth], END] = num_lines
+                depth -= 1
+        else:
+            depth += 1
+            row[NAME], row[DEPTH], row[START] = number, depth, num_lines
+            stack[depth] = num_elements
+            num_elements += 1
+        if kind & PREFORMATTED:
+            raw = not closing
+    end, num_lines = _end_line(out, begin, end, raw, link, stack[depth], lines, num_lines)
+    for i in range(depth + 1):
+        elements[stack[i], END] = num_lines
+    return out[:end], lines[:num_lines], elements[:num_elements]
