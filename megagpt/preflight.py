@@ -25,13 +25,14 @@ log = logging.getLogger(__name__)
 PACKAGES = ("megagpt", "torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "wandb")
 """Their versions are recorded with every start."""
 
-FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind")
-"""What a resume refuses to change unless allow_change names it; `data` is the fingerprint of shards, weights and order."""
+FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind", "micro_batch_size")
+"""What a resume refuses to change unless allow_change names it; `data` is the fingerprint of shards, weights and order,
+`micro_batch_size` is fixed with determinism=canonical only."""
 
 
 def check_run(config: "TrainConfig", data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
-    refuse_unsupported(config.engine, config.optim, config.precision)
+    refuse_unsupported(config.engine, config.optim, config.precision, canonical=config.determinism == "canonical")
     check_wandb(config.monitor)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -66,6 +67,8 @@ def check_resume(config: "TrainConfig", data: Data, saved: dict[str, Any], where
         "optim.kind": _difference(before["optim"]["kind"], now["optim"]["kind"]),
         "data": "" if saved["data_fingerprint"] == data.fingerprint else _difference(before["data"], now["data"]) or "shards",
     }
+    if config.determinism == "canonical":  # another size is another order of sums
+        differences["micro_batch_size"] = _difference(before["micro_batch_size"], now["micro_batch_size"])
     refused = [f"{name} ({text})" for name, text in differences.items() if text and name not in config.allow_change]
     if refused:
         raise UserError(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from megagpt import checkpoint, preflight
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import Config
 from megagpt.data import HASH_MASK, Data, DataConfig, Loader, MicroBatch, TrainState, open_data
+from megagpt.determinism import Determinism, make_deterministic
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, Precision, build_engine, draw_weights
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.flops import flops_per_token
@@ -53,6 +53,9 @@ class TrainConfig(Config):
     but the results of matrix products and attention are kept)."""
     compile: bool = False
     """Compile each block with torch.compile: faster steps, a slower start."""
+    determinism: Determinism = "none"
+    """none; strict: the same bits at every start on the same layout and kind of machine; canonical: besides, on every number of
+    ranks and accumulation split (engine.kind=fsdp or zero_stage=1, one micro_batch_size). Each is slower: docs/training.md."""
     model: ModelConfig
     """The model."""
     data: DataConfig
@@ -123,6 +126,7 @@ class TrainConfig(Config):
             "checkpoint_every": self.checkpoint_every,
             "checkpoint_selectively": self.activation_checkpointing == "selective",
             "compile_blocks": self.compile,
+            "canonical": self.determinism == "canonical",
         }
 
 
@@ -150,6 +154,8 @@ def train(config: TrainConfig) -> int:
     preflight.check_run(config, data)
     if config.check:
         return EXIT_DONE
+    if config.determinism != "none":
+        make_deterministic()
     world = init_world()
     monitor = watchdog = None
     try:
@@ -203,20 +209,20 @@ def loop(run: Run, state: TrainState) -> int:
                 return EXIT_STOPPED
 
             with monitor.clock("train"):
-                loss, lr = torch.zeros((), device=world.device), lr_at(config.optim, state.step, config.max_steps)
+                losses, lr = [], lr_at(config.optim, state.step, config.max_steps)
                 for i, batch in enumerate(batches.micro_batches):
                     watchdog.beat(state.step)
                     seed_dropout(config, state.step, batch)
                     with watchdog.forward():
                         micro_loss = engine.model(*inputs(batch, world.device)) / num_targets  # never a mean of means
                     engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
-                    loss += micro_loss.detach()
+                    losses.append(micro_loss.detach())
                 result = engine.step(lr, config.optim.max_grad_norm)
 
             if ledger is not None:
                 ledger.write(entry_of(state, config.global_batch_size, fed_hash, run.incarnation))
-            dist.all_reduce(loss)
-            problem = run.guard.look(float(loss), result.grad_norm)
+            loss = world.exact_sum(torch.stack(losses))
+            problem = run.guard.look(loss, result.grad_norm)
             if problem:
                 state = rewind(run, state, problem, saved_step)
                 saved_step = state.step if state.step > 0 else None

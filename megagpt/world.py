@@ -1,5 +1,6 @@
 """This process among its peers: rank, size, device, agreement over small integers, and requests to stop."""
 
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megagpt.config import UserError
 
@@ -74,6 +76,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
+
+    def exact_sum(self, values: Tensor) -> float:
+        """The sum of the 1-D `values` of all ranks (equally many), rounded once: the same bits for every order and layout."""
+        parts = [values]
+        if self.size > 1:
+            parts = [torch.empty_like(values) for _ in range(self.size)]
+            dist.all_gather(parts, values)
+        return math.fsum(torch.cat(parts).tolist())
 
     def any(self, claim: bool) -> bool:
         """Whether the claim holds on some rank."""

@@ -37,6 +37,7 @@ LAYERS = (
         "optim",
         "engine",
         "engine.*",
+        "determinism",
         "checkpoint",
         "pieces",
         "checkpoint_admin",

@@ -130,9 +130,13 @@ def build_engine(
     checkpoint_every: int = 0,
     checkpoint_selectively: bool = False,
     compile_blocks: bool = False,
+    canonical: bool = False,
 ) -> Engine:
-    """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do."""
-    refuse_unsupported(engine, optim, precision)
+    """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do.
+
+    `canonical`: gradients are added in the order of the micro-batches (megagpt.engine.canonical), whatever the layout.
+    """
+    refuse_unsupported(engine, optim, precision, canonical=canonical)
 
     def make() -> GPT:
         model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
@@ -143,18 +147,35 @@ def build_engine(
     if isinstance(engine, FSDPConfig):
         from megagpt.engine.fsdp import FSDPEngine
 
-        return FSDPEngine(make, optim, engine, world, precision=precision)
+        return FSDPEngine(make, optim, engine, world, precision=precision, canonical=canonical)
     from megagpt.engine.deepspeed import DeepSpeedEngine  # imports deepspeed: 2 s and a build cache
 
-    return DeepSpeedEngine(make, optim, engine, world, precision=precision, micro_batch_size=micro_batch_size)
+    options = {"precision": precision, "micro_batch_size": micro_batch_size, "canonical": canonical}
+    return DeepSpeedEngine(make, optim, engine, world, **options)
 
 
-def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision) -> None:
+def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision, *, canonical: bool = False) -> None:
     """Raise UserError on a combination that no engine computes rightly."""
+    if canonical:
+        _refuse_canonical(engine, optim)
     if isinstance(engine, DeepSpeedConfig) and precision == "bf16" and engine.zero_stage == 0:
         raise UserError(
             "engine.zero_stage=0 with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3"
         )
+
+
+def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
+    """Raise UserError where the order of sums cannot be held."""
+    if isinstance(engine, DeepSpeedConfig) and engine.zero_stage != 1:
+        raise UserError(f"determinism=canonical with engine.zero_stage={engine.zero_stage}: only stage 1 and engine.kind=fsdp")
+    if isinstance(engine, FSDPConfig) and engine.shard_size is not None:
+        raise UserError(
+            f"determinism=canonical with engine.shard_size={engine.shard_size}: copies of shards (HSDP) are not covered"
+        )
+    if isinstance(engine, FSDPConfig) and engine.cpu_offload:
+        raise UserError("determinism=canonical with engine.cpu_offload=true is not covered")
+    if optim.kind == "muon":
+        raise UserError("determinism=canonical with optim.kind=muon: its matrix products depend on how matrices are cut")
 
 
 def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:

@@ -8,6 +8,7 @@ stages 1 and 2 `single_partition_of_fp32_groups`, `_hp_mapping`; bf16 stage 1 `f
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.engine import DeepSpeedConfig, FlatPiece, Precision, StepResult
+from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
 from megagpt.optim import STATES, OptimConfig, Together, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.world import World
 
@@ -34,6 +36,7 @@ class DeepSpeedEngine:
         *,
         precision: Precision,
         micro_batch_size: int,
+        canonical: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
         settings = deepspeed_settings(optim, config, world.size, precision=precision, micro_batch_size=micro_batch_size)
@@ -46,7 +49,7 @@ class DeepSpeedEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = optimizer.parts[0] if isinstance(optimizer, Together) else optimizer  # stage 0 is stepped here
-            self.model, *_ = deepspeed.initialize(model=module, optimizer=theirs, config=settings)
+            self.model: Any = deepspeed.initialize(model=module, optimizer=theirs, config=settings)[0]
         self.module, self.updates = module, 0
         self._stage, self._world = config.zero_stage, world
         self._zero: Any = self.model.optimizer
@@ -54,16 +57,26 @@ class DeepSpeedEngine:
         kinds = {parameter: group["kind"] for group in optimizer.param_groups for parameter in group["params"]}
         self._kinds = {flat: kinds.get(flat, optim.kind) for flat in self._flat_partitions()}
         create_states(self._torch_optimizer, self._kinds.items())
+        self._canonical = _CanonicalZero1(self._zero, module, self._flat_partitions(), world) if canonical else None
+        if self._canonical is not None:
+            self.model = module  # the forward pass without what DeepSpeed hangs on it for its own reduction
+            without_fused_kernels(self._torch_optimizer)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; the reduction across ranks happens here (stages 2 and 3) or in `step`."""
+        if self._canonical is not None:
+            self._canonical.backward(loss)
+            return
         self.model.backward(loss * self._world.size, scale_wrt_gas=False)
 
     def step(self, lr: float, max_norm: float) -> StepResult:
         """Reduce what is left, clip, update, zero."""
         for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
-        result = self._step_stage_0(max_norm) if self._stage == 0 else self._step_zero(max_norm)
+        if self._canonical is not None:
+            result = self._step_canonical(self._canonical, max_norm)
+        else:
+            result = self._step_stage_0(max_norm) if self._stage == 0 else self._step_zero(max_norm)
         self.updates += result.applied
         return result
 
@@ -102,6 +115,17 @@ class DeepSpeedEngine:
         for parameter in parameters:
             parameter.grad = None
         return StepResult(float(norm), applied)
+
+    def _step_canonical(self, canonical: "_CanonicalZero1", max_norm: float) -> StepResult:
+        """DeepSpeed's partitions, optimizer and gathering of weights, with our own reduction and norm."""
+        norm = canonical.finish(max_norm)
+        applied = math.isfinite(norm)
+        if applied:
+            self._torch_optimizer.step()
+            self._zero.update_lp_params()
+        for flat in self._flat_partitions():
+            flat.grad = None
+        return StepResult(norm, applied)
 
     def _flat_partitions(self) -> list[Tensor]:
         """The fp32 tensors that the torch optimizer updates: a rank's partition of each group (stage 0: the parameters)."""
@@ -143,6 +167,56 @@ class DeepSpeedEngine:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
+
+
+class _CanonicalZero1:
+    """Gradients of ZeRO 1 in canonical order (megagpt.engine.canonical), put into `.grad` of DeepSpeed's flat partitions."""
+
+    def __init__(self, zero: Any, module: nn.Module, partitions: list[Tensor], world: World) -> None:
+        self._partitions, self._parameters = partitions, list(module.parameters())
+        names = ("bit16_groups_flat", "bf16_groups_flat")  # all ranks' partitions of a group, one after the other
+        whole = next(getattr(zero, name) for name in names if hasattr(zero, name))
+        self._sums = [OrderedSum() for _ in partitions]
+        self._places = [_place_in(whole, parameter) for parameter in self._parameters]
+        extents, held = [], []
+        self._gradients: list[tuple[int, int, int]] = []  # group, offset in its partition, elements
+        for i, (parameter, (group, offset)) in enumerate(zip(self._parameters, self._places, strict=True)):
+            size = len(partitions[group])
+            begin = max(offset, world.rank * size)
+            end = min(offset + parameter.numel(), (world.rank + 1) * size)
+            if begin < end:
+                held.append(i)
+                extents.append(Extent(begin - offset, end - begin, parameter.numel()))
+                self._gradients.append((group, begin - world.rank * size, end - begin))
+        self._norm = BlockNorm(extents, [parameter.numel() for parameter in self._parameters], held, world)
+        self._size = world.size
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients; `.grad` of the parameters and DeepSpeed's hooks on it stay out of it."""
+        gradients = torch.autograd.grad(loss, self._parameters)
+        flats = [torch.zeros(self._size * len(part), dtype=torch.float32, device=part.device) for part in self._partitions]
+        for gradient, (group, offset) in zip(gradients, self._places, strict=True):
+            flats[group][offset : offset + gradient.numel()] = gradient.flatten()
+        for total, flat in zip(self._sums, flats, strict=True):
+            total.add(flat)
+
+    def finish(self, max_norm: float) -> float:
+        """Clip and hand over the gradients of the step; returns their norm before."""
+        totals = [total.take() for total in self._sums]
+        norm = float(self._norm([totals[group][offset : offset + length] for group, offset, length in self._gradients]))
+        factor = clip_factor(norm, max_norm)
+        for total, flat in zip(totals, self._partitions, strict=True):
+            flat.grad = total.mul_(factor) if factor < 1 else total
+        return norm
+
+
+def _place_in(flats: list[Tensor], parameter: Tensor) -> tuple[int, int]:
+    """(number, offset in elements) of the flat tensor in whose memory a parameter lies."""
+    for number, flat in enumerate(flats):
+        offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if 0 <= offset < flat.numel():
+            return number, offset
+    raise AssertionError("a parameter lies outside of DeepSpeed's flat groups")
 
 
 def deepspeed_settings(

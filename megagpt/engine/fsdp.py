@@ -5,7 +5,7 @@ Weights are fp32 shards by rows; in bf16 each unit is cast while it is gathered,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from megagpt.config import UserError
 from megagpt.engine import FlatPiece, FSDPConfig, Precision, StepResult
+from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
 from megagpt.model import GPT
 from megagpt.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.world import World
@@ -25,12 +26,20 @@ class FSDPEngine:
     """fully_shard. FSDP averages gradients over ranks, so the losses handed to `backward` are scaled up."""
 
     def __init__(
-        self, make_model: Callable[[], GPT], optim: OptimConfig, config: FSDPConfig, world: World, *, precision: Precision
+        self,
+        make_model: Callable[[], GPT],
+        optim: OptimConfig,
+        config: FSDPConfig,
+        world: World,
+        *,
+        precision: Precision,
+        canonical: bool = False,
     ) -> None:
         with torch.device("meta"):
             module = make_model()
         mesh = device_mesh(config, world)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Inputs are not cast: a block gets its rotary angles in fp32, which bf16 would round by up to 16 at position 4,095.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         options: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": config.reshard_after_forward,
@@ -51,9 +60,21 @@ class FSDPEngine:
         groups = self._optimizer.param_groups
         self._kinds = {parameter: group["kind"] for group in groups for parameter in group["params"]}
         create_states(self._optimizer, self._kinds.items())
+        self._sums: list[OrderedReduceScatter] = []
+        self._canonical = canonical
+        if canonical:
+            self._add_in_order([*module.blocks, module])
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then."""
+        """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then.
+
+        In canonical order each micro-batch is reduced by itself, onto the sum of those before it.
+        """
+        if self._canonical:
+            if self._world.size > 1:  # OrderedReduceScatter puts out whole sums; one rank alone does not call it
+                self._optimizer.zero_grad()
+            loss.backward()
+            return
         self._root.set_requires_gradient_sync(last)
         (loss * self._world.size).backward()
 
@@ -61,17 +82,38 @@ class FSDPEngine:
         """Clip, update, zero."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        if self._canonical:
+            local = [gradient.to_local().flatten() for gradient in gradients if isinstance(gradient, DTensor)]
+            norm = self._norm([gradient for gradient in local if len(gradient)])
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         applied = math.isfinite(grad_norm)
         if applied:
-            if max_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            factor = clip_factor(grad_norm, max_norm)
+            if factor < 1:
+                torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
             self._optimizer.step()
             self.updates += 1
         self._optimizer.zero_grad()
+        for unit in self._sums if self._world.size > 1 else ():
+            unit.sum.take()
         return StepResult(grad_norm, applied)
+
+    def _add_in_order(self, units: Sequence[nn.Module]) -> None:
+        """Replace the reduction and the norm by those of megagpt.engine.canonical."""
+        for unit in units:
+            assert isinstance(unit, FSDPModule)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            self._sums.append(OrderedReduceScatter())
+            unit.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]
+        without_fused_kernels(self._optimizer)
+        parameters = list(self.module.parameters())
+        extents = [Extent(shard_start(p), p.to_local().numel(), p.numel()) for p in parameters if isinstance(p, DTensor)]
+        held = [i for i, extent in enumerate(extents) if extent.length]
+        self._norm = BlockNorm([extents[i] for i in held], [p.numel() for p in parameters], held, self._world)
 
     def state(self) -> dict[str, FlatPiece]:
         """Pieces of this rank: rows of each parameter. With HSDP the copies share the writing."""
