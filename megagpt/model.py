@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megagpt.config import Config
 from megagpt.loss import summed_cross_entropy
+from megagpt.rope import RopeScaling, rope_table, rotate
 
 
 class ModelConfig(Config):
@@ -46,6 +47,8 @@ class ModelConfig(Config):
     """Whether queries and keys are RMS-normalised per head before attention (arXiv 2302.05442)."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies (llama)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretch the rotary frequencies to sequences longer than a model was trained on (llama); null = as they are."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance inside the norms."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -63,6 +66,8 @@ class ModelConfig(Config):
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
         if self.family == "llama" and self.head_size % 2:
             raise ValueError(f"head size {self.head_size} is odd: rotary positions turn pairs")
+        if self.family == "gpt2" and self.rope_scaling is not None:
+            raise ValueError("rope_scaling is for family=llama: gpt2 has learned positions")
         return self
 
     @property
@@ -117,14 +122,14 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_btd: Tensor, rope_te: Tensor | None, mask: Tensor | None, cache: KeyValues | None) -> Tensor:
+    def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Tensor | None, cache: KeyValues | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. `mask` is True where attention is allowed, broadcast to [B, H, T, T]; None = causal."""
         batch, length, _ = x_btd.shape
         q_bhte = self.query_norm(self.query(x_btd).view(batch, length, self.num_heads, self.head_size)).transpose(1, 2)
         k_bkte = self.key_norm(self.key(x_btd).view(batch, length, self.kv_heads, self.head_size)).transpose(1, 2)
         v_bkte = self.value(x_btd).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        if rope_te is not None:
-            q_bhte, k_bkte = rotate(q_bhte, rope_te), rotate(k_bkte, rope_te)
+        if rope_2te is not None:
+            q_bhte, k_bkte = rotate(q_bhte, rope_2te), rotate(k_bkte, rope_2te)
         if cache is not None:
             k_bkte, v_bkte = cache.extend(k_bkte, v_bkte)
         y_bhte = F.scaled_dot_product_attention(
@@ -178,9 +183,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if config.family == "llama" else GeluMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_btd: Tensor, rope_te: Tensor | None, mask: Tensor | None, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Tensor | None, cache: KeyValues | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        x_btd = x_btd + self.dropout(self.attention(self.attention_norm(x_btd), rope_te, mask, cache))
+        x_btd = x_btd + self.dropout(self.attention(self.attention_norm(x_btd), rope_2te, mask, cache))
         return x_btd + self.dropout(self.mlp(self.mlp_norm(x_btd)))
 
 
@@ -231,18 +236,19 @@ class GPT(nn.Module):
         if start + length > self.config.seq_len:
             raise ValueError(f"{start + length} tokens are more than seq_len={self.config.seq_len}")
         x_btd = self.embedding(ids)
-        rope_te = None
+        rope_2te = None
         if self.positions is not None:
             x_btd = x_btd + self.positions(torch.arange(start, start + length, device=ids.device))
         else:
-            rope_te = rope_angles(self.config, start, length, ids.device)
+            config = self.config
+            rope_2te = rope_table(config.head_size, config.rope_theta, config.rope_scaling, start, length, ids.device)
         mask = attention_mask(start, length, doc_lengths, ids.device)
         x_btd = self.dropout(x_btd)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
-                x_btd = checkpoint(block, x_btd, rope_te, mask, use_reentrant=False, context_fn=self.checkpoint_contexts)
+                x_btd = checkpoint(block, x_btd, rope_2te, mask, use_reentrant=False, context_fn=self.checkpoint_contexts)
             else:
-                x_btd = block(x_btd, rope_te, mask, cache[i] if cache else None)
+                x_btd = block(x_btd, rope_2te, mask, cache[i] if cache else None)
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
 
     def new_cache(self) -> list[KeyValues]:
@@ -262,20 +268,6 @@ def keep_products() -> Any:
         aten._scaled_dot_product_cudnn_attention.default,
     ]
     return create_selective_checkpoint_contexts(kept)
-
-
-def rope_angles(config: ModelConfig, start: int, length: int, device: torch.device) -> Tensor:
-    """Rotation angles [T, E/2] in fp32 of the positions start .. start + length (arXiv 2104.09864, eq. 15)."""
-    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    return torch.outer(positions, config.rope_theta**-exponents)
-
-
-def rotate(x_bhte: Tensor, angles_te: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) of each head by their angles, in fp32; the pairing of Hugging Face's Llama."""
-    cos, sin = angles_te.cos(), angles_te.sin()
-    first, second = x_bhte.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_bhte.dtype)
 
 
 def attention_mask(start: int, length: int, doc_lengths: Tensor | None, device: torch.device) -> Tensor | None:

@@ -33,6 +33,7 @@ LAYERS = (
         "samples",
         "model",
         "loss",
+        "rope",
         "flops",
         "optim",
         "engine",

@@ -8,7 +8,7 @@ from torch import Tensor
 from megagpt import loss as loss_module
 from megagpt.config import UserError, validate
 from megagpt.loss import summed_cross_entropy
-from megagpt.model import GPT, ModelConfig, initial_value, initialise, rope_angles, rotate
+from megagpt.model import GPT, ModelConfig, initial_value, initialise
 
 SMALL = {"vocab_size": 50, "seq_len": 24, "num_layers": 2, "num_heads": 4, "hidden_size": 32}
 
@@ -129,15 +129,6 @@ def test_attention_does_not_cross_documents() -> None:
         alone = model(ids()[:1, 10:])  # rotary positions are relative, so a document of its own gives the same
         torch.testing.assert_close(masked[:1, 10:], alone, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(masked[:1, 10:], model(ids())[:1, 10:], atol=1e-3)
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
-    config, _ = small()
-    x, y = torch.randn(2, 1, 1, 1, config.head_size, generator=torch.Generator().manual_seed(0))
-    at = [rotate(x, rope_angles(config, p, 1, x.device)) for p in (2, 7)]
-    to = [rotate(y, rope_angles(config, p, 1, x.device)) for p in (5, 10)]
-    torch.testing.assert_close(at[0].norm(), x.norm())
-    torch.testing.assert_close((at[0] * to[0]).sum(), (at[1] * to[1]).sum())
 
 
 def test_the_start_depends_on_seed_and_name_only() -> None:

@@ -1,0 +1,110 @@
+"""Rotary positions (arXiv 2104.09864) and the ways to stretch them over longer sequences than a model was trained on."""
+
+import math
+from typing import Annotated, Literal, TypeAlias
+
+import torch
+from pydantic import Field, Tag, model_validator
+from torch import Tensor
+
+from megagpt.config import Config, by_kind
+
+
+class LinearScaling(Config):
+    """Position interpolation (arXiv 2306.15595): all frequencies divided by `factor`."""
+
+    kind: Literal["linear"] = "linear"
+    """linear, llama3 or yarn."""
+    factor: float = Field(gt=1)
+    """How many times longer sequences get."""
+
+
+class Llama3Scaling(Config):
+    """Llama 3.1's rule (arXiv 2407.21783): slow frequencies divided, fast ones kept, those between blended."""
+
+    kind: Literal["llama3"]
+    """linear, llama3 or yarn."""
+    factor: float = Field(gt=1)
+    """How many times longer sequences get."""
+    original_seq_len: int = Field(gt=0)
+    """Longest sequence of the training before, in tokens."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """Frequencies that turn less often than this over original_seq_len are divided."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """Frequencies that turn more often than this over original_seq_len are kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Llama3Scaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor={self.high_freq_factor} is not above low_freq_factor={self.low_freq_factor}")
+        return self
+
+
+class YarnScaling(Config):
+    """YaRN (arXiv 2309.00071): a linear ramp over the frequencies' numbers, and sharper attention."""
+
+    kind: Literal["yarn"]
+    """linear, llama3 or yarn."""
+    factor: float = Field(gt=1)
+    """How many times longer sequences get."""
+    original_seq_len: int = Field(gt=0)
+    """Longest sequence of the training before, in tokens."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """Frequencies that turn at least this often over original_seq_len are kept."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """Frequencies that turn at most this often over original_seq_len are divided."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "YarnScaling":
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast} is not above beta_slow={self.beta_slow}")
+        return self
+
+
+RopeScaling: TypeAlias = Annotated[
+    Annotated[LinearScaling, Tag("linear")] | Annotated[Llama3Scaling, Tag("llama3")] | Annotated[YarnScaling, Tag("yarn")],
+    by_kind("linear"),
+]
+"""How rotary frequencies are stretched; told apart by `kind`."""
+
+
+def rope_table(
+    head_size: int, theta: float, scaling: RopeScaling | None, start: int, length: int, device: torch.device
+) -> Tensor:
+    """Cosines and sines [2, T, E/2], fp32, of the positions start .. start + length (arXiv 2104.09864, eq. 15)."""
+    frequencies, sharpness = rope_frequencies(head_size, theta, scaling, device)
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    angles_te = torch.outer(positions, frequencies)
+    return torch.stack((angles_te.cos(), angles_te.sin())) * sharpness
+
+
+def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> tuple[Tensor, float]:
+    """Turns per token in radians, [E/2] fp32, and what cosines and sines are multiplied by (YaRN's attention temperature)."""
+    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
+    frequencies = theta**-exponents
+    if scaling is None:
+        return frequencies, 1.0
+    divided = frequencies / scaling.factor
+    if isinstance(scaling, LinearScaling):
+        return divided, 1.0
+    if isinstance(scaling, Llama3Scaling):
+        turns = scaling.original_seq_len * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        return torch.lerp(divided, frequencies, ((turns - low) / (high - low)).clamp(0, 1)), 1.0
+    first, last = (_number_of(turns, head_size, theta, scaling) for turns in (scaling.beta_fast, scaling.beta_slow))
+    first, last = max(math.floor(first), 0), min(math.ceil(last), head_size - 1)
+    numbers = torch.arange(head_size // 2, device=device, dtype=torch.float32)
+    ramp = ((numbers - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return torch.lerp(frequencies, divided, ramp), 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotate(x_bhte: Tensor, rope_2te: Tensor) -> Tensor:
+    """Turn the pairs (i, i + E/2) of each head, in fp32; the pairing of Hugging Face's Llama."""
+    cos, sin = rope_2te.unbind()
+    first, second = x_bhte.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_bhte.dtype)
+
+
+def _number_of(turns: float, head_size: int, theta: float, scaling: YarnScaling) -> float:
+    """Which frequency (a real number) turns that often over original_seq_len."""
+    return head_size * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
