@@ -1,82 +1,105 @@
-"""A toy training problem whose batches depend on the step only, and a plain loop and an engine loop over it."""
+"""A toy training problem: samples that are a function of their index, the engines on a small model, and train.py's step."""
 
-from typing import Any
-
+import numpy as np
 import torch
-from torch import Tensor
 
-from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, build_engine
-from megagpt.model import GPT, ModelConfig, initialise
-from megagpt.optim import OptimConfig, ScheduleConfig, build_optimizer, lr_at, parameter_groups
+from megagpt.data import IGNORE, Sample, TrainState, step_batches
+from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
+from megagpt.model import ModelConfig
+from megagpt.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.world import World
 
-MODEL = ModelConfig(vocab_size=64, seq_len=32, num_layers=3, num_heads=2, hidden_size=32)
-MICRO_BATCHES, MICRO_BATCH_SIZE, MAX_STEPS = 4, 2, 60
+MODEL = ModelConfig(vocab_size=64, seq_len=32, num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32)
+UNTIED = MODEL.model_copy(update={"tied_head": False})
+GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, MAX_STEPS = 12, 3, 1000
 ADAMW = OptimConfig(lr=1e-3, schedule=ScheduleConfig(warmup_steps=5))
 SGD = OptimConfig(kind="sgd", lr=0.5, beta1=0.9, weight_decay=0.1, max_grad_norm=0.3, schedule=ScheduleConfig(kind="constant"))
 MUON = OptimConfig(kind="muon", lr=2e-3, schedule=ScheduleConfig(warmup_steps=5))
 ADABELIEF = OptimConfig(kind="adabelief", lr=1e-3, eps=1e-12, schedule=ScheduleConfig(warmup_steps=5))
+OPTIMIZERS = {"adamw": ADAMW, "sgd": SGD, "muon": MUON, "adabelief": ADABELIEF}
+
+WHOLE_MATRICES = ("zero0", "fsdp", "fsdp_kept", "hsdp")
+"""Engines on which an update sees whole matrices, which Muon needs."""
 
 
-def batch(step: int, number: int) -> tuple[Tensor, Tensor]:
-    """Micro-batch `number` of a step: ids and targets [2, 32], some targets masked so that counts differ."""
-    generator = torch.Generator().manual_seed(1000 * step + number)
-    tokens = torch.randint(0, MODEL.vocab_size, (MICRO_BATCH_SIZE, MODEL.seq_len + 1), generator=generator)
-    targets = tokens[:, 1:].clone()
-    targets[:, : 3 * number] = -100
-    return tokens[:, :-1], targets
+class ToyDataset:
+    """Arithmetic sequences modulo the vocabulary with some tokens replaced; of some samples the first targets are masked."""
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, [32] tokens."""
+        rng, length = np.random.default_rng(index), MODEL.seq_len
+        tokens = (rng.integers(64) + rng.choice([1, 3, 5]) * np.arange(length + 1)) % MODEL.vocab_size
+        tokens = np.where(rng.random(length + 1) < 0.1, rng.integers(MODEL.vocab_size, size=length + 1), tokens)
+        targets = tokens[1:].copy()
+        targets[: 3 * (index % 5)] = IGNORE
+        return Sample(tokens[:-1], targets, np.array([length], np.int32))
 
 
-def num_targets(step: int) -> int:
-    """Targets of all micro-batches of a step."""
-    return sum(int((batch(step, number)[1] != -100).sum()) for number in range(MICRO_BATCHES))
+DATASET = ToyDataset()
 
 
-def plain_losses(optim: OptimConfig, steps: int, model_config: ModelConfig = MODEL) -> list[float]:
-    """The obvious loop: one process, whole batch, torch's own optimizer and clipping."""
-    model = GPT(model_config)
-    initialise(model, seed=1)
-    optimizer = build_optimizer(parameter_groups(model, optim), optim)
-    losses = []
-    for step in range(steps):
-        loss = torch.zeros(())
-        for number in range(MICRO_BATCHES):
-            loss = loss + model(*batch(step, number)) / num_targets(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(optim, step, MAX_STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
+def engines_on(size: int) -> list[str]:
+    """Every engine, stage and way to shard that there is on `size` ranks."""
+    names = ["zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp_kept"]
+    return [*names, "hsdp"] if size > 1 else names
 
 
-ENGINES: dict[str, EngineConfig] = {
-    **{f"zero{n}": DeepSpeedConfig(zero_stage=n, stage3_persistence_elements=0) for n in (0, 1, 2, 3)},  # type: ignore[arg-type]
-    "fsdp": FSDPConfig(),
-    "fsdp_kept": FSDPConfig(reshard_after_forward=False),
-    "hsdp": FSDPConfig(shard_size=2),
-}
-"""Every engine and stage; nothing stays unsharded at ZeRO 3."""
+def engine_config(name: str, size: int) -> EngineConfig:
+    """Its settings on `size` ranks. ZeRO 3 shards everything; HSDP is pairs on an even number of ranks, else copies."""
+    if name.startswith("zero"):
+        return DeepSpeedConfig.model_validate({"zero_stage": int(name[-1]), "stage3_persistence_elements": 0})
+    if name == "hsdp":
+        return FSDPConfig(shard_size=2 if size > 2 and size % 2 == 0 else 1)
+    return FSDPConfig(reshard_after_forward=name == "fsdp")
 
 
-def make_engine(world: World, name: str, optim: OptimConfig = ADAMW, **options: Any) -> Engine:
+def make_engine(
+    world: World,
+    name: str,
+    optim: OptimConfig = ADAMW,
+    *,
+    model: ModelConfig = MODEL,
+    precision: Precision = "fp32",
+    micro_batch_size: int = MICRO_BATCH_SIZE,
+    checkpoint_every: int = 0,
+    checkpoint_selectively: bool = False,
+    compile_blocks: bool = False,
+    canonical: bool = False,
+) -> Engine:
     """The engine of that name on the toy model."""
-    options = {"precision": "fp32", "micro_batch_size": MICRO_BATCH_SIZE, "model": MODEL, **options}
-    return build_engine(options.pop("model"), optim, ENGINES[name], world, **options)
+    return build_engine(
+        model,
+        optim,
+        engine_config(name, world.size),
+        world,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        checkpoint_every=checkpoint_every,
+        checkpoint_selectively=checkpoint_selectively,
+        compile_blocks=compile_blocks,
+        canonical=canonical,
+    )
 
 
-def train_steps(engine: Engine, world: World, steps: range, optim: OptimConfig = ADAMW) -> list[float]:
-    """Losses of the steps; micro-batches are dealt to the ranks in turn."""
-    losses = []
+def at_step(step: int) -> TrainState:
+    """The state before update number `step`."""
+    return TrainState(step=step, samples=step * GLOBAL_BATCH_SIZE)
+
+
+def train_steps(
+    engine: Engine, world: World, steps: range, optim: OptimConfig = ADAMW, micro_batch_size: int = MICRO_BATCH_SIZE
+) -> list[float]:
+    """Losses of the steps, on every rank."""
+    losses, layout = [], {"micro_batch_size": micro_batch_size, "rank": world.rank, "size": world.size}
     for step in steps:
-        loss, mine = torch.zeros(()), range(world.rank, MICRO_BATCHES, world.size)
-        rounds = -(-MICRO_BATCHES // world.size)
-        for i in range(rounds):
-            ids, targets = batch(step, mine[i]) if i < len(mine) else (batch(step, 0)[0], torch.full((2, 32), -100))
-            micro_loss = engine.model(ids, targets) / num_targets(step)
-            engine.backward(micro_loss, last=i == rounds - 1)
+        batches = step_batches(DATASET, at_step(step), global_batch_size=GLOBAL_BATCH_SIZE, **layout)
+        (num_targets,), loss = world.sum([batches.num_targets]), torch.zeros(())
+        for i, batch in enumerate(batches.micro_batches):
+            micro_loss = engine.model(batch.ids, batch.targets) / num_targets
+            engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
             loss += micro_loss.detach()
         result = engine.step(lr_at(optim, step, MAX_STEPS), optim.max_grad_norm)
         assert result.applied
