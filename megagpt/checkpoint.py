@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from megagpt.config import UserError, validate
 from megagpt.data import TrainState
 from megagpt.engine import Engine, FlatPiece
@@ -57,7 +60,11 @@ def claim_run(run_dir: Path, world: World) -> int:
         incarnation = (read_json(path)["incarnation"] if path.exists() else 0) + 1
         write_json(path, {"incarnation": incarnation, "host": os.uname().nodename, "pid": os.getpid(), "started": utc_now()})
         for leftover in (run_dir / "checkpoints").glob("tmp_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _, _, name = leftover.name.partition("_old_")
+            if name and not leftover.with_name(name).exists():  # it ended between the two renames of _replace
+                leftover.rename(leftover.with_name(name))
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
     return int(world.broadcast(incarnation))
 
 
@@ -78,6 +85,7 @@ class Saver:
         self._world = world.with_own_group() if background else world
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver") if background else None
         self._pending: Future[Path] | None = None
+        self._host: dict[str, Tensor] = {}  # kept between saves: fresh memory costs more than the copy into it
 
     def save(
         self,
@@ -98,8 +106,7 @@ class Saver:
         if self._thread is None:
             self._write(shares, state.step, saved, after)
             return
-        copies = {key: (start, data.to("cpu", copy=True)) for key, (start, data) in shares.items()}
-        self._pending = self._thread.submit(self._write, copies, state.step, saved, after)
+        self._pending = self._thread.submit(self._write, self._copy(shares), state.step, saved, after)
 
     def wait(self) -> None:
         """Until what was begun is committed. Raises CheckpointError as `save` does."""
@@ -114,6 +121,18 @@ class Saver:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+
+    def _copy(self, shares: Shares) -> Shares:
+        """The shares in host memory; page-locked where they come from a GPU."""
+        copies = {}
+        for key, (start, data) in shares.items():
+            host = self._host.get(key)
+            if host is None or len(host) != len(data):
+                host = self._host[key] = torch.empty(len(data), dtype=data.dtype, pin_memory=data.is_cuda)
+            copies[key] = (start, host.copy_(data, non_blocking=True))
+        if any(data.is_cuda for _, data in shares.values()):
+            torch.cuda.synchronize()
+        return copies
 
     def _write(self, shares: Shares, step: int, saved: dict[str, Any], after: Callable[[Path], None] | None) -> Path:
         world, folder = self._world, self._run_dir / "checkpoints"
@@ -142,13 +161,16 @@ def restore(
     world: World,
     *,
     step: int | None = None,
+    incarnation: int | None = None,
     check: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Restored | None:
     """Load the newest good checkpoint (or that of `step`) into the engine; None if there is none. All ranks call it together.
 
     Every file's sha256 is verified first, the files dealt over the ranks; a checkpoint that fails is passed over for the next
     older one. `check(path, state.json)` may raise to refuse it. Raises CheckpointError if `step` is named and not good, or if
-    all checkpoints are damaged.
+    all checkpoints are damaged. `step` is the `resume_step` of the run's settings: newer checkpoints that were made after a
+    start with the same one are its continuation, and the newest of them is loaded. With `incarnation` this start owns the run:
+    newer checkpoints that are not used are renamed to `aside_*`, so that what comes is not mixed up with them.
     """
     path, passed_over = newest_good(run_dir, world, step=step)
     if path is None:
@@ -158,7 +180,24 @@ def restore(
         check(path, saved)
     read_pieces(path, engine.state(), world)
     engine.refresh(saved["updates"])
+    if incarnation is not None and world.rank == 0 and still_owner(run_dir, incarnation):
+        set_aside(run_dir, newer_than=step_of(path), incarnation=incarnation)
     return Restored(path, TrainState.from_json(saved["train_state"]), saved, passed_over)
+
+
+def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
+    """Rename newer checkpoints to `aside_<incarnation>_step_*`: damaged ones, and those of a course that is given up."""
+    leaving = [path for path in list_checkpoints(run_dir) if step_of(path) > newer_than]
+    best = run_dir / "checkpoints" / "best.json"
+    if best.exists() and read_json(best)["step"] > newer_than:
+        best.unlink()
+        for path in list_checkpoints(run_dir)[: -len(leaving) or None]:
+            loss = _field(path, "validation_loss")
+            if loss is not None:
+                mark_best(run_dir, step_of(path), loss)
+    for path in leaving:
+        path.rename(path.with_name(f"aside_{incarnation}_{path.name}"))
+        log.warning("%s is not used and was set aside as aside_%d_%s", path, incarnation, path.name)
 
 
 def load_weights(run_dir: Path, engine: Engine, world: World) -> Path:
@@ -172,13 +211,13 @@ def load_weights(run_dir: Path, engine: Engine, world: World) -> Path:
 
 
 def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest checkpoint (or that of `step`) whose files all verify, and why newer ones were passed over."""
+    """The newest checkpoint (or that of `step` and what continues it) whose files verify; why newer ones were not taken."""
     passed_over: list[str] = []
     candidates = list_checkpoints(run_dir)
     if step is not None:
-        candidates = [path for path in candidates if step_of(path) == step]
-        if not candidates:
+        if step not in [step_of(path) for path in candidates]:
             raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint of step {step}")
+        candidates = [path for path in candidates if step_of(path) == step or _continues(path, step)]
     for path in reversed(candidates):
         problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
         if not problems:
@@ -187,6 +226,20 @@ def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tupl
     if passed_over:
         raise CheckpointError("no checkpoint is good: " + " | ".join(passed_over))
     return None, ()
+
+
+def _continues(path: Path, step: int) -> bool:
+    """Whether it was made after a start at `step`, by the settings in it."""
+    config = _field(path, "config")
+    return step_of(path) > step and isinstance(config, dict) and config.get("resume_step") == step
+
+
+def _field(path: Path, name: str) -> Any:
+    """A field of a checkpoint's state.json; None if it cannot be read."""
+    try:
+        return read_json(path / "state.json")[name]
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -199,6 +252,13 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def run_of(path: Path) -> Path:
+    """The run directory of a checkpoint. Raises UserError if the path is none."""
+    if not (path.name.startswith("step_") and path.name[5:].isdigit() and path.is_dir()):
+        raise UserError(f"{path}: not a checkpoint; run_dir/checkpoints/step_<number> is expected")
+    return path.parent.parent
+
+
 def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
     """What is wrong with a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read."""
     manifest_path = path / "manifest.json"
@@ -207,7 +267,8 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
         items = sorted((str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items())
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"{manifest_path}: {error}"]
-    problems = []
+    extra = sorted(file.name for file in path.glob("pieces_*") if file.name not in files) if rank == 0 else []
+    problems = [f"{path / name}: is not in the manifest" for name in extra]
     for name, expected_size, expected_sha256 in items[rank::size]:
         file = path / name
         if not file.is_file():
@@ -273,12 +334,15 @@ def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[P
     """Delete checkpoints but the newest `keep_last`, the best, and multiples of keep_every_steps; returns what went."""
     best = run_dir / "checkpoints" / "best.json"
     best_step = read_json(best)["step"] if best.exists() else -1
-    removed = []
-    for path in list_checkpoints(run_dir)[: -max(1, keep_last)]:
+    committed = list_checkpoints(run_dir)
+    whole = [path for path in committed if (path / "manifest.json").exists()]  # a deletion that was killed leaves none
+    newest, removed = whole[-max(1, keep_last) :], []
+    for path in committed:
         step = step_of(path)
-        if step == best_step or (keep_every_steps and step % keep_every_steps == 0):
+        kept = path in newest or step == best_step or (keep_every_steps > 0 and step % keep_every_steps == 0)
+        if kept and path in whole:
             continue
-        (path / "manifest.json").unlink()  # from here on it does not exist, however far the deletion comes
+        (path / "manifest.json").unlink(missing_ok=True)  # from here on it does not exist, however far the deletion comes
         shutil.rmtree(path)
         removed.append(path)
     return removed
@@ -295,13 +359,21 @@ def _commit(
             f"{run_dir / 'owner.json'}: a later start owns this run; incarnation {incarnation} may not commit"
         )
     if final.exists():  # the same step again, after a rewind
-        old = final.with_name(f"tmp_{incarnation}_old_{final.name}")
-        final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old)
+        _replace(final, temporary, final.with_name(f"tmp_{incarnation}_old_{final.name}"))
     else:
         temporary.rename(final)
     sync(final.parent)
+
+
+def _replace(final: Path, temporary: Path, old: Path) -> None:
+    """Put `temporary` in the place of `final`. Whoever ends between the renames leaves `old`, which claim_run puts back."""
+    final.rename(old)
+    try:
+        temporary.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    shutil.rmtree(old)
 
 
 def seal(folder: Path, files: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.config import Failure
@@ -50,7 +51,7 @@ def read_pieces(path: Path, pieces: Mapping[str, FlatPiece], world: World | None
             raise CheckpointError(f"{path}: holds {covered} of the {len(piece.data)} elements of {key} that this rank needs")
     with torch.no_grad():
         for name, reads in sorted(wanted.items()):
-            with safe_open(path / name, framework="pt") as file:
+            with _opened(path / name, "pt") as file:
                 for key, piece, run in reads:
                     first = max(run.start, piece.start)
                     last = min(run.start + run.length, piece.start + len(piece.data))
@@ -88,10 +89,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
         for data in _chunks(text, tensors.values()):
-            digest.update(data)
+            hashing = hasher.submit(digest.update, data)  # while the kernel takes the bytes
             size += file.write(data)
+            hashing.result()
         file.flush()
         os.fsync(file.fileno())
     return size, digest.hexdigest()
@@ -110,9 +112,17 @@ def index_of(path: Path) -> dict[str, list[Run]]:
     """Where each tensor's runs are, from the headers of a checkpoint's files."""
     index: dict[str, list[Run]] = {}
     for file in sorted(path.glob("pieces_*.safetensors")):
-        with safe_open(file, framework="np") as opened:
+        with _opened(file, "np") as opened:
             starts = opened.metadata() or {}
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 length = opened.get_slice(key).get_shape()[0]
                 index.setdefault(key, []).append(Run(file.name, int(starts[key]), length))
     return index
+
+
+def _opened(file: Path, framework: str) -> Any:
+    """The file, if it is safetensors and nothing else: no other format is ever tried, least of all one that holds code."""
+    try:
+        return safe_open(file, framework=framework)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: is not a safetensors file ({error})") from None
