@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from megagpt.checkpoint import FORMAT, list_checkpoints, prune, seal, step_of, verify
+from megagpt.checkpoint import FORMAT, list_checkpoints, prune, seal, verify
 from megagpt.config import Config, UserError
 from megagpt.data import TrainState
 from megagpt.engine import FlatPiece, whole_shapes
@@ -29,7 +29,7 @@ class InspectConfig(Config):
     verify: bool = False
     """Read every file and compare it with its sha256."""
     prune: bool = False
-    """Delete all but the newest keep_last, the best, and multiples of keep_every_steps."""
+    """Delete all but the newest keep_last, the best, and multiples of keep_every_steps; and what was set aside."""
     keep_last: int = Field(default=2, gt=0)
     """prune: how many of the newest stay."""
     keep_every_steps: int = Field(default=0, ge=0)
@@ -56,6 +56,8 @@ class CheckpointInfo:
     saved_at: str
     validation_loss: float | None
     best: bool
+    aside: bool
+    """Damaged, or newer than the step that a start went back to: no start uses it."""
     problems: tuple[str, ...]
 
 
@@ -68,9 +70,13 @@ def inspect(config: InspectConfig) -> list[CheckpointInfo]:
     if config.prune:
         for path in prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps):
             log.info("deleted %s", path)
+        for path in _set_aside(config.run_dir):
+            shutil.rmtree(path)
+            log.info("deleted %s", path)
     best_path = config.run_dir / "checkpoints" / "best.json"
     best_step = read_json(best_path)["step"] if best_path.exists() else None
-    return [_look_at(path, best_step, config.verify) for path in list_checkpoints(config.run_dir)]
+    paths = [*list_checkpoints(config.run_dir), *_set_aside(config.run_dir)]
+    return [_look_at(path, best_step, config.verify) for path in paths]
 
 
 def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
@@ -108,6 +114,10 @@ def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
     return folder
 
 
+def _set_aside(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("aside_*_step_*"))
+
+
 def _mean(paths: Sequence[Path], key: str, numel: int) -> torch.Tensor:
     total = torch.zeros(numel, dtype=torch.float64)
     for path in paths:
@@ -125,7 +135,6 @@ def _look_at(path: Path, best_step: int | None, read_all: bool) -> CheckpointInf
     except UserError as error:
         saved, manifest_problems = {}, (str(error),)
     problems = tuple(verify(path)) if read_all else manifest_problems
-    step = step_of(path)
-    return CheckpointInfo(
-        path, step, size, saved.get("saved_at", "?"), saved.get("validation_loss"), step == best_step, problems
-    )
+    aside, step = path.name.startswith("aside_"), int(path.name.rpartition("_")[2])
+    best = step == best_step and not aside
+    return CheckpointInfo(path, step, size, saved.get("saved_at", "?"), saved.get("validation_loss"), best, aside, problems)

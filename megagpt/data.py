@@ -5,10 +5,10 @@ step. The samples of a step are the same for any number of ranks and any micro-b
 The ledger: each rank hashes what it feeds, the sum over ranks must equal `recompute_fed_hash`, which reads the shards again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -137,6 +137,10 @@ def eval_batches(
         yield batch
 
 
+_Place: TypeAlias = tuple[int, int, tuple[Window, ...]]
+"""What of a TrainState says which samples come: step, samples, skipped."""
+
+
 class Loader:
     """`step_batches` with the next step made ready by one background thread. Its errors surface in `step`."""
 
@@ -144,35 +148,37 @@ class Loader:
         self,
         dataset: Dataset,
         *,
-        global_batch_size: int,
+        global_batch_size: int | Callable[[int], int],
         micro_batch_size: int,
         rank: int,
         size: int,
         mask_documents: bool = False,
     ) -> None:
-        self._dataset, self._global_batch_size = dataset, global_batch_size
+        """`global_batch_size`: samples per step, or a function that gives them for a step's number."""
+        self._dataset = dataset
+        self._batch_size_at = global_batch_size if callable(global_batch_size) else lambda step: global_batch_size
         self._layout: dict[str, Any] = {
-            "global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "rank": rank, "size": size,
-            "mask_documents": mask_documents,
+            "micro_batch_size": micro_batch_size, "rank": rank, "size": size, "mask_documents": mask_documents,
         }  # fmt: skip
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ready: tuple[tuple[int, tuple[Window, ...]], Future[StepBatches]] | None = None
+        self._ready: tuple[_Place, Future[StepBatches]] | None = None
 
     def step(self, state: TrainState) -> StepBatches:
         """This rank's part of the step at `state`, any state: what was made ready for another one is dropped."""
-        if self._ready is None or self._ready[0] != (state.samples, state.skipped):
+        if self._ready is None or self._ready[0] != (state.step, state.samples, state.skipped):
             self._ready = self._start(state)
         batches = self._ready[1].result()
-        self._ready = self._start(state.advance(self._global_batch_size, 0))
+        self._ready = self._start(state.advance(self._batch_size_at(state.step), 0))
         return batches
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, state: TrainState) -> tuple[tuple[int, tuple[Window, ...]], "Future[StepBatches]"]:
-        future = self._thread.submit(step_batches, self._dataset, state, **self._layout)
-        return (state.samples, state.skipped), future
+    def _start(self, state: TrainState) -> tuple[_Place, "Future[StepBatches]"]:
+        size = self._batch_size_at(state.step)
+        future = self._thread.submit(step_batches, self._dataset, state, global_batch_size=size, **self._layout)
+        return (state.step, state.samples, state.skipped), future
 
 
 def _collate(samples: Sequence[Sample], first_sample: int, mask_documents: bool) -> MicroBatch:

@@ -5,20 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megagpt import checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data import Data
 from megagpt.engine import refuse_unsupported, whole_shapes
 from megagpt.files import write_json, write_text
 from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
+from megagpt.train_config import TrainConfig
 from megagpt.world import World, utc_now
-
-if TYPE_CHECKING:
-    from megagpt.train import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind", "micro_batch_size")
 `micro_batch_size` is fixed with determinism=canonical only."""
 
 
-def check_run(config: "TrainConfig", data: Data) -> None:
+def check_run(config: TrainConfig, data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
     refuse_unsupported(config.engine, config.optim, config.precision, canonical=config.determinism == "canonical")
     check_wandb(config.monitor)
@@ -42,6 +41,8 @@ def check_run(config: "TrainConfig", data: Data) -> None:
     for name in config.allow_change:
         if name not in FIXED_ON_RESUME:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
+    if config.continue_from is not None:
+        checkpoint.run_of(config.continue_from)
     parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
     checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
@@ -52,13 +53,13 @@ def check_run(config: "TrainConfig", data: Data) -> None:
             f"{parameters:,}",
             checkpoint_bytes / 1e9,
             f"{tokens:,}",
-            f"{tokens * config.max_steps:,}",
-            config.global_batch_size * config.max_steps / len(data.train),
+            f"{config.num_samples() * config.data.seq_len:,}",
+            config.num_samples() / len(data.train),
             f"{len(data.train):,}",
         )
 
 
-def check_resume(config: "TrainConfig", data: Data, saved: dict[str, Any], where: Path) -> None:
+def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:
     """Raise UserError if a checkpoint belongs to another model, data or seed; log every other setting that differs."""
     before, now = saved["config"], config.model_dump(mode="json")
     differences = {
@@ -80,7 +81,7 @@ def check_resume(config: "TrainConfig", data: Data, saved: dict[str, Any], where
         log.info("settings changed since the checkpoint: %s", changed)
 
 
-def record_start(config: "TrainConfig", data: Data, world: World, incarnation: int) -> None:
+def record_start(config: TrainConfig, data: Data, world: World, incarnation: int) -> None:
     """Write what this start was made from into run_dir (rank 0): settings, tokenizer, git commit, versions, layout."""
     if world.rank != 0:
         return
@@ -94,7 +95,7 @@ def record_start(config: "TrainConfig", data: Data, world: World, incarnation: i
         "world_size": world.size,
         "device": str(world.device),
         "python": sys.version.split()[0],
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "data_fingerprint": data.fingerprint,
@@ -110,6 +111,14 @@ def git_commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    """The installed version; None for what is not installed (deepspeed, say, which engine fsdp does not need)."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 

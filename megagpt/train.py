@@ -1,4 +1,4 @@
-"""Training: the configuration of a run, and the one loop."""
+"""Training: the one loop, and what happens between its steps."""
 
 import gc
 import logging
@@ -6,128 +6,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from megagpt import checkpoint, preflight
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
-from megagpt.config import Config
-from megagpt.data import HASH_MASK, Data, DataConfig, Loader, MicroBatch, TrainState, open_data
-from megagpt.determinism import Determinism, make_deterministic
-from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, Precision, build_engine, draw_weights
+from megagpt.data import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
+from megagpt.determinism import make_deterministic
+from megagpt.engine import Engine, build_engine, draw_weights
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.flops import flops_per_token
 from megagpt.generate import SamplingConfig, generate_ids
-from megagpt.guard import Guard, GuardConfig
+from megagpt.guard import Guard
 from megagpt.ledger import LedgerWriter, entry_of
-from megagpt.model import ModelConfig
-from megagpt.monitor import Monitor, MonitorConfig
-from megagpt.optim import OptimConfig, lr_at
+from megagpt.monitor import Monitor
+from megagpt.optim import lr_at
 from megagpt.permutation import mix
-from megagpt.watchdog import Watchdog, WatchdogConfig
+from megagpt.train_config import TrainConfig
+from megagpt.watchdog import Watchdog
 from megagpt.world import World, close_world, init_world
 
 log = logging.getLogger(__name__)
-
-
-class TrainConfig(Config):
-    """One complete training run. The same command starts it and, after any stop, goes on with it."""
-
-    run_dir: Path
-    """Where everything of this run lies: checkpoints, metrics, ledger, tokenizer, report."""
-    seed: int = 0
-    """Initial weights and dropout; the order of samples has data.seed."""
-    max_steps: int = Field(gt=0)
-    """Updates in the whole run."""
-    global_batch_size: int = Field(gt=0)
-    """Samples per update over all ranks. Gradient accumulation follows from it, micro_batch_size and the number of ranks."""
-    micro_batch_size: int = Field(gt=0)
-    """Samples that one rank puts through one forward."""
-    precision: Precision = "bf16"
-    """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
-    activation_checkpointing: Literal["none", "selective", "full"] | int = "none"
-    """Recompute activations in the backward pass: none, full (every block), n (every n-th block), or selective (every block,
-    but the results of matrix products and attention are kept)."""
-    compile: bool = False
-    """Compile each block with torch.compile: faster steps, a slower start."""
-    determinism: Determinism = "none"
-    """none; strict: the same bits at every start on the same layout and kind of machine; canonical: besides, on every number of
-    ranks and accumulation split (engine.kind=fsdp or zero_stage=1, one micro_batch_size). Each is slower: docs/training.md."""
-    model: ModelConfig
-    """The model."""
-    data: DataConfig
-    """What it is trained on."""
-    optim: OptimConfig = OptimConfig()
-    """How it is updated."""
-    engine: EngineConfig = DeepSpeedConfig()
-    """How it is spread over ranks."""
-    monitor: MonitorConfig = MonitorConfig()
-    """What is shown."""
-    watchdog: WatchdogConfig = WatchdogConfig()
-    """When it counts as hung."""
-    guard: GuardConfig = GuardConfig()
-    """When it goes back to a checkpoint and leaves data out."""
-    evaluate_every_steps: int = Field(default=0, ge=0)
-    """Steps between evaluations on the validation split; 0 = only at the end."""
-    evaluate_max_samples: int | None = Field(default=None, gt=0)
-    """Validation samples per source; null = all."""
-    save_every_steps: int = Field(default=1000, gt=0)
-    """Steps between checkpoints; one more is saved at the end and on a stop signal."""
-    save_in_background: bool = True
-    """Copy the state to host memory and write it while training goes on; needs host memory for one copy of it."""
-    keep_last: int = Field(default=2, gt=0)
-    """Newest checkpoints that are kept; the one with the best validation loss stays too."""
-    keep_every_steps: int = Field(default=0, ge=0)
-    """Checkpoints of multiples of this step are kept for good; 0 = none."""
-    sample_every_steps: int = Field(default=0, ge=0)
-    """Steps between samples of generated text in the log; 0 = none."""
-    sample_prompt: str = "\n"
-    """What the generated text begins with."""
-    sample_tokens: int = Field(default=100, gt=0)
-    """Tokens per generated sample."""
-    init_from: Path | None = None
-    """Another run's directory whose newest good checkpoint gives the initial weights (only the weights) of a new run."""
-    resume_step: int | None = Field(default=None, ge=0)
-    """Go on from this step's checkpoint instead of the newest good one."""
-    allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the checkpoint's although a resume refuses them: model, data, seed, optim.kind."""
-    check: bool = False
-    """Only check configuration, data, tokenizer and disk space, on one process, and end."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "TrainConfig":
-        if self.data.seq_len > self.model.seq_len:
-            raise ValueError(f"data.seq_len={self.data.seq_len} is more than model.seq_len={self.model.seq_len}")
-        if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 1:
-            raise ValueError(
-                f"activation_checkpointing={self.activation_checkpointing}: none, selective, full, or a number from 1"
-            )
-        if self.micro_batch_size > self.global_batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}"
-            )
-        return self
-
-    @property
-    def checkpoint_every(self) -> int:
-        """Every how many blocks activations are recomputed; 0 = never."""
-        every = self.activation_checkpointing
-        return every if isinstance(every, int) else {"none": 0, "selective": 1, "full": 1}[every]
-
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        """The keyword arguments of build_engine."""
-        return {
-            "precision": self.precision,
-            "micro_batch_size": self.micro_batch_size,
-            "checkpoint_every": self.checkpoint_every,
-            "checkpoint_selectively": self.activation_checkpointing == "selective",
-            "compile_blocks": self.compile,
-            "canonical": self.determinism == "canonical",
-        }
 
 
 @dataclass(frozen=True)
@@ -186,7 +87,7 @@ def loop(run: Run, state: TrainState) -> int:
     config, world, engine, monitor, watchdog = run.config, run.world, run.engine, run.monitor, run.watchdog
     loader = Loader(
         run.data.train,
-        global_batch_size=config.global_batch_size,
+        global_batch_size=config.batch_size_at,
         micro_batch_size=config.micro_batch_size,
         rank=world.rank,
         size=world.size,
@@ -196,6 +97,7 @@ def loop(run: Run, state: TrainState) -> int:
     evaluated_loss, saved_step = None, state.step if state.step > 0 else None
     with collecting_garbage_together() as collect_garbage:
         while state.step < config.max_steps:
+            batch_size = config.batch_size_at(state.step)
             with monitor.clock("data_wait"):
                 batches = loader.step(state)  # pure in TrainState: a rewind is only another state
             stop = bool(world.stop.signal_name)
@@ -220,14 +122,14 @@ def loop(run: Run, state: TrainState) -> int:
                 result = engine.step(lr, config.optim.max_grad_norm)
 
             if ledger is not None:
-                ledger.write(entry_of(state, config.global_batch_size, fed_hash, run.incarnation))
+                ledger.write(entry_of(state, batch_size, fed_hash, run.incarnation))
             loss = world.exact_sum(torch.stack(losses))
             problem = run.guard.look(loss, result.grad_norm)
             if problem:
                 state = rewind(run, state, problem, saved_step)
                 saved_step = state.step if state.step > 0 else None
                 continue
-            state, evaluated_loss = state.advance(config.global_batch_size, num_targets), None
+            state, evaluated_loss = state.advance(batch_size, num_targets), None
             if not result.applied:
                 monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
             if monitor.due(state.step):
@@ -283,7 +185,7 @@ def rewind(run: Run, state: TrainState, problem: str, saved_step: int | None) ->
     config = run.config
     # A rank left over from an earlier start must not leave samples out for the later one.
     write = run.world.rank == 0 and checkpoint.still_owner(config.run_dir, run.incarnation)
-    window = run.guard.condemn(state, problem, global_batch_size=config.global_batch_size, write=write)
+    window = run.guard.condemn(state, problem, global_batch_size=config.batch_size_at(state.step), write=write)
     run.world.barrier()
     with run.monitor.clock("load"):
         run.saver.wait()
@@ -297,13 +199,16 @@ def rewind(run: Run, state: TrainState, problem: str, saved_step: int | None) ->
 def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Restored | None]:
     """Fill the engine from the newest good checkpoint (or that of `step`), with fresh weights if there is none."""
     config = run.config
-    restored = checkpoint.restore(
-        config.run_dir,
-        run.engine,
-        run.world,
-        step=step,
-        check=lambda path, saved: preflight.check_resume(config, run.data, saved, path),
-    )
+
+    def check(path: Path, saved: dict[str, Any]) -> None:
+        preflight.check_resume(config, run.data, saved, path)
+
+    def restore(run_dir: Path, step: int | None, incarnation: int | None = None) -> checkpoint.Restored | None:
+        return checkpoint.restore(run_dir, run.engine, run.world, step=step, incarnation=incarnation, check=check)
+
+    restored = restore(config.run_dir, step, run.incarnation)
+    if restored is None and config.continue_from is not None:
+        restored = restore(checkpoint.run_of(config.continue_from), checkpoint.step_of(config.continue_from))
     if restored is None:
         draw_weights(run.engine, config.model, config.seed)
         if config.init_from is not None:

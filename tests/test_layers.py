@@ -14,6 +14,7 @@ LAYERS = (
     (
         "quickstart",
         "train",
+        "train_config",
         "preflight",
         "serve",
         "report",

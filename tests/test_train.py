@@ -12,15 +12,18 @@ import torch
 import yaml
 from ranks import Ranks, run_ranks, wait_until
 
-from megagpt.checkpoint import list_checkpoints
+from megagpt.checkpoint import list_checkpoints, load_model
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
+from megagpt.config import UserError, validate
 from megagpt.data import DataConfig, TrainState, open_data, recompute_fed_hash
 from megagpt.files import read_json
+from megagpt.inspection import check_ledger
 from megagpt.ledger import read_ledger
 from megagpt.metrics import read_metrics
 from megagpt.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tokenizer import open_tokenizer
-from megagpt.train import TrainConfig, train
+from megagpt.train import train
+from megagpt.train_config import TrainConfig
 
 STEPS = 24
 
@@ -237,6 +240,57 @@ def test_another_runs_weights_another_engine_and_optimizer(
     assert ranks.wait() == [EXIT_DONE], ranks.output()
     whole = losses(uninterrupted)
     assert losses(tmp_path / "run")[1] < (whole[1] + whole[STEPS]) / 2
+
+
+@pytest.mark.slow
+def test_a_cooldown_from_a_longer_run_is_that_of_the_shorter_run(shards: Path, project: Path, tmp_path: Path) -> None:
+    """A long run on 2 ranks with a batch warm-up; from its step 8 a cooldown. The short run that has this cooldown from the
+    beginning, on 1 rank, gives the same bits: losses after step 8 and weights (determinism=canonical)."""
+
+    def schedule(decay: int) -> dict[str, Any]:
+        return {"lr": 1e-3, "schedule": {"kind": "wsd", "warmup_steps": 4, "decay_steps": decay}}
+
+    def run(name: str, size: int, **changes: Any) -> dict[int, float]:
+        warmup = [{"until_step": 2, "global_batch_size": 3}, {"until_step": 5, "global_batch_size": 6}]
+        common: dict[str, Any] = {"determinism": "canonical", "batch_warmup": warmup, "evaluate_every_steps": 0, "keep_last": 3}
+        values = settings(shards, tmp_path / name, **{**common, **changes})
+        assert start(project, tmp_path / f"{name}.start", values, size).wait() == [EXIT_DONE] * size
+        return losses(tmp_path / name)
+
+    long = run("long", 2, max_steps=16, optim=schedule(decay=4))
+    origin = tmp_path / "long" / "checkpoints" / "step_00000008"
+    branch = run("branch", 2, max_steps=12, optim=schedule(decay=4), continue_from=str(origin))
+    short = run("short", 1, max_steps=12, optim=schedule(decay=4))
+    assert [branch[step] for step in range(9, 13)] == [short[step] for step in range(9, 13)]
+    assert list(branch) == [9, 10, 11, 12]
+    assert [long[step] for step in range(1, 9)] == [short[step] for step in range(1, 9)]
+    assert long[12] != short[12]
+    weights = [load_model(tmp_path / name).model.state_dict() for name in ("branch", "short")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert [entry.num_samples for entry in read_ledger(tmp_path / "short")] == [3, 3, 6, 6, 6] + [8] * 7
+    (line,) = check_ledger(tmp_path / "short")
+    assert line.endswith("all as in the shards")
+
+
+def test_batch_sizes_are_a_function_of_the_step() -> None:
+    phases = [{"until_step": 2, "global_batch_size": 4}, {"until_step": 5, "global_batch_size": 6}]
+    config = TrainConfig.model_validate(settings(Path("x"), Path("y"), batch_warmup=phases, max_steps=7))
+    assert [config.batch_size_at(step) for step in range(7)] == [4, 4, 6, 6, 6, 8, 8]
+    assert config.num_samples() == 42
+    assert config.model_copy(update={"max_steps": 3}).num_samples() == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"batch_warmup": [{"until_step": 5, "global_batch_size": 4}, {"until_step": 5, "global_batch_size": 6}]}, "ascend"),
+        ({"batch_warmup": [{"until_step": 5, "global_batch_size": 1}]}, "less than micro_batch_size=2"),
+        ({"init_from": "a", "continue_from": "b/checkpoints/step_1"}, "init_from and continue_from"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        validate(TrainConfig, settings(Path("x"), Path("y"), **changes), source="test")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""The configuration of a training run: everything that its YAML file may hold."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megagpt.config import Config
+from megagpt.data import DataConfig
+from megagpt.determinism import Determinism
+from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
+from megagpt.guard import GuardConfig
+from megagpt.model import ModelConfig
+from megagpt.monitor import MonitorConfig
+from megagpt.optim import OptimConfig
+from megagpt.watchdog import WatchdogConfig
+
+
+class BatchPhase(Config):
+    """A batch size in the beginning of a run."""
+
+    until_step: int = Field(gt=0)
+    """The first step that no longer has it."""
+    global_batch_size: int = Field(gt=0)
+    """Samples per update over all ranks."""
+
+
+class TrainConfig(Config):
+    """One complete training run. The same command starts it and, after any stop, goes on with it."""
+
+    run_dir: Path
+    """Where everything of this run lies: checkpoints, metrics, ledger, tokenizer, report."""
+    seed: int = 0
+    """Initial weights and dropout; the order of samples has data.seed."""
+    max_steps: int = Field(gt=0)
+    """Updates in the whole run."""
+    global_batch_size: int = Field(gt=0)
+    """Samples per update over all ranks. Gradient accumulation follows from it, micro_batch_size and the number of ranks."""
+    batch_warmup: tuple[BatchPhase, ...] = ()
+    """Other batch sizes in the beginning, e.g. [{until_step: 1000, global_batch_size: 256}]; steps ascend."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples that one rank puts through one forward."""
+    precision: Precision = "bf16"
+    """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
+    activation_checkpointing: Literal["none", "selective", "full"] | int = "none"
+    """Recompute activations in the backward pass: none, full (every block), n (every n-th block), or selective (every block,
+    but the results of matrix products and attention are kept)."""
+    compile: bool = False
+    """Compile each block with torch.compile: faster steps, a slower start."""
+    determinism: Determinism = "none"
+    """none; strict: the same bits at every start on the same layout and kind of machine; canonical: besides, on every number of
+    ranks and accumulation split (engine.kind=fsdp or zero_stage=1, one micro_batch_size). Each is slower: docs/training.md."""
+    model: ModelConfig
+    """The model."""
+    data: DataConfig
+    """What it is trained on."""
+    optim: OptimConfig = OptimConfig()
+    """How it is updated."""
+    engine: EngineConfig = DeepSpeedConfig()
+    """How it is spread over ranks."""
+    monitor: MonitorConfig = MonitorConfig()
+    """What is shown."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """When it counts as hung."""
+    guard: GuardConfig = GuardConfig()
+    """When it goes back to a checkpoint and leaves data out."""
+    evaluate_every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations on the validation split; 0 = only at the end."""
+    evaluate_max_samples: int | None = Field(default=None, gt=0)
+    """Validation samples per source; null = all."""
+    save_every_steps: int = Field(default=1000, gt=0)
+    """Steps between checkpoints; one more is saved at the end and on a stop signal."""
+    save_in_background: bool = True
+    """Copy the state to host memory and write it while training goes on; needs host memory for one copy of it."""
+    keep_last: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept; the one with the best validation loss stays too."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Checkpoints of multiples of this step are kept for good; 0 = none."""
+    sample_every_steps: int = Field(default=0, ge=0)
+    """Steps between samples of generated text in the log; 0 = none."""
+    sample_prompt: str = "\n"
+    """What the generated text begins with."""
+    sample_tokens: int = Field(default=100, gt=0)
+    """Tokens per generated sample."""
+    init_from: Path | None = None
+    """Another run's directory whose newest good checkpoint gives the initial weights (only the weights) of a new run."""
+    continue_from: Path | None = None
+    """Another run's checkpoint (its `checkpoints/step_...`) with which a new run begins: weights, optimizer states, step and
+    place in the data. For a cooldown, or several, from one long run."""
+    resume_step: int | None = Field(default=None, ge=0)
+    """Go back to this step's checkpoint; newer ones are set aside. The same command later goes on with what it began."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's although a resume refuses them: model, data, seed, optim.kind."""
+    check: bool = False
+    """Only check configuration, data, tokenizer and disk space, on one process, and end."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.data.seq_len > self.model.seq_len:
+            raise ValueError(f"data.seq_len={self.data.seq_len} is more than model.seq_len={self.model.seq_len}")
+        if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 1:
+            raise ValueError(
+                f"activation_checkpointing={self.activation_checkpointing}: none, selective, full, or a number from 1"
+            )
+        if self.micro_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}"
+            )
+        untils = [phase.until_step for phase in self.batch_warmup]
+        if untils != sorted(set(untils)):
+            raise ValueError(f"batch_warmup: until_step {untils} do not ascend")
+        for phase in self.batch_warmup:
+            if phase.global_batch_size < self.micro_batch_size:
+                least = f"micro_batch_size={self.micro_batch_size}"
+                raise ValueError(f"batch_warmup: global_batch_size={phase.global_batch_size} is less than {least}")
+        if self.init_from is not None and self.continue_from is not None:
+            raise ValueError("init_from and continue_from are given: a run begins with the one or the other")
+        return self
+
+    def batch_size_at(self, step: int) -> int:
+        """Samples of the update number `step` (from 0)."""
+        sizes = (phase.global_batch_size for phase in self.batch_warmup if step < phase.until_step)
+        return next(sizes, self.global_batch_size)
+
+    def num_samples(self) -> int:
+        """Samples of the whole run."""
+        samples = start = 0
+        for phase in self.batch_warmup:
+            end = min(phase.until_step, self.max_steps)
+            samples, start = samples + max(0, end - start) * phase.global_batch_size, max(start, end)
+        return samples + (self.max_steps - start) * self.global_batch_size
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Every how many blocks activations are recomputed; 0 = never."""
+        every = self.activation_checkpointing
+        return every if isinstance(every, int) else {"none": 0, "selective": 1, "full": 1}[every]
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The keyword arguments of build_engine."""
+        return {
+            "precision": self.precision,
+            "micro_batch_size": self.micro_batch_size,
+            "checkpoint_every": self.checkpoint_every,
+            "checkpoint_selectively": self.activation_checkpointing == "selective",
+            "compile_blocks": self.compile,
+            "canonical": self.determinism == "canonical",
+        }
