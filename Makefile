@@ -9,10 +9,10 @@ WORDS ?=
 # One thread per process: every tool and test spreads its work over processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test check format bench-cpu clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Make .venv with everything at its tested version (2 to 5 minutes)
 
@@ -32,6 +32,13 @@ check: $(VENV)/.installed ## What a change must pass before review: format, lint
 format: $(VENV)/.installed ## Rewrite the sources in the project's format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-cpu: $(VENV)/.installed ## Measure training, generation and scale on CPU against peers (their environments are made first); docs/benchmarks.md
+	$(BIN)/python bench/training.py
+	$(BIN)/python bench/training_life.py
+	$(BIN)/python bench/generation.py
+	$(BIN)/python bench/scale.py
+	$(BIN)/python bench/document.py
 
 clean: ## Remove what tests and tools leave in the working tree (not .venv, not runs)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist

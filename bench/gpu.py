@@ -1,0 +1,429 @@
+"""Training on one NVIDIA GPU: correctness first, then tokens/s and MFU of both engines and of peers, each in its own process.
+
+    python3 bench/gpu.py out=$OUT phases=check,matmul,124m      a few phases per call: each ends within `limit_s` (540)
+    python3 bench/gpu.py out=$OUT phases=124m only=fsdp,nanogpt
+    python3 bench/gpu.py out=runs/dry dry=true                  every phase with tiny shapes, on a CPU; compile=true to compile
+    python bench/gpu.py collect=DIR                             the phases' JSON files -> bench/results/gpu.json
+    python bench/gpu.py wheels=.whl                             fetch what a GPU machine without a network lacks (see WHEELS)
+
+Phases: check (losses against a CPU), matmul (the matrix-product rate of this card), 124m, 350m, 1b3_t2048, 1b3_t4096, 8b,
+trace_124m, trace_1b3 (what the time of a step goes to), fp8 (torchao's float8 linears, speed and loss curve), muon (AdamW and
+Muon: time to a fixed loss). Contenders: deepspeed, fsdp (MegaGPT's engines through train()), nanogpt, transformers, litgpt,
+torch; one that cannot be imported is named in the result. Nothing is installed, no setting of the card is touched.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import PROJECT, machine, write_results
+from training_data import write_data
+
+from megagpt.flops import flops_per_token, utilisation
+from megagpt.model import ModelConfig
+
+PEAK_TFLOPS = 989.0
+"""Dense bf16 of an H100 or H200 SXM, NVIDIA's data sheet."""
+GPT2 = {"family": "gpt2", "vocab_size": 50304}
+LLAMA = {"family": "llama", "vocab_size": 50304}
+SIZES: dict[str, dict[str, Any]] = {
+    "124m": {**GPT2, "num_layers": 12, "num_heads": 12, "hidden_size": 768, "mlp_size": 3072},
+    "350m": {**GPT2, "num_layers": 24, "num_heads": 16, "hidden_size": 1024, "mlp_size": 4096},
+    "1b3": {**LLAMA, "num_layers": 24, "num_heads": 16, "hidden_size": 2048, "mlp_size": 5504},
+    "8b": {
+        "family": "llama", "vocab_size": 128256, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "hidden_size": 4096,
+        "mlp_size": 14336, "tied_head": False,
+    },
+    "tiny": {"family": "llama", "vocab_size": 512, "num_layers": 2, "num_heads": 2, "hidden_size": 64, "mlp_size": 192},
+    "tiny_gpt2": {"family": "gpt2", "vocab_size": 512, "num_layers": 2, "num_heads": 2, "hidden_size": 64, "mlp_size": 256},
+}  # fmt: skip
+NEEDS = {
+    "deepspeed": ("deepspeed",), "fsdp": (), "nanogpt": (), "torch": (), "transformers": ("transformers", "accelerate"),
+    "litgpt": ("litgpt", "lightning"), "fsdp_fp8": ("torchao",),
+}  # fmt: skip
+"""Modules without which a contender cannot run."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One shape and how it is run."""
+
+    size: str
+    seq_len: int
+    micro_batch_size: int
+    contenders: tuple[str, ...]
+    steps: int = 30
+    micro_batches: int = 1
+    checkpointing: str = "none"
+    trace_from: int = 0
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Keys of the job that differ."""
+
+
+MOST = ("deepspeed", "fsdp", "nanogpt", "transformers", "litgpt")
+TIMINGS: dict[str, Timing] = {
+    "124m": Timing("124m", 1024, 64, ("deepspeed", "fsdp", "nanogpt", "transformers"), steps=40),
+    "350m": Timing("350m", 1024, 32, ("deepspeed", "fsdp", "nanogpt", "transformers"), steps=25),
+    "1b3_t2048": Timing("1b3", 2048, 8, ("deepspeed", "fsdp", "transformers", "litgpt"), steps=20),
+    "1b3_t4096": Timing("1b3", 4096, 4, ("deepspeed", "fsdp", "transformers", "litgpt"), steps=20),
+    "8b": Timing("8b", 4096, 1, ("fsdp",), steps=10, micro_batches=2, checkpointing="full"),
+    "trace_124m": Timing("124m", 1024, 64, ("fsdp", "nanogpt"), steps=24, trace_from=15),
+    "trace_1b3": Timing("1b3", 2048, 8, ("fsdp",), steps=20, trace_from=12),
+    "fp8": Timing("1b3", 2048, 8, ("fsdp", "fsdp_fp8"), steps=120, changes={"log_every_steps": 5}),
+}
+TARGETS = {"124m": 578_000, "1b3_t4096": 60_000, "8b": 11_000}
+"""Tokens/s to reach, where one is set."""
+TIMED_AFTER = 8
+"""Steps that are not timed: compilation, allocation, clocks."""
+CHECK_STEPS = 12
+CHECK_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
+"""Largest loss difference from the CPU's fp32 run in CHECK_STEPS steps; fp32 products on a GPU may be TF32 in none of ours."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Run phases; each writes OUT/<phase>.json as soon as it has a result."""
+    options = dict(word.split("=", 1) for word in words)
+    if "collect" in options:
+        collect(Path(options["collect"]))
+        return
+    if "wheels" in options:
+        fetch_wheels(Path(options["wheels"]))
+        return
+    dry, out = options.get("dry") == "true", Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    phases = options["phases"].split(",") if "phases" in options else ["check", "matmul", *TIMINGS, "muon"]
+    only = tuple(options["only"].split(",")) if "only" in options else None
+    how = How(
+        dry, options.get("compile", str(not dry)).lower() == "true", only, time.monotonic() + float(options.get("limit_s", 540))
+    )
+    for phase in phases:
+        began = time.monotonic()
+        result = run_phase(phase, how)
+        result |= {"phase": phase, "dry_run": dry, "machine": machine() | {"gpu": gpu_name()}, "versions": versions()}
+        result["phase_s"] = time.monotonic() - began
+        (out / f"{phase}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{phase}: {json.dumps(result.get('rows', result))[:3000]}", flush=True)
+
+
+@dataclass(frozen=True)
+class How:
+    """How this call runs its phases."""
+
+    dry: bool
+    compile: bool
+    only: tuple[str, ...] | None
+    """Contenders to run; None = all of the phase."""
+    deadline: float
+    """By time.monotonic()."""
+
+    def wanted(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the contenders that are asked for."""
+        return tuple(name for name in names if self.only is None or name in self.only)
+
+
+def run_phase(phase: str, how: How) -> dict[str, Any]:
+    """The JSON of one phase."""
+    if phase == "matmul":
+        return {"rows": matrix_products(how.dry)}
+    if phase == "check":
+        return check(how)
+    if phase == "muon":
+        return time_to_loss(how)
+    timing = replace(TIMINGS[phase], contenders=how.wanted(TIMINGS[phase].contenders))
+    return time_contenders(phase, tiny(timing) if how.dry else timing, how)
+
+
+def tiny(timing: Timing) -> Timing:
+    """The same phase on a shape for a dry run."""
+    size = "tiny_gpt2" if SIZES[timing.size]["family"] == "gpt2" else "tiny"
+    trace_from = 4 if timing.trace_from else 0
+    return replace(timing, size=size, seq_len=64, micro_batch_size=2, steps=TIMED_AFTER + 2, trace_from=trace_from)
+
+
+def time_contenders(phase: str, timing: Timing, how: How) -> dict[str, Any]:
+    """One row per contender, best first is for the reader to see; the matrix-product rate is measured before and after."""
+    before = product_rate(small=timing.size.startswith("tiny"))
+    rows, runs, absent = [], {}, {}
+    for name in timing.contenders:
+        reason = cannot_run(name)
+        if reason or time.monotonic() > how.deadline:
+            absent[name] = reason or "no time left in this call"
+            continue
+        outcome = run_contender(name, job_of(timing, name, how), how.deadline)
+        if "error" in outcome:
+            absent[name] = outcome["error"]
+            continue
+        runs[name] = outcome
+        rows.append(row_of(phase, timing, name, outcome, before))
+    return {"rows": rows, "not_run": absent, "matmul_tflops_before": before, "runs": runs}
+
+
+def row_of(phase: str, timing: Timing, name: str, outcome: dict[str, Any], product_tflops: float) -> dict[str, Any]:
+    """Throughput and MFU in three conventions, and against the measured matrix-product rate."""
+    ends = outcome["step_ends_wall_s"]
+    seconds = [b - a for a, b in zip(ends[TIMED_AFTER - 1 :], ends[TIMED_AFTER:], strict=False)]
+    tokens = timing.seq_len * timing.micro_batch_size * timing.micro_batches
+    rate = tokens / median(seconds)
+    config = ModelConfig(**SIZES[timing.size], seq_len=timing.seq_len)
+    every = 1 if timing.checkpointing == "full" else 0
+    flops = flops_per_token(config, seq_len=timing.seq_len, checkpoint_every=every)
+    share = utilisation(flops, rate, PEAK_TFLOPS * 1e12)
+    return {
+        "phase": phase,
+        "contender": name,
+        "seq_len": timing.seq_len,
+        "micro_batch_size": timing.micro_batch_size,
+        "checkpointing": timing.checkpointing,
+        "tokens_per_s": rate,
+        "slowest_step_over_median": max(seconds) / median(seconds),
+        "target_tokens_per_s": TARGETS.get(phase),
+        "mfu_full": share.full,
+        "mfu_causal": share.causal,
+        "mfu_hardware": share.hardware,
+        "mfu_full_of_measured_products": flops.full * rate / (product_tflops * 1e12),
+        "peak_gpu_gib": outcome.get("peak_gpu_bytes", 0) / 2**30,
+        "loss_at_end": outcome["losses"][-1] if outcome["losses"] else None,
+        "first_step_after_s": outcome["first_step_after_s"],
+    }
+
+
+def job_of(timing: Timing, name: str, how: How) -> dict[str, Any]:
+    """What the contender is told; see training.prepare for the CPU's."""
+    return {
+        "model": {**SIZES[timing.size], "seq_len": timing.seq_len},
+        "precision": "bf16",
+        "compile": how.compile,
+        "steps": timing.steps,
+        "seq_len": timing.seq_len,
+        "micro_batch_size": timing.micro_batch_size,
+        "micro_batches": timing.micro_batches,
+        "checkpointing": timing.checkpointing,
+        "lr": 3e-4,
+        "weight_decay": 0.1,
+        "seed": 1,
+        "log_every_steps": 5,
+        "trace_from": timing.trace_from,
+        "layout": {"deepspeed": "zero1", "fsdp": "fsdp", "fsdp_fp8": "fsdp"}.get(name, "ddp"),
+        "fp8": name.endswith("_fp8"),
+        "save": False,
+        "resumed_at": 0,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "initial_weights": None,
+        **timing.changes,
+    }
+
+
+def run_contender(name: str, job: dict[str, Any], deadline: float) -> dict[str, Any]:
+    """What its clock wrote, or {"error": why}. The data of the job is made beside it."""
+    program = {"deepspeed": "megagpt", "fsdp": "megagpt", "fsdp_fp8": "megagpt"}.get(name, name)
+    with tempfile.TemporaryDirectory(prefix="bench_gpu_") as temporary:
+        folder = Path(temporary)
+        job = write_data(folder, job)
+        (folder / "job.json").write_text(json.dumps({**job, "run_dir": str(folder / "run")}), encoding="utf-8")
+        paths = [str(PROJECT), str(PROJECT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths),
+            "BENCH_READY": str(folder / "ready.json"), "BENCH_OUT": str(folder / "out.json"),
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        }  # fmt: skip
+        if job["trace_from"]:
+            environment["BENCH_TRACE_FROM"] = str(job["trace_from"])
+        if job["device"] == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, str(PROJECT / "bench" / f"peers_{program}.py"), str(folder / "job.json")]
+        started = time.time()
+        try:
+            left = max(10.0, deadline - time.monotonic())
+            done = subprocess.run(
+                command, env=environment, cwd=folder, capture_output=True, text=True, timeout=left, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done in {left:.0f} s"}
+        if done.returncode != 0:
+            return {"error": f"exit status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"}
+        outcome = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+        ready = json.loads((folder / "ready.json").read_text(encoding="utf-8"))
+        return outcome | {"first_step_after_s": ready["at"] - started}
+
+
+def cannot_run(name: str) -> str:
+    """Why a contender cannot run here; empty = it can."""
+    missing = [module for module in NEEDS[name] if importlib.util.find_spec(module) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def check(how: How) -> dict[str, Any]:
+    """Losses of both engines in both precisions against a plain fp32 loop on the CPU: same weights, same samples."""
+    shape = {"num_layers": 4, "num_heads": 4, "hidden_size": 256, "mlp_size": 704, "vocab_size": 1024, "family": "llama"}
+    timing = Timing("tiny", 64 if how.dry else 256, 4, (), steps=CHECK_STEPS)
+    job = {**job_of(timing, "torch", how), "compile": False, "log_every_steps": 1}
+    job["model"] = {**(SIZES["tiny"] if how.dry else shape), "seq_len": timing.seq_len}
+    reference = run_contender("torch", {**job, "device": "cpu", "precision": "fp32"}, how.deadline)
+    rows, absent = [], {}
+    for name in how.wanted(("deepspeed", "fsdp")):
+        reason = cannot_run(name)
+        for precision in ("fp32", "bf16") if not reason else ():
+            for compiled in (False, True) if how.compile else (False,):
+                changes = {"layout": job_of(timing, name, how)["layout"], "precision": precision, "compile": compiled}
+                outcome = run_contender(name, {**job, **changes}, how.deadline)
+                if "error" in outcome:
+                    absent[f"{name} {precision} compile={compiled}"] = outcome["error"]
+                    continue
+                worst = max(abs(a - b) for a, b in zip(outcome["losses"], reference["losses"], strict=True))
+                good = worst < CHECK_TOLERANCE[precision]
+                rows.append(
+                    {
+                        "engine": name,
+                        "precision": precision,
+                        "compiled": compiled,
+                        "largest_loss_difference": worst,
+                        "good": good,
+                    }
+                )
+        if reason:
+            absent[name] = reason
+    return {"rows": rows, "not_run": absent, "reference_losses": reference.get("losses"), "error": reference.get("error")}
+
+
+def time_to_loss(how: How) -> dict[str, Any]:
+    """AdamW and Muon on the same data and model: seconds and steps to the loss that AdamW has at the end."""
+    timing = tiny(TIMINGS["124m"]) if how.dry else Timing("124m", 1024, 32, (), steps=600)
+    curves, absent = {}, {}
+    for kind, lr in (("adamw", 6e-4), ("muon", 2e-3)):
+        job = {**job_of(timing, "fsdp", how), "optimizer": kind, "lr": lr, "log_every_steps": 2 if how.dry else 10}
+        outcome = run_contender("fsdp", job, how.deadline)
+        if "error" in outcome:
+            absent[kind] = outcome["error"]
+            continue
+        ends, every = outcome["step_ends_wall_s"], job["log_every_steps"]
+        curves[kind] = [(i * every, ends[i * every - 1] - ends[0], v) for i, v in enumerate(outcome["losses"], start=1)]
+    rows = []
+    if "adamw" in curves:
+        goal = curves["adamw"][-1][2]
+        for kind, curve in curves.items():
+            reached = next(((step, seconds) for step, seconds, loss in curve if loss <= goal), (None, None))
+            rows.append({"optimizer": kind, "training_loss": goal, "steps": reached[0], "seconds_from_step_1": reached[1]})
+    return {"rows": rows, "curves": curves, "not_run": absent}
+
+
+def matrix_products(dry: bool) -> list[dict[str, Any]]:
+    """bf16 products of the sizes that a step is made of."""
+    shapes = [(8192, 8192, 8192), (65536, 768, 3072), (16384, 2048, 5504), (16384, 4096, 14336)]
+    return [
+        {"rows": m, "inner": k, "columns": n, "bf16_tflops": product_rate((m, k, n), small=dry)}
+        for m, k, n in ([(256, 256, 256)] if dry else shapes)
+    ]
+
+
+def product_rate(shape: tuple[int, int, int] = (8192, 8192, 8192), *, small: bool) -> float:
+    """TFLOP/s of one bf16 product on random data, the median of repeated batches of products."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    m, k, n = (256, 256, 256) if small else shape
+    a, b = torch.randn(m, k, device=device).bfloat16(), torch.randn(k, n, device=device).bfloat16()
+    repeats, times = 2 if small else 10, []
+    for _ in range(6):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / repeats)
+    return 2 * m * k * n / median(times[2:]) / 1e12
+
+
+def collect(folder: Path) -> None:
+    """bench/results/gpu.json of the phases' files; dry runs are refused."""
+    phases = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    dry = [each["phase"] for each in phases if each["dry_run"]]
+    if dry or not phases:
+        raise SystemExit(f"collect={folder}: {'dry runs: ' + ', '.join(dry) if dry else 'no phase in it'}")
+    timed = [row for each in phases if each["phase"] in TIMINGS for row in each["rows"]]
+    others = {each["phase"]: each for each in phases if each["phase"] not in TIMINGS}
+    tables = [{"title": name, "rows": each["rows"]} for name, each in others.items()]
+    tables += [
+        {"title": f"{each['phase']}: where a step's time goes, {name}", "rows": trace_rows(run["trace"])}
+        for each in phases for name, run in each.get("runs", {}).items() if run.get("trace")
+    ]  # fmt: skip
+    absent = [f"{each['phase']} {name}: {why}" for each in phases for name, why in each.get("not_run", {}).items()]
+    about = "Each contender in its own process, alone on the GPU; bf16 with fp32 master weights, moments and sums."
+    results = {"title": "Training on one GPU", "about": about, "rows": timed, "tables": tables, "lost": lost(timed, absent)}
+    path = write_results("gpu", results)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document |= {"machine": phases[0]["machine"], "versions": phases[0]["versions"]}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def trace_rows(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """Shares of the traced wall time by kind of work."""
+    kinds = sorted(trace["seconds_by_kind"].items(), key=lambda pair: -pair[1])
+    return [{"work": kind, "seconds": seconds, "share": seconds / trace["wall_s"]} for kind, seconds in kinds]
+
+
+def lost(rows: Sequence[dict[str, Any]], absent: Sequence[str]) -> str:
+    """A sentence per phase in which a peer or the target wins, and what did not run."""
+    sentences = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        mine = [r for r in rows if r["phase"] == phase and r["contender"] in ("deepspeed", "fsdp", "fsdp_fp8")]
+        peers = [r for r in rows if r["phase"] == phase and r not in mine]
+        best = max((r["tokens_per_s"] for r in mine), default=0.0)
+        for peer in peers:
+            if peer["tokens_per_s"] * 1.1 > best:
+                sentences.append(f"{phase}: {best / peer['tokens_per_s']:.2f} of {peer['contender']}'s rate (goal 1.1).")
+        if TARGETS.get(phase, 0) > best:
+            sentences.append(f"{phase}: {best:,.0f} tokens/s of {TARGETS[phase]:,}.")
+    return " ".join([*sentences, *(f"Not run: {text[:200]}." for text in absent)])
+
+
+def gpu_name() -> str | None:
+    """The card's name."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"torch": torch.__version__}
+    for name in ("triton", "deepspeed", "transformers", "accelerate", "litgpt", "lightning", "torchao"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+WHEELS = (
+    "pydantic==2.14.3", "pydantic_core==2.50.4", "annotated_types==0.8.0", "orjson==3.13.0", "zstandard==0.25.0",
+    "litgpt==0.5.13", "lightning==2.6.6", "jsonargparse", "torchao==0.18.0",
+)  # fmt: skip
+"""For a machine with torch 2.11 for Python 3.12 and the usual scientific packages; deepspeed is built beside them."""
+
+
+def fetch_wheels(folder: Path) -> None:
+    """Wheels for x86-64 and Python 3.12 without what they need in turn, and deepspeed and hjson built here (pure Python)."""
+    platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+    target = [word for platform in platforms for word in ("--platform", platform)]
+    pip = [sys.executable, "-m", "pip"]
+    options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *target]
+    subprocess.run([*pip, "download", "-q", *options, "-d", str(folder), *WHEELS], check=True)
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(folder), "deepspeed==0.19.8", "hjson"], check=True)
+    total = sum(path.stat().st_size for path in folder.glob("*.whl"))
+    print(f"{len(list(folder.glob('*.whl')))} wheels, {total / 2**20:.1f} MiB in {folder}")
+    print(f"there: python3 -m pip install --no-index --no-deps --target /tmp/site {folder}/*.whl; export PYTHONPATH=/tmp/site")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

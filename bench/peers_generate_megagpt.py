@@ -1,0 +1,42 @@
+"""MegaGPT's generate_ids for bench/generation.py: prints tokens per CPU second and the ids."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from training_clock import peak_resident_bytes
+
+from megagpt.generate import SamplingConfig, generate_ids
+from megagpt.model import GPT, ModelConfig
+
+
+def main() -> None:
+    """Warm up, then generate three times."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    config = ModelConfig(**json.loads(Path(job["model"]).read_text(encoding="utf-8")))
+    model = GPT(config)
+    model.load_state_dict(torch.load(job["weights"]))
+    model.eval()
+    prompt = torch.arange(job["batch"] * job["prompt"]).view(job["batch"], -1) * 7 % config.vocab_size
+    sampling, seconds, rows = SamplingConfig(max_tokens=job["new"], temperature=0.0), [], []
+    for _ in range(4):
+        began = time.process_time()
+        rows = list(generate_ids(model, config, prompt, sampling))
+        seconds.append(time.process_time() - began)
+    rate = job["batch"] * job["new"] / median(seconds[1:])
+    print(
+        json.dumps(
+            {
+                "tokens_per_cpu_s": rate,
+                "peak_rss_bytes": peak_resident_bytes(),
+                "ids": [list(column) for column in zip(*rows, strict=True)],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

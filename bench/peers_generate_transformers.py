@@ -1,0 +1,37 @@
+"""transformers' generate for bench/generation.py: prints tokens per CPU second and the ids."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from peers_transformers import llama, renamed
+from training_clock import peak_resident_bytes
+from transformers import LlamaForCausalLM
+
+
+def main() -> None:
+    """Warm up, then generate three times."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    sizes = json.loads(Path(job["model"]).read_text(encoding="utf-8"))
+    transformers.logging.set_verbosity_error()
+    model = LlamaForCausalLM(llama(sizes))
+    model.load_state_dict(renamed(torch.load(job["weights"])))
+    model.eval()
+    prompt = torch.arange(job["batch"] * job["prompt"]).view(job["batch"], -1) * 7 % sizes["vocab_size"]
+    mask, seconds, ids = torch.ones_like(prompt), [], prompt
+    for _ in range(4):
+        began = time.process_time()
+        ids = model.generate(prompt, attention_mask=mask, max_new_tokens=job["new"], do_sample=False, use_cache=True)
+        seconds.append(time.process_time() - began)
+    rate = job["batch"] * job["new"] / median(seconds[1:])
+    print(
+        json.dumps({"tokens_per_cpu_s": rate, "peak_rss_bytes": peak_resident_bytes(), "ids": ids[:, job["prompt"] :].tolist()})
+    )
+
+
+if __name__ == "__main__":
+    main()

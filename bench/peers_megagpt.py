@@ -1,0 +1,80 @@
+"""MegaGPT's own training as a user starts it, under bench/training.py's clock: the real train(), every feature on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from training_clock import Clock, read_job
+
+from megagpt.config import validate
+from megagpt.metrics import read_metrics
+from megagpt.train import train
+from megagpt.train_config import TrainConfig
+
+
+def settings(job: dict[str, Any]) -> dict[str, Any]:
+    """The run's configuration, as its YAML would be."""
+    engines: dict[str, dict[str, Any]] = {
+        "zero0": {"kind": "deepspeed", "zero_stage": 0},
+        "zero1": {"kind": "deepspeed", "zero_stage": 1},
+        "zero2": {"kind": "deepspeed", "zero_stage": 2},
+        "zero3": {"kind": "deepspeed", "zero_stage": 3},
+        "fsdp": {"kind": "fsdp"},
+    }
+    return {
+        "run_dir": job["run_dir"],
+        "seed": job["seed"],
+        "max_steps": job["steps"],
+        "global_batch_size": job["micro_batch_size"] * job["micro_batches"] * int(os.environ["WORLD_SIZE"]),
+        "micro_batch_size": job["micro_batch_size"],
+        "precision": job["precision"],
+        "compile": job["compile"],
+        "activation_checkpointing": job.get("checkpointing", "none"),
+        "model": job["model"],
+        "data": {"seq_len": job["seq_len"], "sources": {"main": {"path": job["shards"]}}},
+        "optim": {
+            "kind": job.get("optimizer", "adamw"),
+            "lr": job["lr"],
+            "weight_decay": job["weight_decay"],
+            "schedule": {"kind": "constant"},
+        },
+        "engine": engines[job["layout"]],
+        "save_every_steps": job.get("save_every_steps", 1000),
+        "monitor": {"log_every_steps": job["log_every_steps"]},
+    }
+
+
+def with_float8_linears() -> None:
+    """Make the engines build models whose blocks multiply in torchao's float8 (arXiv 2209.05433): no option of train()."""
+    import torch
+    from torchao.float8 import convert_to_float8_training
+
+    from megagpt import engine
+
+    plain = engine.GPT
+
+    def converted(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        model = plain(*args, **kwargs)
+        convert_to_float8_training(model.blocks, module_filter_fn=lambda module, _: isinstance(module, torch.nn.Linear))
+        return model
+
+    engine.GPT = converted  # type: ignore[assignment,misc]
+
+
+def main() -> None:
+    """Train, then read losses and the wait for data from the run's own metrics."""
+    job, clock = read_job(), Clock()
+    if job.get("fp8"):
+        with_float8_linears()
+    config = validate(TrainConfig, settings(job), source="bench")
+    status = train(config)
+    if status != 0:
+        raise SystemExit(status)
+    rows = read_metrics(Path(job["run_dir"])).of_kind("train")
+    if rows:
+        clock.extra = {"data_wait_s": rows[-1]["seconds"].get("data_wait", 0.0), "data_wait_until_step": rows[-1]["step"]}
+    clock.write(job["steps"] - job["resumed_at"], [row["loss"] for row in rows])
+
+
+if __name__ == "__main__":
+    main()

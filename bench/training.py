@@ -1,0 +1,223 @@
+"""Training steps on CPU: MegaGPT against a hand-written loop and what a user would pick instead, CPU seconds per step.
+
+    python bench/training.py                      every cell below, about 15 minutes on 2 cores (environments made before)
+    python bench/training.py cells=one_fp32 repetitions=5
+    python bench/training.py short=true           one tiny cell, to see that it works
+
+Same model (Llama family), same samples in the same order, same fused AdamW, clipping, precision and logging for all; each
+contender is the library's own entry point in an environment of its own. A hook on torch's optimizers takes the time at the end
+of each update. Contenders of a cell take turns on the cores in slices of 2 s (bench/training_turns.py), so ratios hold although
+times may not. Every ratio is to the bare loop of the same cell: medians over steps, with the spread over repetitions.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import PROJECT, peer_python, peer_versions, spread, write_results
+from training_data import write_data
+from training_turns import Contender, Outcome, run_turn_about
+
+from megagpt.model import GPT, ModelConfig, initialise
+
+TORCH = "torch==2.13.0"
+OURS = ("pydantic", "PyYAML", "numpy==2.4.6", "xxhash", "tqdm", "zstandard", "orjson")
+PEERS: dict[str, tuple[str, ...]] = {
+    "transformers": (
+        TORCH,
+        "transformers==5.23.0",
+        "accelerate==1.15.0",
+        "deepspeed==0.19.8",
+        "datasets==5.2.0",
+        "numpy==2.4.6",
+    ),
+    "lightning": (TORCH, "lightning==2.6.6", *OURS),
+    "litgpt": (TORCH, "litgpt==0.5.13", "numpy==2.4.6"),
+}
+"""Each peer's environment. Lightning's also holds what our model class imports."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 1024, "num_layers": 2, "num_heads": 2, "hidden_size": 64, "mlp_size": 192},
+    "10M": {"vocab_size": 8192, "num_layers": 6, "num_heads": 5, "hidden_size": 320, "mlp_size": 896},
+    "50M": {"vocab_size": 8192, "num_layers": 9, "num_heads": 10, "hidden_size": 640, "mlp_size": 1728},
+}
+SEQ_LEN = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Contenders that are compared with one another: name -> (program, layout)."""
+
+    model: str
+    precision: str
+    contenders: dict[str, tuple[str, str]]
+    ranks: int = 1
+    compile: bool = False
+    steps: int = 16
+    micro_batch_size: int = 4
+
+
+BARE = "bare torch loop"
+ALONE = {
+    BARE: ("torch", "ddp"),
+    "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
+    "megagpt, fsdp": ("megagpt", "fsdp"),
+    "transformers Trainer": ("transformers", "ddp"),
+    "Lightning": ("lightning", "ddp"),
+    "litgpt": ("litgpt", "ddp"),
+}
+COMPILED = {name: ALONE[name] for name in ALONE if name != "Lightning"}
+REPLICATED = {
+    "bare torch loop, DDP": ("torch", "ddp"),
+    "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
+    "megagpt, deepspeed ZeRO-2": ("megagpt", "zero2"),
+    "transformers Trainer, DDP": ("transformers", "ddp"),
+    "transformers Trainer, DeepSpeed ZeRO-1": ("transformers", "zero1"),
+    "transformers Trainer, DeepSpeed ZeRO-2": ("transformers", "zero2"),
+}
+SHARDED = {
+    "bare torch loop, DDP": ("torch", "ddp"),
+    "megagpt, deepspeed ZeRO-3": ("megagpt", "zero3"),
+    "megagpt, fsdp": ("megagpt", "fsdp"),
+    "transformers Trainer, DeepSpeed ZeRO-3": ("transformers", "zero3"),
+    "transformers Trainer, FSDP2": ("transformers", "fsdp"),
+}
+CELLS: dict[str, Cell] = {
+    "one_fp32": Cell("10M", "fp32", ALONE),
+    "one_bf16": Cell("10M", "bf16", ALONE),
+    "one_compiled": Cell("10M", "fp32", COMPILED, compile=True),
+    "large_fp32": Cell("50M", "fp32", ALONE, steps=6),
+    "large_bf16": Cell("50M", "bf16", ALONE, steps=6),
+    "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=12),
+    "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=12),
+}
+SHORT = {"tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "megagpt, fsdp")}, steps=6)}
+"""What `short=true` runs: no environment but our own."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Run cells, print and write the table."""
+    options = dict(word.split("=", 1) for word in words)
+    cells = SHORT if options.get("short") == "true" else CELLS
+    if "only" in options:
+        cells = {
+            name: replace(cell, contenders={n: cell.contenders[n] for n in options["only"].split(",")})
+            for name, cell in cells.items()
+        }
+    names = options["cells"].split(",") if "cells" in options else list(cells)
+    repetitions, rows = int(options.get("repetitions", 3 if cells is CELLS else 1)), []
+    for name in names:
+        rows += run_cell(name, cells[name], repetitions)
+    results = {
+        "title": "Training on CPU: time per step",
+        "about": (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip(),
+        "rows": rows,
+        "lost": losses_explained(rows),
+    }
+    peers = {}
+    for peer, requirements in PEERS.items():
+        if cells is CELLS:
+            peers |= peer_versions(peer_python(peer, requirements), [r.split("==")[0] for r in requirements if "==" in r][:4])
+    if ("cells" not in options and cells is CELLS) or "write" in options:
+        write_results(options.get("write", "training"), results, packages=("torch", "deepspeed"), peers=peers)
+
+
+def run_cell(name: str, cell: Cell, repetitions: int) -> list[dict[str, Any]]:
+    """The rows of one cell."""
+    outcomes: dict[str, list[Outcome]] = {contender: [] for contender in cell.contenders}
+    for number in range(repetitions):
+        with tempfile.TemporaryDirectory(prefix="bench_training_") as folder:
+            contenders = prepare(cell, Path(folder))
+            for contender, outcome in run_turn_about(contenders, Path(folder) / "runs").items():
+                outcomes[contender].append(outcome)
+        print(f"{name}: repetition {number + 1} of {repetitions} done", flush=True)
+    rows = [row_of(cell, contender, outcomes) for contender in cell.contenders]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def row_of(cell: Cell, name: str, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
+    """One contender against the first of its cell."""
+    mine, floor = outcomes[name], outcomes[next(iter(outcomes))]
+    ratios = [median(a.step_cpu_s()) / median(b.step_cpu_s()) for a, b in zip(mine, floor, strict=True)]
+    last = [rank["losses"][-1] for rank in mine[0].ranks if rank["losses"]]
+    waits = [o.ranks[0]["data_wait_s"] / o.ranks[0]["data_wait_until_step"] for o in mine if "data_wait_s" in o.ranks[0]]
+    return {
+        "model": cell.model,
+        "precision": cell.precision,
+        "compiled": cell.compile,
+        "processes": cell.ranks,
+        "contender": name,
+        "step_cpu_s": median(median(outcome.step_cpu_s()) for outcome in mine),
+        "ratio_to_bare_loop": spread(ratios),
+        "first_step_after_s": median(outcome.start_wall_s for outcome in mine),
+        "first_step_after_cpu_s": median(outcome.start_cpu_s for outcome in mine),
+        "peak_rss_mib_per_process": max(rank["peak_rss_bytes"] for o in mine for rank in o.ranks) / 2**20,
+        "data_wait_s_per_step": median(waits) if waits else None,
+        "loss": sum(last) / len(last) if last else None,
+    }
+
+
+def prepare(cell: Cell, folder: Path) -> list[Contender]:
+    """Write the cell's data below `folder`, and one job per contender."""
+    job = prepare_job(cell, folder)
+    return [contender(name, program, layout, cell.ranks, job, folder) for name, (program, layout) in cell.contenders.items()]
+
+
+def prepare_job(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Write shards, the rows in training order and initial weights below `folder`; what all contenders are told."""
+    model = {"family": "llama", "seq_len": SEQ_LEN, **MODELS[cell.model]}
+    gpt = GPT(ModelConfig(**model))
+    initialise(gpt, seed=1)
+    torch.save(gpt.state_dict(), folder / "initial.pt")
+    job = {
+        "model": model, "precision": cell.precision, "compile": cell.compile, "steps": cell.steps, "seq_len": SEQ_LEN,
+        "micro_batch_size": cell.micro_batch_size, "lr": 3e-4, "weight_decay": 0.1, "seed": 1, "log_every_steps": 5,
+        "initial_weights": str(folder / "initial.pt"), "save": False, "resumed_at": 0, "device": "cpu", "micro_batches": 1,
+    }  # fmt: skip
+    return write_data(folder, job, ranks=cell.ranks)
+
+
+def contender(name: str, program: str, layout: str, ranks: int, job: dict[str, Any], folder: Path) -> Contender:
+    """Its job file and its command."""
+    path = folder / f"{name}.json".replace(" ", "_")
+    path.write_text(json.dumps({**job, "layout": layout, "run_dir": str(folder / "run" / name)}), encoding="utf-8")
+    python = peer_python(program, PEERS[program]) if program in PEERS else Path(sys.executable)
+    environment = {
+        "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'bench'}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / name.replace(" ", "_")),
+        **({} if job["compile"] else {"TORCHDYNAMO_DISABLE": "1"}),  # litgpt compiles whatever it is told
+    }
+    return Contender(name, [str(python), str(PROJECT / "bench" / f"peers_{program}.py"), str(path)], ranks, environment)
+
+
+def losses_explained(rows: list[dict[str, Any]]) -> str:
+    """One sentence per cell that a peer wins, by the numbers."""
+    sentences = []
+    for row in rows:
+        if not row["contender"].startswith("megagpt"):
+            continue
+        cell = [r for r in rows if all(r[k] == row[k] for k in ("model", "precision", "compiled", "processes"))]
+        better = [r for r in cell if not r["contender"].startswith("megagpt") and r["step_cpu_s"] < row["step_cpu_s"]]
+        for other in better:
+            share = row["step_cpu_s"] / other["step_cpu_s"] - 1
+            where = (
+                f"{row['model']} {row['precision']}{', compiled' if row['compiled'] else ''}, {row['processes']} process(es)"
+            )
+            sentences.append(f"{where}: {row['contender']} takes {share:.1%} more CPU time per step than {other['contender']}.")
+    return " ".join(sentences)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

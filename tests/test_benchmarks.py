@@ -1,0 +1,69 @@
+"""docs/benchmarks.md is what the results give, its tables say what the numbers are, and bench/gpu.py runs without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+BENCH = PROJECT / "bench"
+
+
+def run(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    done = run("bench/document.py", "check=true")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.fixture
+def document(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import document
+
+    return document
+
+
+def test_cells_show_medians_units_and_what_is_missing(document) -> None:
+    spread = {"median": 0.51234, "min": 0.5, "max": 0.6}
+    rows = [{"contender": "a|b", "step_cpu_s": spread}, {"contender": "c", "tokens": 12345}]
+    assert document.table(rows).splitlines() == [
+        "| contender | step cpu s | tokens |",
+        "| --- | ---: | ---: |",
+        "| a\\|b | 0.512 (0.5 to 0.6) | – |",
+        "| c | – | 12,345 |",
+    ]
+
+
+def test_a_result_without_rows_is_shown_by_its_values(document) -> None:
+    tables = document.tables_of({"name": "x", "results": {"about": "", "kills": {"torn": 3, "runs": [1, 2]}, "bitwise": True}})
+    assert tables == [{"title": "", "rows": [{"name": "kills.torn", "value": 3}, {"name": "bitwise", "value": True}]}]
+
+
+def test_every_result_says_when_where_and_how_it_was_measured() -> None:
+    for path in (BENCH / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"name", "date", "command", "machine", "versions", "results"} <= result.keys(), path
+        assert result["command"].startswith("python bench/"), path
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+    done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", "phases=check,matmul,trace_124m", "only=fsdp")
+    assert done.returncode == 0, done.stderr
+    check, traced = (json.loads((tmp_path / f"{phase}.json").read_text()) for phase in ("check", "trace_124m"))
+    assert check["not_run"] == {}
+    assert [row["good"] for row in check["rows"]] == [True] * 2, check["rows"]
+    assert traced["not_run"] == {}
+    assert [row["contender"] for row in traced["rows"]] == ["fsdp"]
+    assert traced["runs"]["fsdp"]["trace"]["seconds_by_kind"]["matrix products"] > 0
+    refused = run("bench/gpu.py", f"collect={tmp_path}")
+    assert refused.returncode == 1
+    assert "dry runs" in refused.stderr
