@@ -18,13 +18,13 @@ import xxhash
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import best_fit, leaks, segments
+from megagpt.corpus import best_fit, leaks, pack, segments
 from megagpt.corpus.best_fit import best_fit_order, num_cut
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.pack import TokenizeConfig, pack_documents
 from megagpt.corpus.vocabulary import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
 from megagpt.documents import Document, read_documents, write_documents
-from megagpt.shards import open_shard, read_manifest, verify_shard
+from megagpt.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 
 WORDS = ["the", "of", "and", "in", "to", "a", "is", "was", "it", "for", "as", "with", "his", "on", "had", "but", "which"]
@@ -171,6 +171,22 @@ def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_pat
     assert kills > 0
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert tree(tmp_path / "shards") == tree(packed)
+
+
+def test_a_start_that_was_left_over_commits_no_shard(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it writes its first shard another start claims the folder for shards of other settings."""
+    output, write = tmp_path / "shards", ShardWriter.add_many
+
+    def add_many(writer: ShardWriter, *arguments: Any) -> None:
+        pack._claim(output, "of other settings", overwrite=True)
+        write(writer, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "add_many", add_many)
+    with pytest.raises(UserError, match="a later start makes other shards here"):
+        run(corpus, output, shard_tokens=4000)
+    assert not [path for path in output.rglob("*") if path.name.startswith(("shard_", "manifest.json", "summary.json"))]
 
 
 def test_split_by_tail_cuts_each_source_by_characters(corpus: list[Path], tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def pack_documents(
         if records is not None:
             folders = _folders(records, config)
             shards = _write_shards(records, folders, output_dir, job, execution)
+            _refuse_left_over(job)
             return _finish(output_dir, tokenizer, config, folders, shards, records)
     except (FileNotFoundError, UserError):
         # Another part may have finished everything, and removed the segments, in the meantime.
@@ -127,6 +128,14 @@ def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> None:
         shutil.rmtree(output_dir / ".segments", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(marker, {"stage": "shards", "plan": plan})
+
+
+def _refuse_left_over(job: Job) -> None:
+    """Raise UserError where another start has claimed the folder for other shards since: one that was left over on a lost node
+    must not commit any. (Of the same shards it writes the same bytes. A moment between this and the renaming stays open.)"""
+    marker = Path(job.segments).parent / "stage.json"
+    if read_json(marker).get("plan") != job.plan:
+        raise UserError(f"{marker.parent}: a later start makes other shards here: this one ends")
 
 
 # ---- merge into shards
@@ -233,6 +242,7 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
                 pieces = [sources[origin[i]][s : s + n] for i, s, n in zip(chosen, starts, lengths, strict=True)]
                 columns = {column: part[column].to_pylist() for column in ("id", "url", "source", "bytes")}
                 writer.add_many(np.concatenate(pieces), lengths, columns)
+        _refuse_left_over(job)
         info = writer.close()
     write_json(record, asdict(info))
     return info
