@@ -13,6 +13,7 @@ from megagpt import checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data import Data
 from megagpt.engine import refuse_unsupported, whole_shapes
+from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
 from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
@@ -47,6 +48,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
     tokens = config.global_batch_size * config.data.seq_len
+    formats = declared_formats(config.precision, config.engine)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         log.info(
             "model: %s parameters; checkpoint: %.2f GB; step: %s tokens; run: %s tokens, %.2f epochs of %s samples",
@@ -57,6 +59,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
             config.num_samples() / len(data.train),
             f"{len(data.train):,}",
         )
+        log.info("precision: %s", ", ".join(f"{key} {name}" for key, name in formats.items()))
 
 
 def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:

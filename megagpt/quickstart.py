@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from megagpt.config import Config, UserError
 from megagpt.corpus.demo import DemoConfig, Planted, build_demo_dumps
 from megagpt.files import read_json
 from megagpt.metrics import read_metrics
+from megagpt.ports import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"
@@ -184,13 +184,6 @@ def wait_for_all(ranks: Sequence[subprocess.Popen[bytes]], timeout_seconds: floa
 def last_step(run_dir: Path) -> int:
     """The newest step in the run's metrics, 0 before there are any."""
     return max(read_metrics(run_dir).last_step, 0) if (run_dir / "metrics.jsonl").is_file() else 0
-
-
-def free_port() -> int:
-    """A port on this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 # ---- what came out

@@ -16,6 +16,7 @@ from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.data import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
 from megagpt.determinism import make_deterministic
 from megagpt.engine import Engine, build_engine, draw_weights
+from megagpt.engine.formats import check_formats, declared_formats, name_of
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.flops import flops_per_token
 from megagpt.generate import SamplingConfig, generate_ids
@@ -94,7 +95,7 @@ def loop(run: Run, state: TrainState) -> int:
         mask_documents=config.data.mask_documents,
     )
     ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
-    evaluated_loss, saved_step = None, state.step if state.step > 0 else None
+    checked, evaluated_loss, saved_step = False, None, state.step if state.step > 0 else None
     with collecting_garbage_together() as collect_garbage:
         while state.step < config.max_steps:
             batch_size = config.batch_size_at(state.step)
@@ -130,6 +131,11 @@ def loop(run: Run, state: TrainState) -> int:
                 saved_step = state.step if state.step > 0 else None
                 continue
             state, evaluated_loss = state.advance(batch_size, num_targets), None
+            if not checked and result.applied:
+                check_formats(
+                    declared_formats(config.precision, config.engine), engine.formats | {"loss": name_of(losses[0].dtype)}
+                )
+                checked = True
             if not result.applied:
                 monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
             if monitor.due(state.step):
@@ -170,13 +176,14 @@ def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
 def restore_or_start(run: Run) -> TrainState:
     """The state of the newest good checkpoint, loaded into the engine, or fresh weights; says what it passed over."""
     state, restored = load_newest(run, run.config.resume_step)
+    precision = declared_formats(run.config.precision, run.config.engine)
     if restored is None:
-        origin = run.config.init_from
-        run.monitor.log("start", 0, tokens=0, resumed=False, init_from=None if origin is None else str(origin))
+        origin = None if run.config.init_from is None else str(run.config.init_from)
+        run.monitor.log("start", 0, tokens=0, resumed=False, init_from=origin, precision=precision)
         return state
     for reason in restored.passed_over:
         run.monitor.log("damaged", state.step, reason=reason)
-    run.monitor.log("start", state.step, tokens=state.tokens, resumed=True, checkpoint=str(restored.path))
+    run.monitor.log("start", state.step, tokens=state.tokens, resumed=True, checkpoint=str(restored.path), precision=precision)
     return state
 
 

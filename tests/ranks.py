@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -12,12 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from megagpt.ports import free_port
 
 
 def run_ranks(
@@ -35,13 +29,17 @@ def run_ranks(
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(timeout_seconds)
+    deadline = time.monotonic() + timeout_seconds
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + 5)  # the others wait for it in vain
     hung = [process for process in processes if process.is_alive()]
     for process in hung:
         process.kill()
     results = []
-    for rank in range(size):
+    # First those that failed: what they say is why the others left nothing.
+    for rank in sorted(range(size), key=lambda rank: processes[rank].exitcode != 1):
         path = folder / f"result{rank}"
         assert path.is_file(), (
             f"rank {rank} of {size} left no result ({'hung' if hung else f'exit {processes[rank].exitcode}'})"
@@ -49,8 +47,8 @@ def run_ranks(
         ok, value = pickle.loads(path.read_bytes())
         path.unlink()
         assert ok, f"rank {rank} of {size}:\n{value}"
-        results.append(value)
-    return results
+        results.append((rank, value))
+    return [value for _, value in sorted(results, key=lambda item: item[0])]
 
 
 def _rank(function: Callable[..., Any], rank: int, size: int, port: int, result: Path, arguments: tuple[Any, ...]) -> None:
@@ -74,6 +72,8 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, result:
     except BaseException:
         value = (False, traceback.format_exc())
     result.write_bytes(pickle.dumps(value))
+    if not value[0]:
+        os._exit(1)
 
 
 class Ranks:

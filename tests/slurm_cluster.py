@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megagpt.ports import free_ports
+
 CONF = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -170,15 +172,6 @@ def idle_nodes(cluster: Cluster) -> int:
         return cluster.command("sinfo", "-h", "-N", "-p", "main", "-o", "%T", timeout=5).split().count("idle")
     except subprocess.SubprocessError:
         return 0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on 127.0.0.1 that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in sockets]
 
 
 def make_site(root: Path, project: Path, *, nodes: str = "2") -> Path:

@@ -57,7 +57,7 @@ LAYERS = (
         "page",
     ),
     ("world", "shards", "tokenizer", "byte_pairs", "documents"),
-    ("config", "files", "command", "permutation"),
+    ("config", "files", "command", "permutation", "ports"),
 )
 TORCH_FREE = (
     "corpus",

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 
 from megagpt.config import UserError
+from megagpt.ports import free_ports
 from megagpt.world import Place, StopRequest, World, place_from_environment
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
@@ -77,3 +80,26 @@ def test_the_first_stop_signal_is_remembered_and_a_second_interrupt_interrupts()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_ports_are_free_distinct_and_not_the_kernels() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert max(ports) < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports[0]))
+        assert ports[0] not in free_ports(2_000)
+
+
+def fails_on_rank_1(world: World) -> None:
+    if world.rank == 1:
+        raise ValueError("rank 1 is broken")
+    world.barrier()
+
+
+def test_a_rank_that_fails_is_shown_and_not_waited_for(tmp_path: Path) -> None:
+    """The tests' own harness: rank 0 would wait for its peer for minutes."""
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1 is broken"):
+        run_ranks(fails_on_rank_1, 2, tmp_path)
+    assert time.monotonic() - started < 300

@@ -48,6 +48,8 @@ class Engine(Protocol):
     model: Callable[..., Tensor]
     module: nn.Module
     updates: int
+    formats: dict[str, str]
+    """What the tensors of the first update were, see megagpt.engine.formats; filled by then."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of `loss`; `last` marks the step's last micro-batch."""
@@ -64,6 +66,9 @@ class Engine(Protocol):
     def refresh(self, updates: int) -> None:
         """After the pieces were written: rebuild the working weights and set the optimizer's step counts to `updates`."""
         ...
+
+
+ReduceType: TypeAlias = Literal["fp32", "bf16"]
 
 
 class DeepSpeedConfig(Config):
@@ -85,6 +90,12 @@ class DeepSpeedConfig(Config):
     """Stage 3: gathered weights kept at a time."""
     stage3_persistence_elements: int = Field(default=100_000, ge=0)
     """Stage 3: parameters up to this size stay whole on every rank."""
+    offload_optimizer: bool = False
+    """Keep fp32 weights and optimizer states in host memory and update there (stages 1 to 3, arXiv 2101.06840)."""
+    offload_parameters: bool = False
+    """Stage 3: keep the working weights in host memory too, but for those in use (arXiv 2104.07857)."""
+    reduce_dtype: ReduceType = "fp32"
+    """The type in which gradients are added across ranks. bf16 halves the traffic and rounds the sums."""
     hpz_partition_size: int = Field(default=1, ge=1)
     """Stage 3: ranks that share a secondary copy of the weights, usually those of one node (arXiv 2306.10209); 1 = off."""
 
@@ -92,6 +103,10 @@ class DeepSpeedConfig(Config):
     def _check(self) -> "DeepSpeedConfig":
         if self.overlap_comm and self.zero_stage < 2:
             raise ValueError(f"overlap_comm needs zero_stage 2 or 3, this is {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1 to 3, this is 0")
+        if self.offload_parameters and not (self.zero_stage == 3 and self.offload_optimizer):
+            raise ValueError("offload_parameters needs zero_stage=3 and offload_optimizer=true")
         if self.hpz_partition_size > 1 and self.zero_stage != 3:
             raise ValueError(f"hpz_partition_size={self.hpz_partition_size} needs zero_stage=3, this is {self.zero_stage}")
         return self
@@ -108,6 +123,8 @@ class FSDPConfig(Config):
     """Ranks that share one copy of the model, usually those of one node; the copies are kept equal (HSDP). null = all ranks."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer states in host memory; the update runs there."""
+    reduce_dtype: ReduceType = "fp32"
+    """The type in which gradients are added across ranks. bf16 halves the traffic and rounds the sums."""
 
 
 EngineConfig: TypeAlias = Annotated[
@@ -174,6 +191,8 @@ def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
         )
     if isinstance(engine, FSDPConfig) and engine.cpu_offload:
         raise UserError("determinism=canonical with engine.cpu_offload=true is not covered")
+    if engine.reduce_dtype != "fp32":
+        raise UserError(f"determinism=canonical with engine.reduce_dtype={engine.reduce_dtype}: it adds in fp32")
     if optim.kind == "muon":
         raise UserError("determinism=canonical with optim.kind=muon: its matrix products depend on how matrices are cut")
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from megagpt.engine import DeepSpeedConfig, FlatPiece, Precision, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
+from megagpt.engine.formats import name_of, watch_formats
+from megagpt.model import GPT
 from megagpt.optim import STATES, OptimConfig, Together, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.world import World
 
@@ -29,7 +31,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        make_model: Callable[[], nn.Module],
+        make_model: Callable[[], GPT],
         optim: OptimConfig,
         config: DeepSpeedConfig,
         world: World,
@@ -50,13 +52,16 @@ class DeepSpeedEngine:
             warnings.simplefilter("ignore")
             theirs = optimizer.parts[0] if isinstance(optimizer, Together) else optimizer  # stage 0 is stepped here
             self.model: Any = deepspeed.initialize(model=module, optimizer=theirs, config=settings)[0]
-        self.module, self.updates = module, 0
+        self.module: nn.Module = module
+        self.updates = 0
         self._stage, self._world = config.zero_stage, world
         self._zero: Any = self.model.optimizer
         self._torch_optimizer = optimizer if config.zero_stage == 0 else self._zero.optimizer
         kinds = {parameter: group["kind"] for group in optimizer.param_groups for parameter in group["params"]}
         self._kinds = {flat: kinds.get(flat, optim.kind) for flat in self._flat_partitions()}
         create_states(self._torch_optimizer, self._kinds.items())
+        self.formats = watch_formats(module.head, self._torch_optimizer)
+        self.formats["reductions"] = name_of(self.model.communication_data_type)
         self._canonical = _CanonicalZero1(self._zero, module, self._flat_partitions(), world) if canonical else None
         if self._canonical is not None:
             self.model = module  # the forward pass without what DeepSpeed hangs on it for its own reduction
@@ -230,6 +235,11 @@ def deepspeed_settings(
         "reduce_bucket_size": config.reduce_bucket_elements,
         "allgather_bucket_size": config.allgather_bucket_elements,
     }
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = offload
+    if config.offload_parameters:
+        zero["offload_param"] = offload
     if config.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": config.stage3_prefetch_elements,
@@ -245,7 +255,8 @@ def deepspeed_settings(
         "gradient_clipping": optim.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host as well
+        "communication_data_type": config.reduce_dtype,
         "steps_per_print": None,
     }
     if precision == "bf16":

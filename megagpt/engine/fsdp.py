@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from megagpt.config import UserError
 from megagpt.engine import FlatPiece, FSDPConfig, Precision, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
+from megagpt.engine.formats import name_of, watch_formats
 from megagpt.model import GPT
 from megagpt.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.world import World
@@ -39,11 +40,15 @@ class FSDPEngine:
             module = make_model()
         mesh = device_mesh(config, world)
         # Inputs are not cast: a block gets its rotary angles in fp32, which bf16 would round by up to 16 at position 4,095.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32,
+            cast_forward_inputs=False,
+        )
         options: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": config.reshard_after_forward,
-            "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy(),
+            "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
             if config.cpu_offload
             else OffloadPolicy(),
@@ -60,6 +65,8 @@ class FSDPEngine:
         groups = self._optimizer.param_groups
         self._kinds = {parameter: group["kind"] for group in groups for parameter in group["params"]}
         create_states(self._optimizer, self._kinds.items())
+        self.formats = watch_formats(module.head, self._optimizer)
+        self.formats["reductions"] = name_of(options["mp_policy"].reduce_dtype)
         self._sums: list[OrderedReduceScatter] = []
         self._canonical = canonical
         if canonical:
