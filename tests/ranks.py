@@ -37,18 +37,16 @@ def run_ranks(
     hung = [process for process in processes if process.is_alive()]
     for process in hung:
         process.kill()
-    results = []
-    # First those that failed: what they say is why the others left nothing.
-    for rank in sorted(range(size), key=lambda rank: processes[rank].exitcode != 1):
+    results, failures = [], []
+    for rank, process in enumerate(processes):
         path = folder / f"result{rank}"
-        assert path.is_file(), (
-            f"rank {rank} of {size} left no result ({'hung' if hung else f'exit {processes[rank].exitcode}'})"
-        )
-        ok, value = pickle.loads(path.read_bytes())
-        path.unlink()
-        assert ok, f"rank {rank} of {size}:\n{value}"
-        results.append((rank, value))
-    return [value for _, value in sorted(results, key=lambda item: item[0])]
+        state = "hung" if process in hung else f"exit {process.exitcode}"
+        ok, value = pickle.loads(path.read_bytes()) if path.is_file() else (False, f"no result ({state})")
+        path.unlink(missing_ok=True)
+        results.append(value)
+        failures += [] if ok else [f"rank {rank} of {size}: {value}"]
+    assert not failures, "\n".join(failures)
+    return results
 
 
 def _rank(function: Callable[..., Any], rank: int, size: int, port: int, result: Path, arguments: tuple[Any, ...]) -> None:
