@@ -106,9 +106,10 @@ def rewrite(world: World, root: Path, names: list[str], losses: int) -> dict[tup
             incarnation = checkpoint.claim_run(copy, world)
             saver = checkpoint.Saver(copy, world, incarnation, background=world.size % 2 == 0)
             saver.save(engine, restored.state, {})
-            saver.close()
             assert engine.updates == TRAINED
+            # What is written in the background must be the state of now, whatever training does meanwhile.
             results[variant_name, engine_name] = continue_from(engine, world, variant, losses)
+            saver.close()
     return results
 
 

@@ -1,7 +1,7 @@
 """The same training on every layout, against a plain torch loop: largest differences of losses and weights.
 
-    python bench/parity.py [--steps 200] [--bf16-steps 200] [--ranks 1,2,4]      (about 15 minutes on two cores)
-    python bench/parity.py --steps 10 --bf16-steps 5                             (a short form)
+    python bench/parity.py [--ranks 1,2,4]                                         (about 20 minutes on two cores)
+    python bench/parity.py --steps 10 --bf16-steps 5 --canonical-steps 5           (a short form)
 
 Cells: ranks x {ZeRO 0, 1, 2, 3, FSDP2 with both reshard policies, HSDP} x micro-batch sizes 2, 3 and 5 of a global batch of 12
 (5 does not divide it; on 2 and 4 ranks some ranks then run empty micro-batches) x {fp32, bf16; ZeRO 0 is refused in bf16}.
@@ -11,6 +11,8 @@ The model has 2 layers of width 32 (tests/toy.py); AdamW with two parameter grou
 Training is chaotic: a difference in the last bit of one sum grows with every update, the faster the higher the learning rate.
 How far two plain loops drift apart that only split the batch differently is measured too (`plain_split_*`): the yardstick.
 
+With fewer than all rank counts the rows of the others stay as they are in the results.
+
 ZeRO 1 and FSDP2 run again in canonical order: for one micro-batch size the sha256 of the final weights must be the same in all
 of these cells, and the table counts how many there are.
 In bf16 the plain loop has bf16 working weights and fp32 master weights, gradient sums and moments, as the engines have.
@@ -19,6 +21,7 @@ In bf16 the plain loop has bf16 working weights and fp32 master weights, gradien
 import argparse
 import copy
 import hashlib
+import json
 import sys
 import tempfile
 import time
@@ -32,9 +35,20 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 from ranks import run_ranks  # noqa: E402
-from toy import DATASET, GLOBAL_BATCH_SIZE, MAX_STEPS, MODEL, OPTIMIZERS, at_step, engines_on, make_engine, train_steps  # noqa: E402
+from toy import (  # noqa: E402
+    ADAMW,
+    DATASET,
+    GLOBAL_BATCH_SIZE,
+    MAX_STEPS,
+    MODEL,
+    OPTIMIZERS,
+    at_step,
+    engines_on,
+    make_engine,
+    train_steps,
+)
 
-from bench.measure import write_results  # noqa: E402
+from bench.measure import RESULTS, write_results  # noqa: E402
 from megagpt.data import step_batches  # noqa: E402
 from megagpt.engine import Engine, Precision, draw_weights, whole_shapes  # noqa: E402
 from megagpt.model import GPT, initialise  # noqa: E402
@@ -132,7 +146,9 @@ def plain_optimizer(model: GPT, optim: OptimConfig) -> Any:
     return build_optimizer(parameter_groups(model, optim), optim)
 
 
-def run_cells(world: World, cells: list[Cell], steps: dict[str, int], weights: dict[tuple[str, str], Weights]) -> list[Outcome]:
+def run_cells(
+    world: World, cells: list[Cell], steps: dict[Precision, int], weights: dict[tuple[str, str], Weights]
+) -> list[Outcome]:
     """Train every cell on these ranks, for `steps` by precision; `weights` are the plain loop's by (precision, optimizer)."""
     outcomes = []
     for cell in cells:
@@ -181,62 +197,78 @@ def main() -> None:
     """The full form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--bf16-steps", type=int, default=200)
+    parser.add_argument("--bf16-steps", type=int, default=100)
+    parser.add_argument("--canonical-steps", type=int, default=50)
     parser.add_argument("--ranks", default="1,2,4")
     arguments = parser.parse_args()
-    steps = {"fp32": arguments.steps, "bf16": arguments.bf16_steps}
+    steps: dict[Precision, int] = {"fp32": arguments.steps, "bf16": arguments.bf16_steps}
+    sizes = [int(size) for size in arguments.ranks.split(",")]
     torch.set_num_threads(1)
-    plain = {precision: plain_loop(OPTIMIZERS["adamw"], steps[precision], precision) for precision in steps}  # type: ignore[arg-type]
-    weights = {(precision, "adamw"): found for precision, (_, found) in plain.items()}
-    rows = []
-    for size in map(int, arguments.ranks.split(",")):
-        cells = all_cells(size)
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes = run_ranks(run_cells, size, Path(folder), cells, steps, weights, timeout_seconds=7200)[0]
-        for cell, outcome in zip(cells, outcomes, strict=True):
-            row = {
-                "ranks": size,
-                "engine": cell.engine,
-                "micro_batch_size": cell.micro_batch_size,
-                "precision": cell.precision,
-                "order": "canonical" if cell.canonical else "any",
-                "steps": steps[cell.precision],
-                "max_loss_difference": largest_difference(outcome.losses, plain[cell.precision][0]),
-                "max_weight_difference": outcome.weight_difference,
-                "weights_sha256": outcome.weights_sha256 if cell.canonical else None,
-                "seconds": round(outcome.seconds, 2),
-            }
-            rows.append(row)
-            print(row, flush=True)
-    write_results("parity", summary(rows, plain, steps) | {"cells": rows}, packages=("torch", "deepspeed"))
+    rows = [row for row in earlier_rows() if row["ranks"] not in sizes]
+    plain: dict[tuple[Precision, int], tuple[list[float], Weights]] = {}
+    for size in sizes:
+        for canonical in (False, True):
+            limits = {kind: min(count, arguments.canonical_steps) if canonical else count for kind, count in steps.items()}
+            for kind, count in limits.items():
+                if (kind, count) not in plain:
+                    plain[kind, count] = plain_loop(ADAMW, count, kind)
+            weights = {(kind, "adamw"): plain[kind, count][1] for kind, count in limits.items()}
+            cells = [cell for cell in all_cells(size) if cell.canonical == canonical]
+            with tempfile.TemporaryDirectory() as folder:
+                outcomes = run_ranks(run_cells, size, Path(folder), cells, limits, weights, timeout_seconds=7200)[0]
+            for cell, outcome in zip(cells, outcomes, strict=True):
+                count = limits[cell.precision]
+                rows.append(row_of(size, cell, outcome, count, plain[cell.precision, count][0]))
+                print(rows[-1], flush=True)
+    rows.sort(key=lambda row: row["ranks"])
+    write_results("parity", summary(rows, steps) | {"cells": rows}, packages=("torch", "deepspeed"))
 
 
-def summary(rows: list[dict[str, Any]], plain: dict[str, tuple[list[float], Weights]], steps: dict[str, int]) -> dict[str, Any]:
+def earlier_rows() -> list[dict[str, Any]]:
+    """The table as it is."""
+    path = RESULTS / "parity.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"]["cells"] if path.exists() else []
+
+
+def row_of(size: int, cell: Cell, outcome: Outcome, steps: int, expected: list[float]) -> dict[str, Any]:
+    """One cell of the table."""
+    return {
+        "ranks": size,
+        "engine": cell.engine,
+        "micro_batch_size": cell.micro_batch_size,
+        "precision": cell.precision,
+        "order": "canonical" if cell.canonical else "any",
+        "steps": steps,
+        "max_loss_difference": largest_difference(outcome.losses, expected),
+        "max_weight_difference": outcome.weight_difference,
+        "weights_sha256": outcome.weights_sha256 if cell.canonical else None,
+        "seconds": round(outcome.seconds, 2),
+    }
+
+
+def summary(rows: list[dict[str, Any]], steps: dict[Precision, int]) -> dict[str, Any]:
     """Largest differences by precision, and those of plain loops that split the batch differently."""
-    result: dict[str, Any] = {"optimizer": asdict_of(OPTIMIZERS["adamw"]), "model": asdict_of(MODEL)}
-    for precision, (losses, weights) in plain.items():
+    result: dict[str, Any] = {"optimizer": ADAMW.model_dump(mode="json"), "model": MODEL.model_dump(mode="json")}
+    for precision, count in steps.items():
+        (losses, weights), *split = (
+            plain_loop(ADAMW, count, precision, size) for size in (GLOBAL_BATCH_SIZE, *MICRO_BATCH_SIZES)
+        )
         of_it = [row for row in rows if row["precision"] == precision]
-        result[f"{precision}_cells"] = len(of_it)
         canonical = [row for row in of_it if row["order"] == "canonical"]
-        result[f"{precision}_canonical_cells"] = len(canonical)
-        result[f"{precision}_canonical_distinct_sha256_by_micro_batch_size"] = {
-            size: len({row["weights_sha256"] for row in canonical if row["micro_batch_size"] == size})
-            for size in MICRO_BATCH_SIZES
-        }
+        result[f"{precision}_steps"], result[f"{precision}_cells"] = count, len(of_it) - len(canonical)
         for key in ("max_loss_difference", "max_weight_difference"):
-            result[f"{precision}_{key}"] = max(row[key] for row in of_it)
-        split = [plain_loop(OPTIMIZERS["adamw"], steps[precision], precision, size) for size in MICRO_BATCH_SIZES]  # type: ignore[arg-type]
+            result[f"{precision}_{key}"] = max(row[key] for row in of_it if row["order"] == "any")
         result[f"{precision}_plain_split_max_loss_difference"] = max(largest_difference(other, losses) for other, _ in split)
         result[f"{precision}_plain_split_max_weight_difference"] = max(
             float((other[name] - weights[name]).abs().max()) for _, other in split for name in weights
         )
         result[f"{precision}_first_loss"], result[f"{precision}_last_loss"] = losses[0], losses[-1]
+        result[f"{precision}_canonical_cells"] = len(canonical)
+        result[f"{precision}_canonical_distinct_sha256_by_micro_batch_size"] = {
+            size: len({row["weights_sha256"] for row in canonical if row["micro_batch_size"] == size})
+            for size in MICRO_BATCH_SIZES
+        }
     return result
-
-
-def asdict_of(config: Any) -> dict[str, Any]:
-    """Settings as JSON."""
-    return config.model_dump(mode="json")
 
 
 if __name__ == "__main__":

@@ -268,16 +268,20 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"{manifest_path}: {error}"]
     extra = sorted(file.name for file in path.glob("pieces_*") if file.name not in files) if rank == 0 else []
-    problems = [f"{path / name}: is not in the manifest" for name in extra]
-    for name, expected_size, expected_sha256 in items[rank::size]:
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{file}: missing")
-        elif file.stat().st_size != expected_size:
-            problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {expected_size}")
-        elif sha256_file(file) != expected_sha256:
-            problems.append(f"{file}: its sha256 is not the manifest's: bytes changed since it was written")
-    return problems
+    with ThreadPoolExecutor(max_workers=4) as threads:  # hashing lets go of the interpreter
+        found = threads.map(lambda item: _problem_of(path / item[0], item[1], item[2]), items[rank::size])
+        return [f"{path / name}: is not in the manifest" for name in extra] + [problem for problem in found if problem]
+
+
+def _problem_of(file: Path, size: int, sha256: str) -> str:
+    """What is wrong with one file; empty if nothing."""
+    if not file.is_file():
+        return f"{file}: missing"
+    if file.stat().st_size != size:
+        return f"{file}: {file.stat().st_size} bytes, the manifest says {size}"
+    if sha256_file(file) != sha256:
+        return f"{file}: its sha256 is not the manifest's: bytes changed since it was written"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,20 @@ from toy import (
     GLOBAL_BATCH_SIZE,
     MODEL,
     OPTIMIZERS,
-    WHOLE_MATRICES,
     at_step,
     engines_on,
     make_engine,
     train_steps,
 )
 
-from bench.parity import Cell, largest_difference, plain_loop, run_cells
+from bench.parity import Cell, Weights, largest_difference, plain_loop, run_cells
 from megagpt.config import UserError
 from megagpt.data import step_batches
-from megagpt.engine import DeepSpeedConfig, build_engine, draw_weights
+from megagpt.engine import DeepSpeedConfig, Precision, build_engine, draw_weights
 from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.world import World
 
-STEPS = {"fp32": 15, "bf16": 10}
+STEPS: dict[Precision, int] = {"fp32": 10, "bf16": 6}
 CELLS: dict[int, list[Cell]] = {
     1: [
         Cell("zero0", 5, optimizer="sgd", checkpoint_every=1),
@@ -38,14 +37,14 @@ CELLS: dict[int, list[Cell]] = {
         Cell("fsdp", optimizer="sgd"),
     ],
     2: [
-        *(Cell(name, size) for name in engines_on(2) for size in (2, 5)),
-        *(Cell(name, 3, "bf16") for name in engines_on(2) if name != "zero0"),
-        *(Cell(name, optimizer="sgd", checkpoint_every=1) for name in engines_on(2) if name != "fsdp_kept"),
-        *(Cell(name, optimizer="sgd", checkpoint_every=2) for name in ("zero2", "fsdp_kept")),
-        *(Cell(name, optimizer="muon") for name in WHOLE_MATRICES),
-        *(Cell(name, optimizer="adabelief") for name in ("zero0", "zero1", "zero2", "fsdp")),
+        *(Cell(name, 5) for name in engines_on(2)),
+        *(Cell(name, 2, "bf16") for name in engines_on(2) if name != "zero0"),
+        *(Cell(name, 2, optimizer="sgd", checkpoint_every=1) for name in engines_on(2) if name != "fsdp_kept"),
+        *(Cell(name, 3, optimizer="sgd", checkpoint_every=2) for name in ("zero2", "fsdp_kept")),
+        *(Cell(name, 3, optimizer="muon") for name in ("zero0", "fsdp")),
+        *(Cell(name, 3, optimizer="adabelief") for name in ("zero0", "zero1", "zero2", "fsdp")),
     ],
-    4: [*(Cell(name, 5) for name in engines_on(4)), *(Cell(name, 3, "bf16") for name in ("zero1", "zero3", "hsdp"))],
+    4: [*(Cell(name, 5) for name in engines_on(4)), *(Cell(name, 3, "bf16") for name in ("zero3", "hsdp"))],
 }
 """By number of ranks. SGD shows wrong clipping and scaling, which AdamW hides; 5 does not divide the batch of 12."""
 
@@ -61,7 +60,7 @@ TOLERANCE |= {("bf16", "adamw"): 2e-3}
 def test_every_engine_matches_the_plain_loop(size: int, tmp_path: Path) -> None:
     kinds = {(cell.precision, cell.optimizer) for cell in CELLS[size]}
     plain = {kind: plain_loop(OPTIMIZERS[kind[1]], STEPS[kind[0]], kind[0]) for kind in kinds}
-    weights = {kind: found for kind, (_, found) in plain.items()}
+    weights: dict[tuple[str, str], Weights] = {kind: found for kind, (_, found) in plain.items()}
     outcomes = run_ranks(run_cells, size, tmp_path, CELLS[size], STEPS, weights)[0]
     for cell, outcome in zip(CELLS[size], outcomes, strict=True):
         kind = (cell.precision, cell.optimizer)

@@ -5,7 +5,7 @@
     python tools/inspect_checkpoints.py run_dir=runs/first prune=true keep_last=2 keep_every_steps=10000
     python tools/inspect_checkpoints.py run_dir=runs/first average=[9000,9500,10000] output_dir=runs/first_average
 
-Exit status 1 if verify finds damage.
+Exit status 1 if verify finds damage in a checkpoint that a start would use.
 """
 
 from megagpt.checkpoint_admin import InspectConfig, inspect
@@ -18,12 +18,11 @@ def run(config: InspectConfig) -> int:
     for item in found:
         loss = "" if item.validation_loss is None else f"  validation loss {item.validation_loss:.4f}"
         state = "DAMAGED: " + "; ".join(item.problems) if item.problems else ("good" if config.verify else "")
-        print(
-            f"{item.path}  {item.bytes / 1e6:,.1f} MB  {item.saved_at}{loss}{'  best' if item.best else ''}  {state}".rstrip()
-        )
+        notes = f"{loss}{'  best' if item.best else ''}{'  set aside' if item.aside else ''}"
+        print(f"{item.path}  {item.bytes / 1e6:,.1f} MB  {item.saved_at}{notes}  {state}".rstrip())
     if not found:
         print(f"{config.run_dir / 'checkpoints'}: no checkpoints")
-    return EXIT_CRASH if any(item.problems for item in found) else EXIT_DONE
+    return EXIT_CRASH if any(item.problems and not item.aside for item in found) else EXIT_DONE
 
 
 if __name__ == "__main__":
