@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folders: Iterable[Path], *, alone: bool) -> None:
+    """Remove what killed writers of `atomic_path` left in folders. Not `alone`: only what nobody has written to for an hour."""
+    newest = time.time() if alone else time.time() - 3600
+    for folder in folders:
+        for path in folder.glob(".tmp-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime <= newest:
+                    path.unlink()
 
 
 def sync(path: Path) -> None:

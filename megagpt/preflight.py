@@ -11,7 +11,7 @@ from typing import Any
 
 from megagpt import checkpoint
 from megagpt.config import UserError, dump
-from megagpt.data import Data
+from megagpt.data import Data, Dataset, TokenDataset
 from megagpt.engine import refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
@@ -50,6 +50,8 @@ def check_run(config: TrainConfig, data: Data) -> None:
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        for dataset in data.train.datasets:
+            _warn_of_packing(dataset)
         log.info(
             "model: %s parameters; checkpoint: %.2f GB; step: %s tokens; run: %s tokens, %.2f epochs of %s samples",
             f"{parameters:,}",
@@ -123,6 +125,20 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _warn_of_packing(dataset: Dataset) -> None:
+    """Shards that were packed for samples of one length are cut anywhere by those of another."""
+    packed = dataset.manifest.pack_seq_len if isinstance(dataset, TokenDataset) else None
+    if packed is not None and isinstance(dataset, TokenDataset) and (dataset.seq_len, dataset.stride) != (packed, packed):
+        log.warning(
+            "%s: its documents were placed for samples of tokenize.pack_seq_len=%d tokens; data.seq_len=%d with a stride of %d "
+            "cuts them anywhere",
+            dataset.directory,
+            packed,
+            dataset.seq_len,
+            dataset.stride,
+        )
 
 
 def _check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import xxhash
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megagpt.config import Config, UserError
 from megagpt.files import sha256_file
@@ -41,11 +41,22 @@ class SourceConfig(Config):
     """Share of the training samples, relative to the other sources' weights."""
 
 
+class WeightChange(Config):
+    """New weights of the sources, from one sample of the run on."""
+
+    from_sample: int = Field(ge=1)
+    """Global sample index: step s of a run begins at sample s x global_batch_size (and what the guard left out)."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    """By source; a source that is not named keeps its weight. 0: nothing is drawn from it."""
+
+
 class DataConfig(Config):
     """What is trained on, and in which order."""
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The corpora by name; validation loss is reported per name."""
+    weight_changes: tuple[WeightChange, ...] = ()
+    """When the weights of the sources change, in order. What a source has given before is not given again."""
     seq_len: int = Field(default=1024, ge=1)
     """Tokens per sample."""
     stride: int | None = Field(default=None, ge=1)
@@ -57,6 +68,29 @@ class DataConfig(Config):
     for a small corpus whose documents were not shuffled."""
     mask_documents: bool = False
     """Attention does not cross documents inside a sample."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        starts = [change.from_sample for change in self.weight_changes]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"weight_changes: from_sample must ascend, not {starts}")
+        for change in self.weight_changes:
+            unknown = sorted(set(change.weights) - set(self.sources))
+            if unknown:
+                raise ValueError(f"weight_changes: {unknown[0]!r} is not one of the sources {sorted(self.sources)}")
+        for start, weights in self.phases():
+            if not any(weights):
+                raise ValueError(f"weight_changes: from_sample={start}: every source has weight 0")
+        return self
+
+    def phases(self) -> list[tuple[int, list[float]]]:
+        """(first sample, weights in the order of the sources) from the start and from each change on."""
+        weights = {name: source.weight for name, source in self.sources.items()}
+        found = [(0, list(weights.values()))]
+        for change in self.weight_changes:
+            weights = {**weights, **change.weights}
+            found.append((change.from_sample, list(weights.values())))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,19 +210,27 @@ class Mixture:
 
     Computed, not stored: the sources are halved, sample i of the two halves goes to the first one when its share of the first
     i + 1 samples, rounded, is more than its share of i; and so on within the half. Each source counts its own samples, so it
-    has epochs of its own.
+    has epochs of its own. Weights may change at given samples: the proportions then begin anew, each source's count goes on.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], weights: Sequence[float], changes: Sequence[tuple[int, Sequence[float]]] = ()
+    ) -> None:
         self.datasets = tuple(datasets)
-        exact = [Fraction(str(weight)) for weight in weights]
-        scale = math.lcm(*(weight.denominator for weight in exact))
-        self._sums = [0, *itertools.accumulate(int(weight * scale) for weight in exact)]
-        self._length = max(-(-len(d) * sum(exact) // w) for d, w in zip(datasets, exact, strict=True))
+        self._starts = [0, *(start for start, _ in changes)]
+        self._sums = [_cumulated(values) for values in (weights, *(values for _, values in changes))]
+        self._before = [[0] * len(datasets)]
+        """Samples that each source has given when a phase begins."""
+        for phase, (start, end) in enumerate(itertools.pairwise(self._starts)):
+            given = self._counts(end - start, self._sums[phase])
+            self._before.append([a + b for a, b in zip(self._before[-1], given, strict=True)])
+        sums = self._sums[0]
+        shares = [last - first for first, last in itertools.pairwise(sums)]
+        self._length = max(-(-len(d) * sums[-1] // share) for d, share in zip(datasets, shares, strict=True) if share)
 
     def __len__(self) -> int:
-        """Samples until every source has been through about once."""
-        return int(self._length)
+        """Samples until every source has been through about once, by the first weights."""
+        return self._length
 
     def sample(self, index: int) -> Sample:
         """Sample `index` of the mixture."""
@@ -197,16 +239,39 @@ class Mixture:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, sample index in that source) of a sample of the mixture."""
+        phase = bisect.bisect_right(self._starts, index) - 1
+        index, sums = index - self._starts[phase], self._sums[phase]
         first, last = 0, len(self.datasets)
         while last - first > 1:
             middle = (first + last) // 2
-            share, whole = self._sums[middle] - self._sums[first], self._sums[last] - self._sums[first]
-            taken, after = ((2 * i * share + whole) // (2 * whole) for i in (index, index + 1))
+            taken, after = (_share(i, sums, first, middle, last) for i in (index, index + 1))
             if after > taken:
                 index, last = taken, middle
             else:
                 index, first = index - taken, middle
-        return first, index
+        return first, self._before[phase][first] + index
+
+    def _counts(self, count: int, sums: list[int], first: int = 0, last: int | None = None) -> list[int]:
+        """How many of the first `count` samples of a phase come from each source."""
+        last = len(self.datasets) if last is None else last
+        if last - first == 1:
+            return [count]
+        middle = (first + last) // 2
+        taken = _share(count, sums, first, middle, last)
+        return self._counts(taken, sums, first, middle) + self._counts(count - taken, sums, middle, last)
+
+
+def _cumulated(weights: Sequence[float]) -> list[int]:
+    """0 and the running sums of weights, scaled to integers: decimal fractions stay exact."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    return [0, *itertools.accumulate(int(weight * scale) for weight in exact)]
+
+
+def _share(count: int, sums: list[int], first: int, middle: int, last: int) -> int:
+    """How many of `count` samples of the sources [first, last) the sources before `middle` have had, rounded."""
+    share, whole = sums[middle] - sums[first], sums[last] - sums[first]
+    return (2 * count * share + whole) // (2 * whole) if whole else 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +292,8 @@ def open_data(config: DataConfig) -> Data:
     """Open every source and check that they fit together. Raises UserError before any token is read."""
     train, validation, digest = {}, {}, hashlib.sha256()
     settings = {**config.model_dump(mode="json", exclude={"sources"}), "stride": config.stride or config.seq_len}
+    if not config.weight_changes:
+        del settings["weight_changes"]
     digest.update(json.dumps(settings, sort_keys=True).encode())
     geometry: dict[str, Any] = {
         "seq_len": config.seq_len, "stride": config.stride, "shuffle_block": config.shuffle_block,
@@ -252,7 +319,8 @@ def open_data(config: DataConfig) -> Data:
     if tokenizer.fingerprint != first.tokenizer_sha256:
         where = next(iter(config.sources.values())).path
         raise UserError(f"{where / 'tokenizer'}: sha256 {tokenizer.fingerprint} is not the shards' {first.tokenizer_sha256}")
-    mixture = Mixture(list(train.values()), [source.weight for source in config.sources.values()])
+    (_, weights), *changes = config.phases()
+    mixture = Mixture(list(train.values()), weights, changes)
     return Data(mixture, validation, tokenizer, first.vocab_size, first.eot_id, digest.hexdigest())
 
 

@@ -67,6 +67,8 @@ class Manifest:
     config_sha256: str
     shards: tuple[ShardInfo, ...]
     format: int = FORMAT
+    pack_seq_len: int | None = None
+    """Documents were placed so that samples of so many tokens cut few of them; None: they were not."""
 
     @property
     def tokens(self) -> int:

@@ -180,6 +180,61 @@ def test_mixture_proportions_are_exact(weights: list[float]) -> None:
     assert all(seen[k] >= len(dataset) for k, dataset in enumerate(datasets))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    starts=st.lists(st.integers(1, 60), min_size=1, max_size=3, unique=True).map(sorted),
+    weights=st.lists(st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 1.0, 2.0]), min_size=3, max_size=3).filter(any), min_size=4),
+)
+def test_mixture_whose_weights_change(starts: list[int], weights: list[list[float]]) -> None:
+    datasets, first = [Counting(10 + i) for i in range(3)], [1.0, 2.0, 0.5]
+    changes = list(zip(starts, weights, strict=False))
+    mixture = Mixture(datasets, first, changes)
+    taken = [0, 0, 0]
+    phases = [(0, first), *changes]
+    for number, (start, values) in enumerate(phases):
+        end = phases[number + 1][0] if number + 1 < len(phases) else start + 40
+        before = list(taken)
+        for index in range(start, end):
+            source, position = mixture.locate(index)
+            assert position == taken[source]  # nothing again, nothing left out
+            taken[source] += 1
+            for k, weight in enumerate(values):
+                share = (index + 1 - start) * Fraction(str(weight)) / sum(Fraction(str(value)) for value in values)
+                assert abs(taken[k] - before[k] - share) <= 1
+                assert weight or taken[k] == before[k]
+    for index in range(starts[0]):
+        assert mixture.locate(index) == Mixture(datasets, first).locate(index)
+
+
+def test_weights_change_in_training_as_configured(source: Path, two_sources: Data, tmp_path: Path) -> None:
+    sources = {"web": (source, 3.0), "wiki": (write_source(tmp_path / "wiki", seed=7), 1.0)}
+    change = {"from_sample": 8, "weights": {"web": 0}}
+    changed = open_data(configure(sources, shuffle_block=4, weight_changes=[change]))
+    plain = open_data(configure(sources, shuffle_block=4))
+    assert plain.fingerprint == two_sources.fingerprint
+    assert changed.fingerprint != plain.fingerprint
+    assert [changed.train.locate(i)[0] for i in range(8, 20)] == [1] * 12
+    for state in (TrainState(), TrainState(step=1, samples=6)):  # the second step holds the change
+        batches = [
+            step_batches(changed.train, state, global_batch_size=6, micro_batch_size=2, rank=rank, size=2) for rank in range(2)
+        ]
+        total = sum(batch.fed_hash for batch in batches) & (2**63 - 1)
+        assert total == recompute_fed_hash(changed.train, state, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"from_sample": 5, "weights": {"web": 1}}, {"from_sample": 5, "weights": {"web": 2}}], "must ascend"),
+        ([{"from_sample": 5, "weights": {"news": 1}}], "'news' is not one of the sources"),
+        ([{"from_sample": 5, "weights": {"web": 0}}], "from_sample=5: every source has weight 0"),
+    ],
+)
+def test_impossible_weight_changes_are_refused(source: Path, changes: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configure({"web": (source, 1.0)}, weight_changes=changes)
+
+
 class Counting:
     """A dataset that only has a length."""
 

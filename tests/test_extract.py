@@ -1,5 +1,6 @@
 """Extraction: scores on published benchmarks beside trafilatura's, wikitext without residue, limits that hold."""
 
+import html
 import re
 import time
 from pathlib import Path
@@ -7,15 +8,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selectolax.lexbor import LexborHTMLParser
 
-from bench.extraction import score_bodies, score_segments
+from bench.extraction import body_pages, score_bodies, score_segments
 from megagpt.corpus.blocks import Block
 from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extract import extract_html
 from megagpt.corpus.ingest import ExtractConfig, read_outcomes
+from megagpt.corpus.page_lines import DROPPED_TAGS, INLINE, RAW_TAGS, PageLines, is_furniture, read_page, words
 from megagpt.corpus.wiki_dump import wiki_outcomes
 from megagpt.corpus.wikitext import is_redirect, wikitext_to_text
-from megagpt.documents import Document
+from megagpt.documents import Document, Rejected
 
 SENTENCE = "This is a sentence of the article that is long enough to count as prose. "
 RESIDUE = re.compile(
@@ -123,6 +126,150 @@ def test_trafilatura_is_the_alternative(tmp_path: Path) -> None:
     documents = [item for item in read_outcomes(Block(str(path), "x"), config=config) if isinstance(item, Document)]
     assert [document.text.split("\n")[0][:4] for document in documents] == ["One."]
     assert "Menu" not in documents[0].text
+
+
+def page_record(page: str, number: int) -> str:
+    head = f"WARC-Type: resource\r\nWARC-Target-URI: http://a/{number}\r\nContent-Type: text/html; charset=utf-8\r\n"
+    return f"WARC/1.0\r\n{head}Content-Length: {len(page.encode())}\r\n\r\n{page}\r\n\r\n"
+
+
+@pytest.mark.parametrize("extractor", ["fast", "trafilatura"])
+def test_pages_in_other_languages_are_not_extracted(tmp_path: Path, extractor: str) -> None:
+    german = "Das ist ein langer deutscher Satz, der von einem ganz anderen Land und seinen vielen Menschen erzählt. "
+    bodies = (paragraphs(4), f"<nav>{paragraphs(1)}</nav><p>{german * 8}</p>", "<p>1234 5678</p>")
+    pages = [f"<html><title>T</title><body><article>{body}</article></body></html>" for body in bodies]
+    path = tmp_path / "a.warc"
+    path.write_text("".join(page_record(page, number) for number, page in enumerate(pages)), encoding="utf-8")
+
+    def outcomes(**settings: object) -> list[Document | Rejected]:
+        config = ExtractConfig.model_validate({"inputs": [str(path)], "extractor": extractor, **settings})
+        return [item for item in read_outcomes(Block(str(path), "x"), config=config) if isinstance(item, Document | Rejected)]
+
+    everything = outcomes()
+    first, second, third = outcomes(languages=["en"])
+    assert (first, third) == (everything[0], everything[2])  # what is extracted does not depend on it
+    assert isinstance(second, Rejected)
+    assert second.reason == "source:language"
+    assert second.document.meta["language"] == "de"
+    assert outcomes(languages=["en", "de"]) == everything
+    assert outcomes(languages=["en"], min_other_language_score=1.0)[:1] == everything[:1]
+
+
+# ---- the lines of a page, by a slow version
+
+
+VOID = words("area base br col embed hr img input link meta param source track wbr")
+
+
+def slow_lines(source: str) -> list[tuple[str, int, int]]:
+    """(text, characters in links, number of the element that holds it) of the lines of a page, without a thought of speed."""
+    lines: list[tuple[str, int, int]] = []
+    stack, count, pieces, in_link, raw, skipped = [0], 1, [], False, False, 0
+
+    def flush() -> None:
+        text = "".join(character for character, _ in pieces)
+        if raw:
+            kept = list(pieces)
+            while kept and kept[-1][0] == "\n":
+                kept.pop()
+            while kept and kept[0][0] == "\n":
+                kept.pop(0)
+        else:
+            kept = []
+            for character, link in pieces:
+                if not character.isspace():
+                    kept.append((character, link))
+                elif kept and kept[-1][0] != " ":
+                    kept.append((" ", None))
+            if kept and kept[-1][0] == " ":
+                kept.pop()
+            # A space belongs to the link that the character after it is in.
+            kept = [(c, kept[i + 1][1] if link is None else link) for i, (c, link) in enumerate(kept)]
+        if text.strip():
+            found = html.unescape("".join(character for character, _ in kept))
+            lines.append((found, sum(bool(link) for _, link in kept), stack[-1]))
+        pieces.clear()
+
+    for match in re.finditer(r"<!--.*?-->|<(/?)([^ >]+)((?: [^ >=]*=\"[^\"]*\")*)>|&amp;|&lt;|&gt;|&nbsp;|.", source, re.S):
+        closing, name, token = match[1], match[2], match[0]
+        if token.startswith("<!--"):
+            continue
+        if name is None:
+            if not skipped:
+                character = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": " "}.get(token, token)
+                pieces.append((character, in_link))
+        elif skipped:
+            skipped += 0 if name in VOID else -1 if closing else 1
+        elif name in DROPPED_TAGS:
+            skipped = 0 if closing or name in VOID else 1
+        elif name == "a":
+            in_link = not closing
+        elif name == "br":
+            flush()
+        elif name not in INLINE and name not in VOID:
+            flush()
+            if closing and len(stack) > 1:
+                stack.pop()
+            elif not closing:
+                stack.append(count)
+                count += 1
+            raw = (not closing) if name == "pre" else raw
+    flush()
+    return lines
+
+
+def lines_of(page: PageLines) -> list[tuple[str, int, int]]:
+    return list(zip(page.texts, page.links.tolist(), page.parents.tolist(), strict=True))
+
+
+PIECES = words(
+    "<p> </p> <div>a b</div> </div> <br> <pre> </pre> <span> </span> <a> </a> <b> </b> <button> </button> &amp; &lt; &nbsp; "
+    "word ärger <my-tag> <script>if(a<b)c()</script> <td> <hr> &copy; &amp;copy; <h1> <li> </li> <select><option>x</select>"
+)
+MARKUP = st.lists(
+    st.sampled_from(
+        [
+            *sorted(PIECES),
+            " ",
+            "\n",
+            "\t",
+            "\u3000",
+            "<!-- x > y -->",
+            "<img alt='>'>",
+            "<a href='x>y'>",
+            "<div class='a b' id=main>",
+        ]
+    ),
+    max_size=40,
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(page=MARKUP)
+def test_lines_equal_a_slow_version(page: str) -> None:
+    tree = LexborHTMLParser(f"<body>{page}")
+    tree.strip_tags(sorted(RAW_TAGS))
+    source = (tree.body.html if tree.body else "") or ""
+    assert lines_of(read_page(source)) == slow_lines(source)
+
+
+@pytest.mark.realdata
+def test_lines_of_real_pages_equal_a_slow_version(shared_data: Path) -> None:
+    for page, _ in list(body_pages(shared_data))[:10]:
+        tree = LexborHTMLParser(page)
+        tree.strip_tags(sorted(RAW_TAGS))
+        source = (tree.body.html if tree.body else "") or ""
+        assert lines_of(read_page(source)) == slow_lines(source)
+
+
+def test_elements_hold_their_lines() -> None:
+    source = "<body><div class='x'><p>One</p><ul id=\"menu\"><li>Two</li></ul></div><p>Three</p></body>".replace("'", '"')
+    page = read_page(source)
+    ranges = list(zip(page.names, page.starts.tolist(), page.ends.tolist(), page.depths.tolist(), strict=True))
+    assert ranges == [
+        ("", 0, 3, 0), ("body", 0, 3, 1), ("div", 0, 2, 2), ("p", 0, 1, 3), ("ul", 1, 2, 3), ("li", 1, 2, 4), ("p", 2, 3, 2),
+    ]  # fmt: skip
+    assert [is_furniture(page, i) for i in range(7)] == [False, False, False, False, True, False, False]
 
 
 def work_for_ever() -> None:

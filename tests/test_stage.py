@@ -84,6 +84,26 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return folder / "in", tree(output)
 
 
+def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
+    blocks, output = make_blocks(tmp_path / "in", num_files=1, num_blocks=1), tmp_path / "out"
+    leftovers = [output / ".tmp-stage.json-x1", output / "dropped" / ".tmp-in0.jsonl.zst-x2"]
+
+    def leave() -> None:
+        for path in leftovers:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("torn")
+
+    for part, stays in (("0/1", False), ("0/2", True), ("1/2", True)):
+        leave()
+        run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1, part=part))
+        assert leftovers[0].exists() == stays  # another part may be writing it
+    for path in leftovers:
+        if path.exists():
+            os.utime(path, (0, 0))
+    run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1, part="0/2"))
+    assert not any(path.exists() for path in leftovers)
+
+
 def test_counts_and_files(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in")
     summary = run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=Execution(num_workers=2))

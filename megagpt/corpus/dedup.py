@@ -40,7 +40,7 @@ from megagpt.corpus.phases import Task, run_phase
 from megagpt.corpus.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.stage import StageSummary, run_stage
 from megagpt.documents import Document, Rejected
-from megagpt.files import atomic_path, read_json, write_json
+from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     config_hash = fingerprint(_Plan(settings=settings, blocks=names, known=tuple(corpus.plan for corpus in known)))
     work = _Work(config, output_dir / "index", known, tuple(blocks), execution)
     _claim(work.index, config_hash, overwrite=execution.overwrite)
+    remove_leftovers((work.index, output_dir / "duplicates"), alone=execution.part_of[1] == 1)
     indexed = _find_duplicates(work)
     if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
         return None

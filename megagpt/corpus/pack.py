@@ -264,8 +264,9 @@ def _finish(
             infos, directory = tuple(shards[source, split]), output_dir / folder / split
             directory.mkdir(parents=True, exist_ok=True)
             manifest = Manifest(
-                split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, _settings_hash(config), infos
-            )
+                split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, _settings_hash(config), infos,
+                pack_seq_len=config.pack_seq_len,
+            )  # fmt: skip
             write_manifest(directory, manifest)
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,

@@ -25,8 +25,11 @@ DROPPED_TAGS = RAW_TAGS | words(
     "legend picture img area progress meter"
 )
 _VOID = words("area base br col embed hr img input link meta param source track wbr")
-_PLAIN_INLINE = words("b i em strong u s font small big sup sub code kbd tt abbr acronym mark q wbr var samp dfn bdi bdo ins")
-_INLINE = _PLAIN_INLINE | words("a cite data del span time")
+INLINE = words(
+    "a abbr acronym b bdi bdo big cite code data del dfn em font i ins kbd mark q s samp small span strong strike sub sup time "
+    "tt u var"
+)
+"""Elements that end no line."""
 ALWAYS_BAD = frozenset(("nav", "footer", "aside", "figure", "figcaption", "form"))
 """Elements that are no part of an article by their tag."""
 _MAY_BE_BAD = words("div section ul ol li dl p span header table aside details h2 h3 h4")
@@ -71,7 +74,7 @@ _NAMES = (
         (
             DROPPED_TAGS
             | _VOID
-            | _INLINE
+            | INLINE
             | ALWAYS_BAD
             | _MAY_BE_BAD
             | _MAY_BE_BODY
@@ -197,7 +200,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     flags = np.zeros(len(_NAMES), np.uint8)
     for number, name in enumerate(_NAMES):
         flags[number] = (
-            kernels.INLINE * (name in _INLINE)
+            kernels.INLINE * (name in INLINE)
             + kernels.VOID * (name in _VOID)
             + kernels.DROPPED * (name in DROPPED_TAGS)
             + kernels.BREAK * (name == "br")

@@ -15,6 +15,8 @@ from megagpt.corpus.vocabulary import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]
 
+_SECTIONS: dict[Stage, str] = {"shards": "tokenize"}
+"""Sections of the recipe that are not called like their stage."""
 _PREVIOUS: dict[Stage, Stage] = {"filter": "extract", "dedup": "filter", "tokenizer": "dedup", "shards": "dedup"}
 
 
@@ -47,16 +49,16 @@ class CorpusConfig(Execution):
         Raises UserError if a pattern matches nothing, or the stage before has not run to its end.
         """
         if given:
-            return match_paths(given)
+            return match_paths(given, f"{_SECTIONS.get(stage, stage)}.inputs")
         return stage_outputs(self.directory(_PREVIOUS[stage]))
 
 
-def match_paths(patterns: tuple[str, ...]) -> list[Path]:
-    """The files that match paths and globs, sorted, each once. Raises UserError for a pattern that matches nothing."""
+def match_paths(patterns: tuple[str, ...], field: str) -> list[Path]:
+    """The files that match paths and globs, sorted, each once. Raises UserError, naming `field`, if one matches nothing."""
     found: set[Path] = set()
     for pattern in patterns:
         matches = [Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
         if not matches:
-            raise UserError(f"inputs: no file matches {pattern!r}")
+            raise UserError(f"{field}: no file matches {pattern!r}")
         found.update(matches)
     return sorted(found)

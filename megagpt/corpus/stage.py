@@ -25,7 +25,7 @@ from megagpt.corpus.blocks import Block, Fault, Outcome, Process, Seen, num_byte
 from megagpt.corpus.commit import add_counts, commit_block, committed, finish_file, is_done
 from megagpt.corpus.executors import Execution, run_tasks
 from megagpt.corpus.progress import Progress
-from megagpt.files import read_json, write_json
+from megagpt.files import read_json, remove_leftovers, write_json
 
 __all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
 
@@ -60,6 +60,8 @@ def run_stage(
     """
     files = _group_by_file(blocks)
     _claim(output_dir, name, config_hash, files, overwrite=execution.overwrite)
+    folders = (output_dir, output_dir / "dropped", output_dir / "rejected")
+    remove_leftovers(folders, alone=execution.part_of[1] == 1)
     plans = {file: plan_hash(config_hash, file_blocks) for file, file_blocks in files.items()}
     index, count = execution.part_of
     _drop_outdated(output_dir, plans)
