@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -88,24 +90,37 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
-        for data in _chunks(text, tensors.values()):
-            hashing = hasher.submit(digest.update, data)  # while the kernel takes the bytes
-            size += file.write(data)
-            hashing.result()
-        file.flush()
+    digest, size, hashing = hashlib.sha256(), 0, deque[Future[None]]()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as hasher:
+        for data in _slices(text, tensors.values()):
+            hashing.append(hasher.submit(digest.update, data))
+            _write_all(file, data)
+            os.posix_fadvise(file.fileno(), size, len(data), os.POSIX_FADV_DONTNEED)  # the disk begins now, not at the fsync
+            size += len(data)
+            if len(hashing) > HASHED_LATER:
+                hashing.popleft().result()
         os.fsync(file.fileno())
     return size, digest.hexdigest()
 
 
-def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
-    yield header
+SLICE_BYTES, HASHED_LATER = 16 << 20, 16
+"""What is written at a time, and how many of them the checksum may lag behind."""
+
+
+def _slices(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:
+    yield memoryview(len(header).to_bytes(8, "little") + header)
     for tensor in tensors:
         if tensor.dtype != torch.float32:
             raise CheckpointError(f"a piece is {tensor.dtype}, checkpoints hold fp32")
-        yield tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
+        data = tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
+        for start in range(0, len(data), SLICE_BYTES):
+            yield data[start : start + SLICE_BYTES]
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    """A disk that is filling up takes a part; the next write then says so."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def index_of(path: Path) -> dict[str, list[Run]]:
