@@ -1,11 +1,12 @@
 """Every layout reads what every layout wrote, bit for bit, and goes on as if nothing had happened.
 
-    python bench/checkpoint_matrix.py [--losses 20]        (about 15 minutes on two cores)
+    python bench/checkpoint_matrix.py [--variants adamw_tied,...]                       (about 30 minutes on two cores)
     python bench/checkpoint_matrix.py --losses 3 --variants adamw_tied --no-pairs     (a short form)
 
 A plain torch loop trains 5 steps; its weights and optimizer states are the reference checkpoint. Layouts are the engines and
-stages of tests/toy.py (ZeRO 0 to 3, FSDP2 with both reshard policies, HSDP) on 1 to 4 ranks; variants: AdamW with two parameter
-groups, tied head, untied head and bf16; Muon, SGD and AdaBelief, each on every layout it is offered on.
+stages of tests/toy.py (ZeRO 0 to 3, FSDP2 with both reshard policies, HSDP, hpZ, offload) on 1 to 4 ranks; variants: AdamW with
+two parameter groups, tied head, untied head and bf16; Muon, SGD and AdaBelief, each on every layout it is offered on. With
+fewer than all variants the rows of the others stay as they are in the results.
 
 1. Each layout loads the reference, saves it again, and trains on: every tensor it wrote must equal the reference's bit for bit,
    and its losses those of the plain loop that went on (fp32: within 1e-6 over 20 steps; bf16 is only reported).
@@ -14,6 +15,7 @@ groups, tied head, untied head and bf16; Muon, SGD and AdaBelief, each on every 
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,9 +30,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 from ranks import run_ranks  # noqa: E402
-from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engine, train_steps  # noqa: E402
+from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engine, train_steps, variations_on  # noqa: E402
 
-from bench.measure import write_results  # noqa: E402
+from bench.measure import RESULTS, write_results  # noqa: E402
 from bench.parity import largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from megagpt import checkpoint  # noqa: E402
 from megagpt.data import TrainState  # noqa: E402
@@ -56,7 +58,7 @@ class Variant:
         """Whether the engine takes this optimizer and precision."""
         if self.optimizer == "muon":
             return engine in WHOLE_MATRICES
-        if self.optimizer == "adabelief" and engine == "zero3":
+        if self.optimizer == "adabelief" and engine.startswith("zero3"):
             return False
         return not (self.precision == "bf16" and engine == "zero0")
 
@@ -94,12 +96,12 @@ def make_reference(run_dir: Path, variant: Variant, losses: int) -> list[float]:
     return plain_steps(model, optimizer, optim, range(TRAINED, TRAINED + losses))
 
 
-def rewrite(world: World, root: Path, names: list[str], losses: int) -> dict[tuple[str, str], list[float]]:
+def rewrite(world: World, root: Path, names: list[str], losses: int, layouts: list[str]) -> dict[tuple[str, str], list[float]]:
     """On these ranks every engine loads the reference of each variant, saves it, and trains on; losses by (variant, engine)."""
     results = {}
     for variant_name in names:
         variant = VARIANTS[variant_name]
-        for engine_name in filter(variant.offered_on, engines_on(world.size)):
+        for engine_name in filter(variant.offered_on, layouts):
             engine, copy = build(world, variant, engine_name), root / variant_name / f"{engine_name}_{world.size}"
             restored = checkpoint.restore(root / variant_name / "reference", engine, world)
             assert restored is not None
@@ -113,12 +115,12 @@ def rewrite(world: World, root: Path, names: list[str], losses: int) -> dict[tup
     return results
 
 
-def read_all(world: World, root: Path, names: list[str]) -> dict[tuple[str, str], list[str]]:
+def read_all(world: World, root: Path, names: list[str], layouts: list[str]) -> dict[tuple[str, str], list[str]]:
     """On these ranks every engine loads every copy of each variant; by (variant, engine) the writers it differed from."""
     results = {}
     for variant_name in names:
         variant, folder = VARIANTS[variant_name], root / variant_name
-        for engine_name in filter(variant.offered_on, engines_on(world.size)):
+        for engine_name in filter(variant.offered_on, layouts):
             engine, wrong = build(world, variant, engine_name), []
             expected = load(engine, world, variant, folder / "reference")
             for copy in sorted(path for path in folder.iterdir() if path.name != "reference"):
@@ -166,14 +168,14 @@ def whole_tensors(run_dir: Path) -> dict[str, bytes]:
 
 
 def matrix(
-    root: Path, names: list[str], losses: int, read_on: tuple[int, ...]
+    root: Path, names: list[str], losses: int, layouts: dict[int, list[str]], read_on: tuple[int, ...]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Both parts; the second on `read_on` ranks. Rows of the two tables."""
+    """Both parts, the second on `read_on` ranks; `layouts` by number of ranks. Rows of the two tables."""
     expected = {name: make_reference(root / name / "reference", VARIANTS[name], losses) for name in names}
     references = {name: whole_tensors(root / name / "reference") for name in names}
     writers, readers = [], []
-    for size in (1, 2, 3, 4):
-        found = run_ranks(rewrite, size, root / f"ranks_{size}", root, names, losses, timeout_seconds=3600)[0]
+    for size, engines in layouts.items():
+        found = run_ranks(rewrite, size, root / f"ranks_{size}", root, names, losses, engines, timeout_seconds=3600)[0]
         for (name, engine), values in found.items():
             written = whole_tensors(root / name / f"{engine}_{size}")
             equal = sum(written.get(key) == value for key, value in references[name].items())
@@ -183,7 +185,7 @@ def matrix(
             writers.append(row)
             print(row, flush=True)
     for size in read_on:
-        found = run_ranks(read_all, size, root / f"ranks_{size}", root, names, timeout_seconds=3600)[0]
+        found = run_ranks(read_all, size, root / f"ranks_{size}", root, names, layouts[size], timeout_seconds=3600)[0]
         for (name, engine), wrong in found.items():
             copies = sum(row["variant"] == name for row in writers)
             row = {"variant": name, "engine": engine, "ranks": size, "writers": copies, "writers_bitwise": copies - len(wrong)}
@@ -200,23 +202,34 @@ def main() -> None:
     parser.add_argument("--no-pairs", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    names = arguments.variants.split(",")
+    layouts = {size: [*engines_on(size), *variations_on(size)] for size in (1, 2, 3, 4)}
     with tempfile.TemporaryDirectory() as folder:
-        names = arguments.variants.split(",")
-        writers, readers = matrix(Path(folder), names, arguments.losses, () if arguments.no_pairs else (1, 2, 3, 4))
+        writers, readers = matrix(Path(folder), names, arguments.losses, layouts, () if arguments.no_pairs else tuple(layouts))
+    before = earlier()
+    writers += [row for row in before.get("writers", []) if row["variant"] not in names]
+    readers += [row for row in before.get("readers", []) if row["variant"] not in names]
     fp32 = [row for row in writers if VARIANTS[row["variant"]].precision == "fp32"]
+    exact = [row for row in fp32 if not row["variant"].startswith("muon")]
     result = {
         "layouts_written": len(writers),
         "layouts_written_bitwise": sum(row["tensors"] == row["tensors_bitwise"] for row in writers),
-        "fp32_max_loss_difference": max(row["max_loss_difference"] for row in fp32),
-        "fp32_layouts_within_1e-6": sum(row["max_loss_difference"] < TOLERANCE for row in fp32),
         "fp32_layouts": len(fp32),
-        "losses_after_load": arguments.losses,
+        "fp32_layouts_within_1e-6": sum(row["max_loss_difference"] < TOLERANCE for row in fp32),
+        "fp32_max_loss_difference_without_muon": max((row["max_loss_difference"] for row in exact), default=None),
+        "fp32_max_loss_difference": max((row["max_loss_difference"] for row in fp32), default=None),
         "pairs_read": sum(row["writers"] for row in readers),
         "pairs_read_bitwise": sum(row["writers_bitwise"] for row in readers),
         "writers": writers,
         "readers": readers,
     }
     write_results("checkpoint_matrix", result, packages=("torch", "deepspeed", "safetensors"))
+
+
+def earlier() -> dict[str, Any]:
+    """The tables as they are."""
+    path = RESULTS / "checkpoint_matrix.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
 
 
 if __name__ == "__main__":

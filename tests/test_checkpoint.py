@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from toy import MODEL, make_engine
+from toy import MODEL, engines_on, make_engine
 
 from bench.checkpoint_matrix import matrix
 from bench.torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
@@ -29,7 +29,8 @@ ALONE = lone_world(torch.device("cpu"))
 @pytest.mark.slow
 def test_every_layout_reads_what_every_layout_wrote(tmp_path: Path) -> None:
     """The short form of bench/checkpoint_matrix.py: every engine and stage on 1 to 4 ranks."""
-    writers, readers = matrix(tmp_path, ["adamw_untied", "muon_tied"], 5, (2,))
+    layouts = {size: engines_on(size) for size in (1, 2, 3, 4)}
+    writers, readers = matrix(tmp_path, ["adamw_untied", "muon_tied"], 5, layouts, (2,))
     assert len(writers) == 6 + 7 * 3 + 3 + 4 * 3
     for row in writers:
         assert row["tensors_bitwise"] == row["tensors"] > 0, row

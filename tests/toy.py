@@ -1,5 +1,7 @@
 """A toy training problem: samples that are a function of their index, the engines on a small model, and train.py's step."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -18,7 +20,7 @@ MUON = OptimConfig(kind="muon", lr=2e-3, schedule=ScheduleConfig(warmup_steps=5)
 ADABELIEF = OptimConfig(kind="adabelief", lr=1e-3, eps=1e-12, schedule=ScheduleConfig(warmup_steps=5))
 OPTIMIZERS = {"adamw": ADAMW, "sgd": SGD, "muon": MUON, "adabelief": ADABELIEF}
 
-WHOLE_MATRICES = ("zero0", "fsdp", "fsdp_kept", "hsdp")
+WHOLE_MATRICES = ("zero0", "fsdp", "fsdp_kept", "fsdp_offload", "hsdp")
 """Engines on which an update sees whole matrices, which Muon needs."""
 
 
@@ -47,13 +49,22 @@ def engines_on(size: int) -> list[str]:
     return [*names, "hsdp"] if size > 1 else names
 
 
+def variations_on(size: int) -> list[str]:
+    """The same engines with states in host memory, and ZeRO 3 with a second copy of the weights inside pairs of ranks."""
+    names = ["zero1_offload", "zero2_offload", "zero3_offload", "fsdp_offload"]
+    return [*names, "zero3_hpz"] if size % 2 == 0 else names
+
+
 def engine_config(name: str, size: int) -> EngineConfig:
     """Its settings on `size` ranks. ZeRO 3 shards everything; HSDP is pairs on an even number of ranks, else copies."""
     if name.startswith("zero"):
-        return DeepSpeedConfig.model_validate({"zero_stage": int(name[-1]), "stage3_persistence_elements": 0})
+        values: dict[str, Any] = {"zero_stage": int(name[4]), "stage3_persistence_elements": 0}
+        if name.endswith("_offload"):
+            values |= {"offload_optimizer": True, "offload_parameters": name == "zero3_offload"}
+        return DeepSpeedConfig.model_validate(values | ({"hpz_partition_size": 2} if name.endswith("_hpz") else {}))
     if name == "hsdp":
         return FSDPConfig(shard_size=2 if size > 2 and size % 2 == 0 else 1)
-    return FSDPConfig(reshard_after_forward=name == "fsdp")
+    return FSDPConfig(reshard_after_forward=name != "fsdp_kept", cpu_offload=name == "fsdp_offload")
 
 
 def make_engine(
