@@ -12,7 +12,7 @@ from typing import Any
 from megagpt import checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data import Data, Dataset, TokenDataset
-from megagpt.engine import refuse_unsupported, whole_shapes
+from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
 from megagpt.monitor import check_wandb
@@ -61,6 +61,8 @@ def check_run(config: TrainConfig, data: Data) -> None:
             config.num_samples() / len(data.train),
             f"{len(data.train):,}",
         )
+        if config.compile and isinstance(config.engine, DeepSpeedConfig) and config.engine.zero_stage == 3:
+            log.warning("compile=true with zero_stage=3: DeepSpeed's hooks cut every block's graph; engine.kind=fsdp has none")
         log.info("precision: %s", ", ".join(f"{key} {name}" for key, name in formats.items()))
 
 
