@@ -213,11 +213,10 @@ def load_weights(run_dir: Path, engine: Engine, world: World) -> Path:
 def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:
     """The newest checkpoint (or that of `step` and what continues it) whose files verify; why newer ones were not taken."""
     passed_over: list[str] = []
-    candidates = list_checkpoints(run_dir)
-    if step is not None:
-        if step not in [step_of(path) for path in candidates]:
-            raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint of step {step}")
-        candidates = [path for path in candidates if step_of(path) == step or _continues(path, step)]
+    # Rank 0 says which there are: a network disk may show the others more or less.
+    candidates = world.broadcast(_candidates(run_dir, step) if world.rank == 0 else None)
+    if step is not None and not candidates:
+        raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint of step {step}")
     for path in reversed(candidates):
         problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
         if not problems:
@@ -228,10 +227,14 @@ def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tupl
     return None, ()
 
 
-def _continues(path: Path, step: int) -> bool:
-    """Whether it was made after a start at `step`, by the settings in it."""
-    config = _field(path, "config")
-    return step_of(path) > step and isinstance(config, dict) and config.get("resume_step") == step
+def _candidates(run_dir: Path, step: int | None) -> list[Path]:
+    """All; with `step` that of the step, if there is one, and those made after a start with `resume_step` at it."""
+    committed = list_checkpoints(run_dir)
+    if step is None:
+        return committed
+    named = [path for path in committed if step_of(path) == step]
+    newer = [path for path in committed if step_of(path) > step and (_field(path, "config") or {}).get("resume_step") == step]
+    return named + newer if named else []
 
 
 def _field(path: Path, name: str) -> Any:
