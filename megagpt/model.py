@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from megagpt.attention import Mask, attend, attention_mask
 from megagpt.config import Config
 from megagpt.loss import summed_cross_entropy
 from megagpt.rope import RopeScaling, rope_table, rotate
@@ -122,8 +123,8 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Tensor | None, cache: KeyValues | None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. `mask` is True where attention is allowed, broadcast to [B, H, T, T]; None = causal."""
+    def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]. `mask` as megagpt.attention has it; None = causal."""
         batch, length, _ = x_btd.shape
         q_bhte = self.query_norm(self.query(x_btd).view(batch, length, self.num_heads, self.head_size)).transpose(1, 2)
         k_bkte = self.key_norm(self.key(x_btd).view(batch, length, self.kv_heads, self.head_size)).transpose(1, 2)
@@ -132,15 +133,7 @@ class Attention(nn.Module):
             q_bhte, k_bkte = rotate(q_bhte, rope_2te), rotate(k_bkte, rope_2te)
         if cache is not None:
             k_bkte, v_bkte = cache.extend(k_bkte, v_bkte)
-        y_bhte = F.scaled_dot_product_attention(
-            q_bhte,
-            k_bkte,
-            v_bkte,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.num_heads,
-        )
+        y_bhte = attend(q_bhte, k_bkte, v_bkte, mask, dropout=self.dropout if self.training else 0.0)
         return self.out(y_bhte.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_size))
 
 
@@ -183,7 +176,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if config.family == "llama" else GeluMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Tensor | None, cache: KeyValues | None = None) -> Tensor:
+    def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         x_btd = x_btd + self.dropout(self.attention(self.attention_norm(x_btd), rope_2te, mask, cache))
         return x_btd + self.dropout(self.mlp(self.mlp_norm(x_btd)))
@@ -242,7 +235,8 @@ class GPT(nn.Module):
         else:
             config = self.config
             rope_2te = rope_table(config.head_size, config.rope_theta, config.rope_scaling, start, length, ids.device)
-        mask = attention_mask(start, length, doc_lengths, ids.device)
+        blockwise = ids.is_cuda and not (self.training and self.config.dropout)
+        mask = attention_mask(start, length, doc_lengths, ids.device, blockwise=blockwise)
         x_btd = self.dropout(x_btd)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
@@ -268,18 +262,6 @@ def keep_products() -> Any:
         aten._scaled_dot_product_cudnn_attention.default,
     ]
     return create_selective_checkpoint_contexts(kept)
-
-
-def attention_mask(start: int, length: int, doc_lengths: Tensor | None, device: torch.device) -> Tensor | None:
-    """Where attention is allowed, [T, start + T] or [B, 1, T, T] with documents; None = plain causal."""
-    if doc_lengths is not None:
-        ends = doc_lengths.cumsum(dim=1)
-        document = torch.searchsorted(ends, torch.arange(length, device=device).expand(len(ends), -1).contiguous(), right=True)
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
-    if start == 0:
-        return None
-    return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(diagonal=start)
 
 
 def initialise(model: GPT, seed: int, local: Callable[[str, Tensor], Tensor] | None = None) -> None:

@@ -35,6 +35,7 @@ LAYERS = (
         "model",
         "loss",
         "rope",
+        "attention",
         "flops",
         "optim",
         "engine",

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt import loss as loss_module
+from megagpt.attention import attend, attention_mask
 from megagpt.config import UserError, validate
 from megagpt.loss import summed_cross_entropy
 from megagpt.model import GPT, ModelConfig, initial_value, initialise
@@ -129,6 +130,37 @@ def test_attention_does_not_cross_documents() -> None:
         alone = model(ids()[:1, 10:])  # rotary positions are relative, so a document of its own gives the same
         torch.testing.assert_close(masked[:1, 10:], alone, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(masked[:1, 10:], model(ids())[:1, 10:], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_block_mask_allows_what_the_plain_mask_allows() -> None:
+    """Flex attention has no backward pass on CPUs; its gradients are compared on a GPU, below."""
+    generator = torch.Generator().manual_seed(0)
+    q_bhte, lengths = torch.randn(2, 4, 200, 16, generator=generator), torch.tensor([[130, 70, 0], [1, 99, 100]])
+    k_bkte, v_bkte = torch.randn(2, 2, 2, 200, 16, generator=generator)
+    masks = [attention_mask(0, 200, lengths, q_bhte.device, blockwise=blockwise) for blockwise in (False, True)]
+    plain, blocks = (attend(q_bhte, k_bkte, v_bkte, mask) for mask in masks)
+    torch.testing.assert_close(plain, blocks, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"dropout=0\.1"):
+        attend(q_bhte, k_bkte, v_bkte, masks[1], dropout=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_on_a_gpu_give_the_cpus_loss_and_gradients(compiled: bool) -> None:
+    lengths, losses, gradients = torch.tensor([[10, 14, 0], [3, 3, 18]]), [], []
+    for device in ("cpu", "cuda"):
+        _, model = small()
+        model.to(device)
+        for block in model.blocks if compiled and device == "cuda" else ():
+            block.compile()
+        loss = model(ids().to(device), ids(seed=1).to(device), lengths.to(device))
+        loss.backward()
+        losses.append(loss.detach().cpu())
+        gradients.append([parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-3, rtol=1e-4)
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
 
 
 def test_the_start_depends_on_seed_and_name_only() -> None:
