@@ -1,6 +1,7 @@
 """The data half beside datatrove (and text-dedup, Hugging Face tokenizers, tiktoken): CPU seconds, wall time, memory.
 
-    python bench/data.py DATA_FOLDER [stages=extract,filter,dedup,tokenize,encode,end_to_end] [pages=2000] [repetitions=3]
+    python bench/data.py DATA_FOLDER [stages=extract,filter,dedup,tokenize,encode,end_to_end] [pages=1200] [repetitions=3]
+        [core=0]
 
 Same files, one core (both sides are pinned to it), interleaved runs, every run a fresh process with an empty output folder. For
 each stage a second, tiny input shows what start-up takes; "without start-up" is the difference of the medians. A short form:
@@ -14,14 +15,14 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from data_pages import make_warcs, web_pages, write_warc
 from data_parity import DATATROVE
-from measure import PROJECT, Run, peer_python, peer_versions, run_interleaved, write_results
+from measure import PROJECT, Run, peer_python, peer_versions, run_interleaved, run_once, write_results
 
 FOLDER = PROJECT / "runs" / "bench" / "data"
 TEXT_DEDUP = ("text-dedup==0.4.0", "datasets")
@@ -55,7 +56,7 @@ def make_inputs(data_folder: Path, num_pages: int) -> Inputs:
         write_warc(tiny, [next(page for page in web_pages(data_folder) if 5000 < len(page[1]) < 20000)])
     for source, target in ((warcs, base / "documents"), (tiny.parent, base / "tiny_documents")):
         if not list(target.glob("*.jsonl.zst")):
-            _run_quietly(_megagpt("extract", target.parent / f"work_{target.name}", source))
+            run_once(_megagpt("extract", target.parent / f"work_{target.name}", source))
             (target.parent / f"work_{target.name}" / "extract").rename(target)
             for path in target.glob("*.json"):
                 path.unlink()
@@ -105,9 +106,9 @@ def _datatrove(stage: str, source: Path, target: Path, inputs: Inputs) -> list[s
 
 
 def _fresh(target: Path, *commands: Sequence[str]) -> list[str]:
-    """Commands one after the other, on one core, after their output folder is removed."""
+    """Commands one after the other, after their output folder is removed."""
     lines = " && ".join(f"{shlex.join(command)} > {target}.log 2>&1" for command in commands)
-    return ["taskset", "-c", "0", "bash", "-c", f"rm -rf {target} && mkdir -p {target.parent} && {lines}"]
+    return ["bash", "-c", f"rm -rf {target} && mkdir -p {target.parent} && {lines}"]
 
 
 def extract_commands(inputs: Inputs, out: Path, *, tiny: bool) -> dict[str, list[str]]:
@@ -178,9 +179,6 @@ def encode_commands(inputs: Inputs, out: Path, *, tiny: bool) -> dict[str, list[
     }  # fmt: skip
     return {
         name: [
-            "taskset",
-            "-c",
-            "0",
             sys.executable,
             "bench/data_encoders.py",
             key,
@@ -232,12 +230,17 @@ STAGES: dict[str, Callable[..., dict[str, list[str]]]] = {
 # ---- results
 
 
-def measure_stage(stage: str, inputs: Inputs, repetitions: int) -> dict[str, Any]:
-    """Run a stage on all sides; figures per side, and ratios to each peer."""
+def measure_stage(stage: str, inputs: Inputs, repetitions: int, core: str) -> dict[str, Any]:
+    """Run a stage on all sides, pinned to a core; figures per side, and ratios to each peer."""
+    pinned = ["taskset", "-c", core]
     out = FOLDER / "out" / stage
     environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    started = run_interleaved(STAGES[stage](inputs, out, tiny=True), repetitions, environment=environment)
-    full = run_interleaved(STAGES[stage](inputs, out, tiny=False), repetitions, environment=environment)
+
+    def commands(*, tiny: bool) -> dict[str, list[str]]:
+        return {name: [*pinned, *command] for name, command in STAGES[stage](inputs, out, tiny=tiny).items()}
+
+    started = run_interleaved(commands(tiny=True), repetitions, environment=environment)
+    full = run_interleaved(commands(tiny=False), repetitions, environment=environment)
     sides = {name: _figures(full[name], started[name]) for name in full}
     for name, counts in count_outputs(stage, out, list(full)).items():
         sides[name] |= counts
@@ -254,7 +257,7 @@ def measure_stage(stage: str, inputs: Inputs, repetitions: int) -> dict[str, Any
         if name not in peers
         for peer in peers
     }
-    return {"input": describe_input(stage, inputs), "sides": sides, "ratios": ratios}
+    return {"sides": sides, "ratios": ratios}
 
 
 def _figures(runs: Sequence[Run], starts: Sequence[Run]) -> dict[str, Any]:
@@ -320,10 +323,19 @@ def describe_input(stage: str, inputs: Inputs) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     """Measure the stages that are asked for."""
-    options = dict(word.split("=", 1) for word in words[1:])
-    inputs = make_inputs(Path(words[0]).resolve(), int(options.get("pages", 2000)))
+    folder, options = Path(words[0]).resolve(), dict(word.split("=", 1) for word in words[1:])
+    num_pages = int(options.get("pages", 1200))
+    if "prepare" in options:
+        inputs = make_inputs(folder, num_pages)
+        described = {stage: describe_input(stage, inputs) for stage in STAGES}
+        print(json.dumps({"inputs": asdict(inputs), "described": described}, default=str))
+        return
+    # Apart, so that this process stays small: what it starts cannot show a smaller peak than its own.
+    prepared = run_once([sys.executable, __file__, str(folder), f"pages={num_pages}", "prepare=1"]).output
+    inputs = Inputs(**{name: Path(value) for name, value in prepared["inputs"].items()})
     for stage in options.get("stages", ",".join(STAGES)).split(","):
-        results = measure_stage(stage, inputs, int(options.get("repetitions", 3)))
+        measured = measure_stage(stage, inputs, int(options.get("repetitions", 3)), options.get("core", "0"))
+        results = {"input": prepared["described"][stage], **measured}
         print(json.dumps(results, indent=1), flush=True)
         write_results(f"data_{stage}", results, packages=_PACKAGES, peers=_versions(stage))
 
@@ -388,12 +400,6 @@ def _tokenizer_json(gpt2: Path) -> dict[str, Any]:
 
 def _count_lines(folder: Path) -> int:
     return sum(gzip.open(path, "rb").read().count(b"\n") for path in folder.glob("*.jsonl.gz"))
-
-
-def _run_quietly(command: Sequence[str]) -> None:
-    from measure import run_once
-
-    run_once(command)
 
 
 if __name__ == "__main__":

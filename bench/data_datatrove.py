@@ -1,6 +1,7 @@
 """datatrove's side of bench/data.py and bench/data_parity.py; runs in datatrove's own environment.
 
     python bench/data_datatrove.py STAGE INPUT_FOLDER OUTPUT_FOLDER TASKS LANGUAGE_MODEL TOKENIZER_JSON
+    python bench/data_datatrove.py extraction PAGES_JSON TEXTS_JSON
     python bench/data_datatrove.py parity TEXTS_JSON
 
 Settings are those of datatrove's examples/fineweb.py, with one process. Its language filter downloads a model; here it gets the
@@ -110,6 +111,9 @@ def main(words: list[str]) -> None:
     if words[0] == "parity":
         print(json.dumps(parity([str(text) for text in json.loads(Path(words[1]).read_text(encoding="utf-8"))])))
         return
+    if words[0] == "extraction":
+        print(json.dumps(extract_pages(Path(words[1]), Path(words[2]))))
+        return
     stage, source, target, tasks, language_model, tokenizer = words
     _use_language_model(language_model)
     steps: dict[str, Callable[..., None]] = {
@@ -123,6 +127,31 @@ def main(words: list[str]) -> None:
         tokenize(source, target, int(tasks), tokenizer)
     else:
         steps[stage](source, target, int(tasks))
+
+
+def extract_pages(pages_file: Path, texts_file: Path) -> dict[str, float]:
+    """The texts of HTML pages by the extractor with its sandbox; CPU seconds of both processes, without its first start."""
+    import os
+    import time
+
+    from datatrove.pipeline.extractors import Trafilatura
+    from datatrove.pipeline.extractors.base import ExtractorSandbox
+
+    pages, extractor, texts = json.loads(pages_file.read_text(encoding="utf-8")), Trafilatura(timeout=60), []
+    with ExtractorSandbox(timeout=60) as sandbox:
+        sandbox.process_document(pages[0], extractor.extract)
+        child = Path(f"/proc/{sandbox.process.pid}/stat")
+
+        def cpu_seconds() -> float:
+            used = child.read_text().rpartition(")")[2].split()
+            return time.process_time() + (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
+
+        started = cpu_seconds()
+        for page in pages:
+            texts.append(sandbox.process_document(page, extractor.extract) or "")
+        seconds = cpu_seconds() - started
+    texts_file.write_text(json.dumps(texts), encoding="utf-8")
+    return {"cpu_s": seconds, "pages": len(pages)}
 
 
 def _use_language_model(path: str) -> None:

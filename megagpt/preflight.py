@@ -50,8 +50,8 @@ def check_run(config: TrainConfig, data: Data) -> None:
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        for dataset in data.train.datasets:
-            _warn_of_packing(dataset)
+        for warning in filter(None, map(packing_warning, data.train.datasets)):
+            log.warning("%s", warning)
         log.info(
             "model: %s parameters; checkpoint: %.2f GB; step: %s tokens; run: %s tokens, %.2f epochs of %s samples",
             f"{parameters:,}",
@@ -64,6 +64,17 @@ def check_run(config: TrainConfig, data: Data) -> None:
         if config.compile and isinstance(config.engine, DeepSpeedConfig) and config.engine.zero_stage == 3:
             log.warning("compile=true with zero_stage=3: DeepSpeed's hooks cut every block's graph; engine.kind=fsdp has none")
         log.info("precision: %s", ", ".join(f"{key} {name}" for key, name in formats.items()))
+
+
+def packing_warning(dataset: Dataset) -> str | None:
+    """What to say if a dataset's documents were placed for samples of another length than it is read in."""
+    packed = dataset.manifest.pack_seq_len if isinstance(dataset, TokenDataset) else None
+    if packed is None or not isinstance(dataset, TokenDataset) or (dataset.seq_len, dataset.stride) == (packed, packed):
+        return None
+    return (
+        f"{dataset.directory}: its documents were placed for samples of {packed} tokens (tokenize.pack_seq_len); "
+        f"data.seq_len={dataset.seq_len} with a stride of {dataset.stride} cuts them anywhere"
+    )
 
 
 def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:
@@ -127,20 +138,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _warn_of_packing(dataset: Dataset) -> None:
-    """Shards that were packed for samples of one length are cut anywhere by those of another."""
-    packed = dataset.manifest.pack_seq_len if isinstance(dataset, TokenDataset) else None
-    if packed is not None and isinstance(dataset, TokenDataset) and (dataset.seq_len, dataset.stride) != (packed, packed):
-        log.warning(
-            "%s: its documents were placed for samples of tokenize.pack_seq_len=%d tokens; data.seq_len=%d with a stride of %d "
-            "cuts them anywhere",
-            dataset.directory,
-            packed,
-            dataset.seq_len,
-            dataset.stride,
-        )
 
 
 def _check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:

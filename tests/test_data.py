@@ -36,7 +36,8 @@ from megagpt.data import (
     step_batches,
 )
 from megagpt.permutation import mix, permute, unpermute
-from megagpt.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, write_manifest
+from megagpt.preflight import packing_warning
+from megagpt.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
 from megagpt.tokenizer import open_tokenizer, token_lengths
 
 EOT = 256
@@ -141,6 +142,19 @@ def test_samples_are_windows_over_all_shards(tmp_path: Path) -> None:
         assert not any(EOT in piece[:-1] for piece in pieces)
         assert all(len(piece) for piece in pieces)
         assert sample.doc_lengths.sum() == 33
+
+
+@pytest.mark.parametrize(
+    ("packed", "stride", "warns"), [(None, None, False), (32, None, False), (32, 16, True), (64, None, True)]
+)
+def test_shards_that_were_packed_for_other_samples_are_named(
+    tmp_path: Path, packed: int | None, stride: int | None, warns: bool
+) -> None:
+    write_split(tmp_path)
+    write_manifest(tmp_path, replace(read_manifest(tmp_path), pack_seq_len=packed))
+    warning = packing_warning(TokenDataset(tmp_path, seq_len=32, stride=stride))
+    assert (warning is not None) == warns
+    assert warning is None or f"samples of {packed} tokens" in warning
 
 
 def test_windows_cover_each_target_once_in_order(tmp_path: Path) -> None:

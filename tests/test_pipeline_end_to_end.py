@@ -110,11 +110,8 @@ def reference(path: Path2Shards) -> tuple[dict[str, str], float]:
 
 
 def tree(work_dir: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file that is there at the end, whatever wrote it.
-
-    Only unfinished .json files of killed runs may stay: others might be writing theirs at any moment.
-    """
-    files = sorted(found for found in work_dir.rglob("*") if found.is_file() and not found.match(".tmp-*.json-*"))
+    """Relative path -> sha256 of every file that is there at the end, whatever wrote it."""
+    files = sorted(found for found in work_dir.rglob("*") if found.is_file())
     return {str(found.relative_to(work_dir)): hashlib.sha256(found.read_bytes()).hexdigest() for found in files}
 
 

@@ -567,6 +567,11 @@ def test_fuzzed_jsonl_and_http(tmp_path_factory: pytest.TempPathFactory, noise: 
 
 
 @pytest.mark.slow
+def test_urls_that_nothing_here_can_read_are_refused() -> None:
+    with pytest.raises(UserError, match=r"gopher://h/a\.warc\.gz: cannot be read here: Protocol not known"):
+        input_blocks(["gopher://h/a.warc.gz"], "auto", 1 << 20)
+
+
 def test_https_style_url(tmp_path: Path) -> None:
     """A real server on this machine; what is missing is a clear error."""
     write_warc(tmp_path / "a.warc.gz", [response(PAGE.encode())] * 2)

@@ -30,7 +30,7 @@ BAD_INPUT = {
         (["work_dir={tmp}/w", "filter.language.min_score=2"], "filter.language.min_score=2"),
     ],
     "dedup_documents": [
-        (["work_dir={tmp}/w", "dedup.inputs=[{tmp}/none.jsonl]"], "none.jsonl"),
+        (["work_dir={tmp}/w", "dedup.inputs=[{tmp}/none.jsonl]"], "dedup.inputs: no file matches"),
         (["work_dir={tmp}/w", "dedup.threshold=abc"], "dedup.threshold='abc'"),
     ],
     "train_tokenizer": [
@@ -38,7 +38,7 @@ BAD_INPUT = {
         (["work_dir={tmp}/w", "tokenizer.vocab_size=12"], "tokenizer.vocab_size=12"),
     ],
     "tokenize_documents": [
-        (["work_dir={tmp}/w", "tokenize.inputs=[{tmp}/none.jsonl]"], "none.jsonl"),
+        (["work_dir={tmp}/w", "tokenize.inputs=[{tmp}/none.jsonl]"], "tokenize.inputs: no file matches"),
         (["work_dir={tmp}/w", "tokenize.validation_fraction=1"], "tokenize.validation_fraction=1"),
     ],
     "report_data": [(["work_dir={tmp}/none"], "{tmp}/none")],

@@ -290,9 +290,9 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
         files.setdefault(block.name, []).append(place)
     folder, index = output_dir / "duplicates", output_dir / "index"
     tasks = [(folder / name, _report_file, (places, indexed, index, folder / name)) for name, places in files.items()]
-    alone = work.execution.model_copy(update={"part": "0/1"})
+    everything = work.execution.model_copy(update={"part": "0/1"})
     task_bytes = [sum(16 * place.num_documents for place in places) for places in files.values()]
-    run_phase("dedup: report", tasks, alone, task_bytes=task_bytes)
+    run_phase("dedup: report", tasks, everything, task_bytes=task_bytes)
     counts = Counter[str]()
     for path in sorted((index / "decisions").glob("*.json")):
         counts.update(read_json(path))
@@ -301,11 +301,12 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
         log.info("dedup: %d documents met more kept ones in a band than max_comparisons allows", counts["limited"])
     for name in ("pairs", "plan", "candidates"):
         shutil.rmtree(index / name, ignore_errors=True)
-    # What killed runs left; the small .json files may be those of another part that is at this point now.
+    # What killed runs left; a small .json file may be that of another part which is at this point now.
+    alone = work.execution.part_of[1] == 1
     for leftover in [*index.rglob("tmp-*"), *index.rglob(".tmp-*"), *index.glob("runs-*")]:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
-        elif ".json-" not in leftover.name:
+        elif alone or ".json-" not in leftover.name:
             leftover.unlink(missing_ok=True)
 
 

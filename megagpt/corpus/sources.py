@@ -272,6 +272,7 @@ def _read_list(path: Path, root: str) -> list[str]:
 def _ranges(path: str, declared: Format, block_bytes: int) -> list[tuple[int, int | None]]:
     kind = format_of(path, declared)
     if _is_remote(path):
+        _check_protocol(path)
         return [(0, None)]
     local = Path(path)
     if not local.is_file():
@@ -286,6 +287,18 @@ def _ranges(path: str, declared: Format, block_bytes: int) -> list[tuple[int, in
         case "parquet":
             return _even_ranges(local.stat().st_size, block_bytes)
     return [(0, None)]
+
+
+def _check_protocol(path: str) -> None:
+    """Raise UserError if nothing that is installed can read a URL of this kind."""
+    if "://" not in path:
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(path.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read here: {error}") from None
 
 
 def _even_ranges(size: int, block_bytes: int) -> list[tuple[int, int | None]]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megagpt.config import Config, UserError, fingerprint
 from megagpt.documents import Document, read_documents
-from megagpt.files import read_json, sha256_file, write_json
+from megagpt.files import read_json, remove_leftovers, sha256_file, write_json
 from megagpt.tokenizer import Tokenizer, train_sentencepiece
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerC
 
     Raises UserError if the inputs hold no text or vocab_size does not suit them.
     """
+    remove_leftovers([output_dir], alone=True)
     documents, files = [], {}
     for path, budget in file_budgets(inputs, config).items():
         sample = sample_documents(path, budget)
