@@ -29,6 +29,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         "micro_batch_size": job["micro_batch_size"],
         "precision": job["precision"],
         "compile": job["compile"],
+        "determinism": job.get("determinism", "none"),
         "activation_checkpointing": job.get("checkpointing", "none"),
         "model": job["model"],
         "data": {"seq_len": job["seq_len"], "sources": {"main": {"path": job["shards"]}}},
