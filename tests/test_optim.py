@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megagpt.config import UserError, validate
+from megagpt.engine import DeepSpeedConfig, FSDPConfig, refuse_unsupported
 from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.optim import STATES, OptimConfig, ScheduleConfig, Together, build_optimizer, create_states, lr_at, parameter_groups
 
@@ -76,3 +77,16 @@ def test_states_made_before_the_first_step_change_nothing(kind: str) -> None:
             optimizer.zero_grad()
         results.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("adamw", ()), ("sgd", ()), ("muon", (1, 2, 3)), ("adabelief", (3,))])
+def test_what_a_stage_cannot_compute_is_refused_by_name(kind: str, refused: tuple[int, ...]) -> None:
+    optim = OptimConfig.model_validate({"kind": kind})
+    refuse_unsupported(FSDPConfig(), optim, "bf16")
+    for stage in range(4):
+        engine = DeepSpeedConfig.model_validate({"zero_stage": stage})
+        if stage in refused:
+            with pytest.raises(UserError, match=f"optim.kind={kind} with engine.zero_stage={stage}"):
+                refuse_unsupported(engine, optim, "fp32")
+        else:
+            refuse_unsupported(engine, optim, "fp32")

@@ -175,9 +175,18 @@ def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Prec
     """Raise UserError on a combination that no engine computes rightly."""
     if canonical:
         _refuse_canonical(engine, optim)
-    if isinstance(engine, DeepSpeedConfig) and precision == "bf16" and engine.zero_stage == 0:
+    if not isinstance(engine, DeepSpeedConfig):
+        return
+    stage = f"engine.zero_stage={engine.zero_stage}"
+    if precision == "bf16" and engine.zero_stage == 0:
+        raise UserError(f"{stage} with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3")
+    if optim.kind == "muon" and engine.zero_stage > 0:
         raise UserError(
-            "engine.zero_stage=0 with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3"
+            f"optim.kind=muon with {stage}: Muon needs whole matrices, ZeRO cuts them; use engine.kind=fsdp or zero_stage=0"
+        )
+    if optim.kind == "adabelief" and engine.zero_stage == 3:
+        raise UserError(
+            f"optim.kind=adabelief with {stage}: its step count lies in the groups, which stage 3 empties; use 0 to 2 or fsdp"
         )
 
 
