@@ -1,9 +1,12 @@
 """Cross-entropy summed over tokens, computed in chunks so that the logits of a batch are never held.
 
 Logits of 8 x 2,048 tokens over a vocabulary of 50k are 3.3 GB in fp32. Here each chunk of tokens makes its logits, its loss
-and its gradients at once in the forward pass; the backward pass only scales them by the incoming gradient.
+and its gradients at once in the forward pass; the backward pass only scales them by the incoming gradient. What is done to the
+logits between the matrix products is one function, which works in place and can be compiled into two passes over them.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,40 +14,67 @@ from torch import Tensor
 
 from megagpt.samples import IGNORE
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits made at a time: 128 MiB in fp32."""
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Logits made at a time: 128 MiB in fp32; 1 GiB on GPUs, where small products and sums of the weight's gradient cost more."""
 
 
-def summed_cross_entropy(hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, *, z_loss: float = 0.0) -> Tensor:
+def summed_cross_entropy(
+    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, *, z_loss: float = 0.0, compiled: bool = False
+) -> Tensor:
     """Sum over n of -log softmax(hidden @ weight.T)[target], fp32 scalar in nats; targets equal to IGNORE add nothing.
 
-    `z_loss` adds z_loss * logsumexp^2 per counted token (arXiv 2204.02311). Gradients flow to hidden and weight.
+    `z_loss` adds z_loss * logsumexp^2 per counted token (arXiv 2204.02311). Gradients flow to hidden and weight. `compiled`
+    uses torch.compile for what lies between the matrix products; on CPUs it would be slower and is not.
     """
-    return _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss)  # type: ignore[return-value]
+    return _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled)  # type: ignore[return-value]
+
+
+def loss_and_gradient(logits_nv: Tensor, targets_n: Tensor, z_loss: float, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """(summed loss, its gradient with respect to the logits, in their dtype), computed in fp32; `logits_nv` may be overwritten.
+
+    Without `wants_gradient` the second result means nothing.
+    """
+    counted_n1 = (targets_n != IGNORE)[:, None]
+    index_n1 = targets_n.clamp(min=0)[:, None]
+    values_nv = logits_nv.float()
+    largest_n1 = values_nv.amax(dim=-1, keepdim=True)
+    values_nv -= largest_n1
+    target_n1 = values_nv.gather(1, index_n1)
+    values_nv.exp_()
+    sum_n1 = values_nv.sum(dim=-1, keepdim=True)
+    log_sum_n1 = sum_n1.log()
+    log_z_n1 = log_sum_n1 + largest_n1
+    loss_n1 = log_sum_n1 - target_n1 + z_loss * log_z_n1.square()
+    total = loss_n1.masked_fill(~counted_n1, 0.0).sum()
+    if wants_gradient:
+        values_nv *= ((1 + 2 * z_loss * log_z_n1) / sum_n1).masked_fill(~counted_n1, 0.0)
+        if torch.compiler.is_compiling():  # a comparison is fused with the rest, a scatter would be a pass of its own
+            hits_nv = (torch.arange(values_nv.shape[1], device=values_nv.device) == index_n1) & counted_n1
+            values_nv = values_nv - hits_nv.to(values_nv.dtype)
+        else:
+            values_nv.scatter_add_(1, index_n1, -counted_n1.to(values_nv.dtype))
+    return total, values_nv.to(logits_nv.dtype)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(loss_and_gradient)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, z_loss: float) -> Tensor:
+    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, z_loss: float, compiled: bool) -> Tensor:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        between = _compiled() if compiled and hidden_nd.is_cuda else loss_and_gradient
         total = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
         grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants_grad else None
-        chunk = max(1, CHUNK_ELEMENTS // weight_vd.shape[0])
+        chunk = max(1, CHUNK_ELEMENTS[hidden_nd.device.type] // weight_vd.shape[0])
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
-            counted = targets != IGNORE
-            logits = (hidden @ weight_vd.T).float()
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            index = targets.clamp(min=0)[:, None]
-            loss = log_z - logits.gather(1, index) + z_loss * log_z.square()
-            total += loss.squeeze(1).masked_fill(~counted, 0.0).sum()
+            loss, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
+            total += loss
             if grad_hidden is not None and grad_weight is not None:
-                grad = (logits - log_z).exp_()
-                if z_loss:
-                    grad *= 1 + 2 * z_loss * log_z
-                grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-                grad = grad.masked_fill_(~counted[:, None], 0.0).to(hidden.dtype)
                 grad_hidden[start : start + chunk] = grad @ weight_vd
                 grad_weight += grad.T @ hidden
         if grad_hidden is not None and grad_weight is not None:
@@ -52,7 +82,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return grad_hidden * scale, grad_weight * scale, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None

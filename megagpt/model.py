@@ -185,11 +185,15 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """Final projection onto the vocabulary: logits, or with targets the summed loss without ever holding the logits."""
 
+    compile_loss = False
+
     def forward(self, x_btd: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor:  # type: ignore[override]
         """x [B, T, D] -> logits [B, T, V]; with targets [B, T] the fp32 scalar sum of losses (see loss.py)."""
         if targets is None:
             return F.linear(x_btd, self.weight)
-        return summed_cross_entropy(x_btd.flatten(0, 1), self.weight, targets.flatten(), z_loss=z_loss)
+        return summed_cross_entropy(
+            x_btd.flatten(0, 1), self.weight, targets.flatten(), z_loss=z_loss, compiled=self.compile_loss
+        )
 
 
 class GPT(nn.Module):
