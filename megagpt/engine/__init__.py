@@ -157,6 +157,7 @@ def build_engine(
 
     def make() -> GPT:
         model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
+        model.head.compile_loss = compile_blocks
         for block in model.blocks if compile_blocks else ():
             block.compile()
         return model
