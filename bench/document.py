@@ -65,7 +65,8 @@ def section(document: Mapping[str, Any]) -> str:
     results = document["results"]
     parts = [f"## {title_of(document)}", results.get("about", ""), provenance(document)]
     for number, each in enumerate(tables_of(document)):
-        parts += [f"**{each['title']}**" if each.get("title") and number else "", each.get("about", "") if number else ""]
+        own = each.get("title", "") != results.get("title")
+        parts += [f"### {each['title']}" if own and each.get("title") else "", each.get("about", "") if own else ""]
         parts.append(table(each["rows"]))
         if plot_name(document, number, each):
             parts.append(f"![{each.get('title') or title_of(document)}]({plot_name(document, number, each)})")

@@ -20,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from measure import run_once, write_results
+from training import earlier_tables
 from training_clock import peak_resident_bytes
 
 DOCUMENT_TOKENS = 500
@@ -54,7 +56,7 @@ def main(words: Sequence[str]) -> None:
         return
     parts = options.get("parts", ",".join(SIZES)).split(",")
     short = options.get("short") == "true"
-    tables = []
+    tables = {} if short else earlier_tables("scale")
     for part in parts:
         rows = []
         for size in SIZES[part][: 2 if short else None]:
@@ -63,10 +65,14 @@ def main(words: Sequence[str]) -> None:
             print(part, json.dumps(rows[-1]), flush=True)
         timed = next(name for name in rows[0] if name.endswith("cpu_s"))
         plot = {"x": UNITS[part], "y": timed, "by": None, "log": True}
-        tables.append({"title": TITLES[part], "rows": with_slopes(rows, UNITS[part]), "plot": plot})
+        about = f"Measured {datetime.now(UTC).date().isoformat()} by `python bench/scale.py parts={part}`."
+        tables[part] = {
+            "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]), "plot": plot,
+        }  # fmt: skip
     about = (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip()
     if not short:
-        results = {"title": "How cost grows", "about": about, "tables": tables, "lost": explanation(tables)}
+        shown = [tables[part] for part in SIZES if part in tables]
+        results = {"title": "How cost grows", "about": about, "tables": shown, "lost": explanation(shown)}
         write_results("scale", results, packages=("torch", "numpy"))
 
 

@@ -1,7 +1,7 @@
 """Training steps on CPU: MegaGPT against a hand-written loop and what a user would pick instead, CPU seconds per step.
 
     python bench/training.py                      every cell below, about 15 minutes on 2 cores (environments made before)
-    python bench/training.py cells=one_fp32 repetitions=5
+    python bench/training.py cells=one_fp32 repetitions=5      this cell anew; the others stay in the result file
     python bench/training.py short=true           one tiny cell, to see that it works
 
 Same model (Llama family), same samples in the same order, same fused AdamW, clipping, precision and logging for all; each
@@ -15,13 +15,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from measure import PROJECT, peer_python, peer_versions, spread, write_results
+from measure import PROJECT, RESULTS, peer_python, peer_versions, spread, write_results
 from training_data import write_data
 from training_turns import Contender, Outcome, run_turn_about
 
@@ -42,6 +43,11 @@ PEERS: dict[str, tuple[str, ...]] = {
     "litgpt": (TORCH, "litgpt==0.5.13", "numpy==2.4.6"),
 }
 """Each peer's environment. Lightning's also holds what our model class imports."""
+
+NOT_RUN = (
+    " torchtitan 0.3.0 does not run on CPUs: it needs triton to be imported, and its trainer calls torch.cuda.set_device. "
+    "litgpt has no CPU strategy for several processes (its FSDP wants GPUs), Lightning's FSDP likewise."
+)
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 1024, "num_layers": 2, "num_heads": 2, "hidden_size": 64, "mlp_size": 192},
@@ -103,30 +109,50 @@ SHORT = {"tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "meg
 
 
 def main(words: Sequence[str]) -> None:
-    """Run cells, print and write the table."""
+    """Run cells; what was measured before of other cells stays in the result file."""
     options = dict(word.split("=", 1) for word in words)
-    cells = SHORT if options.get("short") == "true" else CELLS
-    if "only" in options:
-        cells = {
-            name: replace(cell, contenders={n: cell.contenders[n] for n in options["only"].split(",")})
-            for name, cell in cells.items()
-        }
+    short = options.get("short") == "true"
+    cells = SHORT if short else CELLS
     names = options["cells"].split(",") if "cells" in options else list(cells)
-    repetitions, rows = int(options.get("repetitions", 3 if cells is CELLS else 1)), []
+    repetitions = int(options.get("repetitions", 1 if short else 3))
+    tables = {} if short else earlier_tables("training")
     for name in names:
-        rows += run_cell(name, cells[name], repetitions)
+        rows = run_cell(name, cells[name], repetitions)
+        shown = f"python bench/training.py cells={name} repetitions={repetitions}"
+        about = f"Measured {datetime.now(UTC).date().isoformat()} by `{shown}`. {losses_explained(rows)}"
+        plot = {"x": "contender", "y": "step_cpu_s", "by": None, "log": False}
+        tables[name] = {"key": name, "title": title_of(cells[name]), "about": about, "rows": rows, "plot": plot}
+        if not short:
+            write_tables([tables[name] for name in cells if name in tables])
+
+
+def write_tables(tables: list[dict[str, Any]]) -> None:
+    """The result file, with the versions that each peer's environment has."""
+    peers = {}
+    for peer, requirements in PEERS.items():
+        peers |= peer_versions(peer_python(peer, requirements), [r.split("==")[0] for r in requirements if "==" in r][:4])
     results = {
         "title": "Training on CPU: time per step",
         "about": (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip(),
-        "rows": rows,
-        "lost": losses_explained(rows),
+        "tables": tables,
+        "lost": "".join(f"{t['title']}: {losses_explained(t['rows'])} " for t in tables if losses_explained(t["rows"]))
+        + NOT_RUN,
     }
-    peers = {}
-    for peer, requirements in PEERS.items():
-        if cells is CELLS:
-            peers |= peer_versions(peer_python(peer, requirements), [r.split("==")[0] for r in requirements if "==" in r][:4])
-    if ("cells" not in options and cells is CELLS) or "write" in options:
-        write_results(options.get("write", "training"), results, packages=("torch", "deepspeed"), peers=peers)
+    write_results("training", results, packages=("torch", "deepspeed"), peers=peers)
+
+
+def earlier_tables(name: str) -> dict[str, dict[str, Any]]:
+    """Tables of the result file by their key; empty if there is none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    return {table["key"]: table for table in json.loads(path.read_text(encoding="utf-8"))["results"]["tables"]}
+
+
+def title_of(cell: Cell) -> str:
+    """What is the same for all of a cell."""
+    compiled = ", compiled" if cell.compile else ""
+    return f"{cell.model} parameters, {cell.precision}{compiled}, {cell.ranks} process{'es' if cell.ranks > 1 else ''}"
 
 
 def run_cell(name: str, cell: Cell, repetitions: int) -> list[dict[str, Any]]:
@@ -151,10 +177,6 @@ def row_of(cell: Cell, name: str, outcomes: dict[str, list[Outcome]]) -> dict[st
     last = [rank["losses"][-1] for rank in mine[0].ranks if rank["losses"]]
     waits = [o.ranks[0]["data_wait_s"] / o.ranks[0]["data_wait_until_step"] for o in mine if "data_wait_s" in o.ranks[0]]
     return {
-        "model": cell.model,
-        "precision": cell.precision,
-        "compiled": cell.compile,
-        "processes": cell.ranks,
         "contender": name,
         "step_cpu_s": median(median(outcome.step_cpu_s()) for outcome in mine),
         "ratio_to_bare_loop": spread(ratios),
@@ -203,19 +225,14 @@ def contender(name: str, program: str, layout: str, ranks: int, job: dict[str, A
 
 
 def losses_explained(rows: list[dict[str, Any]]) -> str:
-    """One sentence per cell that a peer wins, by the numbers."""
+    """A sentence per engine of ours that a peer beats."""
     sentences = []
     for row in rows:
-        if not row["contender"].startswith("megagpt"):
-            continue
-        cell = [r for r in rows if all(r[k] == row[k] for k in ("model", "precision", "compiled", "processes"))]
-        better = [r for r in cell if not r["contender"].startswith("megagpt") and r["step_cpu_s"] < row["step_cpu_s"]]
-        for other in better:
+        ours = row["contender"].startswith("megagpt")
+        better = [r for r in rows if not r["contender"].startswith(("megagpt", "bare")) and r["step_cpu_s"] < row["step_cpu_s"]]
+        for other in better if ours else ():
             share = row["step_cpu_s"] / other["step_cpu_s"] - 1
-            where = (
-                f"{row['model']} {row['precision']}{', compiled' if row['compiled'] else ''}, {row['processes']} process(es)"
-            )
-            sentences.append(f"{where}: {row['contender']} takes {share:.1%} more CPU time per step than {other['contender']}.")
+            sentences.append(f"{row['contender']} takes {share:.1%} more CPU time per step than {other['contender']}.")
     return " ".join(sentences)
 
 
