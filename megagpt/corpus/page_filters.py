@@ -83,7 +83,7 @@ def url(document: Document, *, lists: UrlLists, min_soft_words: int | None = 2) 
 
 
 def language(
-    document: Document, *, predict: Predict, labels: AbstractSet[str], min_score: float = 0.65, max_characters: int = 1000
+    document: Document, *, predict: Predict, labels: AbstractSet[str], min_score: float = 0.65, max_characters: int = 600
 ) -> Document | Rejected:
     """Keep the documents whose most likely language is one of `labels` (all, if empty); notes language and score in meta."""
     text = " ".join(document.text[:max_characters].split())

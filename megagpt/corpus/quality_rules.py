@@ -6,9 +6,10 @@ meta["language"] (absent: English) and let the languages that have none pass; `r
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+
+import numpy as np
 
 from megagpt.corpus.text_statistics import DEFAULT_SPLITTER, Splitter, analyse, count_duplicates
 from megagpt.documents import Document, Rejected
@@ -100,8 +101,8 @@ def gopher_repetition(
     if not text:
         return Rejected(document, "gopher_repetition:empty")
     for what, pieces, max_count, max_chars in (
-        ("paragraph", _PARAGRAPHS.split(text.strip()), max_duplicate_paragraphs, max_duplicate_paragraph_chars),
-        ("line", _LINES.split(text), max_duplicate_lines, max_duplicate_line_chars),
+        ("paragraph", _paragraphs(text.strip()), max_duplicate_paragraphs, max_duplicate_paragraph_chars),
+        ("line", _lines(text), max_duplicate_lines, max_duplicate_line_chars),
     ):
         count, characters = count_duplicates(pieces)
         if _above(count / len(pieces), max_count):
@@ -134,12 +135,14 @@ def gopher_quality(
 ) -> Document | Rejected:
     """Gopher's quality rules (arXiv 2112.11446, A1.1). Lengths leave symbols out; ratios are over all words."""
     text, language = document.text, language_of(document)
-    counts = analyse(text, splitter).word_counts
-    num_words = counts.total()
+    analysis = analyse(text, splitter)
+    (different, _), counts, num_words = analysis.numbered, analysis.word_counts, len(analysis.words)
+    has_letter, is_solid = _letters_and_symbols(different)
     reason = None
     if language not in UNSPACED_LANGUAGES:
+        lengths = np.fromiter(map(len, different), np.int64, len(different))
         reason = _gopher_word_rule(
-            counts, min_words, max_words, min_mean_word_length, max_mean_word_length
+            lengths[is_solid], counts[is_solid], min_words, max_words, min_mean_word_length, max_mean_word_length
         ) or _gopher_symbol_rule(text, num_words, max_symbol_ratio)
     lines = text.splitlines()
     if reason is None and lines:
@@ -147,11 +150,10 @@ def gopher_quality(
             reason = "too_many_bullet_lines"
         elif _above(sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines), max_ellipsis_lines):
             reason = "too_many_ellipsis_lines"
-    if reason is None and num_words and language not in UNSPACED_LANGUAGES:
-        alphabetic = sum(count for word, count in counts.items() if _has_letter(word))
-        if _below(alphabetic / num_words, min_alphabetic_words):
-            reason = "too_few_alphabetic_words"
-    if reason is None and language in STOP_WORDS and _below(len(STOP_WORDS[language] & counts.keys()), min_stop_words):
+    with_letter = int(counts[has_letter].sum()) / max(1, num_words)
+    if reason is None and num_words and language not in UNSPACED_LANGUAGES and _below(with_letter, min_alphabetic_words):
+        reason = "too_few_alphabetic_words"
+    if reason is None and language in STOP_WORDS and _below(len(STOP_WORDS[language].intersection(different)), min_stop_words):
         reason = "too_few_stop_words"
     return document if reason is None else Rejected(document, f"gopher_quality:{reason}")
 
@@ -273,16 +275,31 @@ def refinedweb(
 _TERMINAL = frozenset(TERMINAL_PUNCTUATION)
 
 
+def _paragraphs(text: str) -> list[str]:
+    """What two or more newlines separate."""
+    return _PARAGRAPHS.split(text) if "\n\n" in text else [text]
+
+
+def _lines(text: str) -> list[str]:
+    """What runs of newlines separate."""
+    return _LINES.split(text) if "\n\n" in text else text.split("\n")
+
+
 def _gopher_word_rule(
-    counts: Counter[str], min_words: int | None, max_words: int | None, min_mean: float | None, max_mean: float | None
+    lengths: np.ndarray,
+    counts: np.ndarray,
+    min_words: int | None,
+    max_words: int | None,
+    min_mean: float | None,
+    max_mean: float | None,
 ) -> str | None:
-    lengths = [(len(word) * count, count) for word, count in counts.items() if word.strip(SYMBOLS)]
-    num_words = sum(count for _, count in lengths)
+    """lengths and counts of the different words that are not symbols."""
+    num_words = int(counts.sum())
     if _below(num_words, min_words):
         return "too_few_words"
     if _above(num_words, max_words):
         return "too_many_words"
-    mean = sum(length for length, _ in lengths) / num_words if num_words else 0.0
+    mean = int((lengths * counts).sum()) / num_words if num_words else 0.0
     if _below(mean, min_mean):
         return "words_too_short"
     return "words_too_long" if _above(mean, max_mean) else None
@@ -296,8 +313,14 @@ def _gopher_symbol_rule(text: str, num_words: int, max_ratio: float | None) -> s
     return None
 
 
-def _has_letter(word: str) -> bool:
-    return word.isalpha() or any(map(str.isalpha, word))
+def _letters_and_symbols(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Which words have a letter, and which are more than symbols: bool arrays."""
+    has_letter = np.fromiter(map(str.isalpha, words), bool, len(words))
+    is_solid = has_letter.copy()
+    for i in np.flatnonzero(~has_letter).tolist():
+        has_letter[i] = any(map(str.isalpha, words[i]))
+        is_solid[i] = words[i].strip(SYMBOLS) != ""
+    return has_letter, is_solid
 
 
 def _above(value: float, limit: float | None) -> bool:

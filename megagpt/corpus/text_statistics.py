@@ -5,9 +5,9 @@ punctuation marks are words, clitics stand alone ("don't" is "do", "n't"), numbe
 another package's verdicts to the letter passes its word and sentence functions instead; every rule then counts with them.
 """
 
+import itertools
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -43,13 +43,7 @@ _SENTENCE_END = re.compile(r"(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？｡�
 
 def split_words(text: str) -> list[str]:
     """The words of a text, punctuation marks included, none with white space in it."""
-    words: list[str] = []
-    for token in text.split():
-        if token.isalpha():
-            words.append(token)
-        else:
-            words.extend(_split_token(token))
-    return words
+    return list(itertools.chain.from_iterable(map(_PIECES.__getitem__, text.split())))
 
 
 def split_sentences(text: str) -> list[str]:
@@ -60,9 +54,17 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
-@lru_cache(maxsize=1 << 16)
-def _split_token(token: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(token))
+class _Pieces(dict[str, tuple[str, ...]]):
+    """The words in each token that was met lately: looked up without a Python call per token."""
+
+    def __missing__(self, token: str) -> tuple[str, ...]:
+        if len(self) >= 1 << 17:
+            self.clear()
+        words = self[token] = (token,) if token.isalpha() else tuple(_WORD.findall(token))
+        return words
+
+
+_PIECES = _Pieces()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,19 @@ class Analysis:
         return self.splitter.words(self.text)
 
     @cached_property
-    def word_counts(self) -> Counter[str]:
-        """How often each word occurs, in order of first occurrence."""
-        return Counter(self.words)
+    def numbered(self) -> tuple[list[str], np.ndarray]:
+        """(the different words in order of first occurrence, number in that list of each word of the text, int64)."""
+        return number_words(self.words)
+
+    @cached_property
+    def word_counts(self) -> np.ndarray:
+        """How often each of the different words occurs: int64."""
+        different, numbers = self.numbered
+        return np.bincount(numbers, minlength=len(different))
 
     @cached_property
     def repeated_n_grams(self) -> "NGramCounts":
-        return count_repeated_n_grams(self.words)
+        return count_repeated_n_grams(self.words, self.numbered)
 
 
 @lru_cache(maxsize=4)
@@ -111,7 +119,13 @@ class NGramCounts:
     duplicate: dict[int, int]
 
 
-def count_repeated_n_grams(words: list[str]) -> NGramCounts:
+def number_words(words: list[str]) -> tuple[list[str], np.ndarray]:
+    """(the different words in order of first occurrence, number in that list of each word, int64)."""
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    return list(numbers), np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+
+
+def count_repeated_n_grams(words: list[str], numbered: tuple[list[str], np.ndarray] | None = None) -> NGramCounts:
     """Gopher's n-gram counts (arXiv 2112.11446, Table A1) as datatrove reads them.
 
     top[n]: of the most frequent n-gram (the first one among equals) the space-joined length times its count; absent where
@@ -122,11 +136,11 @@ def count_repeated_n_grams(words: list[str]) -> NGramCounts:
         return NGramCounts({}, dict.fromkeys(REPEATED_N_GRAMS, 0))
     from megagpt.corpus import ngram_kernels
 
+    different, ids = numbered or number_words(words)
     joined = _code_points("".join(words))
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    lengths = np.fromiter(map(len, different), np.int64, len(different))
     starts = np.zeros(len(words) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    ids = _word_ids(words)
+    np.cumsum(lengths[ids], out=starts[1:])
     top = {n: int(ngram_kernels.top_n_gram(ids, starts, n)) for n in TOP_N_GRAMS if len(words) >= n}
     duplicate = ngram_kernels.duplicate_n_grams(joined, starts, np.array(REPEATED_N_GRAMS, np.int64))
     return NGramCounts(top, dict(zip(REPEATED_N_GRAMS, duplicate.tolist(), strict=True)))
@@ -147,8 +161,3 @@ def count_duplicates(items: Iterable[str]) -> tuple[int, int]:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def _word_ids(words: list[str]) -> np.ndarray:
-    ids = {word: number for number, word in enumerate(dict.fromkeys(words))}
-    return np.fromiter(map(ids.__getitem__, words), np.int64, len(words))
