@@ -174,12 +174,17 @@ def _jsonable(value: Any) -> Any:
 
 
 def _relative(words: Sequence[str]) -> list[str]:
-    """Command words without this machine's folders."""
-    inside = [Path(word).resolve() for word in words]
-    return [
-        str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) and path.exists() else w
-        for path, w in zip(inside, words, strict=True)
-    ]
+    """Command words without this machine's folders: paths of the project are shortened, others become FOLDER."""
+    result = []
+    for word in words:
+        key, equals, value = word.rpartition("=")
+        path = Path(value).resolve()
+        if path.exists() and path.is_relative_to(PROJECT):
+            value = str(path.relative_to(PROJECT))
+        elif value.startswith(("/", "../")):
+            value = "FOLDER"
+        result.append(f"{key}{equals}{value}")
+    return result
 
 
 def _git(*words: str) -> str:
