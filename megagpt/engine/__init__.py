@@ -80,8 +80,8 @@ class DeepSpeedConfig(Config):
     """What is sharded over ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
     reduce_bucket_elements: int = Field(default=50_000_000, gt=0)
     """Gradients reduced at a time."""
-    allgather_bucket_elements: int = Field(default=500_000_000, gt=0)
-    """Weights gathered at a time (stages 1 and 2)."""
+    allgather_bucket_elements: int = Field(default=500_000_000, gt=0, multiple_of=2)
+    """Weights gathered at a time (stages 1 and 2); an even number."""
     overlap_comm: bool = False
     """Whether to reduce gradients during the backward pass (stages 2 and 3)."""
     stage3_prefetch_elements: int = Field(default=50_000_000, ge=0)
