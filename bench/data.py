@@ -1,6 +1,6 @@
 """The data half beside datatrove (and text-dedup, Hugging Face tokenizers, tiktoken): CPU seconds, wall time, memory.
 
-    python bench/data.py DATA_FOLDER [stages=extract,filter,dedup,tokenize,encode,end_to_end] [pages=1200] [repetitions=3]
+    python bench/data.py DATA_FOLDER [stages=extract,filter,dedup,tokenize,encode,end_to_end] [pages=800] [repetitions=3]
         [core=0]
 
 Same files, one core (both sides are pinned to it), interleaved runs, every run a fresh process with an empty output folder. For
@@ -117,7 +117,6 @@ def extract_commands(inputs: Inputs, out: Path, *, tiny: bool) -> dict[str, list
     ours = {
         "megagpt": (),
         "megagpt, language first": ("extract.languages=[en]",),
-        "megagpt, trafilatura": ("extract.extractor=trafilatura",),
         "megagpt, trafilatura, language first": ("extract.extractor=trafilatura", "extract.languages=[en]"),
     }
     commands = {
@@ -324,7 +323,7 @@ def describe_input(stage: str, inputs: Inputs) -> dict[str, Any]:
 def main(words: list[str]) -> None:
     """Measure the stages that are asked for."""
     folder, options = Path(words[0]).resolve(), dict(word.split("=", 1) for word in words[1:])
-    num_pages = int(options.get("pages", 1200))
+    num_pages = int(options.get("pages", 800))
     if "prepare" in options:
         inputs = make_inputs(folder, num_pages)
         described = {stage: describe_input(stage, inputs) for stage in STAGES}

@@ -52,7 +52,7 @@ class ExtractConfig(Config):
     languages: tuple[str, ...] = ()
     """Languages that are wanted (ISO 639 codes as fastText's lid.176 has them): HTML pages that are surely in another one are
     rejected before their main text is looked for. Empty: all are extracted. The language filter still decides on the rest."""
-    min_other_language_score: float = Field(default=0.65, ge=0, le=1)
+    min_other_language_score: float = Field(default=0.9, ge=0, le=1)
     """How sure the model must be that a page is in a language that is not wanted."""
     max_page_cpu_seconds: float = Field(default=20.0, gt=0)
     """CPU time that one page may take; beyond it the page is rejected."""
