@@ -20,7 +20,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A reader sees the old file or the new one, never a part. Raises OSError of the write with the final path in `filename`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-{_writer()}-", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -38,14 +38,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folders: Iterable[Path], *, alone: bool) -> None:
-    """Remove what killed writers of `atomic_path` left in folders. Not `alone`: only what nobody has written to for an hour."""
-    newest = time.time() if alone else time.time() - 3600
-    for folder in folders:
-        for path in folder.glob(".tmp-*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file() and path.stat().st_mtime <= newest:
-                    path.unlink()
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Remove unfinished files of `atomic_path` whose writers are gone: killed on this machine, or idle for an hour."""
+    for path in [path for folder in folders for path in folder.glob(".tmp-*")]:
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and (_writer_is_dead(path.name) or path.stat().st_mtime < time.time() - 3600):
+                path.unlink()
+
+
+def _writer() -> str:
+    """Who writes: a hash of the machine's name, and the process."""
+    return f"{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}.{os.getpid()}"
+
+
+def _writer_is_dead(name: str) -> bool:
+    machine, _, process = name.rsplit("-", 2)[-2].partition(".")
+    if machine != _writer().partition(".")[0] or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from megagpt.corpus.blocks import Block, Fault, Outcome, Seen, document_blocks, 
 from megagpt.corpus.executors import Execution, WorkerDiedError
 from megagpt.corpus.stage import read_summary, run_stage, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
+from megagpt.files import atomic_path
 
 DOCUMENTS_PER_BLOCK = 60
 
@@ -85,23 +86,21 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "0"]) as process:
+        pass
+    with atomic_path(tmp_path / "stage.json") as temporary:
+        living = temporary.name
+    dead = living.replace(f".{os.getpid()}-", f".{process.pid}-")
+    elsewhere = living.replace(living.split("-")[2], "0123abcd.1")
     blocks, output = make_blocks(tmp_path / "in", num_files=1, num_blocks=1), tmp_path / "out"
-    leftovers = [output / ".tmp-stage.json-x1", output / "dropped" / ".tmp-in0.jsonl.zst-x2"]
-
-    def leave() -> None:
-        for path in leftovers:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("torn")
-
-    for part, stays in (("0/1", False), ("0/2", True), ("1/2", True)):
-        leave()
-        run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1, part=part))
-        assert leftovers[0].exists() == stays  # another part may be writing it
-    for path in leftovers:
-        if path.exists():
-            os.utime(path, (0, 0))
+    (output / "dropped").mkdir(parents=True)
+    for name in (living, dead, elsewhere, f"dropped/{dead}"):
+        (output / name).write_text("torn")
     run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1, part="0/2"))
-    assert not any(path.exists() for path in leftovers)
+    assert [name for name in (living, dead, elsewhere, f"dropped/{dead}") if (output / name).exists()] == [living, elsewhere]
+    os.utime(output / elsewhere, (0, 0))
+    run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1))
+    assert not (output / elsewhere).exists()
 
 
 def test_counts_and_files(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     config_hash = fingerprint(_Plan(settings=settings, blocks=names, known=tuple(corpus.plan for corpus in known)))
     work = _Work(config, output_dir / "index", known, tuple(blocks), execution)
     _claim(work.index, config_hash, overwrite=execution.overwrite)
-    remove_leftovers((work.index, output_dir / "duplicates"), alone=execution.part_of[1] == 1)
+    remove_leftovers((work.index, output_dir / "duplicates"))
     indexed = _find_duplicates(work)
     if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
         return None
@@ -302,12 +302,12 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
     for name in ("pairs", "plan", "candidates"):
         shutil.rmtree(index / name, ignore_errors=True)
     # What killed runs left; a small .json file may be that of another part which is at this point now.
-    alone = work.execution.part_of[1] == 1
     for leftover in [*index.rglob("tmp-*"), *index.rglob(".tmp-*"), *index.glob("runs-*")]:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
-        elif alone or ".json-" not in leftover.name:
+        elif ".json-" not in leftover.name:
             leftover.unlink(missing_ok=True)
+    remove_leftovers({leftover.parent for leftover in index.rglob(".tmp-*")})
 
 
 def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock], index: Path, path: Path) -> None:

@@ -60,8 +60,7 @@ def run_stage(
     """
     files = _group_by_file(blocks)
     _claim(output_dir, name, config_hash, files, overwrite=execution.overwrite)
-    folders = (output_dir, output_dir / "dropped", output_dir / "rejected")
-    remove_leftovers(folders, alone=execution.part_of[1] == 1)
+    remove_leftovers((output_dir, output_dir / "dropped", output_dir / "rejected"))
     plans = {file: plan_hash(config_hash, file_blocks) for file, file_blocks in files.items()}
     index, count = execution.part_of
     _drop_outdated(output_dir, plans)

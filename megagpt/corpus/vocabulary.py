@@ -60,7 +60,7 @@ def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerC
 
     Raises UserError if the inputs hold no text or vocab_size does not suit them.
     """
-    remove_leftovers([output_dir], alone=True)
+    remove_leftovers([output_dir])
     documents, files = [], {}
     for path, budget in file_budgets(inputs, config).items():
         sample = sample_documents(path, budget)
