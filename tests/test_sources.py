@@ -5,6 +5,7 @@ import functools
 import gzip
 import http.server
 import threading
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -567,6 +568,14 @@ def test_fuzzed_jsonl_and_http(tmp_path_factory: pytest.TempPathFactory, noise: 
 
 
 @pytest.mark.slow
+def test_control_characters_become_spaces() -> None:
+    controls = [c for c in range(0xA0) if unicodedata.category(chr(c)) == "Cc" and chr(c) not in "\t\n\f\r\x85"]
+    for code in range(0x2100):
+        decoded = decode_text(f"a{chr(code)}é".encode(), "utf-8")
+        assert decoded.text == ("a é" if code in controls else f"a{chr(code)}é")
+        assert (decoded.unreadable > 0) == (code in controls)
+
+
 def test_urls_that_nothing_here_can_read_are_refused() -> None:
     with pytest.raises(UserError, match=r"gopher://h/a\.warc\.gz: cannot be read here: Protocol not known"):
         input_blocks(["gopher://h/a.warc.gz"], "auto", 1 << 20)

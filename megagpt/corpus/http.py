@@ -166,13 +166,22 @@ def _decoded(body: bytes, charset: str, problems: list[str]) -> Decoded:
     num_replaced = text.count("\ufffd")
     if num_replaced:
         problems.append("invalid UTF-8" if charset == "utf-8" else "bytes that the charset cannot hold")
-    num_controls = len(_CONTROLS.findall(text))
+    num_controls = 0
+    if charset != "utf-8" or _holds_controls(body):
+        num_controls = len(_CONTROLS.findall(text))
     if num_controls:
         text = _CONTROLS.sub(" ", text)
     return Decoded(text, charset, (num_replaced + num_controls) / max(1, len(text)), tuple(problems))
 
 
 _CONTROLS = re.compile(r"[\0-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_CONTROL_BYTES = bytes([*range(9), 11, *range(14, 32), 127])
+_UTF8_CONTROLS = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")
+
+
+def _holds_controls(body: bytes) -> bool:
+    """Whether UTF-8 holds what _CONTROLS matches, told from its bytes: many times as fast."""
+    return len(body.translate(None, _CONTROL_BYTES)) < len(body) or _UTF8_CONTROLS.search(body) is not None
 
 
 def _dechunk(body: bytes) -> tuple[bytes, str | None]:
