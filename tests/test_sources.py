@@ -567,7 +567,6 @@ def test_fuzzed_jsonl_and_http(tmp_path_factory: pytest.TempPathFactory, noise: 
     decode_body(Message(200, {"content-encoding": noise[:5].decode("latin-1")}, noise))
 
 
-@pytest.mark.slow
 def test_control_characters_become_spaces() -> None:
     controls = [c for c in range(0xA0) if unicodedata.category(chr(c)) == "Cc" and chr(c) not in "\t\n\f\r\x85"]
     for code in range(0x2100):
@@ -581,6 +580,7 @@ def test_urls_that_nothing_here_can_read_are_refused() -> None:
         input_blocks(["gopher://h/a.warc.gz"], "auto", 1 << 20)
 
 
+@pytest.mark.slow
 def test_https_style_url(tmp_path: Path) -> None:
     """A real server on this machine; what is missing is a clear error."""
     write_warc(tmp_path / "a.warc.gz", [response(PAGE.encode())] * 2)
