@@ -407,7 +407,7 @@ def versions() -> dict[str, str]:
 
 WHEELS = (
     "pydantic==2.14.3", "pydantic_core==2.50.4", "annotated_types==0.8.0", "orjson==3.13.0", "zstandard==0.25.0",
-    "litgpt==0.5.13", "lightning==2.6.6", "jsonargparse", "torchao==0.18.0",
+    "litgpt==0.5.13", "lightning==2.6.6", "jsonargparse==4.41.0", "docstring_parser", "typeshed_client", "torchao==0.18.0",
 )  # fmt: skip
 """For a machine with torch 2.11 for Python 3.12 and the usual scientific packages; deepspeed is built beside them."""
 

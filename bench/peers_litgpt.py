@@ -94,7 +94,7 @@ def main() -> None:
     if weights is not None:
         weights.mkdir(parents=True, exist_ok=True)
         torch.save(renamed(torch.load(job["initial_weights"])), weights / "lit_model.pth")
-    sys.argv = ["litgpt", "pretrain"]  # litgpt writes the words it was called with beside its checkpoints
+    sys.argv = ["litgpt", "pretrain", "pythia-14m"]  # litgpt writes the words it was called with beside its checkpoints
     optimizer = {"lr": job["lr"], "betas": [0.9, 0.95], "weight_decay": job["weight_decay"]}
     setup(
         "bench",

@@ -40,7 +40,7 @@ PEERS: dict[str, tuple[str, ...]] = {
         "numpy==2.4.6",
     ),
     "lightning": (TORCH, "lightning==2.6.6", *OURS),
-    "litgpt": (TORCH, "litgpt==0.5.13", "numpy==2.4.6"),
+    "litgpt": (TORCH, "litgpt==0.5.13", "numpy==2.4.6", "requests"),
 }
 """Each peer's environment. Lightning's also holds what our model class imports."""
 
@@ -104,8 +104,11 @@ CELLS: dict[str, Cell] = {
     "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=12),
     "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=12),
 }
-SHORT = {"tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "megagpt, fsdp")}, steps=6)}
-"""What `short=true` runs: no environment but our own."""
+SHORT = {
+    "tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "megagpt, fsdp")}, steps=6),
+    "tiny_peers": Cell("tiny", "fp32", ALONE, steps=6),
+}
+"""What `short=true` chooses from; tiny needs no environment but our own."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -113,13 +116,14 @@ def main(words: Sequence[str]) -> None:
     options = dict(word.split("=", 1) for word in words)
     short = options.get("short") == "true"
     cells = SHORT if short else CELLS
-    names = options["cells"].split(",") if "cells" in options else list(cells)
+    names = options["cells"].split(",") if "cells" in options else ["tiny"] if short else list(CELLS)
     repetitions = int(options.get("repetitions", 1 if short else 3))
     tables = {} if short else earlier_tables("training")
     for name in names:
-        rows = run_cell(name, cells[name], repetitions)
+        rows, failed = run_cell(name, cells[name], repetitions)
         shown = f"python bench/training.py cells={name} repetitions={repetitions}"
         about = f"Measured {datetime.now(UTC).date().isoformat()} by `{shown}`. {losses_explained(rows)}"
+        about += f" Failed: {', '.join(failed)}." if failed else ""
         plot = {"x": "contender", "y": "step_cpu_s", "by": None, "log": False}
         tables[name] = {"key": name, "title": title_of(cells[name]), "about": about, "rows": rows, "plot": plot}
         if not short:
@@ -155,22 +159,28 @@ def title_of(cell: Cell) -> str:
     return f"{cell.model} parameters, {cell.precision}{compiled}, {cell.ranks} process{'es' if cell.ranks > 1 else ''}"
 
 
-def run_cell(name: str, cell: Cell, repetitions: int) -> list[dict[str, Any]]:
-    """The rows of one cell."""
+def run_cell(name: str, cell: Cell, repetitions: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of one cell, and the contenders that failed. Raises SystemExit if ours or the floor did."""
     outcomes: dict[str, list[Outcome]] = {contender: [] for contender in cell.contenders}
     for number in range(repetitions):
         with tempfile.TemporaryDirectory(prefix="bench_training_") as folder:
-            contenders = prepare(cell, Path(folder))
-            for contender, outcome in run_turn_about(contenders, Path(folder) / "runs").items():
+            seen, failures = run_turn_about(prepare(cell, Path(folder)), Path(folder) / "runs")
+        for contender, reason in failures.items():
+            print(f"{name}: {contender} failed: {reason}", file=sys.stderr, flush=True)
+            if contender.startswith(("megagpt", "bare")):
+                raise SystemExit(1)
+            outcomes.pop(contender, None)
+        for contender, outcome in seen.items():
+            if contender in outcomes:
                 outcomes[contender].append(outcome)
         print(f"{name}: repetition {number + 1} of {repetitions} done", flush=True)
-    rows = [row_of(cell, contender, outcomes) for contender in cell.contenders]
+    rows = [row_of(contender, outcomes) for contender in outcomes]
     for row in rows:
         print(json.dumps(row), flush=True)
-    return rows
+    return rows, [contender for contender in cell.contenders if contender not in outcomes]
 
 
-def row_of(cell: Cell, name: str, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
+def row_of(name: str, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
     """One contender against the first of its cell."""
     mine, floor = outcomes[name], outcomes[next(iter(outcomes))]
     ratios = [median(a.step_cpu_s()) / median(b.step_cpu_s()) for a, b in zip(mine, floor, strict=True)]

@@ -58,7 +58,9 @@ def start_and_resume(repetitions: int) -> list[dict[str, Any]]:
                         continue
                     task = {**job, "steps": steps, "resumed_at": resumed_at, "save": name != BARE}
                     one = contender(name, program, layout, 1, task, folder)
-                    seen[name][phase].append(run_turn_about([one], folder / phase)[name])
+                    outcomes, failures = run_turn_about([one], folder / phase)
+                    print(*failures.values(), file=sys.stderr, flush=True)
+                    seen[name][phase] += outcomes.values()
     rows = []
     for name, phases in seen.items():
         row: dict[str, Any] = {"contender": name}
@@ -81,7 +83,10 @@ def memory_over_steps(steps: int) -> list[dict[str, Any]]:
             one = contender(name, program, layout, 1, job, folder)
             per_update = 2 if layout == "zero1" else 1  # optimizer calls: DeepSpeed makes one per parameter group
             one = replace(one, environment={**one.environment, "BENCH_RSS_EVERY": str(MEMORY_EVERY * per_update)})
-            outcome = run_turn_about([one], folder / "memory")[name]
+            outcomes, failures = run_turn_about([one], folder / "memory")
+            if failures:
+                raise SystemExit(str(failures))
+            outcome = outcomes[name]
             seen = [value / 2**20 for value in outcome.ranks[0]["rss_bytes"]]
             half = seen[len(seen) // 2 :]
             rows.append(

@@ -47,34 +47,39 @@ class Outcome:
         return [sum(e[i] - e[i - 1] for e in ends) for i in range(1, len(ends[0]))]
 
 
-def run_turn_about(contenders: Sequence[Contender], folder: Path, *, timeout_s: float = 900.0) -> dict[str, Outcome]:
+class ContenderFailedError(Exception):
+    """A program ended with an error or took too long; the message has its last lines."""
+
+
+def run_turn_about(
+    contenders: Sequence[Contender], folder: Path, *, timeout_s: float = 900.0
+) -> tuple[dict[str, Outcome], dict[str, str]]:
     """Start each program alone up to its first update, then let them take turns until all have ended.
 
-    Raises SystemExit with the last lines of a program that failed or took more than `timeout_s` of its own turns.
+    Returns the outcomes, and why the others have none: a failure, or more than `timeout_s` of its own turns.
     """
     running: list[_Running] = []
+    failures: dict[str, str] = {}
     try:
         for contender in contenders:
-            running.append(_Running(contender, folder / contender.name))
-            running[-1].wait_until_ready(timeout_s)
-            running[-1].send(signal.SIGSTOP)
-        left = {program.contender.name: timeout_s for program in running}
-        alive = list(running)
+            program = _Running(contender, folder / contender.name)
+            running.append(program)
+            try:
+                program.wait_until_ready(timeout_s)
+                program.send(signal.SIGSTOP)
+            except ContenderFailedError as error:
+                failures[contender.name] = str(error)
+        alive = [program for program in running if program.contender.name not in failures]
         while alive:
             for program in list(alive):
-                program.send(signal.SIGCONT)
-                deadline = time.monotonic() + SLICE_S
-                while time.monotonic() < deadline and not program.ended():
-                    time.sleep(0.02)
-                left[program.contender.name] -= SLICE_S
-                if program.ended():
-                    program.check()
+                try:
+                    if program.take_turn(timeout_s):
+                        alive.remove(program)
+                except ContenderFailedError as error:
+                    failures[program.contender.name] = str(error)
                     alive.remove(program)
-                elif left[program.contender.name] < 0:
-                    raise SystemExit(f"{program.contender.name}: not done in {timeout_s:.0f} s of its own\n{program.tail()}")
-                else:
-                    program.send(signal.SIGSTOP)
-        return {program.contender.name: program.outcome() for program in running}
+        good = [program for program in running if program.contender.name not in failures]
+        return {program.contender.name: program.outcome() for program in good}, failures
     finally:
         for program in running:
             program.kill()
@@ -84,7 +89,7 @@ class _Running:
     def __init__(self, contender: Contender, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.contender, self.folder = contender, folder
-        self.started = time.time()
+        self.started, self.used_s = time.time(), 0.0
         port = _free_port()
         self.processes = []
         for rank in range(contender.ranks):
@@ -115,8 +120,23 @@ class _Running:
                 self.check()
                 return
             if time.monotonic() > deadline:
-                raise SystemExit(f"{self.contender.name}: no update in {timeout_s:.0f} s\n{self.tail()}")
+                raise ContenderFailedError(f"{self.contender.name}: no update in {timeout_s:.0f} s\n{self.tail()}")
             time.sleep(0.005)
+
+    def take_turn(self, timeout_s: float) -> bool:
+        """Run for a slice; True if it has ended well. Raises ContenderFailedError."""
+        self.send(signal.SIGCONT)
+        began = time.monotonic()
+        while time.monotonic() < began + SLICE_S and not self.ended():
+            time.sleep(0.02)
+        self.used_s += time.monotonic() - began
+        if self.ended():
+            self.check()
+            return True
+        if self.used_s > timeout_s:
+            raise ContenderFailedError(f"{self.contender.name}: not done in {timeout_s:.0f} s of its own\n{self.tail()}")
+        self.send(signal.SIGSTOP)
+        return False
 
     def send(self, number: int) -> None:
         for process in self.processes:
@@ -134,7 +154,7 @@ class _Running:
             except subprocess.TimeoutExpired:
                 status = None
             if status != 0:
-                raise SystemExit(f"{shlex.join(self.contender.command)}: exit status {status}\n{self.tail()}")
+                raise ContenderFailedError(f"{shlex.join(self.contender.command)}: exit status {status}\n{self.tail()}")
 
     def tail(self) -> str:
         logs = [self.folder / f"log_{rank}.txt" for rank in range(self.contender.ranks)]
