@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_pages import make_warcs, web_pages, write_warc
+from data_pages import Page, make_warcs, web_pages, write_warc
 from data_parity import DATATROVE
 from measure import PROJECT, Run, peer_python, peer_versions, run_interleaved, run_once, write_results
 
@@ -53,7 +53,7 @@ def make_inputs(data_folder: Path, num_pages: int) -> Inputs:
     warcs = make_warcs(data_folder, FOLDER, base / "warcs", num_pages=num_pages)
     tiny = base / "tiny_warcs" / "one.warc.gz"
     if not tiny.is_file():
-        write_warc(tiny, [next(page for page in web_pages(data_folder) if 5000 < len(page[1]) < 20000)])
+        write_warc(tiny, [_good_page(data_folder)])
     for source, target in ((warcs, base / "documents"), (tiny.parent, base / "tiny_documents")):
         if not list(target.glob("*.jsonl.zst")):
             run_once(_megagpt("extract", target.parent / f"work_{target.name}", source))
@@ -350,6 +350,22 @@ def _versions(stage: str) -> Mapping[str, str]:
 
 
 # ---- inputs
+
+
+def _good_page(data_folder: Path) -> Page:
+    """The first web page that passes the filters, so that every stage has something to do."""
+    from megagpt.corpus.extract import extract_html
+    from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters
+    from megagpt.documents import Document
+
+    order = FILTERS.strip("[]").split(",")
+    settings = {"order": order, "c4": {"keep_only_terminal_punctuation": False}}
+    filters = build_filters(FilterConfig.model_validate(settings))
+    for page in web_pages(data_folder):
+        text = extract_html(page[1].decode("utf-8", "replace")).text
+        if page[0].startswith("http://aeb.") and isinstance(apply_filters(Document("", text, ""), filters), Document):
+            return page
+    raise SystemExit(f"{data_folder}: no page there passes the filters")
 
 
 def _write_variants(source: Path, target: Path) -> None:
