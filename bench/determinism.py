@@ -34,7 +34,7 @@ TINY = Cell("tiny", "fp32", {}, steps=8)
 def main(words: Sequence[str]) -> None:
     """Run, print and write the tables."""
     short = "short=true" in words
-    rows = costs(TINY if short else replace(CELLS["one_fp32"], steps=10), 1 if short else 3)
+    rows = costs(TINY if short else replace(CELLS["one_fp32"], steps=8), 1 if short else 2)
     for precision in ("fp32",) if short else ("fp32", "bf16"):
         rows += bits(replace(TINY, precision=precision), (1, 2) if short else (1, 2, 4))
     differing = [row for row in rows if row.get("same_bits") is False]
@@ -60,7 +60,7 @@ def costs(cell: Cell, repetitions: int) -> list[dict[str, Any]]:
                 folder = Path(name)
                 job = prepare_job(replace(cell, ranks=2), folder) | {"micro_batches": 2}
                 runs = [_contender(mode, engine, 2, job | {"determinism": mode}, folder) for mode in MODES]
-                for mode, outcome in run_turn_about(runs, folder / "runs").items():
+                for mode, outcome in turns(runs, folder).items():
                     found[mode].append(outcome)
         for mode in MODES:
             pairs = zip(found[mode], found["none"], strict=True)
@@ -85,7 +85,7 @@ def bits(cell: Cell, sizes: Sequence[int]) -> list[dict[str, Any]]:
             for engine, size, start in layouts:
                 label = f"{mode}-{engine}-{size}-{start}".replace(" ", "-")
                 one = job | {"determinism": mode.split()[0], "micro_batches": max(sizes) // size}
-                run_turn_about([_contender(label, engine, size, one, folder)], folder / "runs")
+                turns([_contender(label, engine, size, one, folder)], folder)
                 digests.append(weights_sha256(folder / "run" / label, job["model"]))
                 rows.append({
                     "engine": engine, "determinism": mode.split()[0], "precision": cell.precision, "processes": size,
@@ -93,6 +93,14 @@ def bits(cell: Cell, sizes: Sequence[int]) -> list[dict[str, Any]]:
                 })  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def turns(runs: Sequence[Contender], folder: Path) -> dict[str, Outcome]:
+    """All of them in turn about; none may fail."""
+    outcomes, failures = run_turn_about(runs, folder / "runs")
+    if failures:
+        raise SystemExit("\n".join(f"{name}: {text}" for name, text in failures.items()))
+    return outcomes
 
 
 def weights_sha256(run_dir: Path, model: dict[str, Any]) -> str:
