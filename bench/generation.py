@@ -34,6 +34,7 @@ def main(words: Sequence[str]) -> None:
     options = dict(word.split("=", 1) for word in words)
     short = options.get("short") == "true"
     python = {"megagpt": Path(sys.executable), "transformers": peer_python("transformers", PEERS["transformers"])}
+    repetitions = int(options.get("repetitions", 1 if short else 3))
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench_generation_") as folder:
         for name in write_models(Path(folder)):
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> None:
                 commands = {p: [str(python[p]), f"bench/peers_generate_{p}.py", str(path)] for p in python}
                 paths = os.pathsep.join((str(PROJECT), str(PROJECT / "bench")))
                 environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-                runs = run_interleaved(commands, 1 if short else 3, environment=environment)
+                runs = run_interleaved(commands, repetitions, environment=environment)
                 rows.append(row_of(name, case, runs))
                 print(json.dumps(rows[-1]), flush=True)
     lost = [f"{r['model']}, {r['case']}: {r['ratio_to_transformers']['median']:.2f}" for r in rows]

@@ -41,6 +41,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         },
         "engine": engines[job["layout"]],
         "save_every_steps": job.get("save_every_steps", 1000),
+        "watchdog": {"stall_seconds": 7200, "long_seconds": 7200},  # it is on, and we are stopped while others have their turn
         "monitor": {"log_every_steps": job["log_every_steps"]},
     }
 

@@ -66,7 +66,7 @@ class Cell:
     contenders: dict[str, tuple[str, str]]
     ranks: int = 1
     compile: bool = False
-    steps: int = 16
+    steps: int = 11
     micro_batch_size: int = 4
 
 
@@ -99,10 +99,10 @@ CELLS: dict[str, Cell] = {
     "one_fp32": Cell("10M", "fp32", ALONE),
     "one_bf16": Cell("10M", "bf16", ALONE),
     "one_compiled": Cell("10M", "fp32", COMPILED, compile=True),
-    "large_fp32": Cell("50M", "fp32", ALONE, steps=6),
-    "large_bf16": Cell("50M", "bf16", ALONE, steps=6),
-    "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=12),
-    "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=12),
+    "large_fp32": Cell("50M", "fp32", ALONE, steps=5),
+    "large_bf16": Cell("50M", "bf16", ALONE, steps=5),
+    "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=9),
+    "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=9),
 }
 SHORT = {
     "tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "megagpt, fsdp")}, steps=6),
@@ -225,6 +225,7 @@ def contender(name: str, program: str, layout: str, ranks: int, job: dict[str, A
     python = peer_python(program, PEERS[program]) if program in PEERS else Path(sys.executable)
     environment = {
         "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'bench'}",
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed builds an extension with its own ninja
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",

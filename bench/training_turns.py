@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ def run_turn_about(
     """
     running: list[_Running] = []
     failures: dict[str, str] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped programs do not outlive us
     try:
         for contender in contenders:
             program = _Running(contender, folder / contender.name)
