@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ from megagpt.world import World, utc_now
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+
+
+Check: TypeAlias = Callable[[Path, dict[str, Any]], None]
+"""Gets a checkpoint's path and its state.json; raises to refuse it."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def restore(
     *,
     step: int | None = None,
     incarnation: int | None = None,
-    check: Callable[[Path, dict[str, Any]], None] | None = None,
+    check: Check | None = None,
 ) -> Restored | None:
     """Load the newest good checkpoint (or that of `step`) into the engine; None if there is none. All ranks call it together.
 
@@ -175,13 +179,26 @@ def restore(
     path, passed_over = newest_good(run_dir, world, step=step)
     if path is None:
         return None
+    restored = _load(path, engine, world, check, passed_over)
+    if incarnation is not None and world.rank == 0 and still_owner(run_dir, incarnation):
+        set_aside(run_dir, newer_than=step_of(path), incarnation=incarnation)
+    return restored
+
+
+def restore_exactly(path: Path, engine: Engine, world: World, *, check: Check | None = None) -> Restored:
+    """Load this one checkpoint, of any run. Raises CheckpointError if it is not good."""
+    problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return _load(path, engine, world, check, ())
+
+
+def _load(path: Path, engine: Engine, world: World, check: Check | None, passed_over: tuple[str, ...]) -> Restored:
     saved = read_json(path / "state.json")
     if check is not None:
         check(path, saved)
     read_pieces(path, engine.state(), world)
     engine.refresh(saved["updates"])
-    if incarnation is not None and world.rank == 0 and still_owner(run_dir, incarnation):
-        set_aside(run_dir, newer_than=step_of(path), incarnation=incarnation)
     return Restored(path, TrainState.from_json(saved["train_state"]), saved, passed_over)
 
 
@@ -255,11 +272,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def run_of(path: Path) -> Path:
-    """The run directory of a checkpoint. Raises UserError if the path is none."""
+def require_checkpoint(path: Path) -> None:
+    """Raise UserError if the path is not that of a checkpoint."""
     if not (path.name.startswith("step_") and path.name[5:].isdigit() and path.is_dir()):
         raise UserError(f"{path}: not a checkpoint; run_dir/checkpoints/step_<number> is expected")
-    return path.parent.parent
 
 
 def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:

@@ -43,7 +43,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
         if name not in FIXED_ON_RESUME:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
     if config.continue_from is not None:
-        checkpoint.run_of(config.continue_from)
+        checkpoint.require_checkpoint(config.continue_from)
     parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
     checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)

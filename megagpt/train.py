@@ -210,16 +210,14 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     def check(path: Path, saved: dict[str, Any]) -> None:
         preflight.check_resume(config, run.data, saved, path)
 
-    def restore(run_dir: Path, step: int | None, incarnation: int | None = None) -> checkpoint.Restored | None:
-        return checkpoint.restore(run_dir, run.engine, run.world, step=step, incarnation=incarnation, check=check)
-
-    restored = restore(config.run_dir, step, run.incarnation)
+    engine, world = run.engine, run.world
+    restored = checkpoint.restore(config.run_dir, engine, world, step=step, incarnation=run.incarnation, check=check)
     if restored is None and config.continue_from is not None:
-        restored = restore(checkpoint.run_of(config.continue_from), checkpoint.step_of(config.continue_from))
+        restored = checkpoint.restore_exactly(config.continue_from, engine, world, check=check)
     if restored is None:
-        draw_weights(run.engine, config.model, config.seed)
+        draw_weights(engine, config.model, config.seed)
         if config.init_from is not None:
-            checkpoint.load_weights(config.init_from, run.engine, run.world)
+            checkpoint.load_weights(config.init_from, engine, world)
     run.guard.restore(restored.saved.get("guard") if restored is not None else None)
     return run.guard.apply(restored.state if restored is not None else TrainState()), restored
 
