@@ -245,13 +245,12 @@ def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tupl
 
 
 def _candidates(run_dir: Path, step: int | None) -> list[Path]:
-    """All; with `step` that of the step, if there is one, and those made after a start with `resume_step` at it."""
+    """All; with `step` that of the step, if it is still there, and those made after a start with `resume_step` at it."""
     committed = list_checkpoints(run_dir)
     if step is None:
         return committed
-    named = [path for path in committed if step_of(path) == step]
     newer = [path for path in committed if step_of(path) > step and (_field(path, "config") or {}).get("resume_step") == step]
-    return named + newer if named else []
+    return [path for path in committed if step_of(path) == step] + newer
 
 
 def _field(path: Path, name: str) -> Any:

@@ -169,6 +169,10 @@ def test_a_course_that_is_given_up_is_set_aside(tmp_path: Path) -> None:
     assert restore(tmp_path, step=4) == 6
     assert restore(tmp_path) == 6
     assert steps_of(tmp_path) == [2, 4, 6]
+    checkpoint.prune(tmp_path, keep_last=1)  # the best, of step 2, stays too
+    assert restore(tmp_path, step=4) == 6
+    with pytest.raises(UserError, match="there is no checkpoint of step 3"):
+        restore(tmp_path, step=3)
 
 
 def test_a_damaged_newest_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
