@@ -354,6 +354,8 @@ def _versions(stage: str) -> Mapping[str, str]:
 
 def _good_page(data_folder: Path) -> Page:
     """The first web page that passes the filters, so that every stage has something to do."""
+    import trafilatura
+
     from megagpt.corpus.extract import extract_html
     from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters
     from megagpt.documents import Document
@@ -362,8 +364,11 @@ def _good_page(data_folder: Path) -> Page:
     settings = {"order": order, "c4": {"keep_only_terminal_punctuation": False}}
     filters = build_filters(FilterConfig.model_validate(settings))
     for page in web_pages(data_folder):
-        text = extract_html(page[1].decode("utf-8", "replace")).text
-        if page[0].startswith("http://aeb.") and isinstance(apply_filters(Document("", text, ""), filters), Document):
+        if not page[0].startswith("http://aeb.") or len(page[1]) > 100_000:
+            continue
+        html = page[1].decode("utf-8", "replace")
+        texts = (extract_html(html).text, trafilatura.extract(html, favor_precision=True, deduplicate=True) or "")
+        if all(len(text) > 2000 and isinstance(apply_filters(Document("", text, ""), filters), Document) for text in texts):
             return page
     raise SystemExit(f"{data_folder}: no page there passes the filters")
 
