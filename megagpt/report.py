@@ -15,6 +15,7 @@ from megagpt.funnel import big, read_funnel, show_funnel
 from megagpt.goodput import Ledger, advise_checkpoints, goodput_ledger
 from megagpt.metrics import Metrics, Row, read_metrics
 from megagpt.page import bars, card, details, escape, page, table, tile
+from megagpt.stragglers import count_slow
 
 
 class ReportConfig(Config):
@@ -93,6 +94,7 @@ def render(facts: Facts) -> str:
         card("Evaluations of checkpoints", _evaluations(facts.evaluations), wide=True),
         card("Generated text", _samples(facts.metrics.of_kind("sample")), wide=True),
         card("Starts", _starts(facts), wide=True),
+        card("Slow ranks", _slow_ranks(facts.metrics.of_kind("train")), wide=True),
         card("Checkpoints", _checkpoints(facts.checkpoints), wide=True),
         card("Settings and versions", _settings(facts), wide=True),
         "</div>",
@@ -293,6 +295,14 @@ def _starts(facts: Facts) -> str:
         )
     head = ("start", "time", "host", "launcher", "ranks", "commit", "from step", "to step", "end")
     return table(head, rows, numbers=(4, 6, 7)) if rows else ""
+
+
+def _slow_ranks(train: Sequence[Row]) -> str:
+    """The ranks that the log names as slow, the most often named first."""
+    told = [row for row in train if "step_time" in row]
+    named = count_slow(row.get("slow", "") for row in told)
+    rows = [(place, what, f"{times:,} of {len(told):,}", last) for (place, what), (times, last) in named.items()]
+    return table(("rank", "slow in", "times named", "last time"), rows[:20], numbers=(2,)) if rows else ""
 
 
 def _read_checkpoints(run_dir: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ _OTHER_CALLS = {
 }
 _BY_DESCRIPTOR = {0, 1, 5, 8, 16, 17, 18, 19, 20, 72, 73, 74, 75, 77, 78, 217, 285, 295, 296}
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
+_INNERMOST = 4
+"""Frames among which a collective's own are looked for."""
 _LOCK_WORDS = re.compile(r"\bwith\b.*(lock|mutex|semaphore|condition)\w*\b|\.(acquire|wait|join|result)\(", re.IGNORECASE)
 _OWN_THREADS = ("watchdog",)
 
@@ -124,6 +126,17 @@ def waits_for_others(found: Sequence[Thread]) -> bool:
     return bool(found) and _kind(found[0]) == "collective"
 
 
+def in_collective(frame: FrameType | None) -> bool:
+    """Whether a thread whose innermost frame is given is inside torch's or DeepSpeed's collectives."""
+    for _ in range(_INNERMOST):
+        if frame is None:
+            return False
+        if any(part in frame.f_code.co_filename for part in _COLLECTIVE_FILES):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def own_line(stack: Sequence[str]) -> str:
     """The innermost frame, and before it the innermost one of this library if that is another."""
     if not stack:
@@ -138,7 +151,7 @@ def as_json(found: Sequence[Thread]) -> list[dict[str, Any]]:
 
 
 def _kind(thread: Thread) -> str:
-    if any(part in line for line in thread.stack[-4:] for part in _COLLECTIVE_FILES):
+    if any(part in line for line in thread.stack[-_INNERMOST:] for part in _COLLECTIVE_FILES):
         return "collective"
     last = thread.stack[-1] if thread.stack else ""
     if "_engine_run_backward" in last and thread.call in ("", "futex"):

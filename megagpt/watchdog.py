@@ -6,7 +6,7 @@ rank has not moved for too long, the missing one is the one that is behind the o
 place of the loop, with fewer collectives begun, or in the same place but not inside a collective. The verdict goes to the
 job's log, to run_dir/watchdog/ and metrics.jsonl, and all ranks end with status 76, so that the job starts again.
 
-The loop pays one increment per micro-batch; everything else happens in two threads per rank. A rank that holds the
+The loop pays a microsecond per micro-batch; everything else happens in three threads per rank. A rank that holds the
 interpreter's lock for ever is silent: faulthandler, which needs no lock, prints its stack to its stderr and ends it.
 """
 
@@ -14,35 +14,31 @@ import contextlib
 import faulthandler
 import json
 import os
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megagpt import stacks
+from megagpt import collectives, stacks
 from megagpt.command import EXIT_WATCHDOG
 from megagpt.config import Config
 from megagpt.files import write_json
 from megagpt.goodput import Stopwatch
 from megagpt.metrics import METRICS_FILE, format_row
+from megagpt.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes
 from megagpt.world import World
-
-LONG_ACTIVITIES = ("start", "load", "save", "evaluate", "generate")
-"""Activities of the clock that may take `long_seconds`, like everything before the first step is done."""
 
 Report = dict[str, Any]
 """What a rank says of itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,
-collectives, ended, seconds (of this process by activity), forward_seconds; and once it is half overdue: threads, cause, what,
-waits_for_others."""
+collectives, ended, progress (see stragglers.py); and once it is half overdue: threads, cause, what, waits_for_others, groups
+(see collectives.py)."""
 
 
 class WatchdogConfig(Config):
@@ -55,7 +51,8 @@ class WatchdogConfig(Config):
     long_seconds: float = Field(default=1500.0, gt=0)
     """The same for the first step, loading, saving, evaluating and generating."""
     slow_ratio: float = Field(default=1.5, gt=1)
-    """A rank is named as slow if its data wait or forward passes take this many times the median of all ranks."""
+    """A rank is named as slow if its data wait, its forward passes, or all that it does by itself (own_work: a step without
+    data wait and without waiting in collectives) take this many times the median of all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +65,31 @@ class Verdict:
     activity: str
     cause: str
     what: str
+    collectives: str = ""
+    """Where the ranks stand in the groups in which some wait, by torch's flight recorder."""
 
     def line(self) -> str:
         """One line for the log."""
         who = "no rank is missing" if self.rank is None else f"rank {self.rank} on {self.host} is missing"
-        return f"watchdog: {who}: step {self.step}, {self.activity}, {self.cause}: {self.what}"
+        recorded = f"; collectives: {self.collectives}" if self.collectives else ""
+        return f"watchdog: {who}: step {self.step}, {self.activity}, {self.cause}: {self.what}{recorded}"
 
 
 class Watchdog:
-    """The two threads of one rank. `beat` is the loop's only duty."""
+    """The threads of one rank. `beat` is the loop's only duty."""
 
     def __init__(self, config: WatchdogConfig, world: World, run_dir: Path, clock: Stopwatch, incarnation: int) -> None:
         """All ranks call it together."""
         self.config, self.world, self.run_dir, self.incarnation = config, world, run_dir, incarnation
         self._clock, self._step, self._beats, self._switches = clock, 0, 0, clock.switches
-        self._forward = _ForwardTimer(world.device)
+        self._times = RankTimes(config.slow_ratio)
+        self._forward = ForwardTimer(world.device)
+        self._sampler = collectives.WaitSampler(world.device, lambda: clock.activity not in LONG_ACTIVITIES)
+        self._progress: Progress = {"steps": -1}
         self._position, self._since = (0, 0), time.monotonic()
         self._number, self._first_step = 0, None
         self._reports: dict[int, Report] = {}
         self._heard: dict[int, float] = {}
-        self._before: dict[int, Report] = {}
         self._foreign_verdict: Verdict | None = None
         self._closing = threading.Event()
         self._interval = min(5.0, max(0.1, config.stall_seconds / 20))
@@ -99,8 +101,9 @@ class Watchdog:
             self._store = _store(os.environ["MASTER_ADDR"], self._port, is_master=False)
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size) if world.rank == 0 else (0,), now)
-        for name, target in (("watchdog reports", self._exchange), ("watchdog", self._judge)):
-            thread = threading.Thread(target=target, name=name, daemon=True)
+        samples = partial(self._sampler.run, self._closing)
+        for name, target in (("reports", self._exchange), ("judge", self._judge), ("samples", samples)):
+            thread = threading.Thread(target=target, name=f"watchdog {name}", daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -112,6 +115,9 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """This rank has got on: `step` updates are done."""
+        if step != self._step:
+            looked = {"collective": self._sampler.seconds, "looks": self._sampler.looks, "forward": self._forward.seconds}
+            self._progress = {"steps": step, **self._clock.peek(), **looked}
         self._step, self._switches = step, self._clock.switches
         self._beats += 1
         if self._first_step is None:
@@ -124,17 +130,8 @@ class Watchdog:
             yield
 
     def ranks(self) -> dict[str, Any]:
-        """For the metrics (rank 0): seconds per step over the ranks since the last call, and the slow ranks' names."""
-        now, before = self._reports, self._before
-        self._before = dict(now)
-        rates: dict[str, dict[int, float]] = {"data_wait": {}, "forward": {}}
-        for rank, report in now.items():
-            earlier = before.get(rank)
-            steps = report["step"] - earlier["step"] if earlier else 0
-            if earlier and steps > 0:
-                for name, table in rates.items():
-                    table[rank] = (report["seconds"].get(name, 0.0) - earlier["seconds"].get(name, 0.0)) / steps
-        return summarise_ranks(rates, {rank: report["host"] for rank, report in now.items()}, self.config.slow_ratio)
+        """For the metrics (rank 0): see RankTimes.summary."""
+        return self._times.summary(dict(self._reports))
 
     def close(self) -> None:
         """End the threads. The others hear that this rank has ended."""
@@ -195,15 +192,16 @@ class Watchdog:
             "position": list(position),
             "stuck_seconds": stuck,
             "limit_seconds": limit,
-            "collectives": collectives_begun(),
+            "collectives": collectives.collectives_begun(),
             "ended": False,
-            "seconds": {**self._clock.peek(), "forward": self._forward.seconds},
+            "progress": self._progress,
         }
         if stuck > limit / 2:
             threads = stacks.threads()
             cause, what = stacks.explain(threads, activity)
             waits = stacks.waits_for_others(threads)
             report |= {"threads": stacks.as_json(threads), "cause": cause, "what": what, "waits_for_others": waits}
+            report["groups"] = collectives.recorded_groups()
         return report
 
     def _limit(self, activity: str) -> float:
@@ -220,7 +218,8 @@ class Watchdog:
             silent = {rank: now - heard for rank, heard in self._heard.items() if rank != self.world.rank}
             verdict = judge(reports, silent, self._silence_limit(reports))
             if verdict is not None:
-                self._end(verdict, record=True)
+                groups = {rank: report["groups"] for rank, report in reports.items() if "groups" in report}
+                self._end(replace(verdict, collectives=collectives.compare_groups(groups)), record=True)
 
     def _judged(self) -> dict[int, Report]:
         """Rank 0 judges all. The others only whether rank 0, which would judge, is still there."""
@@ -237,11 +236,11 @@ class Watchdog:
         """Say it, keep it, tell the others, end the process; nothing here may wait for long."""
         line = verdict.line() if record else f"rank {self.world.rank} ends: {verdict.line()}"
         os.write(2, (line + "\n").encode(errors="replace"))  # not by logging: the stuck thread may hold its lock
+        for action in (self._tell, self._record, self._dump) if record else (self._dump,):
+            thread = threading.Thread(target=action, args=(verdict,), name="watchdog verdict", daemon=True)
+            thread.start()
+            thread.join(5.0)
         if record:
-            for action in (self._tell, self._record):
-                thread = threading.Thread(target=action, args=(verdict,), name="watchdog verdict", daemon=True)
-                thread.start()
-                thread.join(5.0)
             time.sleep(2 * self._interval + 1.0)  # the others read the verdict from this process
         os._exit(EXIT_WATCHDOG)
 
@@ -257,6 +256,10 @@ class Watchdog:
         write_json(path, record | {"seen_by_rank": self.world.rank, "reports": [reports[rank] for rank in sorted(reports)]})
         with (self.run_dir / METRICS_FILE).open("ab", buffering=0) as file:
             file.write(format_row({"kind": "watchdog", **record}))
+
+    def _dump(self, _: Verdict) -> None:
+        folder = self.run_dir / "watchdog" / f"collectives_{self.incarnation:04d}"
+        collectives.write_dump(folder / f"rank_{self.world.rank}")
 
 
 def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], silence_limit: float) -> Verdict | None:
@@ -313,58 +316,6 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
     fewer, *more = sorted(places.values(), key=len)
     elsewhere = "; ".join(f"ranks {[r['rank'] for r in group[:4]]} {group[0].get('what', '')}" for group in more)
     return (fewer, elsewhere) if more and len(fewer) < len(more[-1]) else (behind, elsewhere)
-
-
-def summarise_ranks(rates: Mapping[str, Mapping[int, float]], hosts: Mapping[int, str], slow_ratio: float) -> dict[str, Any]:
-    """Median and maximum over ranks of seconds per step by activity, and `slow`: who exceeds `slow_ratio` medians."""
-    result: dict[str, Any] = {}
-    slow = []
-    for name, table in rates.items():
-        if not table:
-            continue
-        median, worst = statistics.median(table.values()), max(table, key=lambda rank: table[rank])
-        result[name] = {"median_seconds": median, "max_seconds": table[worst], "max_rank": worst}
-        for rank in sorted(table):
-            # Below a millisecond it is noise that costs nobody anything.
-            if len(table) > 1 and table[rank] > slow_ratio * median and table[rank] - median > 1e-3:
-                slow.append(f"rank {rank} on {hosts[rank]}: {name} {table[rank]:.3f} s, median {median:.3f} s")
-    if slow:
-        result["slow"] = "; ".join(slow[:8])
-    return result
-
-
-def collectives_begun() -> int:
-    """How many collectives this process has begun in all its groups; ranks that have begun fewer are behind."""
-    total = 0
-    groups: Any = dist.distributed_c10d._world.pg_map
-    for group in list(groups):
-        with contextlib.suppress(RuntimeError):
-            total += group._get_sequence_number_for_group()
-    return total
-
-
-class _ForwardTimer:
-    """Seconds in forward passes: on a GPU by events, read once they have passed, so nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0
-        self._events: list[tuple[Any, Any]] | None = [] if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self._events is None:
-            began = time.perf_counter()
-            yield
-            self.seconds += time.perf_counter() - began
-            return
-        while self._events and self._events[0][1].query():
-            first, last = self._events.pop(0)
-            self.seconds += first.elapsed_time(last) / 1000
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        yield
-        last.record()
-        self._events.append((first, last))
 
 
 def _store(address: str, port: int, *, is_master: bool) -> Any:

@@ -21,6 +21,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SLURM's preemption sends SIGTERM only, its time limit what --signal asks for, a terminal SIGINT: all mean save and end."""
 
 
+RECORDER_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "500", "TORCH_NCCL_ENABLE_TIMING": "1"}
+"""Torch's flight recorder keeps so many collectives per rank, and with NCCL knows which of them run; see collectives.py."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a launcher put this process."""
@@ -150,6 +154,8 @@ def init_world(*, timeout_seconds: float = 1800.0) -> World:
         if name not in os.environ:
             raise UserError(f"environment: {name} is not set; {place.launcher} needs it (slurm/pretrain.sh sets it)")
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(place.local_rank))
+    for name, value in RECORDER_SETTINGS.items():
+        os.environ.setdefault(name, value)
     timeout = timedelta(seconds=timeout_seconds)
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():

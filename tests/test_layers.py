@@ -50,6 +50,8 @@ LAYERS = (
         "goodput",
         "gpu",
         "watchdog",
+        "collectives",
+        "stragglers",
         "node",
         "stacks",
         "guard",

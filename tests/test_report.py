@@ -68,6 +68,7 @@ def write_run(root: Path) -> Path:
         for step in steps:
             values = {"loss": 5 - step / 40, "lr": 1e-3, "grad_norm": 1.0 if step != 70 else math.nan, "tokens": step * 100}
             values["tokens_per_second"] = 1000.0
+            values |= {"step_time": {"median_seconds": 1.0}, "slow": "rank 3 on n7: own_work 0.900 s, median 0.400 s"}
             seconds = {"start": 5.0, "train": float(step), "save": 1.0}
             rows.append({"kind": "train", "step": step, "incarnation": incarnation, "seconds": seconds, **values})
     score = {"loss": 2.75, "perplexity": 15.6, "bits_per_byte": 1.234, "tokens": 900, "text_bytes": 2900}
@@ -164,6 +165,7 @@ def test_what_the_page_says(report: Path) -> None:
     assert after("before extract") == "400 documents"
     assert after("after extract") == "300 · 75.0%"
     assert after("after dedup") == "120 · 30.0%"
+    assert (after("rank 3 on n7"), after("rank 3 on n7", 2)) == ("own_work", "10 of 10")
     assert after("in shards") == "120 · 30.0% · 6k tokens"
     assert after("dedup:near") == "150"
     assert after("torn gzip") == "3"

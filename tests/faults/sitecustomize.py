@@ -90,7 +90,9 @@ def busy(train, fault) -> None:
 
 
 def collective(train, fault) -> None:
-    before_forward(train, fault, lambda: train.dist.all_reduce(train.torch.zeros(7)))
+    import torch.distributed
+
+    before_forward(train, fault, lambda: torch.distributed.all_reduce(torch.zeros(7)))
 
 
 def stopped(train, fault) -> None:
@@ -153,7 +155,7 @@ def slow(train, fault) -> None:
 
     def inputs(*arguments):
         if rank() == fault["rank"]:
-            time.sleep(0.05)
+            time.sleep(0.1)
         return original(*arguments)
 
     train.inputs = inputs

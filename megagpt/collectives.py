@@ -1,0 +1,155 @@
+"""What the collectives of this process do: how many were begun, how long is waited in them, which are open.
+
+All of it is read from other threads than the one that trains, and nothing here makes a rank or a GPU wait. Torch's flight
+recorder keeps the last collectives of each process group, on gloo and on NCCL (world.RECORDER_SETTINGS turns on what NCCL
+needs for it); its dumps are what torch's own analysis, `torchfrtrace`, reads.
+"""
+
+import contextlib
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagpt import stacks
+from megagpt.files import atomic_path
+
+Group = dict[str, Any]
+"""One process group in a rank's words: name, begun (collectives so far), open (those that have not ended: number, operation,
+state, seconds since it was begun)."""
+
+MAX_OPEN = 8
+"""Open collectives of a group that are told."""
+
+
+def collectives_begun() -> int:
+    """How many collectives this process has begun in all its groups; ranks that have begun fewer are behind."""
+    total = 0
+    groups: Any = dist.distributed_c10d._world.pg_map
+    for group in list(groups):
+        with contextlib.suppress(RuntimeError):
+            total += group._get_sequence_number_for_group()
+    return total
+
+
+# ---- the flight recorder
+
+
+def recorded_groups(now_ns: int | None = None) -> list[Group]:
+    """What the flight recorder knows of this process's groups; [] where torch has none."""
+    now_ns = time.time_ns() if now_ns is None else now_ns
+    return [group for dump in _dumps("_json", True, False) for group in read_groups(json.loads(dump), now_ns)]
+
+
+def read_groups(dump: Mapping[str, Any], now_ns: int) -> list[Group]:
+    """The groups in a dump, JSON or pickle, in the format of torch 2.13 (version 2.10)."""
+    groups: dict[str, Group] = {}
+    for entry in dump.get("entries", []):
+        name = " ".join(part for part in entry["process_group"] if part and part != "undefined")
+        group = groups.setdefault(name, {"name": name, "begun": 0, "open": []})
+        group["begun"] = max(group["begun"], int(entry["collective_seq_id"]))
+        if entry["state"] != "completed" and not entry["retired"] and len(group["open"]) < MAX_OPEN:
+            waited = (now_ns - int(entry["time_created_ns"])) / 1e9
+            state = {"number": int(entry["collective_seq_id"]), "operation": _operation(entry), "state": entry["state"]}
+            group["open"].append(state | {"seconds": round(waited, 3)})
+    return [groups[name] for name in sorted(groups)]
+
+
+def compare_groups(ranks: Mapping[int, list[Group]]) -> str:
+    """Where the ranks stand in the groups in which somebody waits, in words; "" if nobody does."""
+    names = sorted({group["name"] for groups in ranks.values() for group in groups if group["open"]})
+    return "; ".join(_compare_group(name, ranks) for name in names[:4])
+
+
+def write_dump(path: Path) -> None:
+    """Write this rank's dump, stacks included, for `torchfrtrace --prefix ... FOLDER`: NCCL's if there is NCCL, else gloo's."""
+    for dump in _dumps("", True, True, False)[:1]:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(dump)
+
+
+def _compare_group(name: str, ranks: Mapping[int, list[Group]]) -> str:
+    places: dict[str, list[int]] = {}
+    for rank in sorted(ranks):
+        for group in ranks[rank]:
+            if group["name"] == name:
+                first = group["open"][0] if group["open"] else None
+                place = f"in {first['number']} {first['operation']}" if first else f"begun {group['begun']}, none open"
+                places.setdefault(place, []).append(rank)
+    told = ", ".join(f"{_ranks(members)} {place}" for place, members in sorted(places.items(), key=lambda item: len(item[1])))
+    return f"group {name}: {told}"
+
+
+def _ranks(members: list[int]) -> str:
+    shown = ", ".join(map(str, members[:8])) + (f" and {len(members) - 8} more" if len(members) > 8 else "")
+    return f"rank {shown}" if len(members) == 1 else f"ranks {shown}"
+
+
+def _operation(entry: Mapping[str, Any]) -> str:
+    """`nccl:all_reduce [1024] Float`: what ranks must agree on."""
+    kinds = zip(entry["input_sizes"], entry["input_dtypes"], strict=False)
+    return " ".join([entry["profiling_name"], *(f"{list(sizes)} {kind}" for sizes, kind in kinds)])
+
+
+def _dumps(suffix: str, *arguments: bool) -> list[bytes]:
+    """NCCL's recorder, where torch has it and a group uses it, then the one of the other backends."""
+    module: Any = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]
+    names = ["_dump_nccl_trace"] if dist.is_nccl_available() and torch.cuda.is_available() else []
+    found = [getattr(module, name + suffix, None) for name in [*names, "_dump_fr_trace"]]
+    return [dump(*arguments) for dump in found if dump is not None]
+
+
+# ---- waiting
+
+
+class WaitSampler:
+    """Seconds that this rank waits in collectives, estimated by looking now and then whether it does.
+
+    A slow rank is the one that waits least, whatever the engine. On the CPU a rank waits while its main thread sleeps inside
+    torch's or DeepSpeed's collectives; with NCCL while a collective runs on its GPU.
+    """
+
+    def __init__(self, device: torch.device, counts: Callable[[], bool]) -> None:
+        """`counts`: whether this moment is part of a step (and not of a save, say)."""
+        on_gpu = device.type == "cuda"
+        self.seconds, self.looks = 0.0, 0
+        self.pause_seconds = 0.5 if on_gpu else 0.05
+        self._waits, self._counts = _gpu_waits if on_gpu else _main_thread_waits, counts
+
+    def run(self, closing: threading.Event) -> None:
+        """Look until `closing` is set; at irregular moments, so that steps of a regular length are seen at all their places."""
+        before = time.monotonic()
+        while not closing.wait(self.pause_seconds * random.uniform(0.5, 1.5)):
+            now = time.monotonic()
+            if self._counts():
+                self.looks += 1
+                self.seconds += now - before if self._waits() else 0.0
+            before = now
+
+
+def _main_thread_waits() -> bool:
+    """Whether the main thread stays at one place inside a collective, asleep; that it merely passes there does not count."""
+    main = threading.main_thread()
+    before = _collective_place(main)
+    if before is None:
+        return False
+    time.sleep(0.001)
+    return _collective_place(main) == before and stacks.system_call(main.native_id) != "running"
+
+
+def _collective_place(thread: threading.Thread) -> tuple[int, int] | None:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return (id(frame), frame.f_lasti) if frame is not None and stacks.in_collective(frame) else None
+
+
+def _gpu_waits() -> bool:
+    module: Any = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]
+    entries = json.loads(module._dump_nccl_trace_json(True, True)).get("entries", [])
+    return any(entry["state"] == "started" and not entry["retired"] for entry in entries)

@@ -1,0 +1,116 @@
+"""Which ranks are slow, and in what: each rank's seconds per step, compared on rank 0."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+LONG_ACTIVITIES = ("start", "load", "save", "evaluate", "generate")
+"""Activities of the clock that are no part of a step."""
+
+Progress = dict[str, float]
+"""A rank at the beginning of a step, since its process began: "steps" done (-1: not yet at one), seconds by activity of the
+clock, "forward": seconds in forward passes, "collective": seconds of waiting in collectives, "looks": what that rests on."""
+
+MIN_LOOKS = 100
+"""What rests on looks is told once there were so many: then a share of the time is right within 0.05."""
+
+
+class RankTimes:
+    """What the ranks' reports said the last time."""
+
+    def __init__(self, slow_ratio: float) -> None:
+        self.slow_ratio = slow_ratio
+        self._before: dict[int, Progress] = {}
+        self._looked_before: dict[int, Progress] = {}
+
+    def summary(self, reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+        """`summarise` for the time since the last call; of what rests on looks, since the last call that told it."""
+        rates: dict[str, dict[int, float]] = {}
+        reports = {rank: report for rank, report in reports.items() if report["progress"]["steps"] >= 0}
+        now: dict[int, Progress] = {rank: report["progress"] for rank, report in reports.items()}
+        for before, read in ((self._before, step_seconds), (self._looked_before, waiting_seconds)):
+            found = {rank: read(before.setdefault(rank, progress), progress) for rank, progress in now.items()}
+            if all(found.values()):  # of the same time on all ranks, so that they can be compared
+                before.update(now)
+                for rank, seconds in found.items():
+                    for name in seconds:
+                        rates.setdefault(name, {})[rank] = seconds[name]
+        return summarise(rates, {rank: report["host"] for rank, report in reports.items()}, self.slow_ratio)
+
+
+def step_seconds(earlier: Progress, later: Progress) -> dict[str, float]:
+    """Seconds per step of one rank between two moments: in all, waiting for data, in forward passes; {} without a step."""
+    steps = later["steps"] - earlier["steps"]
+    if steps <= 0:
+        return {}
+    spent = {name: (seconds - earlier.get(name, 0.0)) / steps for name, seconds in later.items()}
+    outside = (*LONG_ACTIVITIES, "steps", "looks", "forward", "collective")
+    step = sum(seconds for name, seconds in spent.items() if name not in outside)
+    return {"step_time": step, "data_wait": spent.get("data_wait", 0.0), "forward": spent["forward"]}
+
+
+def waiting_seconds(earlier: Progress, later: Progress) -> dict[str, float]:
+    """Seconds per step that one rank waits in collectives, and works by itself, which is the rest of the step without the data
+    wait; {} before there were MIN_LOOKS."""
+    found = step_seconds(earlier, later)
+    if not found or later["looks"] - earlier["looks"] < MIN_LOOKS:
+        return {}
+    waited = (later["collective"] - earlier["collective"]) / (later["steps"] - earlier["steps"])
+    return {"collective_wait": waited, "own_work": max(0.0, found["step_time"] - found["data_wait"] - waited)}
+
+
+def summarise(rates: Mapping[str, Mapping[int, float]], hosts: Mapping[int, str], slow_ratio: float) -> dict[str, Any]:
+    """Median and maximum over ranks of seconds per step by what is done, and `slow`: who exceeds `slow_ratio` medians, each
+    rank once. A long wait in collectives makes nobody slow: the slow rank waits least, and has the most work of its own."""
+    result: dict[str, Any] = {}
+    slow: dict[int, str] = {}
+    for name, table in rates.items():
+        median, worst = statistics.median_low(table.values()), max(table, key=lambda rank: table[rank])
+        result[name] = {"median_seconds": median, "max_seconds": table[worst], "max_rank": worst}
+        # Less is noise: below a millisecond it costs nobody anything, and looks are a sample.
+        noise = 1e-3 if name != "own_work" else max(1e-3, 0.15 * statistics.median_low(rates["step_time"].values()))
+        for rank in sorted(table) if name in ("data_wait", "forward", "own_work") else ():
+            if table[rank] > slow_ratio * median and table[rank] - median > noise and rank not in slow:
+                slow[rank] = f"rank {rank} on {hosts[rank]}: {name} {table[rank]:.3f} s, median {median:.3f} s"
+    if slow:
+        result["slow"] = "; ".join(list(slow.values())[:8])
+    return result
+
+
+def count_slow(texts: Iterable[str]) -> dict[tuple[str, str], tuple[int, str]]:
+    """Of `slow` in rows of metrics.jsonl: (rank and host, what it is slow in) -> how often, and the last figures."""
+    found: dict[tuple[str, str], tuple[int, str]] = {}
+    for text in texts:
+        for name in filter(None, text.split("; ")):
+            place, _, rest = name.partition(": ")
+            what, _, figures = rest.partition(" ")
+            found[place, what] = (found.get((place, what), (0, ""))[0] + 1, figures)
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+class ForwardTimer:
+    """Seconds in forward passes: on a GPU by events, read once they have passed, so nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._events: list[tuple[Any, Any]] | None = [] if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self._events is None:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+            return
+        while self._events and self._events[0][1].query():
+            first, last = self._events.pop(0)
+            self.seconds += first.elapsed_time(last) / 1000
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
