@@ -1,7 +1,11 @@
 """The training loop as a user runs it: stop, kill, resume, another layout, damage, and what is refused."""
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from ranks import Ranks, run_ranks, wait_until
+from ranks import Ranks, free_port, run_ranks, wait_until
 
 from megagpt.checkpoint import list_checkpoints, load_model
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
@@ -141,15 +145,14 @@ def test_killed_at_a_random_step_it_resumes_bitwise(uninterrupted: Path, shards:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_stop_it_saves_and_goes_on_with_other_ranks(
-    number: signal.Signals, uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+    uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
 ) -> None:
     """One rank of two gets the signal; ZeRO 1 on 2 ranks goes on as ZeRO 3 on 3, with the same data order."""
     values = settings(shards, tmp_path / "run")
     ranks = start(project, tmp_path, values)
     wait_until(lambda: len(read_ledger(tmp_path / "run")) >= 6)
-    ranks.send(number, [1])
+    ranks.send(signal.SIGTERM, [1])
     assert ranks.wait() == [EXIT_STOPPED] * 2, ranks.output()
     done = len(read_ledger(tmp_path / "run"))
     assert 6 <= done < STEPS
@@ -160,6 +163,49 @@ def test_told_to_stop_it_saves_and_goes_on_with_other_ranks(
     expected, found = losses(uninterrupted), losses(tmp_path / "run")
     # fp32 sums in another order
     assert max(abs(found[step] - expected[step]) for step in expected) < 1e-5
+    assert_ledger_is_complete(values)
+
+
+def run_under(launcher: str, project: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """tools/train_model.py on two ranks under a launcher, as a user starts it; its output goes to folder/launcher.log."""
+    port = free_port()
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
+    command = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "--shutdown-timeout=300", signals],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={port}"],
+    }[launcher]
+    command = [sys.executable, "-m", *command, str(project / "tools" / "train_model.py"), str(folder / "run.yaml")]
+    with (folder / "launcher.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "status"), [("torchrun", 1), ("deepspeed", EXIT_STOPPED)])
+def test_under_a_launcher_it_is_the_same_run(
+    launcher: str, status: int, uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    """SIGUSR1 to torchrun, which passes it on, or to one of the ranks that deepspeed started; then the same command again."""
+    values, run_dir = settings(shards, tmp_path / "run"), tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    process = run_under(launcher, project, tmp_path)
+    try:
+        wait_until(lambda: len(read_ledger(run_dir)) >= 6 or process.poll() is not None)
+        log = (tmp_path / "launcher.log").read_text()
+        spawned = [int(pid) for pid in re.findall(r"process (\d+) spawned", log)]
+        os.kill(process.pid if launcher == "torchrun" else spawned[1], signal.SIGUSR1)
+        # torchrun ends with 1 whatever its ranks end with, and tells it; deepspeed ends as they do.
+        assert process.wait(120) == status, (tmp_path / "launcher.log").read_text()
+        assert read_metrics(run_dir).all_rows[-1]["kind"] == "stop"
+        done = len(read_ledger(run_dir))
+        assert 6 <= done < STEPS
+        assert (run_dir / "checkpoints" / f"step_{done:08d}" / "manifest.json").is_file()
+        process = run_under(launcher, project, tmp_path)
+        assert process.wait(200) == EXIT_DONE, (tmp_path / "launcher.log").read_text()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+    assert losses(run_dir) == losses(uninterrupted)
     assert_ledger_is_complete(values)
 
 
