@@ -121,7 +121,9 @@ for stage in ${stages:-extract_documents filter_documents dedup_documents train_
     esac
   fi
   for ((round = 1; round <= rounds; round++)); do
-    if [ "$stage" = train_tokenizer ]; then
+    if [ "$stage" = train_tokenizer ] && [ "$executor" = dask ]; then
+      attend "${command[@]}" # beside the scheduler: the workers' step has the nodes, another one would wait for ever
+    elif [ "$stage" = train_tokenizer ]; then
       run_on 1 "${command[@]}"
     elif [ "$executor" = dask ]; then
       attend "${command[@]}" executor=dask "scheduler_file=$scheduler_file"

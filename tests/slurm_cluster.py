@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from megagpt.ports import free_ports
 
 CONF = """\
@@ -110,6 +112,12 @@ class Cluster:
             assert not ended, f"job ended as {job}"
             assert time.monotonic() < deadline, f"job is still {job}"
             time.sleep(0.3)
+
+
+def skip_without_slurm() -> None:
+    """Skip the test, with the reason, where SLURM is not installed."""
+    if shutil.which("sbatch") is None or shutil.which("slurmctld", path="/usr/sbin:/sbin:/usr/bin") is None:
+        pytest.skip("SLURM is not installed (docker/install.sh packages dev)")
 
 
 @contextlib.contextmanager

@@ -2,36 +2,32 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Ranks, wait_until
-from slurm_cluster import Cluster, make_site, processes_of, running_cluster
+from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from bench import chaos
 from megagpt.checkpoint import load_model
-from megagpt.documents import Document, write_documents
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
 from megagpt.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent
-SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]
-"""The six faults of the soak's short form: bench/chaos.py has more kinds, and more of each."""
+SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number", "step_daemon_killed"]
+"""The faults of the soak's short form: bench/chaos.py has more kinds, and more of each."""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if shutil.which("sbatch") is None or shutil.which("slurmctld", path="/usr/sbin:/sbin:/usr/bin") is None:
-        pytest.skip("SLURM is not installed (docker/install.sh packages dev)")
+    skip_without_slurm()
     with running_cluster(tmp_path_factory.mktemp("slurm") / "lab", num_nodes=3) as cluster:
         yield cluster
 
@@ -41,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chaos.make_shards(tmp_path_factory.mktemp("corpus"))
 
 
-def test_six_faults_in_a_row_change_no_bit(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_faults_in_a_row_change_no_bit(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     soak = chaos.soak_run(cluster, tmp_path, shards, SHORT)
     found = chaos.compare(soak, tmp_path / "clean", shards)
     assert found["weights_equal"]
@@ -174,80 +170,28 @@ def test_sbatch_would_take_the_script(script: str, cluster: Cluster, tmp_path: P
     assert cluster.command("sbatch", *words, cwd=site) == ""  # accepted: nothing is submitted, and a refusal would raise
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ("--nodes=9", "More processors requested than permitted"),
-        ("--nodes=2 --gpus-per-node=8", "Invalid generic resource"),
-        ("--nodes=2 --partition=none", "partition"),
-    ],
-)
-def test_what_the_cluster_does_not_have_is_refused_at_submission(
-    options: str, named: str, cluster: Cluster, shards: Path, tmp_path: Path
+LACKING = [
+    ("--nodes=9", "More processors requested than permitted"),
+    ("--nodes=2 --gpus-per-node=8", "Invalid generic resource"),
+    ("--nodes=2 --partition=none", "partition"),
+]
+"""Options that this cluster cannot meet, and what sbatch says of them."""
+
+
+@pytest.mark.parametrize(("options", "named"), LACKING)
+def test_what_the_cluster_does_not_have_is_told_without_submitting(
+    options: str, named: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     site = make_site(tmp_path / "project", PROJECT)
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        cluster.command("sbatch", "--test-only", *options.split(), "slurm/pretrain.sh", "debug_cpu.yaml", cwd=site)
+    assert named in error.value.stderr
+
+
+def test_too_few_gpus_are_refused_at_submission(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    site, (options, named) = make_site(tmp_path / "project", PROJECT), LACKING[1]
     settings = site / "slurm" / "env.sh"
     settings.write_text(settings.read_text().replace("pretrain_options=(--nodes=2 --time=30)", f"pretrain_options=({options})"))
     with pytest.raises(subprocess.CalledProcessError) as error:
         cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(tmp_path / "run", shards, 10))
     assert named in error.value.stderr
-
-
-def write_corpus(folder: Path) -> list[str]:
-    """Some small inputs; the settings for them."""
-    text = (PROJECT / "LICENSE").read_text(encoding="utf-8")
-    paragraphs = [part for part in text.split("\n\n") if len(part) > 40]
-    for name in "abcdef":
-        documents = [Document(f"{name}:{i}", f"{part}\n{name}", "text") for i, part in enumerate(paragraphs)]
-        write_documents(folder / "in" / f"{name}.jsonl.zst", documents)
-    words = [f"extract.inputs=[{folder}/in/*.jsonl.zst]", "filter.order=[clean]", "block_bytes=5000"]
-    return [*words, "tokenize.tokenizer=bytes", "tokenize.validation_fraction=0.1", "dedup.threshold=0.5"]
-
-
-def files(folder: Path, *patterns: str) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in sorted(folder.glob(pattern))}
-
-
-STAGES = ("extract_documents", "filter_documents", "dedup_documents", "tokenize_documents")
-
-
-def test_the_corpus_on_dask_survives_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
-    """All of one node's workers are killed with their step daemon; the other node does the rest, with the same bytes."""
-    words, site = write_corpus(tmp_path), make_site(tmp_path / "project", PROJECT)
-    environment = {"executor": "dask", "dask_host": "127.0.0.1", "stages": " ".join(STAGES)}
-    job_id = cluster.submit(site, "slurm/preprocess.sh", f"work_dir={tmp_path}/two", *words, **environment)
-    wait_until(lambda: (tmp_path / "two" / "extract").is_dir())
-    workers = processes_of(job_id, "distributed.cli.dask_worker", rank=1)
-    assert workers
-    for pid in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    cluster.wait_for(job_id, "COMPLETED", timeout=600)
-    assert "tls://" in (site / "runs" / "dask" / job_id / "scheduler.log").read_text()
-    for stage in STAGES:
-        command = [sys.executable, f"tools/{stage}.py", f"work_dir={tmp_path}/one", *words]
-        subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
-    patterns = ("dedup/*.jsonl.zst", "shards/*/*.bin", "shards/*/*.idx")
-    assert files(tmp_path / "two", *patterns) == files(tmp_path / "one", *patterns) != {}
-
-
-def test_an_array_completes_but_for_the_task_that_fails(cluster: Cluster, tmp_path: Path) -> None:
-    """Task 1 of 3 fails once; run again, it alone has work to do, and the output is that of one machine."""
-    words, site = write_corpus(tmp_path), make_site(tmp_path / "project", PROJECT)
-    launcher = tmp_path / "launch.sh"
-    launcher.write_text(f'#!/bin/bash\ncase "$*" in *part=1/3*) [ -e {tmp_path}/mended ] || exit 1 ;; esac\nexec "$@"\n')
-    launcher.chmod(0o755)
-    settings = site / "slurm" / "env.sh"
-    settings.write_text(settings.read_text().replace("launch=()", f"launch=({launcher})"))
-    sbatch = ["sbatch", "--parsable", "--array=0-2", "--nodes=1", "slurm/preprocess.sh", f"work_dir={tmp_path}/array", *words]
-    first = cluster.submit(site, *sbatch, stages="extract_documents")
-    cluster.wait_for(f"{first}_1", "FAILED", timeout=200)
-    for task in (0, 2):
-        cluster.wait_for(f"{first}_{task}", "COMPLETED", timeout=200)
-    (tmp_path / "mended").touch()
-    second = cluster.submit(site, *sbatch, stages="extract_documents")
-    for task in range(3):
-        cluster.wait_for(f"{second}_{task}", "COMPLETED", timeout=200)
-    command = [sys.executable, "tools/extract_documents.py", f"work_dir={tmp_path}/one", *words]
-    subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
-    assert files(tmp_path / "array", "extract/*.jsonl.zst") == files(tmp_path / "one", "extract/*.jsonl.zst") != {}

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, make_site, running_cluster
+from ranks import wait_until
+from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from megagpt.documents import Document, write_documents
 from megagpt.metrics import read_metrics
@@ -57,7 +58,6 @@ def test_header_has_what_restarts_need_and_nothing_that_breaks_them(name: str) -
     [
         ([], "usage: slurm/pretrain.sh CONFIG"),
         (["none.yaml"], "none.yaml"),
-        (["configs/train/debug_cpu.yaml", "optim.lr=abc"], "optim.lr='abc'"),
         (["configs/train/debug_cpu.yaml", "data.sources.main.path=/nonexistent/shards"], "/nonexistent/shards"),
     ],
 )
@@ -74,8 +74,7 @@ def test_mistakes_are_found_before_submission(words: list[str], named: str) -> N
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if shutil.which("sbatch") is None or shutil.which("slurmctld", path="/usr/sbin:/sbin:/usr/bin") is None:
-        pytest.skip("SLURM is not installed (docker/install.sh packages dev)")
+    skip_without_slurm()
     with running_cluster(tmp_path_factory.mktemp("slurm") / "lab", num_nodes=2) as cluster:
         yield cluster
 
@@ -147,29 +146,8 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path, shards: P
     job_id = submit(cluster, site, "pretrain.sh", *words)
     wait_for_step(cluster, job_id, run_dir, 5)
     cluster.command("scancel", job_id)
-    job = cluster.wait_for(job_id, "CANCELLED", timeout=120)
-    time.sleep(10)
-    assert cluster.job(job_id)["JobState"] == "CANCELLED"
-    assert job["Restarts"] == "0"
-
-
-@pytest.mark.slurm
-@pytest.mark.slow
-def test_the_corpus_over_two_nodes_is_the_one_of_one_machine(cluster: Cluster, site: Path, tmp_path: Path) -> None:
-    paragraphs = [part for part in (PROJECT / "LICENSE").read_text(encoding="utf-8").split("\n\n") if len(part) > 40]
-    for name in ("a", "b", "c"):
-        documents = [Document(f"{name}:{i}", f"{part}\n{name}", "text") for i, part in enumerate(paragraphs)]
-        write_documents(tmp_path / "in" / f"{name}.jsonl.zst", [*documents, documents[0]])
-    words = [f"extract.inputs=[{tmp_path}/in/*.jsonl.zst]", "filter.order=[clean]", "tokenizer.vocab_size=400"]
-    words += ["tokenize.validation_fraction=0.1", "dedup.threshold=0.5"]
-    job_id = submit(cluster, site, "preprocess.sh", f"work_dir={tmp_path}/two", *words)
-    cluster.wait_for(job_id, "COMPLETED", timeout=900)
-    log = log_of(site, f"megagpt-corpus-{job_id}.log")
-    assert "complete" in log.splitlines()[-1]
-    for stage in ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents"):
-        command = [sys.executable, f"tools/{stage}.py", f"work_dir={tmp_path}/one", *words]
-        subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
-    for pattern in ("dedup/*.jsonl.zst", "tokenizer/tokenizer.model", "shards/*/*.bin", "shards/*/*.idx"):
-        ours = {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").glob(pattern)}
-        assert ours
-        assert ours == {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").glob(pattern)}
+    cluster.wait_for(job_id, "CANCELLED", timeout=120)
+    wait_until(lambda: not processes_of(job_id), 60)
+    time.sleep(3)  # what is left of the script would put the job back now
+    job = cluster.job(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
