@@ -203,9 +203,8 @@ def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *,
         KINDS[name](soak)
         ends = soak.log().count("ranks ended with status")
 
-        def noticed(before: int = incarnation, rewinds: int = rewinds, ends: int = ends) -> bool:
-            gone_back = count_rewinds(soak) > rewinds
-            return gone_back or soak.incarnation() > before or soak.log().count("ranks ended with status") > ends
+        def noticed(before: int = incarnation, ends: int = ends) -> bool:
+            return soak.incarnation() > before or soak.log().count("ranks ended with status") > ends
 
         if name == "not_a_number":
             wait_until(lambda rewinds=rewinds: count_rewinds(soak) > rewinds, 120)
@@ -237,7 +236,7 @@ def compare(soak: Soak, folder: Path, shards: Path) -> dict[str, Any]:
     assert ranks.wait(1800) == [0, 0], ranks.output()
     ours, theirs = (load_model(path).model.state_dict() for path in (soak.run_dir, run_dir))
     losses = [{row["step"]: row["loss"] for row in read_metrics(path).of_kind("train")} for path in (soak.run_dir, run_dir)]
-    ledger = list(check_ledger(soak.run_dir))
+    ledger = [line.removeprefix(f"{soak.run_dir}: ") for line in check_ledger(soak.run_dir)]
     return {
         "weights_equal": all(torch.equal(ours[name], theirs[name]) for name in theirs),
         "relative_l2": max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs if theirs[n].norm() > 0),
@@ -389,7 +388,7 @@ def main() -> None:
         f"faults and with {windows} windows of noise in its data. It took {seconds:,} s and {soak.incarnation()} starts; the "
         f"guard went back {count_rewinds(soak)} times. Against an uninterrupted run with the same samples left out: weights "
         f"bitwise equal: {found['weights_equal']}; losses equal: {found['losses_equal']}. The ledger: "
-        f"{found['ledger'][0].partition(': ')[2]}. Detected: until the run had noticed and ended or gone back."
+        f"{found['ledger'][0]}. Detected: until the run had noticed and ended or gone back."
     )
     results = {
         "title": "A run under faults",
@@ -404,7 +403,7 @@ def main() -> None:
         "faults": [asdict(outcome) for outcome in soak.table],
     }
     write_results("chaos", results, packages=("torch", "megagpt"), peers={"slurm": slurm})
-    print(about)
+    print(json.dumps(results["rows"], indent=1), about, sep="\n")
     if not equal:
         raise SystemExit("the run under faults differs from the uninterrupted one")
 
