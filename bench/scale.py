@@ -56,7 +56,6 @@ def main(words: Sequence[str]) -> None:
         return
     parts = options.get("parts", ",".join(SIZES)).split(",")
     short = options.get("short") == "true"
-    tables = {} if short else earlier_tables("scale")
     for part in parts:
         rows = []
         for size in SIZES[part][: 2 if short else None]:
@@ -66,14 +65,19 @@ def main(words: Sequence[str]) -> None:
         timed = next(name for name in rows[0] if name.endswith("cpu_s"))
         plot = {"x": UNITS[part], "y": timed, "by": None, "log": True}
         about = f"Measured {datetime.now(UTC).date().isoformat()} by `python bench/scale.py parts={part}`."
+        tables = {} if short else earlier_tables("scale")
         tables[part] = {
             "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]), "plot": plot,
         }  # fmt: skip
+        if not short:
+            write_tables([tables[part] for part in SIZES if part in tables])
+
+
+def write_tables(tables: list[dict[str, Any]]) -> None:
+    """The result file."""
     about = (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip()
-    if not short:
-        shown = [tables[part] for part in SIZES if part in tables]
-        results = {"title": "How cost grows", "about": about, "tables": shown, "lost": explanation(shown)}
-        write_results("scale", results, packages=("torch", "numpy"))
+    results = {"title": "How cost grows", "about": about, "tables": tables, "lost": explanation(tables)}
+    write_results("scale", results, packages=("torch", "numpy"))
 
 
 def with_slopes(rows: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:

@@ -79,7 +79,10 @@ ALONE = {
     "Lightning": ("lightning", "ddp"),
     "litgpt": ("litgpt", "ddp"),
 }
-COMPILED = {name: ALONE[name] for name in ALONE if name != "Lightning"}
+ALONE_FP32 = {BARE: ALONE[BARE], "megagpt, deepspeed ZeRO-0": ("megagpt", "zero0"), **ALONE}
+"""Stage 0 is refused in bf16."""
+OURS_ALONE = {name: ALONE_FP32[name] for name in ALONE_FP32 if name.startswith(("megagpt", "bare"))}
+COMPILED = {name: ALONE_FP32[name] for name in ALONE_FP32 if name != "Lightning"}
 REPLICATED = {
     "bare torch loop, DDP": ("torch", "ddp"),
     "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
@@ -96,10 +99,11 @@ SHARDED = {
     "transformers Trainer, FSDP2": ("transformers", "fsdp"),
 }
 CELLS: dict[str, Cell] = {
-    "one_fp32": Cell("10M", "fp32", ALONE),
+    "one_fp32": Cell("10M", "fp32", ALONE_FP32),
+    "one_fp32_batch16": Cell("10M", "fp32", OURS_ALONE, steps=6, micro_batch_size=16),
     "one_bf16": Cell("10M", "bf16", ALONE),
     "one_compiled": Cell("10M", "fp32", COMPILED, compile=True),
-    "large_fp32": Cell("50M", "fp32", ALONE, steps=5),
+    "large_fp32": Cell("50M", "fp32", ALONE_FP32, steps=5),
     "large_bf16": Cell("50M", "bf16", ALONE, steps=5),
     "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=9),
     "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=9),
@@ -118,15 +122,15 @@ def main(words: Sequence[str]) -> None:
     cells = SHORT if short else CELLS
     names = options["cells"].split(",") if "cells" in options else ["tiny"] if short else list(CELLS)
     repetitions = int(options.get("repetitions", 1 if short else 3))
-    tables = {} if short else earlier_tables("training")
     for name in names:
         rows, failed = run_cell(name, cells[name], repetitions)
         shown = f"python bench/training.py cells={name} repetitions={repetitions}"
         about = f"Measured {datetime.now(UTC).date().isoformat()} by `{shown}`. {losses_explained(rows)}"
         about += f" Failed: {', '.join(failed)}." if failed else ""
         plot = {"x": "contender", "y": "step_cpu_s", "by": None, "log": False}
-        tables[name] = {"key": name, "title": title_of(cells[name]), "about": about, "rows": rows, "plot": plot}
+        table = {"key": name, "title": title_of(cells[name]), "about": about, "rows": rows, "plot": plot}
         if not short:
+            tables = {**earlier_tables("training"), name: table}
             write_tables([tables[name] for name in cells if name in tables])
 
 
@@ -156,7 +160,9 @@ def earlier_tables(name: str) -> dict[str, dict[str, Any]]:
 def title_of(cell: Cell) -> str:
     """What is the same for all of a cell."""
     compiled = ", compiled" if cell.compile else ""
-    return f"{cell.model} parameters, {cell.precision}{compiled}, {cell.ranks} process{'es' if cell.ranks > 1 else ''}"
+    tokens = cell.micro_batch_size * SEQ_LEN
+    ranks = f"{cell.ranks} process{'es' if cell.ranks > 1 else ''}"
+    return f"{cell.model} parameters, {cell.precision}{compiled}, {ranks}, {tokens:,} tokens per process and step"
 
 
 def run_cell(name: str, cell: Cell, repetitions: int) -> tuple[list[dict[str, Any]], list[str]]:

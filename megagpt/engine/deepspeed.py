@@ -111,7 +111,8 @@ class DeepSpeedEngine:
 
     def _step_stage_0(self, max_norm: float) -> StepResult:
         """DeepSpeed's stage 0 applies non-finite updates, so the norm is looked at here."""
-        self.model.buffered_allreduce_fallback()
+        if self._world.size > 1:  # alone there is nothing to add, and it would copy all gradients twice
+            self.model.buffered_allreduce_fallback()
         parameters = list(self.module.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
         applied = bool(norm.isfinite())
