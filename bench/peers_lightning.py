@@ -28,6 +28,10 @@ class Module(lightning.LightningModule):
         self.seen.append(loss.detach())
         return loss
 
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
+        """Lightning's own refuses fused optimizers in mixed precision; what it would do otherwise."""
+        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of every contender."""
         return adamw(self, self.job)

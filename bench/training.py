@@ -191,7 +191,6 @@ def row_of(name: str, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
     mine, floor = outcomes[name], outcomes[next(iter(outcomes))]
     ratios = [median(a.step_cpu_s()) / median(b.step_cpu_s()) for a, b in zip(mine, floor, strict=True)]
     last = [rank["losses"][-1] for rank in mine[0].ranks if rank["losses"]]
-    waits = [o.ranks[0]["data_wait_s"] / o.ranks[0]["data_wait_until_step"] for o in mine if "data_wait_s" in o.ranks[0]]
     return {
         "contender": name,
         "step_cpu_s": median(median(outcome.step_cpu_s()) for outcome in mine),
@@ -199,7 +198,6 @@ def row_of(name: str, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
         "first_step_after_s": median(outcome.start_wall_s for outcome in mine),
         "first_step_after_cpu_s": median(outcome.start_cpu_s for outcome in mine),
         "peak_rss_mib_per_process": max(rank["peak_rss_bytes"] for o in mine for rank in o.ranks) / 2**20,
-        "data_wait_s_per_step": median(waits) if waits else None,
         "loss": sum(last) / len(last) if last else None,
     }
 

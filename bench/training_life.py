@@ -88,6 +88,7 @@ def memory_over_steps(steps: int) -> list[dict[str, Any]]:
                 raise SystemExit(str(failures))
             outcome = outcomes[name]
             seen = [value / 2**20 for value in outcome.ranks[0]["rss_bytes"]]
+            first, waited = outcome.ranks[0], outcome.ranks[0].get("data_wait_s")
             half = seen[len(seen) // 2 :]
             rows.append(
                 {
@@ -96,6 +97,9 @@ def memory_over_steps(steps: int) -> list[dict[str, Any]]:
                     "rss_mib_at_5_percent": seen[0],
                     "rss_mib_halfway": half[0],
                     "rss_mib_at_end": seen[-1],
+                    "wait_for_data_ms_per_update": 1000 * waited / first["data_wait_until_step"]
+                    if waited is not None
+                    else None,
                     "growth_kib_per_update_second_half": slope(half) * 1024 / MEMORY_EVERY,
                 }
             )
