@@ -68,6 +68,8 @@ class Cell:
     compile: bool = False
     steps: int = 11
     micro_batch_size: int = 4
+    what: str = ""
+    """Further words for the title."""
 
 
 BARE = "bare torch loop"
@@ -105,8 +107,8 @@ CELLS: dict[str, Cell] = {
     "one_compiled": Cell("10M", "fp32", COMPILED, compile=True),
     "large_fp32": Cell("50M", "fp32", ALONE_FP32, steps=5),
     "large_bf16": Cell("50M", "bf16", ALONE, steps=5),
-    "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=9),
-    "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=9),
+    "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=9, what="weights whole on both"),
+    "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=9, what="weights sharded (DDP: whole)"),
 }
 SHORT = {
     "tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "megagpt, fsdp")}, steps=6),
@@ -125,7 +127,7 @@ def main(words: Sequence[str]) -> None:
     for name in names:
         rows, failed = run_cell(name, cells[name], repetitions)
         shown = f"python bench/training.py cells={name} repetitions={repetitions}"
-        about = f"Measured {datetime.now(UTC).date().isoformat()} by `{shown}`. {losses_explained(rows)}"
+        about = f"Measured {datetime.now(UTC).date().isoformat()} by `{shown}`."
         about += f" Failed: {', '.join(failed)}." if failed else ""
         plot = {"x": "contender", "y": "step_cpu_s", "by": None, "log": False}
         table = {"key": name, "title": title_of(cells[name]), "about": about, "rows": rows, "plot": plot}
@@ -162,7 +164,14 @@ def title_of(cell: Cell) -> str:
     compiled = ", compiled" if cell.compile else ""
     tokens = cell.micro_batch_size * SEQ_LEN
     ranks = f"{cell.ranks} process{'es' if cell.ranks > 1 else ''}"
-    return f"{cell.model} parameters, {cell.precision}{compiled}, {ranks}, {tokens:,} tokens per process and step"
+    words = [
+        f"{cell.model} parameters",
+        f"{cell.precision}{compiled}",
+        ranks,
+        f"{tokens:,} tokens per process and step",
+        cell.what,
+    ]
+    return ", ".join(word for word in words if word)
 
 
 def run_cell(name: str, cell: Cell, repetitions: int) -> tuple[list[dict[str, Any]], list[str]]:

@@ -61,7 +61,7 @@ def run_turn_about(
     """
     running: list[_Running] = []
     failures: dict[str, str] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped programs do not outlive us
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped programs do not outlive us
     try:
         for contender in contenders:
             program = _Running(contender, folder / contender.name)
@@ -85,6 +85,7 @@ def run_turn_about(
     finally:
         for program in running:
             program.kill()
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Running:

@@ -54,6 +54,22 @@ def test_every_result_says_when_where_and_how_it_was_measured() -> None:
         assert result["command"].startswith("python bench/"), path
 
 
+def test_programs_take_turns_and_one_that_fails_costs_only_its_own_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from training_turns import Contender, run_turn_about
+
+    ready = "import json, os; open(os.environ['BENCH_READY'], 'w').write(json.dumps({'cpu_s': 0.5, 'at': 0.0}));"
+    good = ready + "open(os.environ['BENCH_OUT'], 'w').write(json.dumps({'step_ends_cpu_s': [1.0, 1.5, 2.5]}))"
+    programs = {"good": good, "bad": ready + "raise SystemExit('no such thing')"}
+    contenders = [Contender(name, [sys.executable, "-c", code], ranks=2) for name, code in programs.items()]
+    outcomes, failures = run_turn_about(contenders, tmp_path)
+    assert list(outcomes) == ["good"]
+    assert outcomes["good"].step_cpu_s() == [1.0, 2.0]  # of both ranks
+    assert list(failures) == ["bad"]
+    assert "exit status 1" in failures["bad"]
+    assert "no such thing" in failures["bad"]
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
     done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", "phases=check,matmul,trace_124m", "only=fsdp")
