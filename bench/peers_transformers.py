@@ -131,7 +131,7 @@ def arguments(job: dict[str, Any]) -> TrainingArguments:
         torch_compile=job["compile"],
         use_cpu=job["device"] == "cpu",
         ddp_backend="gloo" if job["device"] == "cpu" else "nccl",
-        gradient_checkpointing=job.get("checkpointing", False),
+        gradient_checkpointing=job.get("checkpointing", "none") == "full",
         logging_steps=job["log_every_steps"],
         save_strategy="steps" if job["save"] else "no",
         save_steps=job["steps"],
