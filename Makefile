@@ -33,11 +33,12 @@ format: $(VENV)/.installed ## Rewrite the sources in the project's format, and f
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench-cpu: $(VENV)/.installed ## Measure training, generation and scale on CPU against peers (their environments are made first); docs/benchmarks.md
-	$(BIN)/python bench/training.py
-	$(BIN)/python bench/training_life.py
-	$(BIN)/python bench/generation.py
-	$(BIN)/python bench/scale.py
+bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against peers (environments are made first), under 30 minutes; docs/benchmarks.md
+	$(BIN)/python bench/training.py cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
+	$(BIN)/python bench/training_life.py repetitions=1
+	$(BIN)/python bench/generation.py repetitions=1
+	$(BIN)/python bench/scale.py parts=loader,ranks,checkpoint
+	$(BIN)/python bench/pack.py
 	$(BIN)/python bench/document.py
 
 clean: ## Remove what tests and tools leave in the working tree (not .venv, not runs)
