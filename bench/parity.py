@@ -204,7 +204,7 @@ def main() -> None:
     steps: dict[Precision, int] = {"fp32": arguments.steps, "bf16": arguments.bf16_steps}
     sizes = [int(size) for size in arguments.ranks.split(",")]
     torch.set_num_threads(1)
-    rows = [row for row in earlier_rows() if row["ranks"] not in sizes]
+    rows: list[dict[str, Any]] = []
     plain: dict[tuple[Precision, int], tuple[list[float], Weights]] = {}
     for size in sizes:
         for canonical in (False, True):
@@ -220,6 +220,7 @@ def main() -> None:
                 count = limits[cell.precision]
                 rows.append(row_of(size, cell, outcome, count, plain[cell.precision, count][0]))
                 print(rows[-1], flush=True)
+    rows += [row for row in earlier_rows() if row["ranks"] not in sizes]
     rows.sort(key=lambda row: row["ranks"])
     write_results("parity", summary(rows, steps) | {"cells": rows}, packages=("torch", "deepspeed"))
 
