@@ -91,8 +91,6 @@ def test_a_collective_that_waits_for_a_rank_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_the_recorder_of_nccl_says_the_same(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     (found,) = run_ranks(on_gpu, 1, tmp_path / "ranks", str(tmp_path))
     names = {operation for group in found["groups"] for operation in [group["name"]]}
     assert names
