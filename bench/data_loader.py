@@ -2,10 +2,10 @@
 
     python bench/data_loader.py DATA_FOLDER [documents=20000000] [documents_alone=1000000000] [repetitions=3]
 
-Both read the same .bin and .idx (the format is the same): documents of lognormal length (median 400 tokens), one epoch of samples
-of 1,024 tokens, micro-batches of 8, one process. A second corpus, ten to fifty times as large, is opened by ours alone. The token
-files are sparse (all zeros): what is measured is the work around reading, block checksums of ours included, and not the disk. Its
-clock starts after the imports, and so does the count of memory. Writes results/data_loader.json.
+Both read the same .bin and .idx (the format is the same): documents of lognormal length (median 400 tokens), one epoch of
+samples of 1,024 tokens, micro-batches of 8, one process. A second corpus, ten to fifty times as large, is opened by ours alone.
+The token files are sparse (all zeros): what is measured is the work around reading, block checksums of ours included, and not
+the disk. Its clock starts after the imports, and so does the count of memory. Writes results/data_loader.json.
 """
 
 import json
