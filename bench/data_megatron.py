@@ -6,10 +6,10 @@ Opens PREFIX.bin and .idx with an empty cache of indices, builds them for one ep
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +25,9 @@ def main(words: list[str]) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
     def rss() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """Peak of this process; ru_maxrss would begin with its parent's."""
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     before, started, started_cpu = rss(), time.perf_counter(), time.process_time()
     tokenizer = SimpleNamespace(vocab_size=50257, eod=50256, pad=50256, unique_identifiers={"name": "gpt2"})
