@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagpt.samples import IGNORE
 
-CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU = 1 << 25, 1 << 28
 """Logits made at a time: 128 MiB in fp32; 1 GiB on GPUs, where small products and sums of the weight's gradient cost more."""
 
 
@@ -69,7 +69,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
         grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants_grad else None
-        chunk = max(1, CHUNK_ELEMENTS[hidden_nd.device.type] // weight_vd.shape[0])
+        chunk = max(1, (CHUNK_ELEMENTS_GPU if hidden_nd.is_cuda else CHUNK_ELEMENTS) // weight_vd.shape[0])
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
             loss, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)

@@ -91,7 +91,7 @@ def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     targets[5] = -100
     whole = summed_cross_entropy(hidden, weight, targets, z_loss=1e-2)
     grads = torch.autograd.grad(whole * 3, (hidden, weight))
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 50 * 10)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 50 * 10)
     chunked = summed_cross_entropy(hidden, weight, targets, z_loss=1e-2)
     torch.testing.assert_close(chunked, whole)
     for a, b in zip(torch.autograd.grad(chunked * 3, (hidden, weight)), grads, strict=True):
