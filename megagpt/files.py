@@ -47,21 +47,31 @@ def remove_leftovers(folders: Iterable[Path]) -> None:
 
 
 def _writer() -> str:
-    """Who writes: a hash of the machine's name, and the process."""
-    return f"{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}.{os.getpid()}"
+    """Who writes: a hash of the machine's name, the process, and when it began."""
+    return f"{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}.{os.getpid()}.{_begun(os.getpid())}"
 
 
 def _writer_is_dead(name: str) -> bool:
-    machine, _, process = name.rsplit("-", 2)[-2].partition(".")
-    if machine != _writer().partition(".")[0] or not process.isdecimal():
+    machine, *process = name.rsplit("-", 2)[-2].split(".")
+    if machine != _writer().partition(".")[0] or len(process) != 2 or not process[0].isdecimal():
         return False
     try:
-        os.kill(int(process), 0)
+        os.kill(int(process[0]), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        pass
-    return False
+    except PermissionError:  # somebody else's, of which /proc may say nothing
+        return False
+    return str(_begun(int(process[0]))) != process[1]
+
+
+def _begun(process: int) -> int:
+    """When a process of this machine began, in ticks since the start of the system (proc(5)); -1 if it is gone or ending."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    state, *fields = text.rpartition(") ")[2].split()
+    return -1 if state in "ZX" else int(fields[18])
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ from megagpt.corpus.blocks import Block, Fault, Outcome, Seen, document_blocks, 
 from megagpt.corpus.executors import Execution, WorkerDiedError
 from megagpt.corpus.stage import read_summary, run_stage, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
-from megagpt.files import atomic_path
+from megagpt.files import atomic_path, remove_leftovers
 
 DOCUMENTS_PER_BLOCK = 60
 
@@ -90,8 +90,8 @@ def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
         pass
     with atomic_path(tmp_path / "stage.json") as temporary:
         living = temporary.name
-    dead = living.replace(f".{os.getpid()}-", f".{process.pid}-")
-    elsewhere = living.replace(living.split("-")[2], "0123abcd.1")
+    dead = living.replace(f".{os.getpid()}.", f".{process.pid}.")
+    elsewhere = living.replace(living.split("-")[2], "0123abcd.1.1")
     blocks, output = make_blocks(tmp_path / "in", num_files=1, num_blocks=1), tmp_path / "out"
     (output / "dropped").mkdir(parents=True)
     for name in (living, dead, elsewhere, f"dropped/{dead}"):
@@ -202,6 +202,30 @@ def test_what_killed_runs_leave_is_swept(tmp_path: Path) -> None:
         for path in left:
             path.parent.mkdir(exist_ok=True, parents=True)
             path.touch()
+
+
+def test_a_killed_writer_is_known_by_its_start(tmp_path: Path) -> None:
+    """A killed process may stay a zombie, and its number may be given again: neither keeps its unfinished file."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "a.json")])
+    deadline = time.monotonic() + 60
+    while not (left := list(tmp_path.glob(".tmp-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    remove_leftovers([tmp_path])
+    assert list(tmp_path.glob(".tmp-*")) == left
+    head, begun, tail = left[0].name.rpartition("-")[0].rpartition(".")[0], "1", left[0].name.rpartition("-")[2]
+    given_again = left[0].with_name(f"{head}.{begun}-{tail}")
+    given_again.touch()
+    remove_leftovers([tmp_path])
+    assert list(tmp_path.glob(".tmp-*")) == left
+    process.kill()
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
+        time.sleep(0.05)
+    remove_leftovers([tmp_path])
+    assert not list(tmp_path.glob(".tmp-*"))
+    process.wait()
+
+
+WRITER = "import sys, time, pathlib, megagpt.files as f\nwith f.atomic_path(pathlib.Path(sys.argv[1])): time.sleep(600)"
 
 
 def sleeps(block: Block) -> Iterator[Outcome]:
