@@ -189,7 +189,8 @@ def reader(work_dir: Path) -> Iterator[list[str]]:
 
 def partial_files(work_dir: Path) -> Iterator[str]:
     """Messages about files with final names that are not whole. What begins with a dot or lies in dedup/index is internal."""
-    for found in sorted(work_dir.rglob("*")) if work_dir.is_dir() else ():
+    # os.walk, unlike rglob, passes over folders that are removed while it looks.
+    for found in sorted(Path(folder, name) for folder, _, names in os.walk(work_dir) for name in names):
         parts = found.relative_to(work_dir).parts
         if any(part.startswith(".") for part in parts) or "index" in parts or not found.is_file():
             continue
