@@ -21,18 +21,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from megagpt.config import UserError, validate
+from megagpt.config import UserError
 from megagpt.data import TrainState
-from megagpt.engine import Engine, FlatPiece
+from megagpt.engine import Engine
 from megagpt.files import read_json, sha256_file, sync, write_json
-from megagpt.model import GPT, ModelConfig
 from megagpt.pieces import CheckpointError, Shares, own_share, read_pieces, write_pieces
-from megagpt.tokenizer import Tokenizer, open_tokenizer
 from megagpt.world import World, utc_now
 
 log = logging.getLogger(__name__)
@@ -300,47 +298,6 @@ def _problem_of(file: Path, size: int, sha256: str) -> str:
     if sha256_file(file) != sha256:
         return f"{file}: its sha256 is not the manifest's: bytes changed since it was written"
     return ""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model as one process uses it, with what is needed to feed it."""
-
-    model: GPT
-    model_config: ModelConfig
-    tokenizer: Tokenizer
-    step: int
-    run_config: dict[str, Any]
-    path: Path
-
-
-def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", device: str = "cpu") -> LoadedModel:
-    """The weights of a run's newest good, best, or named checkpoint as a plain fp32 GPT in evaluation mode.
-
-    Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
-    """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run directory")
-    candidates = list_checkpoints(run_dir)
-    if step == "best":
-        step = int(read_json(run_dir / "checkpoints" / "best.json")["step"])
-    if step != "last":
-        candidates = [path for path in candidates if step_of(path) == step]
-    if not candidates:
-        raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint{'' if step == 'last' else f' of step {step}'}")
-    for path in reversed(candidates):
-        problems = verify(path)
-        if problems:
-            log.warning("passed over %s", "; ".join(problems))
-            continue
-        saved = read_json(path / "state.json")
-        config = validate(ModelConfig, saved["model"], source=str(path / "state.json"))
-        model = GPT(config)
-        views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
-        read_pieces(path, {key: FlatPiece(view, 0, view.numel()) for key, view in views.items()})
-        tokenizer = open_tokenizer(run_dir / "tokenizer")
-        return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
-    raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good")
 
 
 def mark_best(run_dir: Path, step: int, loss: float) -> bool:

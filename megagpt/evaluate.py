@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from megagpt.checkpoint import LoadedModel, load_model
 from megagpt.config import Config, UserError, validate
 from megagpt.data import DataConfig, MicroBatch, TokenDataset, eval_batches
 from megagpt.files import write_json
+from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model import ModelConfig
 from megagpt.tasks import TaskResult, read_task, score_task
 from megagpt.tokenizer import Tokenizer, token_lengths

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megagpt.checkpoint import LoadedModel, load_model
 from megagpt.config import Config
+from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model import KeyValues, ModelConfig
 from megagpt.permutation import mix
 from megagpt.tokenizer import Tokenizer

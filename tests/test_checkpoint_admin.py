@@ -11,10 +11,11 @@ from inspect_checkpoints import run as show
 from test_train import settings, start, write_shards
 
 from megagpt import checkpoint
-from megagpt.checkpoint import list_checkpoints, load_model, step_of
+from megagpt.checkpoint import list_checkpoints, step_of
 from megagpt.checkpoint_admin import InspectConfig
 from megagpt.command import EXIT_CRASH, EXIT_DONE, run_words
 from megagpt.files import read_json
+from megagpt.loaded_model import load_model
 from megagpt.metrics import read_metrics
 
 CHANGES: dict[str, Any] = {

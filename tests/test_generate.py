@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.checkpoint import LoadedModel
 from megagpt.generate import (
     SamplingConfig,
     StreamDecoder,
@@ -19,6 +18,7 @@ from megagpt.generate import (
     pick,
     stream_texts,
 )
+from megagpt.loaded_model import LoadedModel
 from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.tokenizer import Bytes
 

@@ -44,6 +44,7 @@ LAYERS = (
         "checkpoint",
         "pieces",
         "checkpoint_admin",
+        "loaded_model",
         "ledger",
         "monitor",
         "metrics",

@@ -13,9 +13,9 @@ from ranks import Ranks, wait_until
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from bench import chaos
-from megagpt.checkpoint import load_model
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
+from megagpt.loaded_model import load_model
 from megagpt.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -16,13 +16,14 @@ import torch
 import yaml
 from ranks import Ranks, free_port, run_ranks, wait_until
 
-from megagpt.checkpoint import list_checkpoints, load_model
+from megagpt.checkpoint import list_checkpoints
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
 from megagpt.data import DataConfig, TrainState, open_data, recompute_fed_hash
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
 from megagpt.ledger import read_ledger
+from megagpt.loaded_model import load_model
 from megagpt.metrics import read_metrics
 from megagpt.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tokenizer import open_tokenizer
