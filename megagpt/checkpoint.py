@@ -331,7 +331,7 @@ def _commit(
     run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], saved: dict[str, Any], incarnation: int
 ) -> None:
     """Write state and manifest, then rename: from then on the checkpoint exists."""
-    write_json(temporary / "state.json", {**saved, "saved_at": utc_now()})
+    write_json(temporary / "state.json", {**saved, "incarnation": incarnation, "saved_at": utc_now()})
     seal(temporary, files)
     if not still_owner(run_dir, incarnation):
         raise CheckpointError(

@@ -75,6 +75,10 @@ def train(config: TrainConfig) -> int:
         if status == EXIT_STOPPED:
             world.stop.ignore()
         return status
+    except Exception:
+        if watchdog is not None:
+            watchdog.end_if_judged()
+        raise
     finally:
         if watchdog is not None:
             watchdog.close()

@@ -29,7 +29,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from megagpt import collectives, stacks
 from megagpt.command import EXIT_WATCHDOG
 from megagpt.config import Config
-from megagpt.files import write_json
+from megagpt.files import read_json, write_json
 from megagpt.goodput import Stopwatch
 from megagpt.metrics import METRICS_FILE, format_row
 from megagpt.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes
@@ -132,6 +132,16 @@ class Watchdog:
     def ranks(self) -> dict[str, Any]:
         """For the metrics (rank 0): see RankTimes.summary."""
         return self._times.summary(dict(self._reports))
+
+    def end_if_judged(self) -> None:
+        """End this process with status 76 if this start has a verdict: then an exception, such as a connection closed by the rank
+        that judged and ended first, only follows from it."""
+        verdict = self._foreign_verdict
+        for path in sorted((self.run_dir / "watchdog").glob(f"*_{self.incarnation:04d}_rank*.json"))[:1]:
+            written = read_json(path)
+            verdict = Verdict(**{name: written[name] for name in Verdict.__slots__})
+        if verdict is not None:
+            self._end(verdict, record=False)
 
     def close(self) -> None:
         """End the threads. The others hear that this rank has ended."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from ranks import Ranks, run_ranks
 from test_train import settings, write_shards
@@ -15,7 +16,8 @@ from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
 from megagpt.files import read_json
 from megagpt.goodput import Stopwatch
 from megagpt.metrics import read_metrics
-from megagpt.watchdog import Report, Watchdog, WatchdogConfig, judge
+from megagpt.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
+from megagpt.world import World
 
 FAULTS = Path(__file__).resolve().parent / "faults"
 
@@ -67,6 +69,24 @@ def test_the_missing_rank_is_the_one_the_others_wait_for(name: str) -> None:
 def test_who_waits_for_a_long_save_elsewhere_ends_nothing() -> None:
     saving = report(0, (7, 3), 40, limit_seconds=100.0, activity="save")
     assert judge({0: saving, 1: report(1, (7, 4), 11)}, {1: 0.1}, 100.0) is None
+
+
+def test_a_connection_lost_to_a_rank_that_judged_and_ended_is_no_failure_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    world = World(1, 2, 1, torch.device("cpu"), "torchrun", None)
+    clock = Stopwatch()
+    first, second = (Watchdog(WatchdogConfig(enabled=False), world, tmp_path, clock, start) for start in (1, 2))
+    verdict = Verdict(0, "n0", 7, "train", "code", "while True")
+    first._record(verdict)
+    second.end_if_judged()  # the verdict was another start's
+    with pytest.raises(SystemExit, match=str(EXIT_WATCHDOG)):
+        first.end_if_judged()
+    assert f"rank 1 ends: {verdict.line()}" in capfd.readouterr().err
 
 
 # ---- real hangs
