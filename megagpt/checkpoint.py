@@ -5,7 +5,7 @@ length. Every rank writes the runs of them that it holds (engine.FlatPiece) into
 takes from any file what overlaps with what it holds. safetensors holds no code, so loading runs none.
 
     step_00001000/  pieces_00000.safetensors ...  one file per rank; its header says where each run begins
-                    state.json                    TrainState, config, data fingerprint, versions, shapes
+                    state.json                    TrainState, config, data fingerprint, the start that wrote it
                     manifest.json                 size and sha256 of every file above; written last
 
 All is written into `tmp_<incarnation>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
