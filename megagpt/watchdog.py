@@ -134,8 +134,8 @@ class Watchdog:
         return self._times.summary(dict(self._reports))
 
     def end_if_judged(self) -> None:
-        """End this process with status 76 if this start has a verdict: an exception then only follows from it, such as that of a
-        connection closed by the rank that judged and ended first."""
+        """End this process with status 76 if this start has a verdict. An exception then only follows from it: the rank that
+        judged has ended, say, and closed its connections."""
         verdict = self._foreign_verdict
         for path in sorted((self.run_dir / "watchdog").glob(f"*_{self.incarnation:04d}_rank*.json"))[:1]:
             written = read_json(path)
