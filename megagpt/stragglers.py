@@ -72,7 +72,8 @@ def summarise(rates: Mapping[str, Mapping[int, float]], hosts: Mapping[int, str]
         median, worst = statistics.median_low(table.values()), max(table, key=lambda rank: table[rank])
         result[name] = {"median_seconds": median, "max_seconds": table[worst], "max_rank": worst}
         # Less is noise: below a millisecond it costs nobody anything, and looks are a sample.
-        noise = 1e-3 if name != "own_work" else max(1e-3, 0.15 * statistics.median_low(rates["step_time"].values()))
+        looked = [table[rank] + rates["collective_wait"][rank] for rank in table] if name == "own_work" else [0.0]
+        noise = max(1e-3, 0.15 * statistics.median_low(looked))
         for rank in sorted(table) if name in ("data_wait", "forward", "own_work") else ():
             if table[rank] > slow_ratio * median and table[rank] - median > noise and rank not in slow:
                 slow[rank] = f"rank {rank} on {hosts[rank]}: {name} {table[rank]:.3f} s, median {median:.3f} s"

@@ -69,6 +69,14 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_model(run_dir).model.state_dict()
 
 
+def assert_as_if_nothing_had_happened(run_dir: Path, clean: Path) -> None:
+    """Weights and losses are bitwise those of the uninterrupted run, and every sample was fed once."""
+    ours, expected = weights(run_dir), weights(clean)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert losses(run_dir) == losses(clean)
+    assert "all as in the shards" in next(iter(check_ledger(run_dir)))
+
+
 def read_incarnation(run_dir: Path) -> int:
     return int(read_json(run_dir / "owner.json")["incarnation"]) if (run_dir / "owner.json").exists() else 0
 
@@ -112,11 +120,27 @@ def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shard
     assert max(left_over) <= 200 < steps
     saved_by = {step_of(path): read_json(path / "state.json")["incarnation"] for path in list_checkpoints(run_dir)}
     assert {by for step, by in saved_by.items() if step > 50} == {2}, saved_by
-    clean = uninterrupted(tmp_path / "clean", shards, steps, 1)
-    ours, expected = weights(run_dir), weights(clean)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert losses(run_dir) == losses(clean)
-    assert "all as in the shards" in next(iter(check_ledger(run_dir)))
+    assert_as_if_nothing_had_happened(run_dir, uninterrupted(tmp_path / "clean", shards, steps, 1))
+
+
+def test_a_dead_step_daemon_whose_rank_hangs_is_seen_by_the_watchdog_alone(
+    cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    """SLURM goes on believing in the step, and no connection of the rank closes."""
+    site, run_dir, steps = make_site(tmp_path / "project", PROJECT), tmp_path / "run", 240
+    job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, steps))
+    wait_until(lambda: last_step(run_dir, 1) >= 60)
+    hung = processes_of(job_id, rank=1)
+    chaos.kill([chaos.parent(pid) for pid in hung], signal.SIGKILL)
+    chaos.kill(hung, signal.SIGSTOP)  # after its parent's end: the kernel would wake it with SIGHUP
+    try:
+        cluster.wait_for(job_id, "COMPLETED", timeout=400)
+    finally:
+        chaos.kill(hung, signal.SIGKILL)
+    assert "ended with status 76" in (site / f"megagpt-{job_id}.log").read_text()
+    (verdict,) = read_metrics(run_dir).of_kind("watchdog")
+    assert (verdict["rank"], verdict["cause"]) == (1, "silent")
+    assert_as_if_nothing_had_happened(run_dir, uninterrupted(tmp_path / "clean", shards, steps, 2))
 
 
 def test_it_goes_on_with_the_nodes_that_there_are(cluster: Cluster, shards: Path, tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_looks_are_collected_over_several_calls() -> None:
     assert times.summary(reports(20, MIN_LOOKS, 2 * MIN_LOOKS)) == {}
 
 
+def test_looks_may_be_enough_while_some_rank_has_made_no_new_step() -> None:
+    def report(rank: int, step: int, looks: float) -> dict[str, Any]:
+        return {"host": f"n{rank}", "progress": progress(step, train=float(step), collective=0.1 * step, looks=looks)}
+
+    times = RankTimes(1.5)
+    times.summary({0: report(0, 0, 0), 1: report(1, 0, 0)})
+    assert "own_work" not in times.summary({0: report(0, 9, MIN_LOOKS / 2), 1: report(1, 10, MIN_LOOKS)})
+    found = times.summary({0: report(0, 10, MIN_LOOKS), 1: report(1, 10, MIN_LOOKS)})
+    assert "step_time" not in found
+    assert found["own_work"]["median_seconds"] == pytest.approx(0.9)
+
+
 def test_the_report_counts_who_was_named() -> None:
     rates = {"data_wait": {0: 0.01, 1: 0.01, 2: 0.2}, "forward": {0: 1.0, 1: 3.0, 2: 1.1}}
     both = summarise(rates, {0: "a", 1: "b", 2: "c"}, 1.5)["slow"]
