@@ -138,7 +138,7 @@ def test_a_dead_step_daemon_whose_rank_hangs_is_seen_by_the_watchdog_alone(
     finally:
         chaos.kill(hung, signal.SIGKILL)
     assert "ended with status 76" in (site / f"megagpt-{job_id}.log").read_text()
-    (verdict,) = read_metrics(run_dir).of_kind("watchdog")
+    verdict = read_metrics(run_dir).of_kind("watchdog")[0]
     assert (verdict["rank"], verdict["cause"]) == (1, "silent")
     assert_as_if_nothing_had_happened(run_dir, uninterrupted(tmp_path / "clean", shards, steps, 2))
 
