@@ -18,6 +18,8 @@ import pytest
 from inline import inline
 
 from megagpt.config import UserError
+from megagpt.corpus import dedup
+from megagpt.corpus.blocks import Block
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
 from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.executors import Execution
@@ -382,10 +384,12 @@ def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
     files = {"1.jsonl.zst": ["one text", "another text"]}
     index = run(tmp_path, files) / "index"
     before = sorted(index.rglob("*"))
-    (index / "blocks" / "tmp-99-000000").mkdir()
-    (index / "blocks" / "tmp-99-000000" / "keys.u64").write_bytes(b"x")
-    (index / ".tmp-kept_by.i64-abc").write_bytes(b"x")
-    (index / "runs-abc").mkdir()
+    (work,) = [path for path in index.iterdir() if path.is_dir()]
+    (work / "blocks" / "tmp-99-000000").mkdir()
+    (work / "blocks" / "tmp-99-000000" / "keys.u64").write_bytes(b"x")
+    (work / ".tmp-kept_by.i64-abc").write_bytes(b"x")
+    (work / "runs-abc").mkdir()
+    (index / "0123456789abcdef" / "blocks" / "000000").mkdir(parents=True)
     run(tmp_path, files)
     assert sorted(index.rglob("*")) == before
 
@@ -399,6 +403,52 @@ def test_other_settings_are_refused_or_replace(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds the work of other settings or other inputs"):
         run(tmp_path, files, threshold=0.5)
     assert len(kept(run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5))) == 1
+
+
+def test_a_start_that_was_left_over_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of its work another start with other settings begins; then both go on."""
+    writer = Writer(10)
+    a = writer.text()
+    files = {"1.jsonl.zst": [a, writer.edit(a, 5), writer.text()], "2.jsonl.zst": [a, writer.edit(a, 7)]}
+    fresh = contents(run(tmp_path / "fresh", files, threshold=0.5))
+    index_one, begun = dedup.index_block, []
+
+    def index_block(*arguments: object) -> int:
+        if not begun:
+            begun.append(1)
+            run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5)
+        return index_one(*arguments)
+
+    monkeypatch.setattr(dedup, "index_block", index_block)
+    with pytest.raises(UserError, match="a later start makes something else here"):
+        run(tmp_path, files)
+    assert contents(tmp_path / "out") == fresh
+
+
+def test_what_a_left_over_worker_indexed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with other MinHash settings commits every block of the index before the later start does."""
+    texts = planted(Writer(13), 120)
+    fresh = contents(run(tmp_path / "fresh", {"1.jsonl.zst": texts}))
+    config = DedupConfig(words_per_shingle=1)
+    index_one, folders = dedup.index_block, []
+
+    def stop(block: Block, folder: Path, *_: object) -> int:
+        folders.append(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dedup, "index_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, {"1.jsonl.zst": texts}, words_per_shingle=1)
+
+    def after_left_over(block: Block, folder: Path, settings: MinHashSettings) -> int:
+        index_one(block, folders[0], config.minhash)
+        return index_one(block, folder, settings)
+
+    monkeypatch.setattr(dedup, "index_block", after_left_over)
+    output = run(tmp_path, {"1.jsonl.zst": texts}, Execution(num_workers=1, overwrite=True))
+    assert contents(output) == fresh
+    assert not folders[0].exists()
 
 
 def crawls() -> dict[str, dict[str, list[str]]]:

@@ -18,7 +18,7 @@ import xxhash
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import best_fit, leaks, pack, segments
+from megagpt.corpus import best_fit, blocks, leaks, pack, segments
 from megagpt.corpus.best_fit import best_fit_order, num_cut
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.pack import TokenizeConfig, pack_documents
@@ -184,9 +184,34 @@ def test_a_start_that_was_left_over_commits_no_shard(
         write(writer, *arguments)
 
     monkeypatch.setattr(ShardWriter, "add_many", add_many)
-    with pytest.raises(UserError, match="a later start makes other shards here"):
+    with pytest.raises(UserError, match="a later start makes something else here"):
         run(corpus, output, shard_tokens=4000)
     assert not [path for path in output.rglob("*") if path.name.startswith(("shard_", "manifest.json", "summary.json"))]
+
+
+def test_segments_of_a_left_over_worker_are_not_used(
+    corpus: list[Path], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It commits a block, with another seed and split, before the later start has done it."""
+    tokenize, jobs = segments._tokenize_block, []
+
+    def stop(block: Any, job: segments.Job, cuts: segments.Cuts) -> int:
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "_tokenize_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, tmp_path / "s", shard_tokens=4000, seed=7, validation_fraction=0.3)
+
+    def after_left_over(block: Any, job: segments.Job, cuts: segments.Cuts) -> int:
+        for late in blocks.document_blocks(corpus):
+            tokenize(late, jobs[0], cuts)
+        return tokenize(block, job, cuts)
+
+    monkeypatch.setattr(segments, "_tokenize_block", after_left_over)
+    run(corpus, tmp_path / "s", shard_tokens=4000, overwrite=True)
+    assert tree(tmp_path / "s") == tree(packed)
 
 
 def test_split_by_tail_cuts_each_source_by_characters(corpus: list[Path], tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from inline import inline
 
 from megagpt.config import UserError, validate
-from megagpt.corpus.blocks import Block, Fault, Outcome, Seen, document_blocks, output_name, read_block
+from megagpt.corpus import commit
+from megagpt.corpus.blocks import Block, Fault, Outcome, Seen, document_blocks, output_name, plan_hash, read_block
 from megagpt.corpus.executors import Execution, WorkerDiedError
 from megagpt.corpus.stage import read_summary, run_stage, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
@@ -250,6 +253,59 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out/mine.txt").read_text() == "not the stage's"
 
 
+def other_numbers(block: Block) -> Iterator[Outcome]:
+    for outcome in numbers(block):
+        yield outcome if isinstance(outcome, Document) else Seen("other")
+
+
+@pytest.mark.parametrize("moment", ["block", "end"])
+def test_a_start_that_was_left_over_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """While the first start is at work a second one, with other settings and fewer inputs, does all of its work."""
+    blocks, output = make_blocks(tmp_path / "in", num_files=2, num_blocks=2), tmp_path / "out"
+    inside = [False]
+
+    def second_start() -> None:
+        inside[0] = True
+        replace = Execution(num_workers=1, overwrite=True)
+        run_stage("test", blocks[:2], output, other_numbers, config_hash="b", execution=replace)
+        inside[0] = False
+
+    def left_over(block: Block) -> Iterator[Outcome]:
+        if moment == "block" and block == blocks[1]:
+            second_start()
+        yield from numbers(block)
+
+    merge = commit._merge
+
+    def merge_late(*arguments: Any) -> dict[str, Any]:
+        if moment == "end" and not inside[0]:
+            second_start()
+        return merge(*arguments)
+
+    monkeypatch.setattr(commit, "_merge", merge_late)
+    with inline(), pytest.raises(UserError, match="a later start makes something else here: this one ends"):
+        run_stage("test", blocks, output, left_over, config_hash="a", execution=Execution(num_workers=1))
+    with inline():
+        run_stage("test", blocks[:2], tmp_path / "b", other_numbers, config_hash="b", execution=Execution(num_workers=1))
+    assert {name: digest for name, digest in tree(output).items() if "/.parts" not in f"/{name}"} == tree(tmp_path / "b")
+
+
+def test_a_block_of_a_left_over_worker_is_not_used(tmp_path: Path) -> None:
+    """It commits the block that the later start is about to do."""
+    blocks, output = make_blocks(tmp_path / "in", num_files=1, num_blocks=3), tmp_path / "out"
+
+    def with_left_over(block: Block) -> Iterator[Outcome]:
+        if block.index == 0:
+            for late in blocks:
+                commit.commit_block(late, output, numbers, plan_hash("a", blocks))
+        yield from other_numbers(block)
+
+    for folder, process in ((output, with_left_over), (tmp_path / "b", other_numbers)):
+        with inline():
+            run_stage("test", blocks, folder, process, config_hash="b", execution=Execution(num_workers=1))
+    assert tree(output) == tree(tmp_path / "b")
+
+
 def test_names_must_not_collide(tmp_path: Path) -> None:
     blocks = [Block("a/x.warc.gz", "x.warc.jsonl.zst"), Block("b/x.warc.gz", "x.warc.jsonl.zst")]
     with pytest.raises(UserError, match=r"a/x\.warc\.gz and b/x\.warc\.gz"):
@@ -321,7 +377,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
 
 def num_committed(output: Path) -> int:
     """Blocks committed so far, finished files included."""
-    return len(list(output.glob(".parts/*/*.json"))) + 5 * len(list(output.glob("*.done.json")))
+    return len(list(output.glob(".parts/*/*/*.json"))) + 5 * len(list(output.glob("*.done.json")))
 
 
 def session_members(session: int) -> list[int]:

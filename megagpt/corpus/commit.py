@@ -15,6 +15,7 @@ import xxhash
 import zstandard
 
 from megagpt.corpus.blocks import Block, Fault, Process, Seen
+from megagpt.corpus.claim import Claim, folder_of, refuse_left_over
 from megagpt.documents import Document, Rejected, format_document
 from megagpt.files import atomic_path, read_json, sha256_file, write_json
 
@@ -25,11 +26,12 @@ EXAMPLES_PER_FAULT = 10
 
 def commit_block(block: Block, output_dir: Path, process: Process, plan: str) -> dict[str, Any]:
     """In a worker: run `process`, write the block's documents, drops and samples, then its counts, which commit it."""
-    counts: dict[str, Any] = {"plan": plan, "kept": 0, "characters_out": 0}
+    part = _part(output_dir, block, plan)
+    counts: dict[str, Any] = {"kept": 0, "characters_out": 0}
     rejected, faults, records = Counter[str](), Counter[str](), Counter[str]()
     examples: dict[str, list[str]] = {}
     samples: dict[str, list[tuple[int, Rejected]]] = {}
-    with _frame(_part(output_dir, block, ".kept")) as kept, _frame(_part(output_dir, block, ".dropped")) as dropped:
+    with _frame(part.with_suffix(".kept")) as kept, _frame(part.with_suffix(".dropped")) as dropped:
         for outcome in process(block):
             match outcome:
                 case Document():
@@ -46,13 +48,13 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
                         examples.setdefault(kind, []).append(where)
                 case Seen(kind, number):
                     records[kind] += number
-    with _frame(_part(output_dir, block, ".samples")) as stream:
+    with _frame(part.with_suffix(".samples")) as stream:
         for reason in sorted(samples):
             for item in _smallest(samples[reason]):
                 stream.write(format_document(_as_sample(item[1])))
     counts |= {"rejected": dict(sorted(rejected.items())), "faults": dict(sorted(faults.items()))}
     counts |= {"fault_examples": examples, "records": dict(sorted(records.items()))}
-    write_json(_part(output_dir, block, ".json"), counts)
+    write_json(part.with_suffix(".json"), counts)
     return counts
 
 
@@ -85,21 +87,24 @@ def _smallest(samples: list[tuple[int, Rejected]]) -> list[tuple[int, Rejected]]
     return sorted(samples, key=lambda item: (item[0], item[1].document.id))[:SAMPLES_PER_REASON]
 
 
-def _part(output_dir: Path, block: Block, ending: str) -> Path:
-    return output_dir / ".parts" / block.name / f"{block.index:06d}{ending}"
+def _part(output_dir: Path, block: Block, plan: str) -> Path:
+    """Without its ending: .kept, .dropped, .samples, and .json, which says that the block is committed."""
+    return folder_of(output_dir / ".parts" / block.name, plan) / f"{block.index:06d}"
 
 
 def committed(output_dir: Path, block: Block, plan: str) -> dict[str, Any] | None:
     """The counts of a committed block, or None."""
     try:
-        counts = json.loads(_part(output_dir, block, ".json").read_text(encoding="utf-8"))
+        return json.loads(_part(output_dir, block, plan).with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return counts if counts["plan"] == plan else None
 
 
-def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, blocks: list[Block]) -> None:
-    """Concatenate a file's blocks once all are committed. Two parts may do this at once: both write the same bytes."""
+def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, blocks: list[Block], claim: Claim) -> None:
+    """Concatenate a file's blocks once all are committed. Two parts may do this at once: both write the same bytes.
+
+    Raises UserError if another start has claimed the folder for other work.
+    """
     name = blocks[0].name
     if is_done(output_dir, name, plan):
         return
@@ -109,32 +114,36 @@ def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, block
     try:
         counts = add_counts([part for part in parts if part])
         done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": Path(blocks[0].path).name, **counts}
-        write_json(output_dir / f"{name}.done.json", {**done, **_merge(output_dir, blocks)})
+        merged = _merge(output_dir, plan, blocks, claim)
+        refuse_left_over(claim)
+        write_json(output_dir / f"{name}.done.json", {**done, **merged})
     except FileNotFoundError:
         if not is_done(output_dir, name, plan):
             raise
-    shutil.rmtree(output_dir / ".parts" / name, ignore_errors=True)
+    shutil.rmtree(folder_of(output_dir / ".parts" / name, plan), ignore_errors=True)
 
 
-def _merge(output_dir: Path, blocks: list[Block]) -> dict[str, Any]:
+def _merge(output_dir: Path, plan: str, blocks: list[Block], claim: Claim) -> dict[str, Any]:
     """Write a file's three outputs from its blocks; returns where its frames begin, and sizes and sha256 of the outputs."""
-    name = blocks[0].name
-    sizes = _concatenate(output_dir / name, [_part(output_dir, block, ".kept") for block in blocks])
-    _concatenate(output_dir / "dropped" / name, [_part(output_dir, block, ".dropped") for block in blocks])
-    _merge_samples(output_dir / "rejected" / name, [_part(output_dir, block, ".samples") for block in blocks])
+    name, parts = blocks[0].name, [_part(output_dir, block, plan) for block in blocks]
+    sizes = _concatenate(output_dir / name, [part.with_suffix(".kept") for part in parts], claim)
+    _concatenate(output_dir / "dropped" / name, [part.with_suffix(".dropped") for part in parts], claim)
+    _merge_samples(output_dir / "rejected" / name, [part.with_suffix(".samples") for part in parts], claim)
     files = {str(path): _describe(output_dir / path) for path in (name, f"dropped/{name}", f"rejected/{name}")}
     return {"frames": [0, *itertools.accumulate(sizes)][:-1], "files": files}
 
 
-def _concatenate(path: Path, parts: list[Path]) -> list[int]:
-    with atomic_path(path) as temporary, temporary.open("wb") as out:
-        for part in parts:
-            with part.open("rb") as file:
-                shutil.copyfileobj(file, out, 1 << 20)
+def _concatenate(path: Path, parts: list[Path], claim: Claim) -> list[int]:
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as out:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, out, 1 << 20)
+        refuse_left_over(claim)
     return [part.stat().st_size for part in parts]
 
 
-def _merge_samples(path: Path, parts: list[Path]) -> None:
+def _merge_samples(path: Path, parts: list[Path], claim: Claim) -> None:
     samples: dict[str, list[tuple[int, Rejected]]] = {}
     for document in itertools.chain.from_iterable(_read_frame(part) for part in parts):
         _offer(samples.setdefault(document.meta["rejected"], []), Rejected(document, document.meta["rejected"]))
@@ -142,6 +151,7 @@ def _merge_samples(path: Path, parts: list[Path]) -> None:
         for reason in sorted(samples):
             for item in _smallest(samples[reason]):
                 stream.write(format_document(item[1].document))
+        refuse_left_over(claim)
 
 
 def _read_frame(path: Path) -> Iterator[Document]:

@@ -1,6 +1,6 @@
 """Deduplication: exact copies and verified near duplicates are dropped, of each group the earliest document is kept.
 
-How it works. All phases commit whole files below output_dir/index, so a rerun goes on where the last one ended:
+How it works. All phases commit whole files below output_dir/index/<work>, so a rerun goes on where the last one ended:
   known/        per block of the corpora in `against`: their index, copied (known_corpora.py)
   blocks/       per block of input: digest, MinHash band keys, id of each document      (parallel over blocks)
   same.i64      exact copies, by external sort of the digests
@@ -31,6 +31,7 @@ from pydantic import Field
 from megagpt.config import Config, UserError, fingerprint
 from megagpt.corpus import near_duplicates
 from megagpt.corpus.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
+from megagpt.corpus.claim import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.known_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
@@ -90,6 +91,7 @@ class _Work:
     """What is deduplicated, where, and against what. Known documents have the first numbers, then come those of `blocks`."""
 
     config: DedupConfig
+    claim: Claim
     index: Path
     known: tuple[KnownCorpus, ...]
     blocks: tuple[Block, ...]
@@ -127,12 +129,14 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     plans = [plan_hash(settings, [block]) for block in blocks]
     names = tuple(zip((block.name for block in blocks), plans, strict=True))
     config_hash = fingerprint(_Plan(settings=settings, blocks=names, known=tuple(corpus.plan for corpus in known)))
-    work = _Work(config, output_dir / "index", known, tuple(blocks), execution)
-    _claim(work.index, config_hash, overwrite=execution.overwrite)
-    remove_leftovers((work.index, output_dir / "duplicates"))
-    indexed = _find_duplicates(work)
-    if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
-        return None
+    claim = _claim(output_dir / "index", config_hash, overwrite=execution.overwrite)
+    work = _Work(config, claim, folder_of(output_dir / "index", config_hash), known, tuple(blocks), execution)
+    remove_leftovers((output_dir / "index", work.index, output_dir / "duplicates"))
+    with work_of(claim):
+        indexed = _find_duplicates(work)
+        if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
+            return None
+    refuse_left_over(claim)
     own = work.own(indexed)
     firsts = first_parts(work.part_folders()) if config.drop_repeated else [0] * len(own)
     places = {(b.path, b.index): (i, first) for b, i, first in zip(blocks, own, firsts, strict=True)}
@@ -193,17 +197,17 @@ class _Plan(Config):
     known: tuple[str, ...]
 
 
-def _claim(index: Path, config_hash: str, *, overwrite: bool) -> None:
+def _claim(index: Path, config_hash: str, *, overwrite: bool) -> Claim:
     marker = index / "index.json"
-    if marker.is_file() and read_json(marker)["config_hash"] != config_hash:
+    if is_of_other_work(marker, config_hash):
         if not overwrite:
             raise UserError(
                 f"{index.parent}: holds the work of other settings or other inputs: "
                 "choose another output directory, or overwrite=true to replace it"
             )
-        shutil.rmtree(index)
+        shutil.rmtree(index, ignore_errors=True)
         shutil.rmtree(index.parent / "duplicates", ignore_errors=True)
-    write_json(marker, {"config_hash": config_hash})
+    return take(marker, config_hash)
 
 
 def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:
@@ -288,19 +292,21 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
     files: dict[str, list[IndexedBlock]] = {}
     for block, place in zip(work.blocks, work.own(indexed), strict=True):
         files.setdefault(block.name, []).append(place)
-    folder, index = output_dir / "duplicates", output_dir / "index"
-    tasks = [(folder / name, _report_file, (places, indexed, index, folder / name)) for name, places in files.items()]
+    folder, index = output_dir / "duplicates", work.index
+    tasks = [(folder / name, _report_file, (places, indexed, work, folder / name)) for name, places in files.items()]
     everything = work.execution.model_copy(update={"part": "0/1"})
     task_bytes = [sum(16 * place.num_documents for place in places) for places in files.values()]
     run_phase("dedup: report", tasks, everything, task_bytes=task_bytes)
     counts = Counter[str]()
     for path in sorted((index / "decisions").glob("*.json")):
         counts.update(read_json(path))
+    refuse_left_over(work.claim)
     write_json(output_dir / "dedup.json", {name: counts[name] for name in near_duplicates.COUNTS})
     if counts["limited"]:
         log.info("dedup: %d documents met more kept ones in a band than max_comparisons allows", counts["limited"])
-    for name in ("pairs", "plan", "candidates"):
-        shutil.rmtree(index / name, ignore_errors=True)
+    others = [path for path in index.parent.iterdir() if path.is_dir() and path != index]
+    for path in (*(index / name for name in ("pairs", "plan", "candidates")), *others):
+        shutil.rmtree(path, ignore_errors=True)
     # What killed runs left; a small .json file may be that of another part which is at this point now.
     for leftover in [*index.rglob("tmp-*"), *index.rglob(".tmp-*"), *index.glob("runs-*")]:
         if leftover.is_dir():
@@ -310,10 +316,10 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
     remove_leftovers({leftover.parent for leftover in index.rglob(".tmp-*")})
 
 
-def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock], index: Path, path: Path) -> None:
-    kept_by = open_array(index / "kept_by.i64", np.int64)
-    same = open_array(index / "same.i64", np.int64)
-    similarity = open_array(index / "similarity.f32", np.float32)
+def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock], work: _Work, path: Path) -> None:
+    kept_by = open_array(work.index / "kept_by.i64", np.int64)
+    same = open_array(work.index / "same.i64", np.int64)
+    similarity = open_array(work.index / "similarity.f32", np.float32)
     ids = DocumentIds(indexed)
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
         with zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False) as stream:
@@ -326,3 +332,4 @@ def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock]
                         "similarity": round(float(similarity[number]), 4),
                     }
                     stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
+        refuse_left_over(work.claim)

@@ -12,6 +12,7 @@ import numpy as np
 
 from megagpt.config import UserError
 from megagpt.corpus.blocks import Block
+from megagpt.corpus.claim import folder_of
 from megagpt.corpus.dedup_index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks
 from megagpt.corpus.stage import stage_outputs
 from megagpt.files import read_json, write_json
@@ -48,7 +49,8 @@ def open_known(work_dir: Path, settings: dict[str, Any]) -> KnownCorpus:
     """A finished deduplication below `work_dir`. Raises UserError if there is none, or its `settings` of the index differ."""
     output_dir = work_dir / "dedup"
     stage_outputs(output_dir)
-    index = output_dir / "index"
+    plan = read_json(output_dir / "index" / "index.json")["work"]
+    index = folder_of(output_dir / "index", plan)
     own = read_json(index / "own.json")
     for name, value in settings.items():
         if own["settings"][name] != value:
@@ -63,7 +65,7 @@ def open_known(work_dir: Path, settings: dict[str, Any]) -> KnownCorpus:
         block = Block(str(output_dir / name), name, at, bounds[at], bounds[at + 1])
         blocks.append(KnownBlock(block, index, index / "blocks" / f"{number:06d}", first, own["blocks"][0][2]))
     parts = tuple(index / "parts" / f"{number:06d}" for number in range(len(blocks)))
-    return KnownCorpus(read_json(index / "index.json")["config_hash"], tuple(blocks), parts)
+    return KnownCorpus(plan, tuple(blocks), parts)
 
 
 def copy_kept(known: KnownBlock, folder: Path, num_bands: int) -> int:

@@ -33,6 +33,7 @@ import orjson
 from megagpt.config import UserError, fingerprint
 from megagpt.corpus.best_fit import best_fit_order
 from megagpt.corpus.blocks import Block, document_blocks, plan_hash
+from megagpt.corpus.claim import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.executors import Execution, run_tasks
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, tokenize_blocks
@@ -70,27 +71,28 @@ def pack_documents(
     blocks = document_blocks(inputs)
     if not blocks:
         raise UserError(f"{output_dir}: no input documents")
-    plan = _plan(blocks, tokenizer, config)
-    _claim(output_dir, plan, overwrite=execution.overwrite)
+    claim = _claim(output_dir, _plan(blocks, tokenizer, config), overwrite=execution.overwrite)
     if (output_dir / "summary.json").is_file():
         log.info("%s: complete", output_dir)
         _sweep(output_dir)
         return PackSummary(**read_json(output_dir / "summary.json"))
     job = Job(
-        str(output_dir / ".segments"),
+        str(folder_of(output_dir / ".segments", claim.work)),
         str(tokenizer_path),
-        plan,
+        claim,
         config,
         token_dtype(tokenizer.vocab_size).newbyteorder("=").name,
     )
     try:
-        records = tokenize_blocks(blocks, job, execution)
-        if records is not None:
-            folders = _folders(records, config)
-            shards = _write_shards(records, folders, output_dir, job, execution)
-            _refuse_left_over(job)
-            return _finish(output_dir, tokenizer, config, folders, shards, records)
+        with work_of(claim):
+            records = tokenize_blocks(blocks, job, execution)
+            if records is not None:
+                folders = _folders(records, config)
+                shards = _write_shards(records, folders, output_dir, job, execution)
+                return _finish(output_dir, tokenizer, job, folders, shards, records)
     except (FileNotFoundError, UserError):
+        if is_of_other_work(claim.marker, claim.work):
+            raise
         # Another part may have finished everything, and removed the segments, in the meantime.
         if not (output_dir / "summary.json").is_file():
             raise
@@ -115,9 +117,9 @@ def _settings_hash(config: TokenizeConfig) -> str:
     return fingerprint(config.model_copy(update={"inputs": (), "tokenizer": None, "encoder": "tiktoken"}))
 
 
-def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> None:
+def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> Claim:
     marker = output_dir / "stage.json"
-    if marker.is_file() and read_json(marker).get("plan") != plan:
+    if is_of_other_work(marker, plan):
         if not overwrite:
             what = "holds shards made from other documents, with another tokenizer or other settings"
             raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace them")
@@ -127,15 +129,7 @@ def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> None:
             shutil.rmtree(manifest.parent)
         shutil.rmtree(output_dir / ".segments", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"stage": "shards", "plan": plan})
-
-
-def _refuse_left_over(job: Job) -> None:
-    """Raise UserError where another start has claimed the folder for other shards since: one that was left over on a lost node
-    must not commit any. (Of the same shards it writes the same bytes. A moment between this and the renaming stays open.)"""
-    marker = Path(job.segments).parent / "stage.json"
-    if read_json(marker).get("plan") != job.plan:
-        raise UserError(f"{marker.parent}: a later start makes other shards here: this one ends")
+    return take(marker, plan, stage="shards")
 
 
 # ---- merge into shards
@@ -242,7 +236,7 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
                 pieces = [sources[origin[i]][s : s + n] for i, s, n in zip(chosen, starts, lengths, strict=True)]
                 columns = {column: part[column].to_pylist() for column in ("id", "url", "source", "bytes")}
                 writer.add_many(np.concatenate(pieces), lengths, columns)
-        _refuse_left_over(job)
+        refuse_left_over(job.claim)
         info = writer.close()
     write_json(record, asdict(info))
     return info
@@ -251,14 +245,14 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
 def _finish(
     output_dir: Path,
     tokenizer: Tokenizer,
-    config: TokenizeConfig,
+    job: Job,
     folders: dict[str, str],
     shards: dict[tuple[str, str], list[ShardInfo]],
     records: list[dict[str, Any]],
 ) -> PackSummary:
-    dtype = token_dtype(tokenizer.vocab_size).name
-    splits = {}
+    config, dtype, splits = job.config, token_dtype(tokenizer.vocab_size).name, {}
     for source, folder in folders.items():
+        refuse_left_over(job.claim)
         tokenizer.save(output_dir / folder / "tokenizer")
         for split in SPLITS:
             infos, directory = tuple(shards[source, split]), output_dir / folder / split
@@ -271,6 +265,7 @@ def _finish(
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,
             }  # fmt: skip
+    refuse_left_over(job.claim)
     _write_leaks(records, output_dir)
     empty, leaked = (sum(record["empty"] for record in records), sum(len(record["leaks"]) for record in records))
     summary = PackSummary(True, splits, empty, leaked)

@@ -18,6 +18,7 @@ from pydantic import Field
 from megagpt.byte_pairs import Encoder
 from megagpt.config import Config
 from megagpt.corpus.blocks import Block, num_bytes, read_block
+from megagpt.corpus.claim import Claim
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
 from megagpt.corpus.phases import SMALL_PHASE_BYTES, Task, run_phase
@@ -70,7 +71,7 @@ class Job:
 
     segments: str
     tokenizer: str
-    plan: str
+    claim: Claim
     config: TokenizeConfig
     dtype: str
 

@@ -2,9 +2,9 @@
 
 How it works. The unit of work is a `Block`, the records of one input file that start in a byte range. Workers of a
 concurrent.futures.Executor (a process pool, or Dask on several machines) each run `process(block)` and commit what it yields
-under `output_dir/.parts/<name>/`; the block's small .json comes last and means "committed". When all blocks of a file are
-there, their zstd frames are concatenated to `output_dir/<name>` and `<name>.done.json` is written, last of all. A rerun skips
-finished files and blocks. No byte of a result depends on the number of workers, on `part=i/n` or on the executor.
+below `output_dir/.parts/`; the block's small .json comes last and means "committed". When all blocks of a file are there, their
+zstd frames are concatenated to `output_dir/<name>` and `<name>.done.json` is written, last of all. A rerun skips finished files
+and blocks. No byte of a result depends on the number of workers, on `part=i/n` or on the executor.
 
     output_dir/<name>             kept documents           output_dir/<name>.done.json   counts, sizes, sha256
     output_dir/dropped/<name>     id, url, reason of every rejected document
@@ -12,6 +12,8 @@ finished files and blocks. No byte of a result depends on the number of workers,
     output_dir/summary.json       the sum over all finished files
 """
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -22,6 +24,7 @@ from typing import Any
 
 from megagpt.config import UserError
 from megagpt.corpus.blocks import Block, Fault, Outcome, Process, Seen, num_bytes, plan_hash
+from megagpt.corpus.claim import Claim, refuse_left_over, take, work_of
 from megagpt.corpus.commit import add_counts, commit_block, committed, finish_file, is_done
 from megagpt.corpus.executors import Execution, run_tasks
 from megagpt.corpus.progress import Progress
@@ -56,12 +59,13 @@ def run_stage(
     """Run `process`, a picklable pure function, over `blocks` and commit its outcomes under `output_dir`.
 
     Raises UserError if output_dir was made with another config_hash, holds outputs of inputs no longer given, or two inputs
-    share an output name; WorkerDiedError naming the blocks in flight if a worker was killed; OSError if the disk is full.
+    share an output name, or another start has claimed output_dir for other work meanwhile; WorkerDiedError naming the blocks in
+    flight if a worker was killed; OSError if the disk is full.
     """
     files = _group_by_file(blocks)
-    _claim(output_dir, name, config_hash, files, overwrite=execution.overwrite)
-    remove_leftovers((output_dir, output_dir / "dropped", output_dir / "rejected"))
     plans = {file: plan_hash(config_hash, file_blocks) for file, file_blocks in files.items()}
+    claim = _claim(output_dir, name, config_hash, plans, overwrite=execution.overwrite)
+    remove_leftovers((output_dir, output_dir / "dropped", output_dir / "rejected"))
     index, count = execution.part_of
     _drop_outdated(output_dir, plans)
     pending = [file for file in files if not is_done(output_dir, file, plans[file])]
@@ -75,18 +79,18 @@ def run_stage(
         if block in mine and committed(output_dir, block, plans[file]) is None
     ]
     total = sum(num_bytes(block) for block in todo)
-    with Progress(name, total, skipped=len(mine) - len(todo)) as progress:
+    with work_of(claim), Progress(name, total, skipped=len(mine) - len(todo)) as progress:
 
         def consume(block: Block, counts: dict[str, Any]) -> None:
             progress.add(num_bytes(block), kept=counts["kept"], rejected=sum(counts["rejected"].values()))
-            finish_file(name, output_dir, config_hash, plans[block.name], files[block.name])
+            finish_file(name, output_dir, config_hash, plans[block.name], files[block.name], claim)
 
         tasks = [(block, commit_block, (block, output_dir, process, plans[block.name])) for block in todo]
         if tasks:
             run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
     for file in pending:
-        finish_file(name, output_dir, config_hash, plans[file], files[file])
-    summary = _write_summary(name, output_dir, config_hash, files)
+        finish_file(name, output_dir, config_hash, plans[file], files[file], claim)
+    summary = _write_summary(name, output_dir, config_hash, files, claim)
     if summary.complete:
         _sweep(output_dir)
     return summary
@@ -126,11 +130,11 @@ def _group_by_file(blocks: Sequence[Block]) -> dict[str, list[Block]]:
     return files
 
 
-def _claim(output_dir: Path, name: str, config_hash: str, files: dict[str, list[Block]], *, overwrite: bool) -> None:
+def _claim(output_dir: Path, name: str, config_hash: str, plans: dict[str, str], *, overwrite: bool) -> Claim:
     marker = output_dir / "stage.json"
     if marker.is_file():
         found = read_json(marker)
-        stale = [path.name for path in output_dir.glob("*.done.json") if path.name.removesuffix(".done.json") not in files]
+        stale = [path.name for path in output_dir.glob("*.done.json") if path.name.removesuffix(".done.json") not in plans]
         changed = (found["stage"], found["config_hash"]) != (name, config_hash)
         if (changed or stale) and not overwrite:
             what = f"was made by {found['stage']} with other settings" if changed else f"holds {stale[0]}, whose input is gone"
@@ -140,7 +144,8 @@ def _claim(output_dir: Path, name: str, config_hash: str, files: dict[str, list[
     output_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise UserError(f"{output_dir}: not writable")
-    write_json(marker, {"stage": name, "config_hash": config_hash})
+    work = hashlib.sha256(json.dumps([name, config_hash, sorted(plans.items())]).encode()).hexdigest()
+    return take(marker, work, stage=name, config_hash=config_hash)
 
 
 def _clear(output_dir: Path) -> None:
@@ -170,7 +175,7 @@ def _sweep(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[str, list[Block]]) -> StageSummary:
+def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[str, list[Block]], claim: Claim) -> StageSummary:
     """Sum the done files; again if another part finished files meanwhile, so that the last writer has seen them all."""
     while True:
         names = [name for name in files if (output_dir / f"{name}.done.json").is_file()]
@@ -178,6 +183,7 @@ def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[s
         documents_in = total["kept"] + sum(total["rejected"].values())
         complete = len(names) == len(files)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
+        refuse_left_over(claim)
         write_json(output_dir / "summary.json", asdict(summary))
         if len(names) == sum((output_dir / f"{name}.done.json").is_file() for name in files):
             break

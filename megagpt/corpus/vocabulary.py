@@ -76,7 +76,8 @@ def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerC
     path = output_dir / "summary.json"
     if path.is_file() and (output_dir / "tokenizer.model").is_file():
         found = TokenizerSummary(**read_json(path))
-        if (found.config_sha256, found.sample_sha256) == (settings, digest.hexdigest()):
+        same = (found.config_sha256, found.sample_sha256) == (settings, digest.hexdigest())
+        if same and found.sha256 == sha256_file(output_dir / "tokenizer.model"):
             log.info("%s: complete", output_dir)
             return found
     path.unlink(missing_ok=True)
