@@ -35,6 +35,7 @@ CELLS: dict[int, list[Cell]] = {
         Cell("zero1", 5),
         Cell("zero3", 2),
         Cell("fsdp", optimizer="sgd"),
+        Cell("fsdp", 5, "bf16"),
     ],
     2: [
         *(Cell(name, 5) for name in engines_on(2)),

@@ -41,6 +41,8 @@ class DeepSpeedEngine:
         canonical: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
+        if world.size == 1 and precision == "fp32" and not canonical:
+            config = without_sharding(config)
         settings = deepspeed_settings(optim, config, world.size, precision=precision, micro_batch_size=micro_batch_size)
         if config.zero_stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=True):
@@ -173,6 +175,14 @@ class DeepSpeedEngine:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
+
+
+def without_sharding(config: DeepSpeedConfig) -> DeepSpeedConfig:
+    """Stages 1 and 2 on one rank in fp32 as stage 0, which computes the same: they would copy all gradients and weights through
+    flat buffers, 5 to 9 % of a step's time on a CPU. (DeepSpeed's bf16 is exact only from stage 1 on.)"""
+    if config.zero_stage == 3 or config.offload_optimizer:
+        return config
+    return config.model_copy(update={"zero_stage": 0, "overlap_comm": False})
 
 
 class _CanonicalZero1:

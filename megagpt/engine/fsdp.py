@@ -2,6 +2,9 @@
 
 The model is built on the meta device and each block becomes a unit of its own; embedding, last norm and head are the root's.
 Weights are fp32 shards by rows; in bf16 each unit is cast while it is gathered, and gradients are reduced in fp32.
+
+One process on a CPU has nothing to shard: there fully_shard's buffers would only be copied to and from, 4 to 10 % of a step's
+time, so the module is used as it is, in bf16 with its weights cast for each forward pass (`computing_in_bf16`).
 """
 
 import math
@@ -53,13 +56,15 @@ class FSDPEngine:
             if config.cpu_offload
             else OffloadPolicy(),
         }
-        for block in module.blocks:
-            fully_shard(block, **options)
-        fully_shard(module, **options)
+        self._shards = world.size > 1 or world.device.type != "cpu" or config.cpu_offload or canonical
+        for unit in [*module.blocks, module] if self._shards else ():
+            fully_shard(unit, **options)
         module.to_empty(device="cpu" if config.cpu_offload else world.device)
-        self.model: Callable[..., Tensor] = module
+        if not self._shards and module.config.tied_head:
+            module.head.weight = module.embedding.weight  # which to_empty parts, but for sharded parameters
+        cast = precision == "bf16" and not self._shards
+        self.model: Callable[..., Tensor] = computing_in_bf16(module) if cast else module
         self.module: nn.Module = module
-        self._root: FSDPModule = module  # type: ignore[assignment]
         self.updates, self._world, self._mesh = 0, world, mesh
         self._optimizer = build_optimizer(parameter_groups(module, optim), optim)
         groups = self._optimizer.param_groups
@@ -82,8 +87,9 @@ class FSDPEngine:
                 self._optimizer.zero_grad()
             loss.backward()
             return
-        self._root.set_requires_gradient_sync(last)
-        (loss * self._world.size).backward()
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        (loss * self._world.size if self._world.size > 1 else loss).backward()
 
     def step(self, lr: float, max_norm: float) -> StepResult:
         """Clip, update, zero."""
@@ -127,10 +133,10 @@ class FSDPEngine:
         copy, copies = (self._mesh.get_local_rank(0), self._mesh.size(0)) if self._mesh.ndim == 2 else (0, 1)
         pieces, states = {}, self._optimizer.state
         for name, parameter in self.module.named_parameters():
-            start, numel = shard_start(parameter), parameter.numel()
+            start, numel = shard_start(parameter) if self._shards else 0, parameter.numel()
             values = {"param": parameter.data, **{key: states[parameter][key] for key in STATES[self._kinds[parameter]]}}
             for key, value in values.items():
-                local = value.to_local().flatten()
+                local = (value.to_local() if isinstance(value, DTensor) else value).flatten()
                 if len(local):
                     pieces[f"{key}.{name}"] = FlatPiece(local, start, numel, copy, copies)
         return pieces
@@ -139,6 +145,16 @@ class FSDPEngine:
         """Set Adam's step counts; the working weights are made from the shards at each use."""
         self.updates = updates
         set_updates(self._optimizer, updates)
+
+
+def computing_in_bf16(module: nn.Module) -> Callable[..., Tensor]:
+    """`module` with bf16 weights made of its fp32 ones at each call; gradients arrive, and are added up, in fp32."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        weights = {name: parameter.bfloat16() for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, weights, args, kwargs)
+
+    return call
 
 
 def device_mesh(config: FSDPConfig, world: World) -> DeviceMesh:
