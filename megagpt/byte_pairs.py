@@ -35,7 +35,7 @@ class Vocabulary:
 
 class BytePairs:
     """GPT-2-style byte-level BPE. tiktoken's `encode_ordinary` is the reference; batches may go through fastokens instead,
-    several times as fast, which is refused if a probe of hard strings does not give the same ids.
+    several times as fast, which is refused at the first batch if a probe of hard strings does not give the same ids.
     """
 
     kind = "bpe"
@@ -50,22 +50,15 @@ class BytePairs:
         self._encoding = tiktoken.Encoding(
             "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
         )
-        self._fast: Any = None
-        if encoder == "fastokens":
-            self._fast = _open_fastokens(vocabulary, files[0])
-            probe = _probe()
-            if any(a.tolist() != self.encode(b) for a, b in zip(self.encode_batch(probe), probe, strict=True)):
-                raise UserError(f"tokenizer {files[0]}: fastokens and tiktoken give different ids: use encoder=tiktoken")
+        self._unchecked = _open_fastokens(vocabulary, files[0]) if encoder == "fastokens" else None
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._fast is None:
+        if self._unchecked is None:
             return [np.asarray(self._encoding.encode_ordinary(text), np.uint32) for text in texts]
-        ids, offsets = self._fast.encode_batch_flat(list(texts))
-        ends = np.frombuffer(offsets, np.uint64)[1:-1].astype(np.int64)
-        return np.split(np.frombuffer(ids, np.uint32), ends) if texts else []
+        return _encode_flat(self._fast, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return join_pieces(self._pieces, ids)
@@ -75,6 +68,14 @@ class BytePairs:
 
     def save(self, directory: Path) -> None:
         copy_files(self._files, directory)
+
+    @cached_property
+    def _fast(self) -> Any:
+        """fastokens, compared with tiktoken. Not before the first batch: beside its threads no worker could be forked."""
+        probe = _probe()
+        if any(a.tolist() != self.encode(b) for a, b in zip(_encode_flat(self._unchecked, probe), probe, strict=True)):
+            raise UserError(f"tokenizer {self._files[0]}: fastokens and tiktoken give different ids: use encoder=tiktoken")
+        return self._unchecked
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -186,6 +187,12 @@ def _open_fastokens(vocabulary: Vocabulary, path: Path) -> Any:
     model = {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in vocabulary.merges]}
     value = {"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "decoder": split, "model": model}
     return fastokens.Tokenizer.from_json_str(json.dumps(value))
+
+
+def _encode_flat(fast: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    ids, offsets = fast.encode_batch_flat(list(texts))
+    ends = np.frombuffer(offsets, np.uint64)[1:-1].astype(np.int64)
+    return np.split(np.frombuffer(ids, np.uint32), ends) if texts else []
 
 
 def _probe() -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megagpt.columns import number_column, text_column
 from megagpt.config import UserError
 from megagpt.files import read_json, sha256_file, sync, write_json
 
@@ -353,8 +354,8 @@ class ShardWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        types = {"id": pa.string(), "url": pa.string(), "source": pa.string(), "tokens": pa.int64(), "bytes": pa.int64()}
-        schema = pa.schema(list(types.items()))
+        texts, numbers = ("id", "url", "source"), ("tokens", "bytes")
+        schema = pa.schema([*((name, pa.string()) for name in texts), *((name, pa.int64()) for name in numbers)])
         if self._docs is None:
             self._docs = pq.ParquetWriter(
                 self._temporary / "docs.parquet",
@@ -363,7 +364,8 @@ class ShardWriter:
                 use_dictionary=["source"],  # pyright: ignore[reportArgumentType] (its stub says bool)
             )
         if self._rows["id"]:
-            self._docs.write_table(pa.table(self._rows, schema=schema))
+            columns = [text_column(self._rows[name]) for name in texts] + [number_column(self._rows[name]) for name in numbers]
+            self._docs.write_table(pa.table(columns, schema=schema))
             self._rows = {column: [] for column in self._rows}
 
 

@@ -61,7 +61,7 @@ LAYERS = (
         "page",
     ),
     ("world", "shards", "tokenizer", "byte_pairs", "documents"),
-    ("config", "files", "command", "permutation", "ports"),
+    ("config", "columns", "files", "command", "permutation", "ports"),
 )
 TORCH_FREE = (
     "corpus",

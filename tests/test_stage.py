@@ -393,6 +393,37 @@ def session_members(session: int) -> list[int]:
     return members
 
 
+FORKED = """
+import sys, threading
+from megagpt.corpus import executors
+
+MARK = []
+
+def mark():
+    return list(MARK)
+
+if __name__ == "__main__":
+    MARK.append(1)
+    found = []
+    for other in (None, threading.Thread(target=input)):
+        if other:
+            other.start()
+        executors.run_tasks([(0, mark, ())], executors.Execution(num_workers=1), lambda key, value: found.append(value))
+    print(found, flush=True)
+"""
+
+
+def test_workers_are_forks_of_a_process_with_one_thread_and_else_begin_anew(tmp_path: Path) -> None:
+    (tmp_path / "forked.py").write_text(FORKED)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, str(tmp_path / "forked.py")]
+    done = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert done.stdout
+    assert done.stdout.readline() == "[[1], []]\n"
+    done.communicate("\n", timeout=60)
+    assert done.returncode == 0
+
+
 def test_killed_worker_is_named_and_a_rerun_completes(tmp_path: Path, reference: tuple[Path, dict[str, str]]) -> None:
     shutil.copytree(reference[0], tmp_path / "in")
     blocks = make_blocks(tmp_path / "in", num_files=1)

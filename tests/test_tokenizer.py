@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagpt.byte_pairs import BytePairs, _open_fastokens, ranks_from_tokenizer_json
 from megagpt.config import UserError
 from megagpt.tokenizer import SentencePiece, Tokenizer, open_tokenizer, token_lengths, train_sentencepiece
 
@@ -203,6 +204,12 @@ def test_fastokens_is_refused_when_its_ids_differ(small_bpe: Path, tmp_path: Pat
     assert open_tokenizer(tmp_path).decode(open_tokenizer(tmp_path).encode(TEXT)) == TEXT
     with pytest.raises(UserError, match="encoder=fastokens needs"):
         open_tokenizer(tmp_path, "fastokens")
+    fast = BytePairs(ranks_from_tokenizer_json(small_bpe / "tokenizer.json"), [small_bpe / "tokenizer.json"], "fastokens")
+    other = {**value, "model": {**value["model"], "merges": value["model"]["merges"][-1:]}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    fast._unchecked = _open_fastokens(ranks_from_tokenizer_json(tmp_path / "other.json"), tmp_path / "other.json")
+    with pytest.raises(UserError, match="give different ids: use encoder=tiktoken"):
+        fast.encode_batch([TEXT])
 
 
 @pytest.mark.slow

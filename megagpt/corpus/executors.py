@@ -1,6 +1,7 @@
 """Tasks on worker processes: a pool on this machine, or Dask workers on several, both as concurrent.futures executors."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import threading
@@ -98,8 +99,8 @@ def _collect(flying: dict[Future[Any], K], consume: Callable[[K, Any], None]) ->
 def _executor(execution: Execution) -> Iterator[tuple[Executor, int]]:
     """An executor and how many tasks keep it busy."""
     if execution.executor == "process":
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(execution.num_workers, mp_context=context, initializer=_follow_parent) as pool:
+        context = multiprocessing.get_context("fork" if _num_threads() == 1 else "spawn")
+        with ProcessPoolExecutor(execution.num_workers, mp_context=context, initializer=_begin_worker) as pool:
             yield pool, execution.num_workers
         return
     import distributed
@@ -112,8 +113,17 @@ def _executor(execution: Execution) -> Iterator[tuple[Executor, int]]:
             )
 
 
-def _follow_parent() -> None:
-    """End this worker when its parent is gone: a pool's workers otherwise outlive a parent that was killed."""
+def _num_threads() -> int:
+    """Threads of this process, those of libraries too (0: unknown). A process with one can be forked: its workers then start at
+    once, with all that is imported here. Locks that other threads hold in the moment of a fork would never be released."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
+
+def _begin_worker() -> None:
+    """End this worker when its parent is gone: a pool's workers otherwise outlive a parent that was killed. Only warnings of
+    libraries are shown, as in a process of its own."""
+    logging.getLogger().setLevel(logging.WARNING)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

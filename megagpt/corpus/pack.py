@@ -30,16 +30,17 @@ from typing import Any
 import numpy as np
 import orjson
 
+from megagpt.columns import number_column, numbers_of
 from megagpt.config import UserError, fingerprint
 from megagpt.corpus.best_fit import best_fit_order
 from megagpt.corpus.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.claim import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.executors import Execution, run_tasks
 from megagpt.corpus.progress import Progress
-from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, tokenize_blocks
+from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
 from megagpt.files import atomic_path, read_json, write_json
 from megagpt.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer import Tokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
 
@@ -65,7 +66,7 @@ def pack_documents(
 
     Raises UserError if output_dir holds shards of other inputs or settings (unless overwrite), or the tokenizer does not suit.
     """
-    tokenizer = open_tokenizer(tokenizer_path, config.encoder)
+    tokenizer = cached_tokenizer(str(tokenizer_path), config.encoder)
     if config.require_lossless and not tokenizer.lossless:
         raise UserError(f"tokenizer {tokenizer_path}: it rewrites or drops text; require_lossless=false takes it all the same")
     blocks = document_blocks(inputs)
@@ -185,7 +186,7 @@ def _first_tokens(names: list[str], count: int, job: Job) -> list[int]:
     totals = np.zeros(count, np.int64)
     for segment in names:
         table = _rows(job, segment)
-        keys, tokens = (table[column].chunk(0).to_numpy() for column in ("key", "tokens"))
+        keys, tokens = (numbers_of(table[column]) for column in ("key", "tokens"))
         ends = np.concatenate([[0], np.cumsum(tokens)])
         bounds = [_first_row(keys, k, count) for k in range(count + 1)]
         totals += np.diff(ends[bounds])
@@ -217,7 +218,7 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
     tables, sources = [], []
     for segment in names:
         table = _rows(job, segment)
-        keys = table["key"].chunk(0).to_numpy()
+        keys = numbers_of(table["key"])
         first, last = _first_row(keys, number, count), _first_row(keys, number + 1, count)
         if last > first:
             tables.append(table.slice(first, last - first))
@@ -226,13 +227,13 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
         if tables:
             origin = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
             rows = pa.concat_tables(tables)
-            order = np.argsort(rows["key"].to_numpy(), kind="stable")
+            order = np.argsort(numbers_of(rows["key"]), kind="stable")
             if job.config.pack_seq_len:
-                order = order[best_fit_order(rows["tokens"].to_numpy()[order], job.config.pack_seq_len, first_token)]
+                order = order[best_fit_order(numbers_of(rows["tokens"])[order], job.config.pack_seq_len, first_token)]
             for begin in range(0, len(order), 1024):
                 chosen = order[begin : begin + 1024]
-                part = rows.take(pa.array(chosen))
-                lengths, starts = part["tokens"].to_numpy(), part["start"].to_numpy()
+                part = rows.take(number_column(chosen))
+                lengths, starts = numbers_of(part["tokens"]), numbers_of(part["start"])
                 pieces = [sources[origin[i]][s : s + n] for i, s, n in zip(chosen, starts, lengths, strict=True)]
                 columns = {column: part[column].to_pylist() for column in ("id", "url", "source", "bytes")}
                 writer.add_many(np.concatenate(pieces), lengths, columns)

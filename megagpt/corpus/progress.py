@@ -13,13 +13,19 @@ SECONDS_BETWEEN_LINES = 10
 log = logging.getLogger(__name__)
 
 
+class _Bar(tqdm):
+    """Without tqdm's own thread, beside which workers could not be forked; `miniters=1` does without it."""
+
+    monitor_interval = 0
+
+
 class Progress:
     """Counts bytes of input towards `total_bytes`, with running counts of what `add` is told (kept, rejected, documents)."""
 
     def __init__(self, label: str, total_bytes: int, *, skipped: int = 0) -> None:
         self._label, self._total, self._done, self._counts = label, total_bytes, 0, Counter[str]()
         self._started = self._printed = time.monotonic()
-        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label) if sys.stderr.isatty() else None
+        self._bar = _Bar(total=total_bytes, unit="B", unit_scale=True, desc=label, miniters=1) if sys.stderr.isatty() else None
         if skipped:
             log.info("%s: %d were done before", label, skipped)
 

@@ -16,6 +16,7 @@ import xxhash
 from pydantic import Field
 
 from megagpt.byte_pairs import Encoder
+from megagpt.columns import number_column, text_column
 from megagpt.config import Config
 from megagpt.corpus.blocks import Block, num_bytes, read_block
 from megagpt.corpus.claim import Claim
@@ -195,8 +196,15 @@ def _left(block: Block, cuts: Cuts) -> dict[str, int]:
 # ---- tokenize into segments
 
 
+def cached_tokenizer(path: str, encoder: Encoder) -> Tokenizer:
+    """`open_tokenizer`, once in a process and its forks while the files stay as they are."""
+    files = sorted(Path(path).iterdir() if Path(path).is_dir() else [Path(path)])
+    stamps = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+    return _open_tokenizer(path, encoder, stamps)
+
+
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, encoder: Encoder) -> Tokenizer:
+def _open_tokenizer(path: str, encoder: Encoder, _: tuple[tuple[str, int, int], ...]) -> Tokenizer:
     return open_tokenizer(path, encoder)
 
 
@@ -232,9 +240,11 @@ class _Segments:
             order = np.argsort(np.array(rows["key"], np.uint64), kind="stable")
             ids = [rows["ids"][i] for i in order]
             lengths = np.array([len(x) for x in ids], np.int64)
-            columns = {column: pa.array([rows[column][i] for i in order], type=kind) for column, kind in _row_types().items()}
-            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-            table = pa.table({**columns, "tokens": pa.array(lengths), "start": pa.array(starts)})
+            columns = {name: text_column([rows[name][i] for i in order]) for name in ("id", "url", "source")}
+            columns["key"] = number_column([rows["key"][i] for i in order], np.uint64)
+            columns["bytes"] = number_column([rows["bytes"][i] for i in order])
+            columns["tokens"], columns["start"] = number_column(lengths), number_column(np.cumsum(lengths) - lengths)
+            table = pa.table(columns)
             with atomic_path(Path(self.job.segments) / f"{name}.tokens") as temporary, temporary.open("wb") as file:
                 for piece in ids:
                     file.write(piece.tobytes())
@@ -245,14 +255,8 @@ class _Segments:
         self._rows, self._tokens, self._documents = {}, 0, 0
 
 
-def _row_types() -> dict[str, Any]:
-    import pyarrow as pa
-
-    return {"key": pa.uint64(), "id": pa.string(), "url": pa.string(), "source": pa.string(), "bytes": pa.int64()}
-
-
 def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
-    tokenizer = _tokenizer(job.tokenizer, job.config.encoder)
+    tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder)
     segments, empty, documents = _Segments(block, job), 0, 0
     leaks: list[Leak] = []
     pieces = _split(read_block(block), job.config, _left(block, cuts))
