@@ -10,7 +10,6 @@ Llama with random weights. Runs are interleaved, each a process of its own that 
 
 import json
 import os
-import struct
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from llama2c import read_llama2c
 from measure import PROJECT, peer_python, peer_versions, run_interleaved, spread, write_results
 from training import MODELS, PEERS
 
@@ -84,53 +84,15 @@ def write_models(folder: Path) -> list[str]:
     config = ModelConfig(**{"family": "llama", "seq_len": 512, **MODELS["50M"]})
     model = GPT(config)
     initialise(model, seed=5)
-    models = {"50M": (model.state_dict(), config)}
+    models = {"50M": model}
     data = Path(os.environ.get("MEGAGPT_TEST_DATA", PROJECT.parent / "shared" / "data")) / "model" / "stories260K.bin"
     if data.exists():
         models = {"stories260K": read_llama2c(data), **models}
-    for name, (weights, sizes) in models.items():
-        torch.save(weights, folder / f"{name}.pt")
-        values = sizes.model_dump(mode="json") | {"mlp_size": sizes.mlp_width}
+    for name, each in models.items():
+        torch.save(each.state_dict(), folder / f"{name}.pt")
+        values = each.config.model_dump(mode="json") | {"mlp_size": each.config.mlp_width}
         (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
     return list(models)
-
-
-def read_llama2c(path: Path) -> tuple[dict[str, torch.Tensor], ModelConfig]:
-    """A llama2.c checkpoint as ours: seven int32, then fp32 tensors by kind, layers stacked, rotary pairs interleaved."""
-    data = path.read_bytes()
-    width, mlp, layers, heads, kv_heads, vocab, length = struct.unpack_from("7i", data)
-    config = ModelConfig(
-        vocab_size=vocab,
-        seq_len=length,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        hidden_size=width,
-        mlp_size=mlp,
-    )
-    values = torch.frombuffer(bytearray(data[28:]), dtype=torch.float32)
-    position = 0
-
-    def take(*shape: int) -> torch.Tensor:
-        nonlocal position
-        size = int(torch.tensor(shape).prod())
-        position += size
-        return values[position - size : position].view(*shape).clone()
-
-    def halves(weight: torch.Tensor, count: int) -> torch.Tensor:
-        return weight.view(layers, count, width // heads // 2, 2, width).transpose(2, 3).reshape(weight.shape)
-
-    kv = width // heads * kv_heads
-    weights = {"embedding.weight": take(vocab, width)}
-    stacked = {"attention_norm": take(layers, width), "attention.query": halves(take(layers, width, width), heads)}
-    stacked["attention.key"] = halves(take(layers, kv, width), kv_heads)
-    stacked |= {"attention.value": take(layers, kv, width), "attention.out": take(layers, width, width)}
-    stacked |= {"mlp_norm": take(layers, width), "mlp.gate": take(layers, mlp, width), "mlp.out": take(layers, width, mlp)}
-    stacked["mlp.up"] = take(layers, mlp, width)
-    for name, weight in stacked.items():
-        weights |= {f"blocks.{i}.{name}.weight": weight[i] for i in range(layers)}
-    weights |= {"norm.weight": take(width), "head.weight": weights["embedding.weight"]}
-    return weights, config
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "bench" / "results"
@@ -54,7 +54,7 @@ def run_interleaved(
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for round_number in range(repetitions):
-        names = list(commands) if round_number % 2 == 0 else list(reversed(commands))
+        names = list(commands) if round_number % 2 == 0 else list(commands)[::-1]
         for name in names:
             run = run_once(commands[name], environment=environment, timeout_s=timeout_s)
             runs[name].append(run)
@@ -62,32 +62,45 @@ def run_interleaved(
     return runs
 
 
+LAUNCHER = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, used = os.wait4(process.pid, 0)
+report = {"cpu_s": used.ru_utime + used.ru_stime, "peak_rss_bytes": used.ru_maxrss * 1024}
+os.write(int(sys.argv[1]), json.dumps(report).encode())
+sys.exit(min(255, abs(os.waitstatus_to_exitcode(status))))
+"""
+"""Starts a command from a small process: Linux counts into a child's ru_maxrss what its parent had when it started it."""
+
+
 def run_once(command: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float = 3600) -> Run:
     """Run one command to its end; `environment` is added to ours."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+    with _text_file() as output, _text_file() as errors, _text_file() as report:
         started = time.perf_counter()
         process = subprocess.Popen(
-            [*command],
+            [sys.executable, "-ISc", LAUNCHER, str(report.fileno()), *command],
             stdout=output,
             stderr=errors,
+            pass_fds=[report.fileno()],
             cwd=PROJECT,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
         alarm = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
         alarm.start()
-        _, status, used = os.wait4(process.pid, 0)
+        status = process.wait()
         alarm.cancel()
         wall_s = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
         printed = output.read()
-        if process.returncode != 0:
+        if status != 0:
             tail = f"{printed[-2000:]}\n{errors.read()[-4000:]}"
-            raise SystemExit(f"{shlex.join(command)}: exit status {process.returncode} after {wall_s:.0f} s\n{tail}")
+            raise SystemExit(f"{shlex.join(command)}: exit status {status} after {wall_s:.0f} s\n{tail}")
+        report.seek(0)
+        used = json.load(report)
     found = _last_object(printed)
-    return Run(wall_s, used.ru_utime + used.ru_stime, int(found.get("peak_rss_bytes", used.ru_maxrss * 1024)), found)
+    return Run(wall_s, used["cpu_s"], int(found.get("peak_rss_bytes", used["peak_rss_bytes"])), found)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -158,6 +171,10 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_1m": os.getloadavg()[0],
     }
+
+
+def _text_file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8")
 
 
 def _last_object(output: str) -> dict[str, Any]:

@@ -43,18 +43,16 @@ def llama(model: dict[str, Any]) -> LlamaConfig:
     )
 
 
+GPT2_NAMES = {
+    "vocab_size": "vocab_size", "seq_len": "n_positions", "hidden_size": "n_embd", "num_layers": "n_layer",
+    "num_heads": "n_head",
+}  # fmt: skip
+
+
 def gpt2(model: dict[str, Any]) -> GPT2Config:
     """The same for the GPT-2 family."""
-    return GPT2Config(
-        vocab_size=model["vocab_size"],
-        n_positions=model["seq_len"],
-        n_embd=model["hidden_size"],
-        n_layer=model["num_layers"],
-        n_head=model["num_heads"],
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
+    sizes = {theirs: model[ours] for ours, theirs in GPT2_NAMES.items()}
+    return GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 
 
 def build(job: dict[str, Any]) -> torch.nn.Module:

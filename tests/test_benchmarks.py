@@ -70,6 +70,22 @@ def test_programs_take_turns_and_one_that_fails_costs_only_its_own_row(monkeypat
     assert "no such thing" in failures["bad"]
 
 
+def test_a_command_is_charged_with_its_own_memory_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent of 300 MB must not be seen in its child's peak."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from measure import run_once
+
+    ours = bytearray(b"x") * 300_000_000
+    small = run_once([sys.executable, "-c", "print('{\"found\": 1}')"])
+    large = run_once([sys.executable, "-c", "a = bytearray(b'x') * 200_000_000"])
+    assert len(ours) > small.peak_rss_bytes * 2
+    assert 200_000_000 < large.peak_rss_bytes < len(ours)
+    assert small.output == {"found": 1}
+    assert 0 < small.cpu_s < small.wall_s + 1
+    with pytest.raises(SystemExit, match=r"exit status 7 after(.|\n)*no such thing"):
+        run_once([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(7)"])
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
     done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", "phases=check,matmul,trace_124m", "only=fsdp")
