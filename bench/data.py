@@ -143,13 +143,13 @@ def dedup_commands(inputs: Inputs, out: Path, *, tiny: bool) -> dict[str, list[s
     """Near-duplicate removal of the same documents, 14 bands of 8 rows, 5-grams of words."""
     source, end = (inputs.tiny_documents, "_tiny") if tiny else (inputs.variants, "")
     ours, theirs, third = out / f"ours{end}", out / f"datatrove{end}", out / f"text_dedup{end}"
+    plain = _write_plain(source)
     text_dedup = [
         str(peer_python("text_dedup", TEXT_DEDUP)), "-m", "text_dedup.minhash", "--path", "json", "--data_files",
-        str(source / "plain.jsonl"), "--split", "train", "--cache_dir", str(third / "cache"), "--output", str(third / "kept"),
+        str(plain), "--split", "train", "--cache_dir", str(third / "cache"), "--output", str(third / "kept"),
         "--column", "text", "--batch_size", "10000", "--ngram", "5", "--num_perm", "112", "--b", "14", "--r", "8",
         "--threshold", "0.8", "--num_proc", "1", "--hash_func", "xxh3",
     ]  # fmt: skip
-    _write_plain(source)
     return {
         "megagpt": _fresh(ours, _megagpt("dedup", ours, source)),
         "datatrove": _fresh(theirs, _datatrove("dedup", source, theirs, inputs)),
@@ -395,14 +395,16 @@ def _write_variants(source: Path, target: Path) -> None:
         write_documents(target / path.name, found)
 
 
-def _write_plain(folder: Path) -> None:
-    """text-dedup reads plain .jsonl."""
+def _write_plain(folder: Path) -> Path:
+    """The same documents for text-dedup, which reads plain .jsonl. Not in `folder`, of which others read all files."""
     from megagpt.documents import read_documents
 
-    path = folder / "plain.jsonl"
+    path = folder.with_name(f"{folder.name}_plain") / "plain.jsonl"
     if not path.is_file():
+        path.parent.mkdir()
         documents = [document for file in sorted(folder.glob("*.jsonl.zst")) for document in read_documents(file)]
         path.write_text("".join(json.dumps({"id": d.id, "text": d.text}) + "\n" for d in documents), encoding="utf-8")
+    return path
 
 
 def _tokenizer_json(gpt2: Path) -> dict[str, Any]:

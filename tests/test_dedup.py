@@ -15,15 +15,25 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import dedup
+from megagpt.corpus import dedup, minhash_kernels
 from megagpt.corpus.blocks import Block
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
 from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.executors import Execution
-from megagpt.corpus.minhash import MinHashSettings, exact_digest, minhash, permutations, shingle_set, shingles
+from megagpt.corpus.minhash import (
+    MinHashSettings,
+    character_classes,
+    exact_digest,
+    minhash,
+    permutations,
+    shingle_set,
+    shingles,
+)
 from megagpt.documents import Document, open_lines, read_documents, write_documents
 from megagpt.files import read_json
 
@@ -113,6 +123,24 @@ def test_shingles_and_signature_equal_a_slow_version(text: str) -> None:
     assert found.signature.tolist() == [value & 0xFFFF for value in minima]
     assert found.keys.tolist() == keys
     assert found.num_shingles == len(expected)
+
+
+def normalised_whole(text: str, size: int) -> list[int]:
+    """Shingles of a text that Python's own functions lower and decompose."""
+    codes = np.frombuffer(unicodedata.normalize("NFD", text.lower()).encode("utf-32-le"), np.uint32)
+    return (minhash_kernels.shingles(codes, character_classes(), size) >> np.uint64(32)).tolist()
+
+
+def test_every_character_alone_is_folded_as_in_its_text() -> None:
+    for first in range(0, 0x3100, 64):
+        text = "".join(f"A{c}b {c}{c} 1{c}2 {c}. Σ{c} AΣ" for c in map(chr, range(first, first + 64)))
+        assert shingles(text, words_per_shingle=2).tolist() == normalised_whole(text, 2), hex(first)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(max_codepoint=0x3020), max_size=60))
+def test_any_text_is_folded_as_a_whole(text: str) -> None:
+    assert shingles(text, words_per_shingle=3).tolist() == normalised_whole(text, 3)
 
 
 def test_permutations_are_splitmix64() -> None:

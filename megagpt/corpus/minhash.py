@@ -17,6 +17,8 @@ import xxhash
 
 SEPARATOR, LETTER, DIGIT, MARK, WORD_CHARACTER = range(5)
 TABLE_SIZE = 0x20000
+FOLDED_SIZE = 0x3000
+NOT_ALONE = 0xFFFFFFFF
 
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -62,11 +64,12 @@ def n_gram_hashes(text: str, size: int) -> np.ndarray:
     """64-bit hashes of the n-grams of a text in order, repeated ones included: uint64; empty if the text has no word."""
     from megagpt.corpus import minhash_kernels
 
-    text = text.lower()
-    if not text.isascii():
-        text = unicodedata.normalize("NFD", text)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    return minhash_kernels.shingles(codes, character_classes(), size)
+    folded = minhash_kernels.folded(codes, folded_characters())
+    if folded.size < codes.size:
+        text = unicodedata.normalize("NFD", text.lower())
+        folded = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return minhash_kernels.shingles(folded, character_classes(), size)
 
 
 def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
@@ -76,9 +79,13 @@ def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
 
 def minhash(text: str, settings: MinHashSettings) -> MinHash | None:
     """Signature (the lower 16 bits of each minimum) and band keys of a text; None if the text has no word."""
+    return minhash_of(shingles(text, words_per_shingle=settings.words_per_shingle), settings)
+
+
+def minhash_of(found: np.ndarray, settings: MinHashSettings) -> MinHash | None:
+    """The same of a text's shingles (uint32)."""
     from megagpt.corpus import minhash_kernels
 
-    found = shingles(text, words_per_shingle=settings.words_per_shingle)
     if found.size == 0:
         return None
     minima = minhash_kernels.minima(found, *permutations(settings.num_rows, settings.seed))
@@ -88,7 +95,13 @@ def minhash(text: str, settings: MinHashSettings) -> MinHash | None:
 
 def shingle_set(text: str, *, words_per_shingle: int) -> np.ndarray:
     """The distinct shingles of a text, ascending: uint32."""
-    return np.unique(shingles(text, words_per_shingle=words_per_shingle))
+    return distinct(shingles(text, words_per_shingle=words_per_shingle))
+
+
+def distinct(found: np.ndarray) -> np.ndarray:
+    """Each number once, ascending."""
+    found = np.sort(found)
+    return found[np.concatenate([[True], found[1:] != found[:-1]])[: found.size]]
 
 
 @functools.cache
@@ -107,16 +120,28 @@ def permutations(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def character_classes() -> np.ndarray:
     """uint8 [TABLE_SIZE]: what each code point is to the word splitter. Above the table: Han to U+3FFFF, then marks."""
-    table = np.zeros(TABLE_SIZE, np.uint8)
-    for code in range(TABLE_SIZE):
-        category = unicodedata.category(chr(code))
-        if category in ("Mn", "Me"):
-            table[code] = MARK
-        elif category == "Nd":
-            table[code] = DIGIT
-        elif category[0] in "LN" or category == "Mc":
-            table[code] = LETTER
+    categories = np.array(list(map(unicodedata.category, map(chr, range(TABLE_SIZE)))), "S2")
+    table = np.where(
+        np.isin(categories.astype("S1"), (b"L", b"N")) | (categories == b"Mc"), np.uint8(LETTER), np.uint8(SEPARATOR)
+    )
+    table[np.isin(categories, (b"Mn", b"Me"))] = MARK
+    table[categories == b"Nd"] = DIGIT
     for first, last in _UNSPACED:
         part = table[first : last + 1]
         part[part == LETTER] = WORD_CHARACTER
+    return table
+
+
+@functools.cache
+def folded_characters() -> np.ndarray:
+    """uint32 [FOLDED_SIZE]: what lower case and NFD make of a code point, without combining marks, where that is one character,
+    whatever stands beside it (that of sigma depends on it); else NOT_ALONE."""
+    table = np.arange(FOLDED_SIZE, dtype=np.uint32)
+    for code in range(FOLDED_SIZE):
+        character = chr(code)
+        folded = unicodedata.normalize("NFD", character.lower())
+        if folded == character:
+            continue
+        bases = [part for part in folded if unicodedata.category(part) not in ("Mn", "Me")]
+        table[code] = ord(bases[0]) if len(bases) == 1 and character != "\u03a3" else NOT_ALONE
     return table

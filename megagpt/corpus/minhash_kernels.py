@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from megagpt.corpus.minhash import DIGIT, LETTER, MARK, TABLE_SIZE, WORD_CHARACTER
+from megagpt.corpus.minhash import DIGIT, FOLDED_SIZE, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
 
 
 @njit(cache=True, nogil=True)
@@ -20,6 +20,18 @@ def _class_of(code, classes):
     if code < TABLE_SIZE:
         return classes[code]
     return np.uint8(WORD_CHARACTER) if code < 0x40000 else np.uint8(MARK)
+
+
+@njit(cache=True, nogil=True)
+def folded(codes, table):
+    """Each character by the table (minhash.folded_characters): uint32; of no characters if one is not in it."""
+    found = np.empty(codes.size, np.uint32)
+    for i in range(codes.size):
+        code = codes[i]
+        found[i] = table[code] if code < FOLDED_SIZE else np.uint32(NOT_ALONE)
+        if found[i] == NOT_ALONE:
+            return np.empty(0, np.uint32)
+    return found
 
 
 @njit(cache=True, nogil=True)

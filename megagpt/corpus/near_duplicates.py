@@ -31,7 +31,7 @@ from megagpt.corpus.dedup_index import (
     read_shingle_counts,
 )
 from megagpt.corpus.equal_keys import equal_key_pairs
-from megagpt.corpus.minhash import MinHashSettings, minhash, shingle_set
+from megagpt.corpus.minhash import MinHashSettings, distinct, minhash_of, shingles
 from megagpt.files import atomic_path, read_json, write_json
 
 PAIRS_PER_READ = 1 << 20
@@ -131,11 +131,12 @@ def gather_block(block: Block, place: IndexedBlock, plan: Path, settings: MinHas
         at = position[number]
         if at < 0:
             continue
-        found = minhash(document.text, settings)
+        its_shingles = shingles(document.text, words_per_shingle=settings.words_per_shingle)
+        found = minhash_of(its_shingles, settings)
         if found is None:
             raise ValueError(f"{block.path}: document {number} of block {block.index} has changed since it was indexed")
         if exact:
-            sets[at] = shingle_set(document.text, words_per_shingle=settings.words_per_shingle)
+            sets[at] = distinct(its_shingles)
         records[at] = (place.first + number, sets[at].size, found.keys, found.signature)
     starts = np.searchsorted(wanted[order], np.arange(read_json(plan / "plan.json")["partitions"] + 1))
     shingle_starts = np.concatenate([[0], np.cumsum(records["num_shingles"], dtype=np.int64)])[starts]
@@ -143,8 +144,8 @@ def gather_block(block: Block, place: IndexedBlock, plan: Path, settings: MinHas
         np.save(temporary / "starts.npy", np.stack([starts, shingle_starts]))
         records.tofile(temporary / "records.bin")
         with (temporary / "shingles.u32").open("wb") as file:
-            for shingles in sets:
-                file.write(shingles.tobytes())
+            for found in sets:
+                file.write(found.tobytes())
     return order.size
 
 
