@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -101,8 +101,10 @@ class Watchdog:
             self._store = _store(os.environ["MASTER_ADDR"], self._port, is_master=False)
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size) if world.rank == 0 else (0,), now)
-        samples = partial(self._sampler.run, self._closing)
-        for name, target in (("reports", self._exchange), ("judge", self._judge), ("samples", samples)):
+        threads: dict[str, Callable[[], None]] = {"reports": self._exchange, "judge": self._judge}
+        if world.size > 1:  # one rank alone waits for nobody
+            threads["samples"] = partial(self._sampler.run, self._closing)
+        for name, target in threads.items():
             thread = threading.Thread(target=target, name=f"watchdog {name}", daemon=True)
             thread.start()
             self._threads.append(thread)
