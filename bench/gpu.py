@@ -13,13 +13,14 @@ torch; one that cannot be imported is named in the result. Nothing is installed,
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -81,6 +82,9 @@ TIMINGS: dict[str, Timing] = {
     "trace_1b3": Timing("1b3", 2048, 8, ("fsdp",), steps=20, trace_from=12),
     "fp8": Timing("1b3", 2048, 8, ("fsdp", "fsdp_fp8"), steps=120, changes={"log_every_steps": 5}),
 }
+MUON = Timing("124m", 1024, 32, (), steps=600)
+LEARNING_RATES = {"adamw": (6e-4, 1.8e-3), "muon": (1e-3, 3e-3)}
+"""Of the phase muon; torch's Muon with match_rms_adamw takes AdamW's rates, and bears higher ones."""
 TARGETS = {"124m": 578_000, "1b3_t4096": 60_000, "8b": 11_000}
 """Tokens/s to reach, where one is set."""
 TIMED_AFTER = 8
@@ -138,7 +142,7 @@ def run_phase(phase: str, how: How) -> dict[str, Any]:
     if phase == "check":
         return check(how)
     if phase == "muon":
-        return time_to_loss(how)
+        return time_to_loss(tiny(MUON) if how.dry else MUON, how, LEARNING_RATES)
     timing = replace(TIMINGS[phase], contenders=how.wanted(TIMINGS[phase].contenders))
     return time_contenders(phase, tiny(timing) if how.dry else timing, how)
 
@@ -242,9 +246,8 @@ def run_contender(name: str, job: dict[str, Any], deadline: float) -> dict[str, 
         if job["device"] == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, str(PROJECT / "bench" / f"peers_{program}.py"), str(folder / "job.json")]
-        started = time.time()
+        started, left = time.time(), max(10.0, deadline - time.monotonic())
         try:
-            left = max(10.0, deadline - time.monotonic())
             done = subprocess.run(
                 command, env=environment, cwd=folder, capture_output=True, text=True, timeout=left, check=False
             )
@@ -296,25 +299,46 @@ def check(how: How) -> dict[str, Any]:
     return {"rows": rows, "not_run": absent, "reference_losses": reference.get("losses"), "error": reference.get("error")}
 
 
-def time_to_loss(how: How) -> dict[str, Any]:
-    """AdamW and Muon on the same data and model: seconds and steps to the loss that AdamW has at the end."""
-    timing = tiny(TIMINGS["124m"]) if how.dry else Timing("124m", 1024, 32, (), steps=600)
-    curves, absent = {}, {}
-    for kind, lr in (("adamw", 6e-4), ("muon", 2e-3)):
-        job = {**job_of(timing, "fsdp", how), "optimizer": kind, "lr": lr, "log_every_steps": 2 if how.dry else 10}
-        outcome = run_contender("fsdp", job, how.deadline)
-        if "error" in outcome:
-            absent[kind] = outcome["error"]
-            continue
-        ends, every = outcome["step_ends_wall_s"], job["log_every_steps"]
-        curves[kind] = [(i * every, ends[i * every - 1] - ends[0], v) for i, v in enumerate(outcome["losses"], start=1)]
+def time_to_loss(timing: Timing, how: How, learning_rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """AdamW and Muon on the same data and model, each at its learning rates: updates and seconds to the loss on held-out data
+    that AdamW's best has at the end."""
+    curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
+    seconds, absent = {}, {}
+    for kind, rates in learning_rates.items():
+        for lr in rates:
+            job = {
+                **job_of(timing, "fsdp", how),
+                "optimizer": kind,
+                "lr": lr,
+                "evaluate_every_steps": max(1, timing.steps // 20),
+            }
+            outcome = run_contender("fsdp", {**job, "evaluate_max_samples": 64}, how.deadline)
+            if "error" in outcome:
+                absent[f"{kind} {lr}"] = outcome["error"]
+                continue
+            curves[kind, lr] = [(int(step), loss) for step, loss in outcome["validation"]]
+            ends = outcome["step_ends_wall_s" if job["device"] == "cuda" else "step_ends_cpu_s"]
+            seconds[kind, lr] = median(b - a for a, b in itertools.pairwise(ends[TIMED_AFTER - 1 :]))
+    goal = min((curve[-1][1] for (kind, _), curve in curves.items() if kind == "adamw"), default=float("-inf"))
     rows = []
-    if "adamw" in curves:
-        goal = curves["adamw"][-1][2]
-        for kind, curve in curves.items():
-            reached = next(((step, seconds) for step, seconds, loss in curve if loss <= goal), (None, None))
-            rows.append({"optimizer": kind, "training_loss": goal, "steps": reached[0], "seconds_from_step_1": reached[1]})
-    return {"rows": rows, "curves": curves, "not_run": absent}
+    for (kind, lr), curve in curves.items():
+        reached = next((step for step, loss in curve if loss <= goal), None)
+        rows.append(
+            {
+                "optimizer": kind,
+                "learning_rate": lr,
+                "validation_loss_at_end": curve[-1][1],
+                "goal": goal,
+                "updates_to_goal": reached,
+                "update_s": seconds[kind, lr],
+                "seconds_to_goal": reached * seconds[kind, lr] if reached else None,
+            }
+        )
+    curve_rows = [
+        {"update": step, "validation_loss": loss, "run": f"{kind} {lr}"}
+        for (kind, lr), curve in curves.items() for step, loss in curve
+    ]  # fmt: skip
+    return {"rows": rows, "curves": curve_rows, "not_run": absent}
 
 
 def matrix_products(dry: bool) -> list[dict[str, Any]]:
@@ -337,7 +361,7 @@ def product_rate(shape: tuple[int, int, int] = (8192, 8192, 8192), *, small: boo
             torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(repeats):
-            a @ b
+            torch.mm(a, b)
         if device == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - began) / repeats)
@@ -396,7 +420,7 @@ def versions() -> dict[str, str]:
     """Versions of what is there."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("triton", "deepspeed", "transformers", "accelerate", "litgpt", "lightning", "torchao"):
         try:
             found[name] = version(name)

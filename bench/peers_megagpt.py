@@ -41,6 +41,8 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         },
         "engine": engines[job["layout"]],
         "save_every_steps": job.get("save_every_steps", 1000),
+        "evaluate_every_steps": job.get("evaluate_every_steps", 0),
+        "evaluate_max_samples": job.get("evaluate_max_samples"),
         "watchdog": {"stall_seconds": 7200, "long_seconds": 7200},  # it is on, and we are stopped while others have their turn
         "monitor": {"log_every_steps": job["log_every_steps"]},
     }
@@ -72,9 +74,12 @@ def main() -> None:
     status = train(config)
     if status != 0:
         raise SystemExit(status)
-    rows = read_metrics(Path(job["run_dir"])).of_kind("train")
+    metrics = read_metrics(Path(job["run_dir"]))
+    rows = metrics.of_kind("train")
     if rows:
         clock.extra = {"data_wait_s": rows[-1]["seconds"].get("data_wait", 0.0), "data_wait_until_step": rows[-1]["step"]}
+    if job.get("evaluate_every_steps"):
+        clock.extra["validation"] = [(row["step"], row["loss"]) for row in metrics.of_kind("evaluate")]
     clock.write(job["steps"] - job["resumed_at"], [row["loss"] for row in rows])
 
 

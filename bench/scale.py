@@ -1,7 +1,7 @@
 """How cost grows with size: loader start-up, deduplication, checkpoints, and what every rank does before and in a step.
 
-    python bench/scale.py                                   every part, about 12 minutes
-    python bench/scale.py parts=loader,ranks
+    python bench/scale.py                                   every part, about half an hour, 13 GiB of memory, 20 GB of disk
+    python bench/scale.py parts=loader,ranks,checkpoint most=200000000     sizes up to that: loader and checkpoint shorter
     python bench/scale.py short=true                        the smallest two sizes of each part
 
 loader: a corpus of 10^6 to 10^9 documents (500 tokens each, in shards of 10^6; the files are sparse, as long as real ones) is
@@ -33,8 +33,8 @@ DOCUMENT_TOKENS = 500
 SHARD_DOCUMENTS = 1_000_000
 SIZES: dict[str, list[int]] = {
     "loader": [10**6, 10**7, 10**8, 10**9],
-    "dedup": [100_000, 300_000, 1_000_000],
-    "checkpoint": [10_000_000, 50_000_000, 150_000_000, 350_000_000],
+    "dedup": [100_000, 1_000_000, 10_000_000],
+    "checkpoint": [10_000_000, 50_000_000, 150_000_000, 350_000_000, 1_000_000_000],
     "ranks": [8, 64, 512, 4096],
 }
 UNITS = {"loader": "documents", "dedup": "documents", "checkpoint": "parameters", "ranks": "ranks"}
@@ -55,16 +55,17 @@ def main(words: Sequence[str]) -> None:
         print(json.dumps({**result, "peak_rss_mib": peak_resident_bytes() / 2**20}))
         return
     parts = options.get("parts", ",".join(SIZES)).split(",")
-    short = options.get("short") == "true"
+    short, most = options.get("short") == "true", int(options.get("most", max(map(max, SIZES.values()))))
     for part in parts:
         rows = []
-        for size in SIZES[part][: 2 if short else None]:
+        for size in [size for size in SIZES[part] if size <= most][: 2 if short else None]:
             run = run_once([sys.executable, __file__, f"child={part}", f"size={size}"], environment={"OMP_NUM_THREADS": "1"})
             rows.append({UNITS[part]: size, **run.output})
             print(part, json.dumps(rows[-1]), flush=True)
         timed = next(name for name in rows[0] if name.endswith("cpu_s"))
         plot = {"x": UNITS[part], "y": timed, "by": None, "log": True}
-        about = f"Measured {datetime.now(UTC).date().isoformat()} by `python bench/scale.py parts={part}`."
+        limit = f" most={most}" if "most" in options else ""
+        about = f"Measured {datetime.now(UTC).date().isoformat()} by `python bench/scale.py parts={part}{limit}`."
         tables = {} if short else earlier_tables("scale")
         tables[part] = {
             "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]), "plot": plot,
