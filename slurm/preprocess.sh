@@ -12,9 +12,9 @@
 #   executor=dask slurm/preprocess.sh ...                          one pool of workers over all nodes, by Dask
 #   stages=extract_documents sbatch --array=0-63 slurm/preprocess.sh ...    one stage, each task its part
 #
-# Otherwise each node works on its part of a stage (part=i/n) with a worker per core. Deduplication has phases that need all
-# parts of the phase before: over several nodes it is run until its summary is there. With Dask nodes share one queue, so
-# a lost node costs only what it was at work on. What is committed stays, so a job that was preempted or ran into its time
+# Otherwise each node works on its part of a stage (part=i/n) with a worker per core. Some stages have phases that need all
+# parts of the phase before: over several nodes they are run until their summary says that they are complete; an array is
+# submitted again until then. With Dask nodes share one queue, so a lost node costs only what it was at work on. What is committed stays, so a job that was preempted or ran into its time
 # limit goes on where it was. A stage that fails ends the job and names the stage.
 set -uo pipefail
 
@@ -33,12 +33,14 @@ cd "$root" || exit 2
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 [ $# -ge 1 ] || fail "usage: slurm/preprocess.sh CONFIG [key=value ...]"
-"${launch[@]}" "$python" tools/extract_documents.py "$@" --print > /dev/null || exit 2
+settings=$("${launch[@]}" "$python" tools/extract_documents.py "$@" --print) || exit 2
+work_dir=$(sed -n 's/^work_dir: //p' <<< "$settings")
 executor=${executor:-process}
 case $executor in process | dask) ;; *) fail "executor=$executor: process or dask is expected" ;; esac
 if [ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]; then
   [ "$executor" = process ] || fail "executor=dask is for one job of many nodes, not for an array"
   case ${stages:-all} in *' '* | all) fail "an array runs one stage: stages=extract_documents sbatch --array=... (the next one with --dependency=afterok:...)" ;; esac
+  [ "$stages" != train_tokenizer ] || fail "train_tokenizer is one task: submit it without --array"
 fi
 
 if ! "$in_job"; then
@@ -104,6 +106,13 @@ start_dask() {
   fail "Dask did not start: see $folder"
 }
 
+# is_complete STAGE: all parts of it, by its summary.
+is_complete() {
+  local folder=${1%_documents}
+  [ "$folder" != tokenize ] || folder=shards
+  grep -q '"complete": true' "$work_dir/$folder/summary.json" 2> /dev/null
+}
+
 end_dask() { [ ${#dask_pids[@]} = 0 ] || kill "${dask_pids[@]}" 2> /dev/null; }
 
 if [ "$executor" = dask ]; then
@@ -113,14 +122,7 @@ fi
 for stage in ${stages:-extract_documents filter_documents dedup_documents train_tokenizer tokenize_documents}; do
   say "$stage on $SLURM_JOB_NODELIST"
   command=("${launch[@]}" "$python" "tools/$stage.py" "$@")
-  rounds=1
-  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$executor" = process ]; then
-    case $stage in
-      dedup_documents) rounds=5 ;;    # index, bands, candidates, verification, writing
-      tokenize_documents) rounds=3 ;; # counting or tokenizing, writing, completing
-    esac
-  fi
-  for ((round = 1; round <= rounds; round++)); do
+  for ((round = 1; round <= 10; round++)); do # deduplication has the most phases, seven and writing
     if [ "$stage" = train_tokenizer ] && [ "$executor" = dask ]; then
       attend "${command[@]}" # beside the scheduler: the workers' step has the nodes, another one would wait for ever
     elif [ "$stage" = train_tokenizer ]; then
@@ -143,6 +145,12 @@ for stage in ${stages:-extract_documents filter_documents dedup_documents train_
       say "$stage ended with status $status; the same command goes on from what is committed" >&2
       exit "$status"
     fi
+    if [ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]; then
+      is_complete "$stage" || say "$stage has other parts, or phases to come: submit the array again when all its tasks have ended"
+      break
+    fi
+    if [ "$stage" = train_tokenizer ] || [ "$SLURM_JOB_NUM_NODES" = 1 ] || [ "$executor" = dask ] || is_complete "$stage"; then break; fi
   done
+  [ "$round" -le 10 ] || fail "$stage is not complete after 10 rounds: see $work_dir"
 done
 say "complete"

@@ -11,6 +11,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -441,7 +442,7 @@ def test_a_start_that_was_left_over_changes_nothing(tmp_path: Path, monkeypatch:
     fresh = contents(run(tmp_path / "fresh", files, threshold=0.5))
     index_one, begun = dedup.index_block, []
 
-    def index_block(*arguments: object) -> int:
+    def index_block(*arguments: Any) -> int:
         if not begun:
             begun.append(1)
             run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5)

@@ -1,5 +1,6 @@
 """The job scripts: static checks, refusals before submission, and runs on a real SLURM on this host."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -67,6 +68,18 @@ def test_mistakes_are_found_before_submission(words: list[str], named: str) -> N
     assert done.returncode == 2
     assert named in done.stderr
     assert "sbatch" not in done.stderr, "it went as far as submitting"
+
+
+@pytest.mark.parametrize(
+    ("stages", "named"),
+    [("train_tokenizer", "submit it without --array"), ("filter_documents dedup_documents", "an array runs one stage")],
+)
+def test_an_array_is_refused_where_it_has_no_parts(stages: str, named: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "SLURM_ARRAY_TASK_COUNT": "4", "stages": stages}
+    command = ["slurm/preprocess.sh", f"work_dir={tmp_path}"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert named in done.stderr
 
 
 # ---- on a real SLURM

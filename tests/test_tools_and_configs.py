@@ -36,6 +36,7 @@ BAD_INPUT = {
     "train_tokenizer": [
         (["work_dir={tmp}/w"], "{tmp}/w/dedup"),
         (["work_dir={tmp}/w", "tokenizer.vocab_size=12"], "tokenizer.vocab_size=12"),
+        (["work_dir={tmp}/w", "part=1/4"], "part=1/4: a tokenizer is trained in one piece"),
     ],
     "tokenize_documents": [
         (["work_dir={tmp}/w", "tokenize.inputs=[{tmp}/none.jsonl]"], "tokenize.inputs: no file matches"),

@@ -6,12 +6,15 @@ It is lossless: decoding gives back every text exactly. A run that ended before 
 """
 
 from megagpt.command import main
+from megagpt.config import UserError
 from megagpt.corpus.recipe import CorpusConfig
 from megagpt.corpus.vocabulary import describe, train_tokenizer
 
 
 def run(config: CorpusConfig) -> None:
     """Train it, and say where it is."""
+    if config.part != "0/1":
+        raise UserError(f"part={config.part}: a tokenizer is trained in one piece: run this once, without part")
     output_dir = config.directory("tokenizer")
     summary = train_tokenizer(config.inputs("tokenizer", config.tokenizer.inputs), output_dir, config.tokenizer)
     print(describe(summary, output_dir))

@@ -5,8 +5,9 @@ or an earlier place in the same file. A block's folder appears whole (it is rena
 """
 
 import contextlib
+import errno
 import itertools
-import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,18 +120,20 @@ class DocumentIds:
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `folder` on success, its files synced, and removed on any error."""
-    temporary = folder.with_name(f"tmp-{os.getpid()}-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Parts on two nodes make the same folder at the same time, and their processes may have the same number.
+    temporary = folder.with_name(f"tmp-{secrets.token_hex(8)}-{folder.name}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in temporary.iterdir():
             sync(path)
-        if folder.is_dir():
-            shutil.rmtree(temporary)
-        else:
+        try:
             temporary.rename(folder)
             sync(folder.parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(temporary)  # another part was here first, with the same content
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         error.filename = str(folder)
