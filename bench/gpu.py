@@ -32,6 +32,7 @@ from training_data import write_data
 
 from megagpt.flops import flops_per_token, utilisation
 from megagpt.model import ModelConfig
+from megagpt.ports import free_port
 
 PEAK_TFLOPS = 989.0
 """Dense bf16 of an H100 or H200 SXM, NVIDIA's data sheet."""
@@ -237,7 +238,8 @@ def run_contender(name: str, job: dict[str, Any], deadline: float) -> dict[str, 
         paths = [str(PROJECT), str(PROJECT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
             **os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
             "BENCH_READY": str(folder / "ready.json"), "BENCH_OUT": str(folder / "out.json"),
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         }  # fmt: skip

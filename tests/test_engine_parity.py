@@ -36,6 +36,7 @@ CELLS: dict[int, list[Cell]] = {
         Cell("zero3", 2),
         Cell("fsdp", optimizer="sgd"),
         Cell("fsdp", 5, "bf16"),
+        Cell("fsdp", 5, "bf16", checkpoint_every=1),
     ],
     2: [
         *(Cell(name, 5) for name in engines_on(2)),

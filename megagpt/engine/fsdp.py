@@ -56,7 +56,9 @@ class FSDPEngine:
             if config.cpu_offload
             else OffloadPolicy(),
         }
-        self._shards = world.size > 1 or world.device.type != "cpu" or config.cpu_offload or canonical
+        recomputes_in_bf16 = precision == "bf16" and module.checkpoint_every > 0  # when the cast weights are gone
+        several = world.size > 1 or world.device.type != "cpu"
+        self._shards = several or config.cpu_offload or canonical or recomputes_in_bf16
         for unit in [*module.blocks, module] if self._shards else ():
             fully_shard(unit, **options)
         module.to_empty(device="cpu" if config.cpu_offload else world.device)
