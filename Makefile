@@ -37,7 +37,7 @@ bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against pee
 	$(BIN)/python bench/training.py cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
 	$(BIN)/python bench/training_life.py repetitions=1
 	$(BIN)/python bench/generation.py repetitions=1
-	$(BIN)/python bench/scale.py parts=loader,ranks,checkpoint
+	$(BIN)/python bench/scale.py parts=loader,ranks,checkpoint most=200000000
 	$(BIN)/python bench/pack.py
 	$(BIN)/python bench/document.py
 

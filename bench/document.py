@@ -22,6 +22,9 @@ Times depend on the machine and on what else it does: what holds elsewhere are t
 about on the same cores with the same data. A cell `a (b to c)` is the median, smallest and largest of the repetitions.
 What a peer wins is said under **Lost** in each section.
 """
+NO_GPU = """No figures of a GPU: none was at hand. `bench/gpu.py` measures training on one (its docstring says how),
+`python bench/gpu.py collect=FOLDER` adds them here; a test runs it on a CPU with tiny shapes.
+"""
 SHOWN_LAST = ("gpu",)
 """Sections at the end of the page, by file name; the others stand in the order of their titles."""
 MAX_DEFAULT_ROWS = 60
@@ -57,7 +60,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def page(documents: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
     contents = [f"- [{title_of(d)}](#{anchor(title_of(d))})" for d in documents]
-    return "\n".join([HEAD, *contents, ""]) + "\n" + "\n".join(section(document) for document in documents)
+    absent = [] if any(document["name"] == "gpu" for document in documents) else [NO_GPU]
+    return "\n".join([HEAD, *absent, *contents, ""]) + "\n" + "\n".join(section(document) for document in documents)
 
 
 def section(document: Mapping[str, Any]) -> str:
