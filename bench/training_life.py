@@ -81,13 +81,14 @@ def memory_over_steps(steps: int) -> list[dict[str, Any]]:
         job = prepare_job(cell, folder) | {"save_every_steps": 250, "log_every_steps": 10}
         for name, (program, layout) in cell.contenders.items():
             one = contender(name, program, layout, 1, job, folder)
-            per_update = 2 if layout == "zero1" else 1  # optimizer calls: DeepSpeed makes one per parameter group
-            one = replace(one, environment={**one.environment, "BENCH_RSS_EVERY": str(MEMORY_EVERY * per_update)})
+            one = replace(one, environment={**one.environment, "BENCH_RSS_EVERY": str(MEMORY_EVERY)})
             outcomes, failures = run_turn_about([one], folder / "memory")
             if failures:
                 raise SystemExit(str(failures))
             outcome = outcomes[name]
             seen = [value / 2**20 for value in outcome.ranks[0]["rss_bytes"]]
+            if len(seen) != steps // MEMORY_EVERY:
+                raise SystemExit(f"{name}: {len(seen)} readings of {steps} updates: its optimizer is called several times each")
             first, waited = outcome.ranks[0], outcome.ranks[0].get("data_wait_s")
             half = seen[len(seen) // 2 :]
             rows.append(
