@@ -229,11 +229,15 @@ def read_index_header(path: Path) -> tuple[np.dtype, int, int]:
 def document_offsets(path: Path, dtype: np.dtype) -> np.ndarray:
     """(documents + 1,) int64 token offsets from a Megatron `.idx`: the first token of each document, and the end."""
     _, sequences, documents = read_index_header(path)
+    if path.stat().st_size != HEADER_BYTES + 12 * sequences + 8 * (documents + 1):
+        raise ShardError(
+            f"{path}: {path.stat().st_size} bytes do not fit {sequences} sequences, {documents} documents: truncated?"
+        )
     starts = np.zeros(sequences + 1, np.int64)
     lengths = np.memmap(path, "<i4", "r", HEADER_BYTES, (sequences,)) if sequences else np.zeros(0, np.int32)
     np.cumsum(lengths, out=starts[1:], dtype=np.int64)
     ends = np.fromfile(path, "<i8", documents + 1, offset=HEADER_BYTES + 12 * sequences)
-    if ends.size and (ends[0] != 0 or ends[-1] != sequences or np.any(np.diff(ends) < 0)):
+    if ends[0] != 0 or ends[-1] != sequences or np.any(np.diff(ends) < 0) or np.any(lengths < 0):
         raise ShardError(f"{path}: document ends are not ascending from 0 to {sequences}: the file is damaged")
     return starts[ends]
 

@@ -170,6 +170,23 @@ def test_damaged_document_ends(tmp_path: Path) -> None:
         document_offsets(tmp_path / "x.idx", np.dtype("uint16"))
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 90), st.binary(max_size=12), st.sampled_from(["put in", "put over", "cut off"]))
+def test_fuzzed_index(tmp_path_factory: pytest.TempPathFactory, position: int, noise: bytes, kind: str) -> None:
+    """Noise anywhere in an index: it is refused by its file's name, or its documents lie in order."""
+    path = tmp_path_factory.getbasetemp() / "fuzz.idx"
+    lengths, starts, ends = (3, 2, 4), (0, 6, 10), (0, 1, 1, 3)
+    data = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 4) + struct.pack("<3i3q4q", *lengths, *starts, *ends)
+    rest = {"put in": data[position:], "put over": data[position + len(noise) :], "cut off": b""}[kind]
+    path.write_bytes(data[:position] + noise + rest)
+    try:
+        offsets = document_offsets(path, np.dtype("uint16"))
+    except ShardError:
+        return
+    assert offsets[0] == 0
+    assert np.all(np.diff(offsets) >= 0)
+
+
 def test_manifest_reads_back_and_refuses_what_is_none(tmp_path: Path) -> None:
     manifest = write_split(tmp_path, [[1, 2, 3], [4]])
     assert read_manifest(tmp_path) == manifest

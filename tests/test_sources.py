@@ -567,6 +567,21 @@ def test_fuzzed_jsonl_and_http(tmp_path_factory: pytest.TempPathFactory, noise: 
     decode_body(Message(200, {"content-encoding": noise[:5].decode("latin-1")}, noise))
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 700), st.sampled_from(["plain", "one", "multistream"]))
+def test_fuzzed_wikipedia_dump(tmp_path_factory: pytest.TempPathFactory, noise: bytes, position: int, kind: str) -> None:
+    """Noise put anywhere in a dump of three pages; the pages of streams without it survive."""
+    pages = [wiki_page(f"P{i}", f"Text of page {i}.").encode() for i in range(3)]
+    data = {"plain": b"".join(pages), "one": bz2.compress(b"".join(pages)), "multistream": b"".join(map(bz2.compress, pages))}[
+        kind
+    ]
+    path = tmp_path_factory.getbasetemp() / f"fuzz.xml{'' if kind == 'plain' else '.bz2'}"
+    path.write_bytes(data[:position] + noise + data[position:])
+    kept, _, _ = counts(outcomes(path))
+    if kind == "multistream":
+        assert kept >= 2
+
+
 def test_control_characters_become_spaces() -> None:
     controls = [c for c in range(0xA0) if unicodedata.category(chr(c)) == "Cc" and chr(c) not in "\t\n\f\r\x85"]
     for code in range(0x2100):

@@ -7,6 +7,7 @@ or an earlier place in the same file. A block's folder appears whole (it is rena
 import contextlib
 import errno
 import itertools
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -150,11 +151,20 @@ def new_array(path: Path, dtype: type, length: int, fill: int) -> Iterator[np.nd
         if length == 0:
             yield np.empty(0, dtype)
             return
-        array = np.memmap(temporary, dtype, "w+", shape=(length,))
+        with temporary.open("r+b") as file:
+            # Now, for on a full disk the first touch of a page that is not there would kill the process (SIGBUS).
+            os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
+        array = np.memmap(temporary, dtype, "r+", shape=(length,))
         for start in range(0, length, 1 << 20):
             array[start : start + (1 << 20)] = fill
         yield np.asarray(array)
         array.flush()
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """The bytes of an array as a file. (ndarray.tofile, on a full disk, raises an error that does not say so.)"""
+    with path.open("wb") as file:
+        file.write(np.ascontiguousarray(array).data)
 
 
 def open_array(path: Path, dtype: type) -> np.ndarray:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt.corpus.dedup_index import write_array
+
 BYTES_PER_ENTRY = 64
 """Memory that sorting takes per entry: key and document, the order, sorted copies."""
 
@@ -67,7 +69,7 @@ def _spill(entries: Entries, folder: Path, number: int) -> Entries:
     mapped = []
     for name, values in (("keys", keys), ("documents", documents)):
         path = folder / f"{number:05d}.{name}"
-        values[order].tofile(path)
+        write_array(path, values[order])
         mapped.append(np.memmap(path, values.dtype, "r"))
     return mapped[0], mapped[1]
 

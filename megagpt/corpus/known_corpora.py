@@ -13,7 +13,7 @@ import numpy as np
 from megagpt.config import UserError
 from megagpt.corpus.blocks import Block
 from megagpt.corpus.claim import folder_of
-from megagpt.corpus.dedup_index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks
+from megagpt.corpus.dedup_index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
 from megagpt.corpus.stage import stage_outputs
 from megagpt.files import read_json, write_json
 
@@ -77,8 +77,8 @@ def copy_kept(known: KnownBlock, folder: Path, num_bands: int) -> int:
         stays &= open_array(known.index / "emptied.u8", np.uint8)[at : at + old.num_documents] == 0
     chosen = np.flatnonzero(stays)
     with new_folder(folder) as temporary:
-        np.fromfile(old.folder / "exact.bin", np.uint64).reshape(-1, 2)[chosen].tofile(temporary / "exact.bin")
-        np.fromfile(old.folder / "shingles.u32", np.uint32)[chosen].tofile(temporary / "shingles.u32")
+        write_array(temporary / "exact.bin", np.fromfile(old.folder / "exact.bin", np.uint64).reshape(-1, 2)[chosen])
+        write_array(temporary / "shingles.u32", np.fromfile(old.folder / "shingles.u32", np.uint32)[chosen])
         keys = _read_keys(old, num_bands)[:, chosen]
         with (temporary / "keys.u64").open("wb") as file:
             for start in range(0, chosen.size, DOCUMENTS_PER_CHUNK):
@@ -86,7 +86,7 @@ def copy_kept(known: KnownBlock, folder: Path, num_bands: int) -> int:
         ids, ends = (old.folder / "ids.bin").read_bytes(), np.fromfile(old.folder / "id_ends.u64", np.uint64)
         starts = np.concatenate([np.zeros(1, np.uint64), ends])[:-1]
         (temporary / "ids.bin").write_bytes(b"".join(ids[starts[i] : ends[i]] for i in chosen))
-        np.cumsum(ends[chosen] - starts[chosen], dtype=np.uint64).tofile(temporary / "id_ends.u64")
+        write_array(temporary / "id_ends.u64", np.cumsum(ends[chosen] - starts[chosen], dtype=np.uint64))
         write_json(temporary / "block.json", {"documents": int(chosen.size)})
     return int(chosen.size)
 

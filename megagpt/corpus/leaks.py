@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, new_folder
+from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, new_folder, write_array
 from megagpt.corpus.minhash import shingle_set
 from megagpt.files import read_json, write_json
 
@@ -48,12 +48,12 @@ def write_validation(documents: Iterable[tuple[str, str]], folder: Path) -> int:
     sizes = np.array([found.size for found in sets], np.int64)
     order = np.argsort(joined, kind="stable")
     with new_folder(folder) as temporary:
-        joined.tofile(temporary / "sets.u32")
-        np.cumsum(sizes).tofile(temporary / "ends.i64")
-        joined[order].tofile(temporary / "keys.u32")
-        np.repeat(np.arange(len(sets), dtype=np.uint32), sizes)[order].tofile(temporary / "owners.u32")
+        write_array(temporary / "sets.u32", joined)
+        write_array(temporary / "ends.i64", np.cumsum(sizes))
+        write_array(temporary / "keys.u32", joined[order])
+        write_array(temporary / "owners.u32", np.repeat(np.arange(len(sets), dtype=np.uint32), sizes)[order])
         (temporary / "ids.bin").write_bytes(b"".join(ids))
-        np.cumsum([len(item) for item in ids], dtype=np.uint64).tofile(temporary / "id_ends.u64")
+        write_array(temporary / "id_ends.u64", np.cumsum([len(item) for item in ids], dtype=np.uint64))
         write_json(temporary / "block.json", {"documents": len(ids)})
     return len(ids)
 
@@ -76,10 +76,10 @@ def build_index(blocks: Sequence[Path], folder: Path) -> None:
                 keys = np.concatenate([np.empty(0, np.uint32), *(k[a:b] for k, _, a, b in parts)])
                 owners = [o[a:b] + np.uint32(first) for (_, o, a, b), first in zip(parts, firsts[:-1], strict=True)]
                 order = np.argsort(keys, kind="stable")
-                keys[order].tofile(key_file)
-                np.concatenate([np.empty(0, np.uint32), *owners])[order].tofile(owner_file)
+                key_file.write(keys[order].data)
+                owner_file.write(np.concatenate([np.empty(0, np.uint32), *owners])[order].data)
                 tops[1:] += np.bincount(keys >> np.uint32(16), minlength=65_536)
-        np.cumsum(tops).tofile(temporary / "buckets.i64")
+        write_array(temporary / "buckets.i64", np.cumsum(tops))
         write_json(temporary / "block.json", {"documents": int(firsts[-1])})
 
 
@@ -128,4 +128,4 @@ def _join(blocks: Sequence[Path], name: str, offsets: type | None, path: Path) -
                 continue
             values = np.fromfile(block / name, offsets) + offsets(last)
             last = int(values[-1])
-            values.tofile(out)
+            out.write(values.data)

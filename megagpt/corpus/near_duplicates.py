@@ -29,6 +29,7 @@ from megagpt.corpus.dedup_index import (
     read_band,
     read_exact,
     read_shingle_counts,
+    write_array,
 )
 from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.minhash import MinHashSettings, distinct, minhash_of, shingles
@@ -141,8 +142,8 @@ def gather_block(block: Block, place: IndexedBlock, plan: Path, settings: MinHas
     starts = np.searchsorted(wanted[order], np.arange(read_json(plan / "plan.json")["partitions"] + 1))
     shingle_starts = np.concatenate([[0], np.cumsum(records["num_shingles"], dtype=np.int64)])[starts]
     with new_folder(folder) as temporary:
-        np.save(temporary / "starts.npy", np.stack([starts, shingle_starts]))
-        records.tofile(temporary / "records.bin")
+        write_array(temporary / "starts.i64", np.stack([starts, shingle_starts]).astype(np.int64))
+        write_array(temporary / "records.bin", records)
         with (temporary / "shingles.u32").open("wb") as file:
             for found in sets:
                 file.write(found.tobytes())
@@ -184,7 +185,7 @@ def decide_partition(
         found = {name: int(counts[i]) for i, name in enumerate(COUNTS)}
     write_json(path.with_suffix(".json"), found)
     with atomic_path(path) as temporary:
-        decisions.tofile(temporary)
+        write_array(temporary, decisions)
     return found
 
 
@@ -229,7 +230,7 @@ def _gathered(
             width = _record(settings).itemsize if row == 0 else 4
             with target.open("wb") as out:
                 for folder in folders:
-                    starts = np.load(folder / "starts.npy")[row, partition : partition + 2]
+                    starts = np.fromfile(folder / "starts.i64", np.int64).reshape(2, -1)[row, partition : partition + 2]
                     with (folder / name).open("rb") as file:
                         file.seek(int(starts[0]) * width)
                         out.write(file.read(int(starts[1] - starts[0]) * width))

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from megagpt.corpus.blocks import Block, read_block
-from megagpt.corpus.dedup_index import IndexedBlock, new_array, new_folder, open_array
+from megagpt.corpus.dedup_index import IndexedBlock, new_array, new_folder, open_array, write_array
 from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.minhash import n_gram_hashes
 from megagpt.files import atomic_path
@@ -54,7 +54,7 @@ def index_parts(block: Block, place: IndexedBlock, kept_by: Path, kind: PartKind
                     keys = [key for key in part_keys(document.text, kind) if key is not None]
                     file.write(np.array(keys, np.uint64).tobytes())
                     counts[number] = len(keys)
-        counts.tofile(temporary / "counts.u32")
+        write_array(temporary / "counts.u32", counts)
     return int(counts.sum())
 
 

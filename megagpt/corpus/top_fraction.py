@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config import UserError
+from megagpt.corpus.dedup_index import write_array
 from megagpt.files import atomic_path
 
 SCORES_PER_READ = 1 << 20
@@ -16,7 +17,7 @@ def write_scores(scores: Iterable[float], path: Path) -> int:
     """Write scores (0 to 1) as float32; returns how many."""
     values = np.fromiter(scores, np.float32)
     with atomic_path(path) as temporary:
-        values.tofile(temporary)
+        write_array(temporary, values)
     return values.size
 
 

@@ -128,7 +128,7 @@ def split_dump(path: Path, block_bytes: int) -> list[tuple[int, int | None]]:
 def _pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[tuple[str, int, bytes, bool] | Fault]:
     """(label of the stream, offset inside it, data, whether the block owns it) from `start` to the end of the file."""
     magic = file.read(3)
-    if magic == b"BZh":
+    if magic == b"BZh" or name.endswith(".bz2"):
         yield from _bz2_pieces(file, name, start, end)
         return
     position = start
@@ -159,7 +159,7 @@ def _bz2_pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iter
             if not data and not decoder.eof:
                 yield Fault("truncated bz2 stream", f"{name}: offset {offset}")
                 return
-        following = offset + 4 if damaged else position - len(decoder.unused_data)
+        following = offset + 1 if damaged else position - len(decoder.unused_data)
         if following >= size:
             return
         file.seek(following)
