@@ -56,8 +56,10 @@ def start_and_resume(repetitions: int) -> list[dict[str, Any]]:
                 for name, (program, layout) in cell.contenders.items():
                     if phase == "resume" and name == BARE:
                         continue
-                    task = {**job, "steps": steps, "resumed_at": resumed_at, "save": name != BARE}
-                    one = contender(name, program, layout, 1, task, folder)
+                    changes = {"steps": steps, "resumed_at": resumed_at, "save": name != BARE, "log_every_steps": 1}
+                    one = contender(name, program, layout, 1, job | changes, folder)
+                    # Without it litgpt cannot read its own checkpoints: torch has loaded weights only since 2.6.
+                    one = replace(one, environment={**one.environment, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"})
                     outcomes, failures = run_turn_about([one], folder / phase)
                     print(*failures.values(), file=sys.stderr, flush=True)
                     seen[name][phase] += outcomes.values()
@@ -116,12 +118,13 @@ def slope(values: Sequence[float]) -> float:
 
 
 def lost(rows: list[dict[str, Any]]) -> str:
-    """Who starts or resumes in less CPU time than the slower of our engines."""
+    """Which peers start or resume in less CPU time than our engines."""
     sentences = []
     for phase in ("start", "resume"):
         ours = {r["contender"]: r[f"{phase}_cpu_s"] for r in rows if r["contender"].startswith("megagpt")}
         for name, value in ours.items():
-            better = [r["contender"] for r in rows if r["contender"] not in ours and (r[f"{phase}_cpu_s"] or 1e9) < value]
+            peers = [r for r in rows if r["contender"] not in (*ours, BARE) and r[f"{phase}_cpu_s"] is not None]
+            better = [r["contender"] for r in peers if r[f"{phase}_cpu_s"] < value]
             if better:
                 sentences.append(f"{name} needs more CPU time to {phase} than {', '.join(better)}.")
     return " ".join(sentences)
