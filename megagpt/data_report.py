@@ -141,7 +141,7 @@ def read_duplicates(work_dir: Path, num_rows: int) -> Duplicates:
                 kinds[value["kind"]] += 1
                 copies[value["kept"]] += 1
                 if value["kind"] == "near":
-                    similarities[int(100 * value["similarity"] + 1e-9) // 5 * 5] += 1
+                    similarities[min(95, int(100 * value["similarity"] + 1e-9) // 5 * 5)] += 1
         _forget_rare(copies)
     most = sorted(copies.items(), key=lambda item: (-item[1], item[0]))[:num_rows]
     return Duplicates(kinds, similarities, most)
@@ -161,7 +161,7 @@ def count_languages(work_dir: Path, num_documents: int) -> tuple[Counter[str], i
     languages = Counter[str]()
     for path in files:
         share = -(-num_documents // len(files))
-        languages.update(document.meta.get("language", "") for document in itertools.islice(read_documents(path), share))
+        languages.update(str(document.meta.get("language") or "") for document in itertools.islice(read_documents(path), share))
     return languages, sum(languages.values())
 
 

@@ -51,13 +51,19 @@ def parse_document(line: bytes, *, where: str) -> Document:
     """The document in one JSON line. Raises UserError that begins with `where`."""
     try:
         value = orjson.loads(line)
-        return Document(value["id"], value["text"], value["source"], value.get("url"), value.get("meta") or {})
+        document = Document(value["id"], value["text"], value["source"], value.get("url"), value.get("meta") or {})
     except orjson.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     except KeyError as error:
         raise UserError(f"{where}: a document needs the field {error}") from None
     except (TypeError, AttributeError):
         raise UserError(f"{where}: a document is a JSON object") from None
+    for name in ("id", "text", "source"):
+        if not isinstance(value[name], str):
+            raise UserError(f"{where}: {name} is a {type(value[name]).__name__}, text is expected")
+    if not isinstance(document.url, str | None) or not isinstance(document.meta, dict):
+        raise UserError(f"{where}: url is text or null, meta an object")
+    return document
 
 
 def format_document(document: Document) -> bytes:

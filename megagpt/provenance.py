@@ -1,6 +1,7 @@
 """Where a document comes from and what became of it: its record in the dump, and what every stage noted about it. No torch."""
 
 import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import orjson
 from megagpt.config import UserError
 from megagpt.corpus.blocks import Block
 from megagpt.documents import open_lines, parse_document
+from megagpt.files import read_json
 from megagpt.funnel import STAGES
 
 HEAD_BYTES = 8192
@@ -48,6 +50,8 @@ def show_record(dumps: Path, document_id: str) -> Iterator[str]:
     from megagpt.corpus.warc import Record, read_records
 
     name, _, offset = document_id.rpartition(":")
+    if not name or not re.fullmatch(r"\d+(\+\d+)?", offset):
+        raise UserError(f"dumps={dumps}: {document_id} is not the id of a record: <file>:<offset> is expected")
     paths = sorted(dumps.rglob(glob.escape(name))) if dumps.is_dir() else [dumps] * (dumps.name == name)
     if not paths:
         raise UserError(f"dumps={dumps}: {name}, from which {document_id} comes, is not there")
@@ -95,7 +99,7 @@ def _in_shards(shards: Path, manifests: list[Path], name: str) -> Iterator[str]:
                 yield f"shards: {value['id']} was left out of train: {likeness}"
     wanted = (pc.field("url") == name) | (pc.field("id") == name)
     for manifest in manifests:
-        for path in sorted(manifest.parent.glob("*.docs.parquet")):
+        for path in [manifest.parent / f"{info['name']}.docs.parquet" for info in read_json(manifest)["shards"]]:
             for row in ds.dataset(path).to_table(filter=wanted).to_pylist():
                 shard = path.parent / path.name.removesuffix(".docs.parquet")
                 yield f"shards: {row['id']} is in {shard}, {row['tokens']:,} tokens"

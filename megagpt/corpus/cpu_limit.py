@@ -34,6 +34,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     """
     thread = threading.get_ident()
     with _WATCHED.lock:
+        _WATCHED.fired.discard(thread)  # left there if the exception came between the end of a body and the lock below
         _WATCHED.deadlines[thread] = time.thread_time() + seconds
         if _WATCHED.watcher is None or not _WATCHED.watcher.is_alive():
             _WATCHED.watcher = threading.Thread(target=_watch, daemon=True, name="cpu-limit")

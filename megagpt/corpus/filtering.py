@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from megagpt.config import Config, fingerprint
 from megagpt.corpus import page_filters, quality_rules
@@ -16,7 +16,7 @@ from megagpt.corpus.phases import Task, run_phase
 from megagpt.corpus.stage import StageSummary, run_stage
 from megagpt.corpus.top_fraction import score_of_top, write_scores
 from megagpt.documents import Document, Rejected
-from megagpt.files import read_json, write_json
+from megagpt.files import read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,12 @@ def _find_min_score(config: FilterConfig, blocks: Sequence[Block], output_dir: P
     sizes = [num_bytes(block) for block in blocks]
     if not run_phase("scores", tasks, execution, task_bytes=sizes, counted="documents", small_bytes=1 << 20):
         return None
-    min_score = score_of_top(paths, config.classifier.top_fraction or 1.0)
+    try:
+        min_score = score_of_top(paths, config.classifier.top_fraction or 1.0)
+    except FileNotFoundError:  # another part was here first, and has removed the scores
+        if answer.is_file() and (found := read_json(answer))["plan"] == plan:
+            return found["min_score"]
+        raise
     write_json(answer, {"plan": plan, "min_score": min_score})
     for stale in output_dir.glob(".scores-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -102,4 +107,18 @@ def describe(summary: StageSummary | None, output_dir: Path) -> str:
 def config_hash(config: FilterConfig) -> str:
     """Fingerprint of what decides the result: the settings of the filters that run, not of the others."""
     unused = {name: type(getattr(config, name))() for name in get_args(FilterName) if name not in config.order}
-    return fingerprint(config.model_copy(update={**unused, "inputs": ()}))
+    used = config.model_copy(update={**unused, "inputs": ()})
+    return fingerprint(_Settings(settings=fingerprint(used), files=tuple(map(sha256_file, sorted(_files(used.model_dump()))))))
+
+
+class _Settings(Config):
+    settings: str
+    files: tuple[str, ...]
+    """sha256 of the lists and models that the settings name: another list at the same place is another setting."""
+
+
+def _files(value: Any) -> set[Path]:
+    if isinstance(value, Path):
+        return {value}
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return {path for item in values for path in _files(item)}

@@ -228,12 +228,15 @@ def _decompress(body: bytes, encoding: str) -> tuple[bytes, str | None]:
 def _inflate(body: bytes, wbits: int) -> tuple[bytes, str | None]:
     """Decompress as far as it goes; the body itself if nothing comes out."""
     decoder = zlib.decompressobj(wbits)
-    pieces = []
+    pieces, size = [], 0
     try:
         for start in range(0, len(body), 4096):
             pieces.append(decoder.decompress(body[start : start + 4096], MAX_BODY_BYTES))
+            size += len(pieces[-1])
             if decoder.eof:
                 return b"".join(pieces), None
+            if size > MAX_BODY_BYTES:
+                return b"".join(pieces)[:MAX_BODY_BYTES], "body longer than 64 MiB"
     except zlib.error:
         pass
     plain = b"".join(pieces)
@@ -245,8 +248,14 @@ def _unbrotli(body: bytes, wrong: str) -> tuple[bytes, str | None]:
 
     if body.lstrip()[:1] == b"<":
         return body, wrong
+    decoder, pieces, size = brotli.Decompressor(), [], 0
     try:
-        return brotli.decompress(body), None
+        for start in range(0, len(body), 4096):
+            pieces.append(decoder.process(body[start : start + 4096], output_buffer_limit=MAX_BODY_BYTES))
+            size += len(pieces[-1])
+            if size >= MAX_BODY_BYTES:
+                return b"".join(pieces)[:MAX_BODY_BYTES], "body longer than 64 MiB"
+        return (b"".join(pieces), None) if decoder.is_finished() else (body, wrong)
     except brotli.error:
         return body, wrong
 

@@ -70,6 +70,12 @@ def pack_documents(
     if config.require_lossless and not tokenizer.lossless:
         raise UserError(f"tokenizer {tokenizer_path}: it rewrites or drops text; require_lossless=false takes it all the same")
     blocks = document_blocks(inputs)
+    paths = {block.name: block.path for block in blocks}
+    for block in blocks:
+        if block.path != paths[block.name]:
+            raise UserError(
+                f"{block.path} and {paths[block.name]} have one name, under which their tokens would lie: rename one"
+            )
     if not blocks:
         raise UserError(f"{output_dir}: no input documents")
     claim = _claim(output_dir, _plan(blocks, tokenizer, config), overwrite=execution.overwrite)
@@ -127,7 +133,8 @@ def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> Claim:
         (output_dir / "summary.json").unlink(missing_ok=True)
         for manifest in [*output_dir.glob("*/manifest.json"), *output_dir.glob("*/*/manifest.json")]:
             manifest.unlink()
-            shutil.rmtree(manifest.parent)
+        for index in [*output_dir.glob("*/shard_*.idx"), *output_dir.glob("*/*/shard_*.idx")]:
+            shutil.rmtree(index.parent, ignore_errors=True)  # also those of a run that ended before its manifests
         shutil.rmtree(output_dir / ".segments", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     return take(marker, plan, stage="shards")

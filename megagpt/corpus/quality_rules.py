@@ -76,7 +76,8 @@ _COUNTERS = {
 
 def language_of(document: Document) -> str:
     """The language a document was found to be in; English where no stage has looked."""
-    return document.meta.get("language") or "en"
+    found = document.meta.get("language")
+    return found if isinstance(found, str) and found else "en"
 
 
 def rules_passed(language: str) -> list[str]:

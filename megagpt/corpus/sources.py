@@ -1,5 +1,6 @@
 """Inputs of a corpus: which files there are, how each is split into blocks, and readers of files that hold text already."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -38,6 +39,16 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
 }
 
 
+_UNREAD: dict[str, tuple[str, ...]] = {
+    "web": (".bz2",),
+    "wikipedia": (".gz", ".zst"),
+    "jsonl": (".bz2",),
+    "text": (".bz2",),
+    "parquet": (".gz", ".bz2", ".zst"),
+}
+"""Compressions that a format's reader does not know."""
+
+
 def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
     """Files and URLs named by paths, globs, `datasets:NAME` and lists of paths (`*.paths`, `*.paths.gz`), in order, each once.
 
@@ -46,12 +57,14 @@ def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in patterns:
-        if _is_list(pattern):
-            found |= dict.fromkeys(_read_list(Path(pattern), root))
+        if _is_remote(pattern) and _is_list(pattern):
+            with local_copy(pattern) as path:
+                found |= dict.fromkeys(_read_list(Path(path), root or pattern.rpartition("/")[0]))
         elif _is_remote(pattern):
             found[pattern] = None
         else:
-            matches = [path for path in sorted(glob(pattern, recursive=True)) if os.path.isfile(path)]
+            found_here = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
+            matches = [path for path in found_here if os.path.isfile(path)]
             if not matches and not os.path.isdir(pattern):
                 raise UserError(f"extract.inputs: no file matches {pattern!r}")
             if not matches:
@@ -239,7 +252,7 @@ def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, F
                 return
             if not line:
                 return
-            yield offset, line
+            yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
             offset += len(line)
 
 
@@ -271,6 +284,8 @@ def _read_list(path: Path, root: str) -> list[str]:
 
 def _ranges(path: str, declared: Format, block_bytes: int) -> list[tuple[int, int | None]]:
     kind = format_of(path, declared)
+    if not path.startswith(_DATASETS) and (ending := Path(path).suffix.lower()) in _UNREAD.get(kind, ()):
+        raise UserError(f"{path}: {kind} is not read from {ending} files: decompress it first")
     if _is_remote(path):
         _check_protocol(path)
         return [(0, None)]

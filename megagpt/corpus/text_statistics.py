@@ -38,7 +38,7 @@ _WORD = re.compile(
     """.replace("MARKS", _combining_marks()),
     re.VERBOSE,
 )
-_SENTENCE_END = re.compile(r"(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？｡．।॥۔؟፧።៕]+)\s*")
+_SENTENCE_END = re.compile(r"(?:(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)|[。！？｡．।॥۔؟፧።៕]+)\s*")
 
 
 def split_words(text: str) -> list[str]:

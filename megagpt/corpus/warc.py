@@ -168,6 +168,8 @@ class _Tape:
 def _read_gzip(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[Record | Fault]:
     tape = _Tape(file)
     offset = start if start == 0 and _is_member(file, 0) else _next_start(file, start, None)
+    if offset is None and start == 0 and file.seek(0, 2):
+        yield Fault("no gzip member in the file", f"{name}: offset 0")
     if offset is not None and start == 0 and offset > 0:
         yield Fault("garbage between gzip members", f"{name}: offset 0")
     tape.move(offset or 0)
@@ -312,10 +314,10 @@ def _with_body(
 ) -> Iterator[Record | Fault]:
     if length > MAX_RECORD_BYTES:
         yield Fault("record longer than 64 MiB", _readable(where))
-        member.skip(length)
+        _skip_long(member, length)
         return
     body = member.take(length)
-    inside = None if _ends_here(member) else _WARC_INSIDE.search(body + member.peek(64))
+    inside = None if len(body) == length and _ends_here(member) else _WARC_INSIDE.search(body + member.peek(64))
     if inside and inside.start() < len(body):
         yield Fault("record length reaches into the next record", _readable(where))
         member.put_back(body[inside.start() :])
@@ -323,6 +325,16 @@ def _with_body(
     elif len(body) < length:
         yield Fault("truncated record", _readable(where))
     yield Record(where, *head, body, is_http)
+
+
+def _skip_long(member: _Member, length: int) -> None:
+    """Pass over a body that is not held, up to the next record if one begins in it: then the length was wrong."""
+    while length and (piece := member.take(min(length, CHUNK_BYTES))):
+        inside = _WARC_INSIDE.search(piece + member.peek(64))
+        if inside and inside.start() < len(piece):
+            member.put_back(piece[inside.start() :])
+            return
+        length -= len(piece)
 
 
 def _ends_here(member: _Member) -> bool:
