@@ -1,12 +1,12 @@
 """The data half beside datatrove (and text-dedup, Hugging Face tokenizers, tiktoken): CPU seconds, wall time, memory.
 
     python bench/data.py DATA_FOLDER [stages=extract,filter,dedup,tokenize,encode,end_to_end] [pages=800] [repetitions=3]
-        [core=0]
+        [core=0] [without=trafilatura]
 
 Same files, one core (both sides are pinned to it), interleaved runs, every run a fresh process with an empty output folder. For
-each stage a second, tiny input shows what start-up takes; "without start-up" is the difference of the medians. A short form:
-pages=600 repetitions=1. One results/data_<stage>.json per stage. Inputs and peers' environments are made on first use, below
-runs/bench (apt-get and a package index are needed for that).
+each stage a second, tiny input shows what start-up takes; "without start-up" is the difference of the medians. `without` leaves
+out the sides whose name has that word. A short form: pages=600 repetitions=1. One results/data_<stage>.json per stage. Inputs
+and peers' environments are made on first use, below runs/bench (apt-get and a package index are needed for that).
 """
 
 import gzip
@@ -22,7 +22,7 @@ from typing import Any
 
 from data_pages import Page, make_warcs, web_pages, write_warc
 from data_parity import DATATROVE
-from measure import PROJECT, Run, peer_python, peer_versions, run_interleaved, run_once, write_results
+from measure import PROJECT, Run, peer_python, peer_versions, run_interleaved, run_once, spread, write_results
 
 FOLDER = PROJECT / "runs" / "bench" / "data"
 TEXT_DEDUP = ("text-dedup==0.4.0", "datasets")
@@ -229,14 +229,15 @@ STAGES: dict[str, Callable[..., dict[str, list[str]]]] = {
 # ---- results
 
 
-def measure_stage(stage: str, inputs: Inputs, repetitions: int, core: str) -> dict[str, Any]:
+def measure_stage(stage: str, inputs: Inputs, repetitions: int, core: str, without: str) -> dict[str, Any]:
     """Run a stage on all sides, pinned to a core; figures per side, and ratios to each peer."""
     pinned = ["taskset", "-c", core]
     out = FOLDER / "out" / stage
     environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
     def commands(*, tiny: bool) -> dict[str, list[str]]:
-        return {name: [*pinned, *command] for name, command in STAGES[stage](inputs, out, tiny=tiny).items()}
+        sides = STAGES[stage](inputs, out, tiny=tiny)
+        return {name: [*pinned, *command] for name, command in sides.items() if not without or without not in name}
 
     started = run_interleaved(commands(tiny=True), repetitions, environment=environment)
     full = run_interleaved(commands(tiny=False), repetitions, environment=environment)
@@ -270,6 +271,28 @@ def _figures(runs: Sequence[Run], starts: Sequence[Run]) -> dict[str, Any]:
         "wall_s": round(median(run.wall_s for run in runs), 2),
         "peak_memory_mib": round(max(run.peak_rss_bytes for run in runs) / 2**20),
         **({"ids_md5": runs[0].output["ids_md5"], "mb": runs[0].output["mb"]} if "ids_md5" in runs[0].output else {}),
+    }
+
+
+def present(stage: str, described: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The results as tables of docs/benchmarks.md, and what was lost."""
+    what = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in described.items())
+    keys = dict.fromkeys(key for side in measured["sides"].values() for key in side if key not in ("cpu_s_all", "last_lines"))
+    rows = [
+        {"side": name, **{key: side.get(key) for key in keys}, "cpu_s": spread(side["cpu_s_all"])}
+        for name, side in measured["sides"].items()
+    ]
+    ratios = [{"compared": name, **ratio} for name, ratio in measured["ratios"].items()]
+    lost = [f"{row['compared']}: {row['speed_cpu']} of its speed." for row in ratios if row["speed_cpu"] < 1]
+    about = " ".join((STAGES[stage].__doc__ or "").split())
+    return {
+        "title": f"Data: {stage.replace('_', ' ')}",
+        "about": f"{about} Input: {what}.",
+        "rows": rows,
+        "tables": [{"title": "How many times as fast", "about": "", "rows": ratios}],
+        "lost": " ".join(lost),
+        "input": described,
+        **measured,
     }
 
 
@@ -333,8 +356,9 @@ def main(words: list[str]) -> None:
     prepared = run_once([sys.executable, __file__, str(folder), f"pages={num_pages}", "prepare=1"]).output
     inputs = Inputs(**{name: Path(value) for name, value in prepared["inputs"].items()})
     for stage in options.get("stages", ",".join(STAGES)).split(","):
-        measured = measure_stage(stage, inputs, int(options.get("repetitions", 3)), options.get("core", "0"))
-        results = {"input": prepared["described"][stage], **measured}
+        repetitions, core = int(options.get("repetitions", 3)), options.get("core", "0")
+        measured = measure_stage(stage, inputs, repetitions, core, options.get("without", ""))
+        results = present(stage, prepared["described"][stage], measured)
         print(json.dumps(results, indent=1), flush=True)
         write_results(f"data_{stage}", results, packages=_PACKAGES, peers=_versions(stage))
 
