@@ -27,8 +27,8 @@ from megagpt.model import GPT, ModelConfig, initialise
 CASES = {"one row": (1, 16), "eight rows": (8, 16), "long prompt": (1, 256)}
 """(rows, tokens of the prompt) of each case."""
 WHY = (
-    "With 50M parameters a token of one row is almost only matrix-vector products over all weights, which both make by the same "
-    "kernels: what differs lies within the spread of shared cores."
+    "With 50M parameters a token of one row is almost only matrix-vector products over all weights, which both make by the "
+    "same kernels: what differs lies within the spread of shared cores."
 )
 NEW_TOKENS = {"stories260K": 200, "50M": 40}
 
