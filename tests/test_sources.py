@@ -75,38 +75,67 @@ def record_counts(path: Path) -> tuple[dict[str, int], dict[str, int]]:
 # ---- real files
 
 
+WEB_FILES: list[tuple[str, dict[str, int], dict[str, int]]] = [
+    ("cc-main-2020-34.warc.gz", {"warcinfo": 1, "request": 17, "response": 16, "metadata": 16}, {}),
+    ("iah-blackbook.warc.gz", {"warcinfo": 1, "response": 299, "request": 261, "metadata": 261}, {}),
+    ("iah-blackbook.arc.gz", {"warcinfo": 1, "response": 299}, {}),
+    ("archiveit-2698.warc.gz", {"warcinfo": 1, "response": 70, "revisit": 10, "request": 75, "metadata": 75}, {}),
+    ("clueweb-quirk.warc.gz", {"warcinfo": 1, "response": 29}, {}),
+    ("dolma-sample-0000.warc.gz", {"warcinfo": 1, "request": 22, "response": 22, "metadata": 1, "resource": 2}, {}),
+    ("cc-2008-1213893279526_0.arc", {"warcinfo": 1, "response": 145}, {}),
+    (
+        "sparkwarc-sample.wet.gz",
+        {"warcinfo": 1, "conversion": 68},
+        {"record length reaches into the next record": 10},
+    ),
+    ("clipped.warc.gz", {"response": 1}, {"truncated record": 1, "truncated gzip member": 1}),
+    ("block-sized-records.warc.gz", {"unknown": 3}, {}),
+    ("whirlwind.warc.gz", {"warcinfo": 1, "request": 1, "response": 1, "metadata": 1}, {}),
+    ("whirlwind.warc.wet.gz", {"warcinfo": 1, "conversion": 1}, {}),
+    ("daft-example.warc.gz", {"warcinfo": 1, "request": 17, "metadata": 1, "response": 11}, {}),
+    ("warcio/example.warc", {"warcinfo": 2, "response": 1, "request": 2, "revisit": 1}, {}),
+    ("warcio/example.warc.gz", {"warcinfo": 2, "response": 1, "request": 2, "revisit": 1}, {}),
+    ("warcio/example.arc", {"warcinfo": 1, "response": 1}, {}),
+    ("warcio/example.arc.gz", {"warcinfo": 1, "response": 1}, {}),
+    ("warcio/example-space-in-url.arc", {"warcinfo": 1, "response": 1}, {"truncated record": 1}),
+    ("warcio/example-bad.warc.gz.bad", {"warcinfo": 1, "response": 2, "request": 2, "revisit": 1}, {}),
+    ("warcio/example-trunc.warc", {"warcinfo": 2, "response": 1, "request": 1}, {"garbage between records": 1}),
+    ("warcio/bad.arc", {"response": 1}, {"garbage between records": 2}),
+    ("warcio/post-test.warc.gz", {"response": 3, "request": 3}, {}),
+    (
+        "sparkwarc-sample.warc.gz",
+        {"warcinfo": 1, "request": 6, "response": 6, "metadata": 5},
+        {"record length reaches into the next record": 12, "truncated record": 1},
+    ),
+    ("sparkwarc-sample.wat", {"warcinfo": 1, "metadata": 15}, {"record length reaches into the next record": 1}),
+    ("whirlwind.warc.wat.gz", {"warcinfo": 1, "metadata": 1}, {}),
+    ("warcio/example-bad-non-chunked.warc.gz", {"warcinfo": 2, "response": 1, "request": 2, "revisit": 1}, {}),
+    ("warcio/example-digest.warc", {"request": 4}, {}),
+    ("warcio/example-iana.org-chunked.warc", {"warcinfo": 1, "response": 1, "request": 1}, {}),
+    ("warcio/example-resource.warc.gz", {"warcinfo": 2, "resource": 1}, {}),
+    ("warcio/example-space-in-target-uri.warc.gz", {"warcinfo": 1, "resource": 1}, {}),
+    (
+        "warcio/example-wget-bad-target-uri.warc.gz",
+        {"warcinfo": 1, "request": 1, "response": 1, "metadata": 1, "resource": 2},
+        {},
+    ),
+    (
+        "warcio/example-wrong-chunks.warc.gz",
+        {"response": 1, "request": 1},
+        {"truncated record": 1, "garbage between records": 1},
+    ),
+]
+"""Records by type, faults."""
+
+
 @pytest.mark.realdata
-@pytest.mark.parametrize(
-    ("name", "records", "faults"),
-    [
-        ("cc-main-2020-34.warc.gz", {"warcinfo": 1, "request": 17, "response": 16, "metadata": 16}, {}),
-        ("iah-blackbook.warc.gz", {"warcinfo": 1, "response": 299, "request": 261, "metadata": 261}, {}),
-        ("iah-blackbook.arc.gz", {"warcinfo": 1, "response": 299}, {}),
-        ("archiveit-2698.warc.gz", {"warcinfo": 1, "response": 70, "revisit": 10, "request": 75, "metadata": 75}, {}),
-        ("clueweb-quirk.warc.gz", {"warcinfo": 1, "response": 29}, {}),
-        ("dolma-sample-0000.warc.gz", {"warcinfo": 1, "request": 22, "response": 22, "metadata": 1, "resource": 2}, {}),
-        ("cc-2008-1213893279526_0.arc", {"warcinfo": 1, "response": 145}, {}),
-        (
-            "sparkwarc-sample.wet.gz",
-            {"warcinfo": 1, "conversion": 68},
-            {"record length reaches into the next record": 10},
-        ),
-        ("clipped.warc.gz", {"response": 1}, {"truncated record": 1, "truncated gzip member": 1}),
-        ("block-sized-records.warc.gz", {"unknown": 3}, {}),
-        ("whirlwind.warc.gz", {"warcinfo": 1, "request": 1, "response": 1, "metadata": 1}, {}),
-        ("whirlwind.warc.wet.gz", {"warcinfo": 1, "conversion": 1}, {}),
-        ("daft-example.warc.gz", {"warcinfo": 1, "request": 17, "metadata": 1, "response": 11}, {}),
-        ("warcio/example.warc", {"warcinfo": 2, "response": 1, "request": 2, "revisit": 1}, {}),
-        ("warcio/example.warc.gz", {"warcinfo": 2, "response": 1, "request": 2, "revisit": 1}, {}),
-        ("warcio/example.arc", {"warcinfo": 1, "response": 1}, {}),
-        ("warcio/example.arc.gz", {"warcinfo": 1, "response": 1}, {}),
-        ("warcio/example-space-in-url.arc", {"warcinfo": 1, "response": 1}, {"truncated record": 1}),
-        ("warcio/example-bad.warc.gz.bad", {"warcinfo": 1, "response": 2, "request": 2, "revisit": 1}, {}),
-        ("warcio/example-trunc.warc", {"warcinfo": 2, "response": 1, "request": 1}, {"garbage between records": 1}),
-        ("warcio/bad.arc", {"response": 1}, {"garbage between records": 2}),
-        ("warcio/post-test.warc.gz", {"response": 3, "request": 3}, {}),
-    ],
-)
+def test_every_web_file_is_counted_below(shared_data: Path) -> None:
+    files = {str(path.relative_to(shared_data / "warc")) for path in (shared_data / "warc").rglob("*") if path.is_file()}
+    assert files == {name for name, _, _ in WEB_FILES}
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("name", "records", "faults"), WEB_FILES)
 def test_record_counts(shared_data: Path, name: str, records: dict[str, int], faults: dict[str, int]) -> None:
     assert record_counts(shared_data / "warc" / name) == (records, faults)
 
