@@ -97,15 +97,15 @@ def with_slopes(rows: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
 
 
 def explanation(tables: list[dict[str, Any]]) -> str:
-    """What grows faster than linearly between the two largest sizes."""
-    steep = [
-        f"{table['title']}: {name} {row[name]:.2f}"
-        for table in tables
-        for row in table["rows"][-1:]
-        for name in row
-        if name.endswith("slope") and row[name] is not None and row[name] > 1.1
-    ]
-    return f"Above linear between the two largest sizes: {'; '.join(steep)}." if steep else ""
+    """What grows faster than linearly between neighbouring sizes, and whether it goes on."""
+    steep = []
+    for table in tables:
+        last = table["rows"][-1]
+        for row in table["rows"]:
+            names = [name for name in row if name.endswith("slope") and (row[name] or 0) > 1.1]
+            size = f"{next(iter(row.values())):,} {next(iter(row))}"
+            steep += [f"{table['title']}: {name} {row[name]:.2f} up to {size}, {last[name]:.2f} at the end" for name in names]
+    return f"Above linear: {'; '.join(steep)}. One run of each size, on shared cores." if steep else ""
 
 
 def loader(documents: int, folder: Path) -> dict[str, float]:
