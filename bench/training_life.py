@@ -76,7 +76,7 @@ def start_and_resume(repetitions: int) -> list[dict[str, Any]]:
 
 def memory_over_steps(steps: int) -> list[dict[str, Any]]:
     """Resident memory of each contender after every MEMORY_EVERY updates, and its growth over the second half."""
-    cell = Cell("tiny", "fp32", MEMORY, steps=steps, micro_batch_size=1)
+    cell = Cell("tiny", "fp32", MEMORY, steps=steps)  # with one sample a step the guard sees spikes and goes back
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench_life_") as temporary:
         folder = Path(temporary)
