@@ -15,9 +15,10 @@ microseconds stays open.
 """
 
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from megagpt.config import UserError
 from megagpt.data import TrainState
 from megagpt.engine import Engine
 from megagpt.files import read_json, sha256_file, sync, write_json
-from megagpt.pieces import CheckpointError, Shares, own_share, read_pieces, write_pieces
+from megagpt.pieces import CheckpointError, Shares, index_of, own_share, read_pieces, write_pieces
 from megagpt.world import World, utc_now
 
 log = logging.getLogger(__name__)
@@ -195,9 +196,22 @@ def _load(path: Path, engine: Engine, world: World, check: Check | None, passed_
     saved = read_json(path / "state.json")
     if check is not None:
         check(path, saved)
-    read_pieces(path, engine.state(), world)
+    pieces = engine.state()
+    held = world.broadcast(sorted(_kinds(index_of(path))) if world.rank == 0 else None)
+    if world.any(not _kinds(pieces).issubset(held)):
+        log.warning("%s: was made with another optimizer: the states of this one begin at zero", path)
+        for piece in pieces.values():
+            piece.data.zero_()
+        pieces = {key: piece for key, piece in pieces.items() if key.startswith("param.")}
+        saved["updates"] = 0
+    read_pieces(path, pieces, world)
     engine.refresh(saved["updates"])
     return Restored(path, TrainState.from_json(saved["train_state"]), saved, passed_over)
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """`param` and the optimizer's states, without the parameters' names."""
+    return {name.partition(".")[0] for name in names}
 
 
 def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
@@ -215,11 +229,13 @@ def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
         log.warning("%s is not used and was set aside as aside_%d_%s", path, incarnation, path.name)
 
 
-def load_weights(run_dir: Path, engine: Engine, world: World) -> Path:
+def load_weights(run_dir: Path, engine: Engine, world: World, *, check: Check | None = None) -> Path:
     """Load only the weights of another run's newest good checkpoint; returns its path. Raises UserError if there is none."""
     path, _ = newest_good(run_dir, world)
     if path is None:
         raise UserError(f"init_from={run_dir}: there is no checkpoint in it")
+    if check is not None:
+        check(path, read_json(path / "state.json"))
     read_pieces(path, {key: piece for key, piece in engine.state().items() if key.startswith("param.")}, world)
     engine.refresh(0)
     return path
@@ -303,6 +319,8 @@ def _problem_of(file: Path, size: int, sha256: str) -> str:
 def mark_best(run_dir: Path, step: int, loss: float) -> bool:
     """Record a committed step as the best if its validation loss is lower than the best one's; returns whether it is."""
     path = run_dir / "checkpoints" / "best.json"
+    if not math.isfinite(loss):
+        return False
     if path.exists() and read_json(path)["validation_loss"] <= loss:
         return False
     write_json(path, {"step": step, "validation_loss": loss})

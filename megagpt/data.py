@@ -103,7 +103,10 @@ def step_batches(
     for number in range(rank, -(-len(groups) // size) * size, size):
         group = groups[number] if number < len(groups) else []
         samples = [dataset.sample(index) for index in group]
-        batch = _collate(samples, group[0], mask_documents) if samples else _empty(dataset, indices[0], mask_documents)
+        if samples:
+            batch = _collate(samples, group[0], mask_documents)
+        else:
+            batch = _empty(len(dataset.sample(indices[0]).inputs), indices[0], mask_documents)
         for index, ids, targets in zip(group, batch.ids.numpy(), batch.targets.numpy(), strict=False):
             fed_hash += sample_hash(index, ids, targets)
         micro_batches.append(batch)
@@ -128,7 +131,7 @@ def eval_batches(
     for number in range(rank, -(-len(groups) // size) * size, size):
         samples = [dataset.window(index) for index in groups[number]] if number < len(groups) else []
         if not samples:
-            yield _empty(dataset, 0, mask_documents)
+            yield _empty(dataset.seq_len, 0, mask_documents)
             continue
         batch = _collate(samples, groups[number][0], mask_documents)
         if token_lengths is not None:
@@ -193,8 +196,6 @@ def _collate(samples: Sequence[Sample], first_sample: int, mask_documents: bool)
     return MicroBatch(ids, targets, doc_lengths, first_sample, int((targets != IGNORE).sum()))
 
 
-def _empty(dataset: Dataset, first_sample: int, mask_documents: bool) -> MicroBatch:
-    sample = dataset.sample(first_sample)
-    length = len(sample.inputs)
+def _empty(length: int, first_sample: int, mask_documents: bool) -> MicroBatch:
     nothing = Sample(np.zeros(length, np.int64), np.full(length, IGNORE), np.array([length], np.int32))
     return _collate([nothing], first_sample, mask_documents)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -111,6 +112,11 @@ def sha256_file(path: Path) -> str:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    """Reading it means setting it: in two threads at once it would be lost."""
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
+
+
+_UMASK = threading.Lock()

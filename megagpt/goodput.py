@@ -111,7 +111,8 @@ def goodput_ledger(metrics: Metrics) -> Ledger:
         for activity, spent in last["seconds"].items():
             seconds[activity] = seconds.get(activity, 0.0) + spent
         started = last["time"] - sum(last["seconds"].values())
-        for activity, spent in _between(rows[0], started, previous_end).items():
+        first = next((row for row in rows if row["kind"] == "start"), rows[0])  # "damaged" may come before it
+        for activity, spent in _between(first, started, previous_end).items():
             seconds[activity] = seconds.get(activity, 0.0) + spent
         previous_end = last["time"]
     repeated = min(_repeated_seconds(metrics.all_rows), seconds.get("train", 0.0))
@@ -191,7 +192,7 @@ def _repeated_seconds(rows: tuple[Row, ...]) -> float:
     total = 0.0
     stretch: list[Row] = []
     for row in rows:
-        if "seconds" not in row:
+        if "seconds" not in row or row["kind"] == "damaged":  # it is of the start that follows
             continue
         if row["kind"] in CONTINUES and stretch:
             kept = [earlier for earlier in stretch if earlier["step"] <= row["step"]]

@@ -26,6 +26,8 @@ def summed_cross_entropy(
     `z_loss` adds z_loss * logsumexp^2 per counted token (arXiv 2204.02311). Gradients flow to hidden and weight. `compiled`
     uses torch.compile for what lies between the matrix products; on CPUs it would be slower and is not.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad is true in no_grad as well
+        hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
     return _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled)  # type: ignore[return-value]
 
 

@@ -31,7 +31,7 @@ class MonitorConfig(Config):
     """What is shown of a run. Nothing here changes the model that comes out."""
 
     log_every_steps: int = Field(default=10, gt=0)
-    """Steps between two lines of metrics. Values are fetched from the device only then."""
+    """Steps between two lines of metrics."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: off, offline (written under run_dir/wandb, `wandb sync` sends it later), or online."""
     wandb_project: str = "megagpt"
@@ -241,9 +241,12 @@ class WandbRun:
 
     def finish(self) -> None:
         """Flush and end the W&B run."""
-        if self._run is not None:
-            self._run.finish()
-        self._run = None
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.finish()
+        except Exception as error:
+            log.warning("W&B failed at the end (%s): metrics.jsonl is complete", error)
 
 
 def _earlier(run_dir: Path) -> Metrics:

@@ -21,7 +21,7 @@ class ScheduleConfig(Config):
     decay_steps: int = Field(default=0, ge=0)
     """wsd: steps of linear decay at the end of the run."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last learning rate over the peak (cosine, linear, wsd)."""
+    """The learning rate at max_steps over the peak (cosine, linear, wsd); the last update is a step above it."""
 
 
 class OptimConfig(Config):

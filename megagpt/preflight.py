@@ -15,8 +15,10 @@ from megagpt.data import Data, Dataset, TokenDataset
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
+from megagpt.model import ModelConfig
 from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
+from megagpt.tokenizer import open_tokenizer
 from megagpt.train_config import TrainConfig
 from megagpt.world import World, utc_now
 
@@ -42,7 +44,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     for name in config.allow_change:
         if name not in FIXED_ON_RESUME:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
-    if config.continue_from is not None:
+    if config.continue_from is not None and not checkpoint.list_checkpoints(config.run_dir):
         checkpoint.require_checkpoint(config.continue_from)
     parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
     checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
@@ -94,17 +96,52 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
             f"{where}: was made with other settings: {'; '.join(refused)}. Use another run_dir, or allow it with "
             f"allow_change=[{', '.join(name for name, text in differences.items() if text)}]"
         )
+    check_weights(config, saved, where)
     changed = _difference(before, now)
     if changed:
         log.info("settings changed since the checkpoint: %s", changed)
 
 
-def record_start(config: TrainConfig, data: Data, world: World, incarnation: int) -> None:
-    """Write what this start was made from into run_dir (rank 0): settings, tokenizer, git commit, versions, layout."""
+def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
+    """Raise UserError if a checkpoint's weights do not mean the same in this model: other shapes, or other heads in them.
+
+    Pieces are read by their place in the flattened parameters, so a larger matrix would fill a smaller one without an error.
+    """
+    other = ModelConfig.model_validate(saved["model"])
+    differences = [
+        f"{name}: {getattr(other, name)} -> {getattr(config.model, name)}"
+        for name in ("family", "num_heads", "kv_heads")
+        if getattr(other, name) != getattr(config.model, name)
+    ]
+    before, now = whole_shapes(other), whole_shapes(config.model)
+    differences += [
+        f"{name}: {[*before.get(name, ())]} -> {[*now.get(name, ())]}"
+        for name in sorted({**before, **now})
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        raise UserError(f"{where}: holds the weights of another model: {'; '.join(differences[:4])}")
+
+
+def record_settings(config: TrainConfig, data: Data, world: World) -> None:
+    """Write settings and tokenizer into run_dir (rank 0); only of a start that no checkpoint has refused."""
     if world.rank != 0:
         return
     write_text(config.run_dir / "config.yaml", dump(config))
-    data.tokenizer.save(config.run_dir / "tokenizer")
+    folder = config.run_dir / "tokenizer"
+    try:
+        same = open_tokenizer(folder).fingerprint == data.tokenizer.fingerprint
+    except UserError:  # none yet, or torn by a kill
+        same = False
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)  # what another kind left there would be found first
+        data.tokenizer.save(folder)
+
+
+def record_start(config: TrainConfig, data: Data, world: World, incarnation: int) -> None:
+    """Write what this start was made from into run_dir/starts (rank 0): settings, git commit, versions, layout."""
+    if world.rank != 0:
+        return
     record = {
         "incarnation": incarnation,
         "time": utc_now(),

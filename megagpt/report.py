@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML page made from what lies in its run directory and its corpora."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -308,15 +309,13 @@ def _slow_ranks(train: Sequence[Row]) -> str:
 def _read_checkpoints(run_dir: Path) -> list[dict[str, Any]]:
     best_path = run_dir / "checkpoints" / "best.json"
     best = read_json(best_path) if best_path.exists() else {}
-    return [
-        {
-            "step": step_of(path),
-            "bytes": sum(file.stat().st_size for file in path.iterdir()),
-            "files": sum(1 for _ in path.iterdir()),
-            "best": f"best: {best['validation_loss']:.4f}" if step_of(path) == best.get("step") else "",
-        }
-        for path in list_checkpoints(run_dir)
-    ]
+    found = []
+    for path in list_checkpoints(run_dir):
+        with contextlib.suppress(FileNotFoundError):  # the run goes on, and deletes old ones
+            sizes = [file.stat().st_size for file in path.iterdir()]
+            is_best = f"best: {best['validation_loss']:.4f}" if step_of(path) == best.get("step") else ""
+            found.append({"step": step_of(path), "bytes": sum(sizes), "files": len(sizes), "best": is_best})
+    return found
 
 
 def _checkpoints(checkpoints: list[dict[str, Any]]) -> str:

@@ -45,7 +45,7 @@ class WeightChange(Config):
     """New weights of the sources, from one sample of the run on."""
 
     from_sample: int = Field(ge=1)
-    """Global sample index: step s of a run begins at sample s x global_batch_size (and what the guard left out)."""
+    """Global sample index: without batch_warmup step s begins at sample s x global_batch_size (and what the guard left out)."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     """By source; a source that is not named keeps its weight. 0: nothing is drawn from it."""
 

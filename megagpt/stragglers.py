@@ -33,7 +33,10 @@ class RankTimes:
         reports = {rank: report for rank, report in reports.items() if report["progress"]["steps"] >= 0}
         now: dict[int, Progress] = {rank: report["progress"] for rank, report in reports.items()}
         for before, read in ((self._before, step_seconds), (self._looked_before, waiting_seconds)):
-            found = {rank: read(before.setdefault(rank, progress), progress) for rank, progress in now.items()}
+            for rank, progress in now.items():
+                if rank not in before or progress["steps"] < before[rank]["steps"]:  # the guard went back: begin anew
+                    before[rank] = progress
+            found = {rank: read(before[rank], progress) for rank, progress in now.items()}
             if all(found.values()):  # of the same time on all ranks, so that they can be compared
                 before.update(now)
                 for rank, seconds in found.items():

@@ -101,7 +101,8 @@ def _question(line: dict[str, Any]) -> Question:
     else:
         options = [_join(line["context"], line["continuation"])]
     gold = line.get("gold", 0)
-    options[gold]  # raises IndexError if there is no such option
+    if not 0 <= gold < len(options):
+        raise IndexError(f"gold={gold} of {len(options)} options")
     return Question(tuple(options), gold)
 
 

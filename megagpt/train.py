@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megagpt import checkpoint, preflight
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
+from megagpt.config import UserError
 from megagpt.data import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
 from megagpt.determinism import make_deterministic
 from megagpt.engine import Engine, build_engine, draw_weights
@@ -71,10 +73,17 @@ def train(config: TrainConfig) -> int:
             saver = checkpoint.Saver(config.run_dir, world, incarnation, background=config.save_in_background)
             run = Run(config, data, world, engine, monitor, watchdog, guard, incarnation, saver)
             state = restore_or_start(run)
+        preflight.record_settings(config, data, world)
         status = loop(run, state)
         if status == EXIT_STOPPED:
             world.stop.ignore()
+        watchdog.close()
+        monitor.close()
+        world.barrier()  # while rank 0 sends the rest to W&B no other ends: srun waits only so long after the first
         return status
+    except UserError:
+        world.stop.ignore()  # as below: all ranks end with 2, and none of them by srun's SIGTERM
+        raise
     except Exception:
         if watchdog is not None:
             watchdog.end_if_judged()
@@ -131,7 +140,7 @@ def loop(run: Run, state: TrainState) -> int:
             loss = world.exact_sum(torch.stack(losses))
             problem = run.guard.look(loss, result.grad_norm)
             if problem:
-                state = rewind(run, state, problem, saved_step)
+                state, evaluated_loss = rewind(run, state, problem), None
                 saved_step = state.step if state.step > 0 else None
                 continue
             state, evaluated_loss = state.advance(batch_size, num_targets), None
@@ -185,23 +194,25 @@ def restore_or_start(run: Run) -> TrainState:
         origin = None if run.config.init_from is None else str(run.config.init_from)
         run.monitor.log("start", 0, tokens=0, resumed=False, init_from=origin, precision=precision)
         return state
+    if state.step > run.config.max_steps:
+        raise UserError(f"max_steps={run.config.max_steps}: {restored.path} is further already")
     for reason in restored.passed_over:
         run.monitor.log("damaged", state.step, reason=reason)
     run.monitor.log("start", state.step, tokens=state.tokens, resumed=True, checkpoint=str(restored.path), precision=precision)
     return state
 
 
-def rewind(run: Run, state: TrainState, problem: str, saved_step: int | None) -> TrainState:
+def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
     """Leave out the samples from the step at `state` on, in which the guard saw a problem, and go on from before it."""
     config = run.config
+    with run.monitor.clock("save"):
+        run.saver.wait()  # before anything below may end the run: what was begun shall be committed
     # A rank left over from an earlier start must not leave samples out for the later one.
     write = run.world.rank == 0 and checkpoint.still_owner(config.run_dir, run.incarnation)
     window = run.guard.condemn(state, problem, global_batch_size=config.batch_size_at(state.step), write=write)
     run.world.barrier()
     with run.monitor.clock("load"):
-        run.saver.wait()
-        # Behind a start at resume_step newer checkpoints of what was abandoned may lie.
-        before, _ = load_newest(run, saved_step if config.resume_step is not None else None)
+        before, _ = load_newest(run, config.resume_step)
     skipped = {"start": window.start, "count": window.count}
     run.monitor.log("rewind", before.step, tokens=before.tokens, bad_step=state.step, reason=problem, skipped=skipped)
     return before
@@ -221,7 +232,8 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     if restored is None:
         draw_weights(engine, config.model, config.seed)
         if config.init_from is not None:
-            checkpoint.load_weights(config.init_from, engine, world)
+            weights_fit = partial(preflight.check_weights, config)
+            checkpoint.load_weights(config.init_from, engine, world, check=lambda path, saved: weights_fit(saved, path))
     run.guard.restore(restored.saved.get("guard") if restored is not None else None)
     return run.guard.apply(restored.state if restored is not None else TrainState()), restored
 
@@ -273,7 +285,10 @@ def save(run: Run, state: TrainState, evaluated_loss: float | None) -> None:
     def tidy(path: Path) -> None:
         if evaluated_loss is not None:
             checkpoint.mark_best(config.run_dir, state.step, evaluated_loss)
-        checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
+        try:
+            checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
+        except OSError as error:  # somebody else deletes there, or has a file open on a network disk: the next save tries again
+            log.warning("not all old checkpoints could be deleted: %s", error)
 
     with run.monitor.clock("save"):
         run.saver.save(run.engine, state, info, after=tidy)

@@ -90,7 +90,8 @@ class TrainConfig(Config):
     resume_step: int | None = Field(default=None, ge=0)
     """Go back to this step's checkpoint; newer ones are set aside. The same command later goes on with what it began."""
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the checkpoint's although a resume refuses them: model, data, seed, optim.kind."""
+    """Settings that may differ from the checkpoint's although a resume refuses them: model (what keeps the weights' meaning),
+    data, seed, micro_batch_size, optim.kind (the states of the new optimizer begin at zero)."""
     check: bool = False
     """Only check configuration, data, tokenizer and disk space, on one process, and end."""
 

@@ -147,7 +147,7 @@ def init_world(*, timeout_seconds: float = 1800.0) -> World:
     stop = StopRequest()
     stop.install()
     place = place_from_environment(dict(os.environ))
-    if place.launcher == "none":
+    if place.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     for name in ("MASTER_ADDR", "MASTER_PORT"):

@@ -1,5 +1,6 @@
 """The portable checkpoint: any layout reads any other's; torn, changed and stale ones are found. Its benchmarks, in short."""
 
+import math
 import os
 import pickle
 import random
@@ -98,6 +99,8 @@ def test_prune_keeps_the_newest_the_best_and_the_round_ones(tmp_path: Path) -> N
     write_good_run(tmp_path, (2, 4, 6, 8, 10))
     assert checkpoint.mark_best(tmp_path, 4, 2.5)
     assert not checkpoint.mark_best(tmp_path, 8, 2.5)
+    assert not checkpoint.mark_best(tmp_path, 10, math.nan)
+    assert not checkpoint.mark_best(tmp_path, 10, 3.0)
     checkpoint.prune(tmp_path, keep_last=1, keep_every_steps=6)
     assert steps_of(tmp_path) == [4, 6, 10]
 

@@ -407,6 +407,12 @@ def test_validation_covers_the_split_and_its_bytes(source: Path, size: int, micr
     assert few[0].ids[1].tolist() == dataset.window(1).inputs.tolist()
 
 
+def test_a_validation_split_shorter_than_a_sample_is_empty_on_the_other_ranks(source: Path) -> None:
+    dataset = TokenDataset(source / "validation", seq_len=100_000)
+    targets = [[batch.num_targets for batch in eval_batches(dataset, micro_batch_size=2, rank=rank, size=2)] for rank in (0, 1)]
+    assert targets == [[dataset.num_tokens - 1], [0]]
+
+
 def test_open_data_checks_that_sources_fit(source: Path, tmp_path: Path) -> None:
     data = open_data(configure({"a": (source, 1.0)}))
     assert (data.vocab_size, data.eot_id, list(data.validation), data.tokenizer.kind) == (257, EOT, ["a"], "bytes")

@@ -259,6 +259,7 @@ def test_kinds_of_questions(tmp_path: Path, line: dict[str, Any], question: Ques
     [
         ("{}\n", "line 1: no question"),
         ('{"query": "Q", "choices": ["a"], "gold": 1}\n', "IndexError"),
+        ('{"query": "Q", "choices": ["a"], "gold": -1}\n', "gold=-1 of 1 options"),
         ("", "no questions"),
         ("x", "line 1"),
     ],

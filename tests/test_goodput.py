@@ -36,6 +36,12 @@ def test_every_second_of_a_life_is_accounted_for() -> None:
     assert ledger.goodput == pytest.approx(300 / 640)
 
 
+def test_a_damaged_checkpoint_before_a_start_changes_no_account() -> None:
+    damaged = row("damaged", 50, 1428.0, 2, {"start": 15.0, "load": 3.0})
+    rows = (*LIFE[:4], damaged, *LIFE[4:])
+    assert goodput_ledger(Metrics(rows, rows, 0)).seconds == goodput_ledger(Metrics(LIFE, LIFE, 0)).seconds
+
+
 def test_without_a_job_the_time_between_is_down() -> None:
     rows = tuple({k: v for k, v in r.items() if k != "job"} for r in LIFE)
     seconds = goodput_ledger(Metrics(rows, rows, 0)).seconds

@@ -70,6 +70,16 @@ def test_looks_may_be_enough_while_some_rank_has_made_no_new_step() -> None:
     assert found["own_work"]["median_seconds"] == pytest.approx(0.9)
 
 
+def test_after_the_guard_went_back_times_begin_anew() -> None:
+    def reports(step: int, seconds: float) -> dict[int, Any]:
+        return {0: {"host": "n0", "progress": progress(step, train=seconds)}}
+
+    times = RankTimes(1.5)
+    times.summary(reports(1000, 1000.0))
+    assert times.summary(reports(500, 1001.0)) == {}
+    assert times.summary(reports(510, 1011.0))["step_time"]["median_seconds"] == 1.0
+
+
 def test_the_report_counts_who_was_named() -> None:
     rates = {"data_wait": {0: 0.01, 1: 0.01, 2: 0.2}, "forward": {0: 1.0, 1: 3.0, 2: 1.1}}
     both = summarise(rates, {0: "a", 1: "b", 2: "c"}, 1.5)["slow"]

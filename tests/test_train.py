@@ -271,10 +271,41 @@ def test_a_mistake_is_one_clear_error(
 def test_another_model_does_not_go_on_from_a_checkpoint(
     uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
 ) -> None:
+    before = (uninterrupted / "config.yaml").read_text()
     ranks = start(project, tmp_path, settings(shards, uninterrupted, max_steps=STEPS + 1), 1, "data.seed=5")
     assert ranks.wait() == [EXIT_USER_ERROR]
     assert "data (seed: 0 -> 5)" in ranks.output()
     assert "allow_change=[data]" in ranks.output()
+    assert (uninterrupted / "config.yaml").read_text() == before  # a refused start writes nothing over
+
+
+@pytest.mark.slow
+def test_weights_of_another_shape_are_refused(uninterrupted: Path, shards: Path, project: Path, tmp_path: Path) -> None:
+    """Read by places in the flattened parameters, a larger matrix would fill a smaller one."""
+    values = settings(shards, tmp_path / "run", init_from=str(uninterrupted))
+    ranks = start(project, tmp_path, values, 1, "model.hidden_size=16", "model.num_layers=1")
+    assert ranks.wait() == [EXIT_USER_ERROR], ranks.output()
+    assert "holds the weights of another model: blocks.0" in ranks.output()
+    fewer = start(
+        project,
+        tmp_path / "fewer",
+        settings(shards, tmp_path / "run"),
+        1,
+        "max_steps=4",
+        f"continue_from={uninterrupted}/checkpoints/step_{STEPS:08d}",
+    )
+    assert fewer.wait() == [EXIT_USER_ERROR], fewer.output()
+    assert f"max_steps=4: {uninterrupted}/checkpoints/step_{STEPS:08d} is further already" in fewer.output()
+
+
+@pytest.mark.slow
+def test_another_optimizer_begins_with_states_of_its_own(shards: Path, project: Path, tmp_path: Path) -> None:
+    values = settings(shards, tmp_path / "run", max_steps=4)
+    assert start(project, tmp_path / "first", values, 1).wait() == [EXIT_DONE]
+    ranks = start(project, tmp_path / "second", values, 1, "optim.kind=sgd", "allow_change=[optim.kind]", "max_steps=6")
+    assert ranks.wait() == [EXIT_DONE], ranks.output()
+    assert "the states of this one begin at zero" in ranks.output()
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow

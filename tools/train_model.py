@@ -2,7 +2,7 @@
 
     python tools/train_model.py configs/train/debug_cpu.yaml data.sources.main.path=/data/crawl/shards
     torchrun --nproc-per-node 8 tools/train_model.py configs/train/gpt_124m.yaml run_dir=runs/first
-    srun python tools/train_model.py CONFIG ...           (what slurm/pretrain.sh does: one task per GPU)
+    slurm/pretrain.sh CONFIG ...                          (by srun, one task per GPU, with MASTER_ADDR and MASTER_PORT set)
     python tools/train_model.py CONFIG check=true         (only check settings, data, tokenizer and disk space)
 
 SIGTERM, SIGUSR1 and Ctrl-C end it after the current update with a checkpoint. Exit status: 0 done, 75 stopped on request, 76
