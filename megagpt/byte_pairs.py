@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -17,6 +18,8 @@ Encoder: TypeAlias = Literal["tiktoken", "fastokens"]
 """The library that encodes byte-level BPE in batches."""
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
+_LONG_BLANKS = re.compile(r"[^\S\x1c-\x1f]{100000,}")
+"""White space as tiktoken's expressions mean it, which Python's has four control characters more than."""
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "<|im_end|>")
 """Names under which published vocabularies carry their end-of-text token, the first found is taken."""
 
@@ -46,18 +49,28 @@ class BytePairs:
 
         self.eot_id, self.vocab_size = vocabulary.eot_id, vocabulary.size
         self.fingerprint = files_fingerprint(self.kind, files)
-        self._ranks, self._files = vocabulary.ranks, files
+        self._ranks, self._files, self._pattern = vocabulary.ranks, files, vocabulary.pattern
         self._encoding = tiktoken.Encoding(
             "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
         )
         self._unchecked = _open_fastokens(vocabulary, files[0]) if encoder == "fastokens" else None
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        """The ids of a text. tiktoken's expressions give up on about a million white-space characters in a row: long runs of
+        them are cut out as the pattern would cut them."""
+        ids, position = [], 0
+        for run in _LONG_BLANKS.finditer(text):
+            if self._pattern != GPT2_PATTERN:
+                raise UserError(f"tokenizer {self._files[0]}: {run.end() - run.start():,} white-space characters in a row")
+            end = run.end() - (run.end() < len(text))  # the last one goes with the next word
+            ids += self._encoding.encode_ordinary(text[position : run.start()])
+            ids += self._encoding._encode_single_piece(text[run.start() : end])
+            position = end
+        return ids + self._encoding.encode_ordinary(text[position:])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._unchecked is None:
-            return [np.asarray(self._encoding.encode_ordinary(text), np.uint32) for text in texts]
+            return [np.asarray(self.encode(text), np.uint32) for text in texts]
         return _encode_flat(self._fast, texts)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -34,7 +34,7 @@ cd "$root" || exit 2
 source slurm/env.sh
 [ $# -ge 1 ] || fail "usage: slurm/preprocess.sh CONFIG [key=value ...]"
 settings=$("${launch[@]}" "$python" tools/extract_documents.py "$@" --print) || exit 2
-work_dir=$(sed -n 's/^work_dir: //p' <<< "$settings")
+work_dir=$("${launch[@]}" "$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["work_dir"])' <<< "$settings")
 executor=${executor:-process}
 case $executor in process | dask) ;; *) fail "executor=$executor: process or dask is expected" ;; esac
 if [ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]; then

@@ -334,6 +334,22 @@ def test_filters_run_in_order_and_stop_at_the_first_rejection() -> None:
     assert apply_filters(document(PROSE + "\u200b"), filters) == document(PROSE)
 
 
+def test_a_list_that_has_changed_is_another_setting(tmp_path: Path) -> None:
+    path = tmp_path / "domains.txt"
+    path.write_text("a.com\n")
+    config = FilterConfig.model_validate({"order": ["url"], "url": {"domains": [str(path)]}})
+    before = config_hash(config)
+    assert config_hash(config) == before
+    path.write_text("a.com\nb.com\n")
+    assert config_hash(config) != before
+
+
+def test_a_mebibyte_without_a_space_is_split_in_no_time() -> None:
+    """Time that grows with the square of a token's length would make this test take half an hour."""
+    assert len(split_words("ab-" * 350_000)) == 700_000
+    assert split_sentences("." * 1_000_000 + "x") == ["." * 1_000_000 + "x"]
+
+
 def test_config_hash_ignores_filters_that_do_not_run() -> None:
     plain = FilterConfig(order=("c4",))
     assert config_hash(plain) == config_hash(

@@ -252,6 +252,16 @@ def test_a_finished_output_is_kept_and_another_one_refused(corpus: list[Path], t
     assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
 
 
+def test_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "x.jsonl" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        write_documents(path, [Document(f"{path.parent.name}:0", "text", "s")])
+    with pytest.raises(UserError, match="have one name"):
+        run(paths, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
 def test_empty_documents_are_counted_and_sources_need_names(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl.zst", [Document("a:0", "", "x/y"), Document("a:1", "text", "x y")])
     for split_by in ("hash", "tail"):

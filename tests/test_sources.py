@@ -277,6 +277,35 @@ def test_wrong_content_length(tmp_path: Path, length: str) -> None:
     assert faults.total() >= 1
 
 
+@pytest.mark.parametrize("more", [5000, 100 << 20])
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.zst"])
+def test_a_length_past_the_end_hides_no_record(tmp_path: Path, name: str, more: int) -> None:
+    records = [response(PAGE.encode()) for _ in range(4)]
+    start = records[1].index(b"Content-Length: ") + 16
+    end = records[1].index(b"\r\n", start)
+    records[1] = records[1][:start] + b"%d" % (int(records[1][start:end]) + more) + records[1][end:]
+    data = b"".join(records)
+    (tmp_path / name).write_bytes(zstandard.compress(data) if name.endswith("zst") else data)
+    items = outcomes(tmp_path / name)
+    documents = [item for item in items if isinstance(item, Document)]
+    assert len(documents) >= 3
+    assert not any("HTTP/1.1" in document.text for document in documents)
+    assert counts(items)[2].total() == 1
+
+
+def test_what_is_not_read_is_said(tmp_path: Path) -> None:
+    for name in ("a.txt.bz2", "a.jsonl.bz2", "a.xml.gz", "a.warc.bz2"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=f"{name}.*is not read from"):
+            input_blocks([str(tmp_path / name)], "auto", 1 << 20)
+
+
+def test_a_byte_order_mark_costs_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert [item.text for item in outcomes(path) if isinstance(item, Document)] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("headers", "body", "problem"),
     [
@@ -517,6 +546,10 @@ def test_parquet(tmp_path: Path) -> None:
         assert documents[0] == Document("a.parquet:1", "text 1", "web", None, {"n": 1})
     with pytest.raises(UserError, match="has no column 'text'"):
         outcomes(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    (fault,) = outcomes(path, text_field="content")
+    assert isinstance(fault, Fault)
+    assert (fault.kind, fault.where[:11]) == ("damaged Parquet file", "a.parquet: ")
 
 
 @pytest.mark.slow

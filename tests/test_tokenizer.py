@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagpt import byte_pairs
 from megagpt.byte_pairs import BytePairs, _open_fastokens, ranks_from_tokenizer_json
 from megagpt.config import UserError
 from megagpt.tokenizer import SentencePiece, Tokenizer, open_tokenizer, token_lengths, train_sentencepiece
@@ -79,6 +81,16 @@ def test_hard_strings_round_trip(trained: dict[str, SentencePiece], small_bpe: P
             assert tokenizer.eot_id not in ids, (tokenizer.kind, text)
             assert max(ids, default=0) < tokenizer.vocab_size
             assert int(token_lengths(tokenizer)[ids].sum()) == len(text.encode())
+
+
+def test_a_million_blanks_round_trip(small_bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = open_tokenizer(small_bpe)
+    text = "a" + "\n" * 1_500_000 + " b" + " " * 200_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    short = "a \n\n\t b  c\u00a0\u00a0\u00a0 d   "
+    expected = tokenizer.encode(short)
+    monkeypatch.setattr(byte_pairs, "_LONG_BLANKS", re.compile(r"[^\S\x1c-\x1f]{2,}"))
+    assert tokenizer.encode(short) == expected
 
 
 @settings(max_examples=150, deadline=None)

@@ -178,10 +178,18 @@ def text_outcomes(block: Block, source: str, unit: TextUnit) -> Iterator[Outcome
 
 def parquet_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outcome]:
     """Documents of the row groups of a Parquet file that begin in the block; id is the row's number."""
+    import pyarrow
     import pyarrow.parquet
 
     name = Path(block.path).name
-    with pyarrow.parquet.ParquetFile(block.path) as file:
+    try:
+        yield from _parquet_rows(pyarrow.parquet.ParquetFile(block.path), block, name, source, text_field)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Fault("damaged Parquet file", f"{name}: {error}")
+
+
+def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field: str) -> Iterator[Outcome]:
+    with opened as file:
         if text_field not in file.schema_arrow.names:
             raise UserError(
                 f"{block.path}: has no column {text_field!r} (extract.text_field); it has {file.schema_arrow.names}"
