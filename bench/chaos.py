@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -335,11 +335,11 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float, soak: Soak
         time.sleep(0.2)
 
 
-def make_shards(folder: Path) -> Path:
-    """Shards of bytes made from the project's documentation."""
+def make_shards(folder: Path, files: Sequence[Path] | None = None) -> Path:
+    """Shards of bytes made from text files; by default the project's documentation."""
     from megagpt.documents import Document, write_documents
 
-    texts = [path.read_text(encoding="utf-8") for path in sorted((PROJECT / "docs").glob("*.md"))]
+    texts = [path.read_text(encoding="utf-8") for path in files or sorted((PROJECT / "docs").glob("*.md"))]
     write_documents(folder / "in" / "text.jsonl.zst", [Document(f"text:{i}", text, "text") for i, text in enumerate(texts)])
     words = [f"work_dir={folder}", f"tokenize.inputs=[{folder}/in/*.zst]", "tokenize.tokenizer=bytes"]
     words += ["tokenize.validation_fraction=0.2", "num_workers=1"]

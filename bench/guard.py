@@ -2,8 +2,8 @@
 
     python bench/guard.py [--short]     (about five minutes; --short: a third of the steps)
 
-Two ranks train a small model on the project's own documentation as bytes. tests/faults puts the noise into the data and the NaN
-into a loss; the trainer does not know of it.
+Two ranks train a small model on the modules of Python's standard library as bytes, less than once over. tests/faults puts the
+noise into the data and the NaN into a loss; the trainer does not know of it.
 """
 
 import json
@@ -78,7 +78,7 @@ def main() -> None:
     poison = {"kind": "poisoned", "windows": windows, "batch": BATCH}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shards = make_shards(folder / "corpus")
+        shards = make_shards(folder / "corpus", sorted(Path(os.__file__).parent.glob("*.py")))
 
         def faults(which: str) -> list[dict[str, Any]]:
             return [poison, {"kind": "not_a_number", "rank": 1, "step": steps // 5, "once": str(folder / f"nan_{which}")}]
