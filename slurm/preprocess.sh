@@ -41,6 +41,8 @@ if [ -n "${SLURM_ARRAY_TASK_COUNT:-}" ]; then
   [ "$executor" = process ] || fail "executor=dask is for one job of many nodes, not for an array"
   case ${stages:-all} in *' '* | all) fail "an array runs one stage: stages=extract_documents sbatch --array=... (the next one with --dependency=afterok:...)" ;; esac
   [ "$stages" != train_tokenizer ] || fail "train_tokenizer is one task: submit it without --array"
+  [ $((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1)) = "$SLURM_ARRAY_TASK_COUNT" ] \
+    || fail "--array: task numbers must follow each other: submit all of them again, those with nothing left to do end at once"
 fi
 
 if ! "$in_job"; then

@@ -466,6 +466,21 @@ def test_other_settings_are_refused_or_replace(tmp_path: Path) -> None:
     assert len(kept(run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5))) == 1
 
 
+def test_an_overwrite_that_was_killed_does_not_look_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"1.jsonl.zst": ["one text", "another text"]}
+    output = run(tmp_path, files)
+    assert (output / "summary.json").is_file()
+
+    def die(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dedup, "index_block", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5)
+    assert not (output / "summary.json").exists()
+    assert not list(output.glob("*.jsonl.zst"))
+
+
 def test_a_start_that_was_left_over_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of its work another start with other settings begins; then both go on."""
     writer = Writer(10)

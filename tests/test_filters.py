@@ -421,6 +421,12 @@ def test_the_best_fraction_of_what_reaches_the_classifier_stays(tmp_path: Path) 
     assert summary is not None
     assert summary.rejected == {"classifier:quality_score": 42, "min_length:characters": 20}
     assert list((tmp_path / "out").glob(".scores-*")) == []
+    # More input: the summary of before goes before the other part has scored its documents.
+    for name in ("2", "3"):
+        write_documents(tmp_path / f"{name}.jsonl.zst", [Document(f"{name}:0", texts[0], "test")])
+    more = sorted(tmp_path.glob("*.jsonl.zst"))
+    assert filter_documents(config, more, tmp_path / "out", Execution(num_workers=1, part="0/2")) is None
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_a_classifier_without_a_model_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -72,10 +72,16 @@ def test_mistakes_are_found_before_submission(words: list[str], named: str) -> N
 
 @pytest.mark.parametrize(
     ("stages", "named"),
-    [("train_tokenizer", "submit it without --array"), ("filter_documents dedup_documents", "an array runs one stage")],
+    [
+        ("train_tokenizer", "submit it without --array"),
+        ("filter_documents dedup_documents", "an array runs one stage"),
+        ("filter_documents", "task numbers must follow each other"),
+    ],
 )
 def test_an_array_is_refused_where_it_has_no_parts(stages: str, named: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "SLURM_ARRAY_TASK_COUNT": "4", "stages": stages}
+    """`--array=0-6:2`: four tasks, from 0 to 6."""
+    array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "6"}
+    environment = {**os.environ, **array, "stages": stages}
     command = ["slurm/preprocess.sh", f"work_dir={tmp_path}"]
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2

@@ -39,7 +39,7 @@ from megagpt.corpus.minhash import MinHashSettings
 from megagpt.corpus.near_duplicates import Verification
 from megagpt.corpus.phases import Task, run_phase
 from megagpt.corpus.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
-from megagpt.corpus.stage import StageSummary, run_stage
+from megagpt.corpus.stage import StageSummary, clear, run_stage
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
 
@@ -205,6 +205,7 @@ def _claim(index: Path, config_hash: str, *, overwrite: bool) -> Claim:
                 f"{index.parent}: holds the work of other settings or other inputs: "
                 "choose another output directory, or overwrite=true to replace it"
             )
+        clear(index.parent)  # the old result must not look complete while the new one is made
         shutil.rmtree(index, ignore_errors=True)
         shutil.rmtree(index.parent / "duplicates", ignore_errors=True)
     return take(marker, config_hash)

@@ -19,7 +19,7 @@ K = TypeVar("K")
 
 
 class Execution(Config):
-    """How a stage is run. Nothing here changes a byte of any result."""
+    """How a stage is run. Nothing here changes a document of any result; `block_bytes` only where zstd frames begin."""
 
     num_workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     """Worker processes on this machine (executor=process). Default: the cores this process may use."""

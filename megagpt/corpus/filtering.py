@@ -61,6 +61,7 @@ def _find_min_score(config: FilterConfig, blocks: Sequence[Block], output_dir: P
     answer, folder = output_dir / "min_score.json", output_dir / f".scores-{plan[:16]}"
     if answer.is_file() and (found := read_json(answer))["plan"] == plan:
         return found["min_score"]
+    (output_dir / "summary.json").unlink(missing_ok=True)  # of what there was before: it must not look complete
     paths = [folder / f"{number:06d}.f32" for number in range(len(blocks))]
     tasks: list[Task] = [(path, _score_block, (block, config, path)) for block, path in zip(blocks, paths, strict=True)]
     sizes = [num_bytes(block) for block in blocks]

@@ -69,6 +69,7 @@ def find_exact(blocks: Sequence[IndexedBlock], path: Path, memory_bytes: int, fi
             pairs = pairs[(second[pairs[:, 0]] == second[pairs[:, 1]]) & (pairs[:, 1] >= first_new)]
             same[pairs[:, 1]] = pairs[:, 0]
             count += len(pairs)
+    path.with_suffix(".second").unlink(missing_ok=True)
     return count
 
 

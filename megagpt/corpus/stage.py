@@ -140,7 +140,7 @@ def _claim(output_dir: Path, name: str, config_hash: str, plans: dict[str, str],
             what = f"was made by {found['stage']} with other settings" if changed else f"holds {stale[0]}, whose input is gone"
             raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace it")
         if changed or stale:
-            _clear(output_dir)
+            clear(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise UserError(f"{output_dir}: not writable")
@@ -148,7 +148,7 @@ def _claim(output_dir: Path, name: str, config_hash: str, plans: dict[str, str],
     return take(marker, work, stage=name, config_hash=config_hash)
 
 
-def _clear(output_dir: Path) -> None:
+def clear(output_dir: Path) -> None:
     """Remove a stage's output and nothing else; the done files first, so that no moment looks complete."""
     (output_dir / "summary.json").unlink(missing_ok=True)
     for done in list(output_dir.glob("*.done.json")):
