@@ -5,12 +5,13 @@ import socket
 from pathlib import Path
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on. They lie just below those that the kernel gives to outgoing connections, so that none of
-    these, which come and go by the thousand, takes one before it is bound, and above those of slurm/pretrain.sh."""
+def free_ports(count: int, *, part: int = 0, parts: int = 1) -> list[int]:
+    """Ports that nobody listens on. They lie below those that the kernel gives to outgoing connections, so that none of these,
+    which come and go by the thousand, takes one before it is bound, and around those of slurm/pretrain.sh. Of `parts` programs
+    that choose at the same time, number `part` is given none that another one is given."""
     path = Path("/proc/sys/net/ipv4/ip_local_port_range")
     end = int(path.read_text().split()[0]) if path.exists() else 32768
-    candidates = range(end - 2_500, end)
+    candidates = [*range(10_000, 15_000), *range(end - 2_500, end)][part::parts]
     found: list[int] = []
     for port in random.SystemRandom().sample(candidates, len(candidates)):
         if len(found) == count:

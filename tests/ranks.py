@@ -11,7 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagpt.ports import free_port
+from megagpt.ports import free_ports
+
+
+def own_ports(count: int) -> list[int]:
+    """Free ports that no other worker of pytest-xdist chooses between now and when they are bound."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return free_ports(count, part=worker, parts=int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def free_port() -> int:
+    """One of own_ports."""
+    return own_ports(1)[0]
 
 
 def run_ranks(

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from megagpt.ports import free_ports
+from ranks import own_ports
 
 CONF = """\
 ClusterName=lab
@@ -125,7 +124,7 @@ def running_cluster(folder: Path, *, num_nodes: int) -> Iterator[Cluster]:
     """Start slurmctld and `num_nodes` slurmd, yield once all nodes are idle, stop everything that was started."""
     for name in ("run", "state", "log", "spool"):
         (folder / name).mkdir(parents=True)
-    ports = free_ports(num_nodes + 1)
+    ports = own_ports(num_nodes + 1)
     host = socket.gethostname().partition(".")[0]
     nodes = "\n".join(
         f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}" for i, port in enumerate(ports[1:], start=1)

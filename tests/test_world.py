@@ -88,7 +88,10 @@ def test_ports_are_free_distinct_and_not_the_kernels() -> None:
     assert max(ports) < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", ports[0]))
-        assert ports[0] not in free_ports(2_000)
+        assert ports[0] not in free_ports(10_000)
+    shares = [set(free_ports(10_000, part=part, parts=2)) for part in (0, 1)]
+    assert all(shares)
+    assert not shares[0] & shares[1]
 
 
 def fails_on_rank_1(world: World) -> None:
