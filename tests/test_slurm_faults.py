@@ -77,6 +77,15 @@ def assert_as_if_nothing_had_happened(run_dir: Path, clean: Path) -> None:
     assert "all as in the shards" in next(iter(check_ledger(run_dir)))
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended (zombies have)."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def read_incarnation(run_dir: Path) -> int:
     return int(read_json(run_dir / "owner.json")["incarnation"]) if (run_dir / "owner.json").exists() else 0
 
@@ -131,8 +140,10 @@ def test_a_dead_step_daemon_whose_rank_hangs_is_seen_by_the_watchdog_alone(
     job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, steps))
     wait_until(lambda: last_step(run_dir, 1) >= 60)
     hung = processes_of(job_id, rank=1)
-    chaos.kill([chaos.parent(pid) for pid in hung], signal.SIGKILL)
-    chaos.kill(hung, signal.SIGSTOP)  # after its parent's end: the kernel would wake it with SIGHUP
+    daemons = [chaos.parent(pid) for pid in hung]
+    chaos.kill(daemons, signal.SIGKILL)
+    wait_until(lambda: not any(is_running(pid) for pid in daemons))
+    chaos.kill(hung, signal.SIGSTOP)  # once its parent has ended: the kernel would wake it with SIGHUP
     try:
         cluster.wait_for(job_id, "COMPLETED", timeout=400)
     finally:
