@@ -20,6 +20,8 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 """How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
 _LONG_BLANKS = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 """White space as tiktoken's expressions mean it, which Python's has four control characters more than."""
+MOST_BLANKS = 900_000
+"""White-space characters in a row that tiktoken takes with any pattern."""
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "<|im_end|>")
 """Names under which published vocabularies carry their end-of-text token, the first found is taken."""
 
@@ -61,6 +63,8 @@ class BytePairs:
         ids, position = [], 0
         for run in _LONG_BLANKS.finditer(text):
             if self._pattern != GPT2_PATTERN:
+                if run.end() - run.start() < MOST_BLANKS:
+                    continue
                 raise UserError(f"tokenizer {self._files[0]}: {run.end() - run.start():,} white-space characters in a row")
             end = run.end() - (run.end() < len(text))  # the last one goes with the next word
             ids += self._encoding.encode_ordinary(text[position : run.start()])
