@@ -156,7 +156,6 @@ def _pattern(pre_tokenizer: Any, path: Path) -> str:
 
 
 def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], pattern: str, path: Path) -> Vocabulary:
-    characters = _byte_characters()
     try:
         merged = [ids[left + right] for left, right in pairs]
     except (KeyError, ValueError) as error:
@@ -164,10 +163,14 @@ def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], patt
     if merged != sorted(merged):
         raise UserError(f"tokenizer {path}: ids do not follow the order of the merges, which GPT-2-style BPE needs")
     known = {*added, *EOT_NAMES}
+    to_bytes = dict.fromkeys(range(256), 0x10FFFF) | {ord(c): value for c, value in _byte_characters().items()}
     try:
-        ranks = {bytes(characters[c] for c in piece): i for piece, i in ids.items() if piece not in known}
-    except KeyError as error:
-        raise UserError(f"tokenizer {path}: the character {error} stands for no byte: not a byte-level vocabulary") from None
+        ranks = {piece.translate(to_bytes).encode("latin-1"): i for piece, i in ids.items() if piece not in known}
+    except UnicodeEncodeError as error:
+        piece = next(piece for piece in ids if piece not in known and piece.translate(to_bytes) == error.object)
+        raise UserError(
+            f"tokenizer {path}: the character {piece[error.start]!r} stands for no byte: not a byte-level vocabulary"
+        ) from None
     specials = {**{name: i for name, i in ids.items() if name in known}, **added}
     eot_id = next((specials[name] for name in EOT_NAMES if name in specials), None)
     vocabulary = Vocabulary(ranks, pattern, eot_id, size=max(specials.values(), default=-1) + 1, merges=pairs)
@@ -196,8 +199,8 @@ def _open_fastokens(vocabulary: Vocabulary, path: Path) -> Any:
         raise UserError(
             f"tokenizer {path}: encoder=fastokens needs a file with merges, and GPT-2's pattern: use encoder=tiktoken"
         )
-    characters = {value: character for character, value in _byte_characters().items()}
-    vocab = {"".join(characters[value] for value in piece): rank for piece, rank in vocabulary.ranks.items()}
+    to_text = {value: character for character, value in _byte_characters().items()}
+    vocab = {piece.decode("latin-1").translate(to_text): rank for piece, rank in vocabulary.ranks.items()}
     # It wants ids without gaps; no text reaches these names, as no byte is spelt as a space.
     vocab |= {f"special {i}": i for i in set(range(vocabulary.size)) - set(vocabulary.ranks.values())}
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -10,7 +10,8 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 
 class UserError(Exception):
@@ -27,6 +28,16 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty_sections(cls, values: Any) -> Any:
+        """`filter:` with nothing below it is a section of defaults, where it could not be null."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        empty = [name for name, value in values.items() if value is None and name in fields and _is_section(fields[name])]
+        return {**values, **{name: {} for name in empty}}
 
 
 C = TypeVar("C", bound=Config)
@@ -122,10 +133,12 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_value(config_class: type[Config], key: str, text: str) -> Any:
-    is_text = _annotation(config_class, key) is str
+    annotation = _annotation(config_class, key)
+    is_text = annotation in (str, str | None)
     try:
         value = yaml.load(text, Loader=_Loader)
-        return text if is_text and not isinstance(value, str) else value
+        is_null = value is None and annotation is not str
+        return text if is_text and not (is_null or isinstance(value, str)) else value
     except yaml.YAMLError:
         if is_text:
             return text
@@ -205,6 +218,10 @@ def _section_classes(annotation: Any) -> list[type[Config]]:
         found = [section for candidate in get_args(annotation) for section in _section_classes(candidate)]
         return list(dict.fromkeys(found))
     return []
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return bool(_section_classes(field.annotation)) and type(None) not in get_args(field.annotation)
 
 
 def _show(value: Any) -> str:

@@ -58,10 +58,10 @@ def parse_document(line: bytes, *, where: str) -> Document:
         raise UserError(f"{where}: a document needs the field {error}") from None
     except (TypeError, AttributeError):
         raise UserError(f"{where}: a document is a JSON object") from None
-    for name in ("id", "text", "source"):
-        if not isinstance(value[name], str):
-            raise UserError(f"{where}: {name} is a {type(value[name]).__name__}, text is expected")
-    if not isinstance(document.url, str | None) or not isinstance(document.meta, dict):
+    if not type(document.id) is type(document.text) is type(document.source) is str:
+        name = next(name for name in ("id", "text", "source") if type(value[name]) is not str)
+        raise UserError(f"{where}: {name} is a {type(value[name]).__name__}, text is expected")
+    if not (document.url is None or type(document.url) is str) or type(document.meta) is not dict:
         raise UserError(f"{where}: url is text or null, meta an object")
     return document
 

@@ -35,6 +35,8 @@ class Toy(Config):
     """Its name."""
     steps: int = Field(default=10, gt=0)
     inner: Inner = Inner()
+    maybe: Inner | None = None
+    nickname: str | None = None
     colour: Annotated[Annotated[Red, Tag("red")] | Annotated[Blue, Tag("blue")], by_kind("red")] = Red()
 
 
@@ -59,6 +61,15 @@ def test_words_override_the_file_and_dump_reads_back(tmp_path: Path) -> None:
 )
 def test_a_text_field_takes_what_is_typed(word: str, text: str) -> None:
     assert load(Toy, [word]).name == text
+
+
+def test_a_text_field_that_may_be_null_takes_what_is_typed_too() -> None:
+    found = [load(Toy, ["name=a", f"nickname={text}"]).nickname for text in ("12345", "null", "bo", "true")]
+    assert found == ["12345", None, "bo", "true"]
+
+
+def test_an_empty_section_is_one_of_defaults(tmp_path: Path) -> None:
+    assert load(Toy, [write(tmp_path, "name: a\ninner:\ncolour:\nmaybe:\n")]) == Toy(name="a")
 
 
 def test_a_word_that_changes_the_kind_leaves_the_other_kinds_fields_behind(tmp_path: Path) -> None:

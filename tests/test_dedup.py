@@ -29,10 +29,10 @@ from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.minhash import (
     MinHashSettings,
-    character_classes,
     exact_digest,
     minhash,
     permutations,
+    plain_characters,
     shingle_set,
     shingles,
 )
@@ -129,20 +129,40 @@ def test_shingles_and_signature_equal_a_slow_version(text: str) -> None:
 
 def normalised_whole(text: str, size: int) -> list[int]:
     """Shingles of a text that Python's own functions lower and decompose."""
-    codes = np.frombuffer(unicodedata.normalize("NFD", text.lower()).encode("utf-32-le"), np.uint32)
-    return (minhash_kernels.shingles(codes, character_classes(), size) >> np.uint64(32)).tolist()
+    data = np.frombuffer(unicodedata.normalize("NFD", text.lower()).encode("utf-8", "surrogatepass"), np.uint8)
+    entries, complete = minhash_kernels.characters(data, plain_characters())
+    assert complete
+    return (minhash_kernels.shingles(entries, size) >> np.uint64(32)).tolist()
 
 
 def test_every_character_alone_is_folded_as_in_its_text() -> None:
-    for first in range(0, 0x3100, 64):
+    for first in (*range(0, 0x20100, 64), *range(0x2F7C0, 0x2FA40, 64), 0x3FFC0, 0x40000, 0x10FFC0):
         text = "".join(f"A{c}b {c}{c} 1{c}2 {c}. Σ{c} AΣ" for c in map(chr, range(first, first + 64)))
         assert shingles(text, words_per_shingle=2).tolist() == normalised_whole(text, 2), hex(first)
+        alone = "".join(f"A{c}b {c}{c} 1{c}2 {c}. " for c in map(chr, range(first, first + 64)))
+        assert shingles(alone, words_per_shingle=2).tolist() == normalised_whole(alone, 2), hex(first)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(max_codepoint=0x3020), max_size=60))
+@given(st.text(max_size=60))
 def test_any_text_is_folded_as_a_whole(text: str) -> None:
     assert shingles(text, words_per_shingle=3).tolist() == normalised_whole(text, 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(st.sampled_from([*map(chr, range(0x30)), *" \x85\xa0\u1680\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u3000é漢😀"]))
+)
+def test_white_space_is_that_of_str_split(text: str) -> None:
+    data = np.frombuffer(text.encode(), np.uint8)
+    assert minhash_kernels.single_spaced(data).tobytes().decode() == " ".join(text.split())
+
+
+def test_every_white_space_character_is_known() -> None:
+    for code in (*range(0xD800), *range(0xE000, 0x110000)):
+        if chr(code).isspace() or code < 0x3100:
+            data = np.frombuffer(f"a{chr(code)}".encode(), np.uint8)
+            assert minhash_kernels.single_spaced(data).tobytes().decode() == f"a{chr(code)}".strip()
 
 
 def test_permutations_are_splitmix64() -> None:

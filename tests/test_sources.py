@@ -4,6 +4,7 @@ import bz2
 import functools
 import gzip
 import http.server
+import os
 import threading
 import unicodedata
 from collections import Counter
@@ -21,6 +22,7 @@ from megagpt.corpus.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.http import Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.ingest import ExtractConfig, extract_documents, read_outcomes
+from megagpt.corpus.recipe import match_paths
 from megagpt.corpus.sources import format_of, input_blocks, list_inputs
 from megagpt.corpus.stage import stage_outputs
 from megagpt.corpus.warc import Record, read_records, split_gzip
@@ -431,6 +433,8 @@ def test_truncated_xml(tmp_path: Path) -> None:
     for name, content, kept in (("a.xml", xml, 2), ("b.xml", cut_inside, 1)):
         (tmp_path / name).write_text(content)
         assert counts(outcomes(tmp_path / name)) == (kept, Counter(), Counter({"truncated page": 1}))
+    (tmp_path / "page.xml").write_text("<!DOCTYPE html><html><body>Not found</body></html>")
+    assert counts(outcomes(tmp_path / "page.xml")) == (0, Counter(), Counter({"no MediaWiki dump": 1}))
     data = bz2.compress(xml.encode())
     (tmp_path / "c.xml.bz2").write_bytes(data[:-10])
     assert counts(outcomes(tmp_path / "c.xml.bz2"))[2]["truncated bz2 stream"] == 1
@@ -595,6 +599,25 @@ def test_mistakes_in_inputs(tmp_path: Path) -> None:
     (tmp_path / "l.paths").write_text("gone.warc.gz\n")
     with pytest.raises(UserError, match=r"gone\.warc\.gz: no such file"):
         input_blocks(list_inputs((str(tmp_path / "l.paths"),)), "auto", 100)
+    whole = gzip.compress(b"a.warc.gz\n" * 50)
+    for name, content in (("cut.paths.gz", whole[:-9]), ("bent.paths.gz", whole[:12] + b"\xff" + whole[13:])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}: a list of paths, cut off or damaged after line \d+"):
+            list_inputs((str(tmp_path / name),))
+    (tmp_path / "latin.paths").write_bytes(b"a.warc.gz\n\xe9.warc.gz\n")
+    with pytest.raises(UserError, match=r"latin\.paths: a list of paths, cut off or damaged after line 1"):
+        list_inputs((str(tmp_path / "latin.paths"),))
+
+
+def test_file_names_of_any_kind(tmp_path: Path) -> None:
+    plain = tmp_path / "part [1].jsonl"
+    plain.write_text('{"text": "x"}\n')
+    assert list_inputs((str(plain),)) == [str(plain)]
+    assert match_paths((str(plain),), "filter.inputs") == [plain]
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).write_text('{"text": "x"}\n')
+    for listed in (list_inputs, lambda patterns: match_paths(patterns, "extract.inputs")):
+        with pytest.raises(UserError, match=r"extract\.inputs: the file name .*caf\\xe9\.jsonl' is not UTF-8"):
+            listed((str(tmp_path / "*.jsonl"),))
 
 
 # ---- nothing hangs, nothing but Faults and UserErrors comes out

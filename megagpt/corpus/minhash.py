@@ -8,6 +8,7 @@ one of b keys of r rows with probability 1 - (1 - s^r)^b (Broder 1997; Leskovec,
 """
 
 import functools
+import operator
 import unicodedata
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import xxhash
 
 SEPARATOR, LETTER, DIGIT, MARK, WORD_CHARACTER = range(5)
 TABLE_SIZE = 0x20000
-FOLDED_SIZE = 0x3000
+CLASS_SHIFT = 24
 NOT_ALONE = 0xFFFFFFFF
 
 _UNSPACED = (
@@ -56,20 +57,25 @@ class MinHash(NamedTuple):
 
 def exact_digest(text: str) -> bytes:
     """16 bytes, equal for texts that differ in nothing but white space and Unicode form (xxh3_128 of the NFC text)."""
+    from megagpt.corpus import minhash_kernels
+
     text = text if text.isascii() else unicodedata.normalize("NFC", text)
-    return xxhash.xxh3_128_digest(" ".join(text.split()).encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_128_digest(minhash_kernels.single_spaced(_utf8(text)).data)
 
 
 def n_gram_hashes(text: str, size: int) -> np.ndarray:
     """64-bit hashes of the n-grams of a text in order, repeated ones included: uint64; empty if the text has no word."""
     from megagpt.corpus import minhash_kernels
 
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    folded = minhash_kernels.folded(codes, folded_characters())
-    if folded.size < codes.size:
-        text = unicodedata.normalize("NFD", text.lower())
-        folded = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    return minhash_kernels.shingles(folded, character_classes(), size)
+    characters, complete = minhash_kernels.characters(_utf8(text), folded_characters())
+    if not complete:
+        whole = unicodedata.normalize("NFD", text.lower())
+        characters, _ = minhash_kernels.characters(_utf8(whole), plain_characters())
+    return minhash_kernels.shingles(characters, size)
+
+
+def _utf8(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
 
 
 def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
@@ -118,30 +124,31 @@ def permutations(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def character_classes() -> np.ndarray:
-    """uint8 [TABLE_SIZE]: what each code point is to the word splitter. Above the table: Han to U+3FFFF, then marks."""
-    categories = np.array(list(map(unicodedata.category, map(chr, range(TABLE_SIZE)))), "S2")
-    table = np.where(
-        np.isin(categories.astype("S1"), (b"L", b"N")) | (categories == b"Mc"), np.uint8(LETTER), np.uint8(SEPARATOR)
+def plain_characters() -> np.ndarray:
+    """uint32 [TABLE_SIZE]: each code point, and above its 24 bits what it is to the word splitter."""
+    categories = np.frombuffer("".join(map(unicodedata.category, map(chr, range(TABLE_SIZE)))).encode(), "S2")
+    classes = np.where(
+        np.isin(categories.astype("S1"), (b"L", b"N")) | (categories == b"Mc"), np.uint32(LETTER), np.uint32(SEPARATOR)
     )
-    table[np.isin(categories, (b"Mn", b"Me"))] = MARK
-    table[categories == b"Nd"] = DIGIT
+    classes[np.isin(categories, (b"Mn", b"Me"))] = MARK
+    classes[categories == b"Nd"] = DIGIT
     for first, last in _UNSPACED:
-        part = table[first : last + 1]
+        part = classes[first : last + 1]
         part[part == LETTER] = WORD_CHARACTER
-    return table
+    return np.arange(TABLE_SIZE, dtype=np.uint32) | classes << np.uint32(CLASS_SHIFT)
 
 
 @functools.cache
 def folded_characters() -> np.ndarray:
-    """uint32 [FOLDED_SIZE]: what lower case and NFD make of a code point, without combining marks, where that is one character,
-    whatever stands beside it (that of sigma depends on it); else NOT_ALONE."""
-    table = np.arange(FOLDED_SIZE, dtype=np.uint32)
-    for code in range(FOLDED_SIZE):
-        character = chr(code)
-        folded = unicodedata.normalize("NFD", character.lower())
-        if folded == character:
-            continue
-        bases = [part for part in folded if unicodedata.category(part) not in ("Mn", "Me")]
-        table[code] = ord(bases[0]) if len(bases) == 1 and character != "\u03a3" else NOT_ALONE
+    """uint32 [TABLE_SIZE]: the entry in `plain_characters` of what lower case and NFD make of a code point, without combining
+    marks, where that is one character, whatever stands beside it (that of sigma depends on it); else NOT_ALONE."""
+    table = plain_characters().copy()
+    characters = list(map(chr, range(TABLE_SIZE)))
+    folded = list(map(functools.partial(unicodedata.normalize, "NFD"), map(str.lower, characters)))
+    changed = np.frombuffer(bytes(map(operator.ne, folded, characters)), bool).copy()
+    changed[0xAC00:0xD7A4] = False  # Hangul syllables, which the kernel decomposes
+    for code in np.flatnonzero(changed):
+        bases = [ord(part) for part in folded[code] if unicodedata.category(part) not in ("Mn", "Me")]
+        table[code] = plain_characters()[bases[0]] if len(bases) == 1 and bases[0] < TABLE_SIZE else NOT_ALONE
+    table[ord("\u03a3")] = NOT_ALONE
     return table

@@ -3,7 +3,9 @@
 import numpy as np
 from numba import njit
 
-from megagpt.corpus.minhash import DIGIT, FOLDED_SIZE, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
+from megagpt.corpus.minhash import CLASS_SHIFT, DIGIT, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
+
+_CODE_BITS = (1 << CLASS_SHIFT) - 1
 
 
 @njit(cache=True, nogil=True)
@@ -16,47 +18,118 @@ def _mix(value):
 
 
 @njit(cache=True, nogil=True)
-def _class_of(code, classes):
-    if code < TABLE_SIZE:
-        return classes[code]
-    return np.uint8(WORD_CHARACTER) if code < 0x40000 else np.uint8(MARK)
+def _code_point(data, i):
+    """(the code point whose UTF-8 begins at data[i], where the next one begins)."""
+    first = np.uint32(data[i])
+    if first < 0x80:
+        return first, i + 1
+    if first < 0xE0:
+        return (first & np.uint32(0x1F)) << np.uint32(6) | np.uint32(data[i + 1]) & np.uint32(0x3F), i + 2
+    value = np.uint32(data[i + 1]) & np.uint32(0x3F)
+    value = value << np.uint32(6) | np.uint32(data[i + 2]) & np.uint32(0x3F)
+    if first < 0xF0:
+        return (first & np.uint32(0x0F)) << np.uint32(12) | value, i + 3
+    value = value << np.uint32(6) | np.uint32(data[i + 3]) & np.uint32(0x3F)
+    return (first & np.uint32(0x07)) << np.uint32(18) | value, i + 4
 
 
 @njit(cache=True, nogil=True)
-def folded(codes, table):
-    """Each character by the table (minhash.folded_characters): uint32; of no characters if one is not in it."""
-    found = np.empty(codes.size, np.uint32)
-    for i in range(codes.size):
-        code = codes[i]
-        found[i] = table[code] if code < FOLDED_SIZE else np.uint32(NOT_ALONE)
-        if found[i] == NOT_ALONE:
-            return np.empty(0, np.uint32)
-    return found
+def characters(data, table):
+    """(the table's entry of each character of UTF-8 bytes, uint32; whether each has one). Above the table: Han, then marks.
+
+    Hangul syllables are decomposed: the table knows their letters alone.
+    """
+    found = np.empty(data.size, np.uint32)
+    count = i = 0
+    while i < data.size:
+        code, i = _code_point(data, i)
+        if code < TABLE_SIZE:
+            entry = table[code]
+        elif 0x2F800 <= code <= 0x2FA1D:  # compatibility ideographs, which decompose
+            entry = np.uint32(NOT_ALONE)
+        else:
+            entry = code | np.uint32((WORD_CHARACTER if code < 0x40000 else MARK) << CLASS_SHIFT)
+        if 0xAC00 <= code <= 0xD7A3:  # a Hangul syllable: two or three letters, by arithmetic (Unicode, section 3.12)
+            initial, rest = divmod(code - 0xAC00, 588)
+            found[count] = table[0x1100 + initial]
+            found[count + 1] = table[0x1161 + rest // 28]
+            count += 2
+            if rest % 28 == 0:
+                continue
+            entry = table[0x11A7 + rest % 28]
+        if entry == NOT_ALONE:
+            return found[:0], False
+        found[count] = entry
+        count += 1
+    return found[:count], True
 
 
 @njit(cache=True, nogil=True)
-def shingles(codes, classes, size):
-    """Hashes of `size` consecutive words (of all in a shorter text): uint64. codes: uint32, classes: uint8 [table]."""
+def _is_space(code):
+    """What str.isspace says."""
+    if code < 0x80:
+        return code <= 32 and (code == 32 or 9 <= code <= 13 or code >= 28)
+    if code < 0x1680:
+        return code == 0x85 or code == 0xA0
+    return (
+        code == 0x1680
+        or 0x2000 <= code <= 0x200A
+        or code == 0x2028
+        or code == 0x2029
+        or code == 0x202F
+        or code == 0x205F
+        or code == 0x3000
+    )
+
+
+@njit(cache=True, nogil=True)
+def single_spaced(data):
+    """UTF-8 bytes with each run of white space made one space, and none at either end (" ".join(text.split())): uint8."""
+    found = np.empty(data.size, np.uint8)
+    count = i = 0
+    while i < data.size:
+        code, following = _code_point(data, i)
+        if not _is_space(code):
+            while i < following:
+                found[count] = data[i]
+                count += 1
+                i += 1
+        elif count and found[count - 1] != 32:
+            found[count] = 32
+            count += 1
+        i = following
+    return found[: count - 1] if count and found[count - 1] == 32 else found[:count]
+
+
+@njit(cache=True, nogil=True)
+def _last_digit(entries, i):
+    """The last of the digits that follow each other from i on."""
+    while i + 1 < entries.size and entries[i + 1] >> CLASS_SHIFT == DIGIT:
+        i += 1
+    return i
+
+
+@njit(cache=True, nogil=True)
+def shingles(entries, size):
+    """Hashes of `size` consecutive words (of all in a shorter text): uint64. entries: uint32, as `characters` gives them."""
     start = np.uint64(0xCBF29CE484222325)
     prime = np.uint64(0x100000001B3)
-    words = np.empty(codes.size, np.uint64)
+    words = np.empty(entries.size, np.uint64)
     num_words = 0
     value = start
     i = 0
-    while i < codes.size:
-        code = codes[i]
-        kind = _class_of(code, classes)
+    while i < entries.size:
+        code = entries[i] & np.uint32(_CODE_BITS)
+        kind = entries[i] >> CLASS_SHIFT
         if kind == LETTER:
             value = (value ^ np.uint64(code)) * prime
         elif kind == DIGIT:
             value = (value ^ np.uint64(48)) * prime
-            while i + 1 < codes.size and _class_of(codes[i + 1], classes) == DIGIT:
-                i += 1
-            decimal = i + 2 < codes.size and (codes[i + 1] == 46 or codes[i + 1] == 44)
-            if decimal and _class_of(codes[i + 2], classes) == DIGIT:
-                i += 2
-                while i + 1 < codes.size and _class_of(codes[i + 1], classes) == DIGIT:
-                    i += 1
+            i = _last_digit(entries, i)
+            if i + 2 < entries.size and entries[i + 2] >> CLASS_SHIFT == DIGIT:
+                mark = entries[i + 1] & np.uint32(_CODE_BITS)
+                if mark == 46 or mark == 44:
+                    i = _last_digit(entries, i + 2)
         elif kind != MARK:
             if value != start:
                 words[num_words] = _mix(value)
@@ -72,12 +145,12 @@ def shingles(codes, classes, size):
     if num_words == 0:
         return np.empty(0, np.uint64)
     size = min(size, num_words)
-    found = np.empty(num_words - size + 1, np.uint64)
+    found = np.full(num_words - size + 1, np.uint64(size))
+    for offset in range(size):  # the inner loop is the one over shingles: it becomes vector instructions
+        for first in range(found.size):
+            found[first] = _mix(found[first] ^ words[first + offset]) + np.uint64(0x9E3779B97F4A7C15)
     for first in range(found.size):
-        value = np.uint64(size)
-        for word in range(first, first + size):
-            value = _mix(value ^ words[word]) + np.uint64(0x9E3779B97F4A7C15)
-        found[first] = _mix(value)
+        found[first] = _mix(found[first])
     return found
 
 

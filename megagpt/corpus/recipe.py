@@ -1,15 +1,14 @@
 """The recipe of a corpus: one YAML file with a section per stage, and where each stage reads and writes under work_dir."""
 
-import glob
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from megagpt.config import UserError
 from megagpt.corpus.dedup import DedupConfig
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.filters import FilterConfig
 from megagpt.corpus.ingest import ExtractConfig
 from megagpt.corpus.pack import TokenizeConfig
+from megagpt.corpus.sources import matching_files
 from megagpt.corpus.stage import stage_outputs
 from megagpt.corpus.vocabulary import TokenizerConfig
 
@@ -57,8 +56,5 @@ def match_paths(patterns: tuple[str, ...], field: str) -> list[Path]:
     """The files that match paths and globs, sorted, each once. Raises UserError, naming `field`, if one matches nothing."""
     found: set[Path] = set()
     for pattern in patterns:
-        matches = [Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
-        if not matches:
-            raise UserError(f"{field}: no file matches {pattern!r}")
-        found.update(matches)
+        found.update(map(Path, matching_files(pattern, field)))
     return sorted(found)

@@ -211,13 +211,14 @@ def _open_tokenizer(path: str, encoder: Encoder, _: tuple[tuple[str, int, int], 
 class _Segments:
     """The segments of one block: rows and tokens by (source folder, split), written out sorted whenever they are many."""
 
-    def __init__(self, block: Block, job: Job) -> None:
+    def __init__(self, block: Block, job: Job, eot_id: int) -> None:
         self.job, self.stem = job, f"{block.name}/{block.index:06d}"
+        self._end = np.array(eot_id, job.dtype).tobytes()
         self.written: list[dict[str, Any]] = []
         self._rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
         self._tokens = self._documents = 0
 
-    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int, eot_id: int) -> None:
+    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int) -> None:
         source = document.source if self.job.config.separate_sources else ""
         rows = self._rows.setdefault((source, split), {name: [] for name in ("key", "id", "url", "source", "bytes", "ids")})
         rows["key"].append(xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.job.config.seed))
@@ -225,7 +226,7 @@ class _Segments:
         rows["url"].append(document.url)
         rows["source"].append(document.source)
         rows["bytes"].append(text_bytes)
-        rows["ids"].append(np.append(ids.astype(self.job.dtype), np.array(eot_id, self.job.dtype)))
+        rows["ids"].append(ids.astype(self.job.dtype))
         self._tokens += len(ids) + 1
         self._documents += 1
         if self._tokens >= SEGMENT_TOKENS or self._documents >= SEGMENT_DOCUMENTS:
@@ -239,7 +240,7 @@ class _Segments:
             name = f"{self.stem}-{len(self.written):04d}"
             order = np.argsort(np.array(rows["key"], np.uint64), kind="stable")
             ids = [rows["ids"][i] for i in order]
-            lengths = np.array([len(x) for x in ids], np.int64)
+            lengths = np.array([len(x) + 1 for x in ids], np.int64)
             columns = {name: text_column([rows[name][i] for i in order]) for name in ("id", "url", "source")}
             columns["key"] = number_column([rows["key"][i] for i in order], np.uint64)
             columns["bytes"] = number_column([rows["bytes"][i] for i in order])
@@ -247,7 +248,8 @@ class _Segments:
             table = pa.table(columns)
             with atomic_path(Path(self.job.segments) / f"{name}.tokens") as temporary, temporary.open("wb") as file:
                 for piece in ids:
-                    file.write(piece.tobytes())
+                    file.write(piece.data)
+                    file.write(self._end)
             with atomic_path(Path(self.job.segments) / f"{name}.arrow") as temporary:
                 with pa.ipc.new_file(str(temporary), table.schema) as writer:
                     writer.write_batch(table.combine_chunks().to_batches()[0])
@@ -257,7 +259,7 @@ class _Segments:
 
 def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
     tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder)
-    segments, empty, documents = _Segments(block, job), 0, 0
+    segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
     leaks: list[Leak] = []
     pieces = _split(read_block(block), job.config, _left(block, cuts))
     if _leak_index(job).is_dir() and job.config.leak_threshold is not None:
@@ -268,7 +270,7 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
             if not text:
                 empty += 1
                 continue
-            segments.add(split, document, ids, len(text.encode()), tokenizer.eot_id)
+            segments.add(split, document, ids, len(text) if text.isascii() else len(text.encode()))
             documents += 1
     segments.flush()
     found = {"documents": documents, "empty": empty, "leaks": [asdict(leak) for leak in leaks]}

@@ -63,17 +63,33 @@ def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
         elif _is_remote(pattern):
             found[pattern] = None
         else:
-            found_here = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
-            matches = [path for path in found_here if os.path.isfile(path)]
-            if not matches and not os.path.isdir(pattern):
-                raise UserError(f"extract.inputs: no file matches {pattern!r}")
-            if not matches:
+            if os.path.isdir(pattern):
                 raise UserError(
                     f"extract.inputs: {pattern!r} is a folder: say which files, such as {pattern.rstrip('/')}/*.warc.gz"
                 )
+            matches = matching_files(pattern, "extract.inputs")
             for path in matches:
                 found |= dict.fromkeys(_read_list(Path(path), root) if _is_list(path) else [path])
     return list(found)
+
+
+def matching_files(pattern: str, field: str) -> list[str]:
+    """The local files of a path or a glob, sorted. Raises UserError, naming `field`, if there is none, or for a file's name."""
+    matches = [pattern] if os.path.isfile(pattern) else [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not matches:
+        raise UserError(f"{field}: no file matches {pattern!r}")
+    for path in matches:
+        if not _is_utf8(path):
+            raise UserError(f"{field}: the file name {os.fsencode(path)!r} is not UTF-8, and ids are made of it: rename it")
+    return sorted(matches)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def format_of(path: str, declared: Format) -> Format:
@@ -284,8 +300,12 @@ def _is_remote(path: str) -> bool:
 
 
 def _read_list(path: Path, root: str) -> list[str]:
-    with open_lines(path) as lines:
-        names = [line.decode("utf-8").strip() for line in lines]
+    names: list[str] = []
+    try:
+        with open_lines(path) as lines:
+            names.extend(line.decode("utf-8").strip() for line in lines)
+    except (EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: a list of paths, cut off or damaged after line {len(names)}: {error}") from None
     folder = root.rstrip("/") if root else str(path.parent)
     return [name if _is_remote(name) or name.startswith("/") else f"{folder}/{name}" for name in names if name]
 

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
@@ -34,10 +34,7 @@ _WORDS = r"""
     | \.{2,} | …                                # an ellipsis is one word
     | --+ | ==+ | \*\*+ | __+ | \#\#+            # so is a rule
     | [^\w\s]
-    """.replace("MARKS", _combining_marks())
-_WORD = re.compile(_WORDS, re.VERBOSE)
-_WORD_WITHOUT_AT = re.compile("".join(line for line in _WORDS.splitlines(True) if "e-mail" not in line), re.VERBOSE)
-"""The same where there is no @: to look for one behind every letter takes time with the square of a token's length."""
+    """
 _SENTENCE_END = re.compile(r"(?:(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)|[。！？｡．।॥۔؟፧።៕]+)\s*")
 
 
@@ -54,8 +51,12 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
-def _word_in(token: str) -> re.Pattern[str]:
-    return _WORD if "@" in token else _WORD_WITHOUT_AT
+@cache
+def _word(*, with_at: bool) -> re.Pattern[str]:
+    """A word in a token. Where there is no @, e-mail addresses are left out of the pattern: to look for an @ behind every
+    letter takes time with the square of a token's length."""
+    lines = (line for line in _WORDS.splitlines(True) if with_at or "e-mail" not in line)
+    return re.compile("".join(lines).replace("MARKS", _combining_marks()), re.VERBOSE)
 
 
 class _Pieces(dict[str, tuple[str, ...]]):
@@ -64,7 +65,7 @@ class _Pieces(dict[str, tuple[str, ...]]):
     def __missing__(self, token: str) -> tuple[str, ...]:
         if len(self) >= 1 << 17:
             self.clear()
-        words = self[token] = (token,) if token.isalpha() else tuple(_word_in(token).findall(token))
+        words = self[token] = (token,) if token.isalpha() else tuple(_word(with_at="@" in token).findall(token))
         return words
 
 
