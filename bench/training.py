@@ -93,6 +93,7 @@ ALONE_FP32 = {BARE: ALONE[BARE], "megagpt, deepspeed ZeRO-0": ("megagpt", "zero0
 """Stage 0 is refused in bf16."""
 OURS_ALONE = {name: ALONE_FP32[name] for name in ALONE_FP32 if name.startswith(("megagpt", "bare"))}
 COMPILED = {name: ALONE_FP32[name] for name in ALONE_FP32 if name != "Lightning"}
+COMPILED_BF16 = {name: ALONE[name] for name in ALONE if name != "Lightning"}
 REPLICATED = {
     "bare torch loop, DDP": ("torch", "ddp"),
     "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
@@ -108,15 +109,27 @@ SHARDED = {
     "transformers Trainer, DeepSpeed ZeRO-3": ("transformers", "zero3"),
     "transformers Trainer, FSDP2": ("transformers", "fsdp"),
 }
+LARGE_SHARED = {
+    "bare torch loop, DDP": ("torch", "ddp"),
+    "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
+    "megagpt, fsdp": ("megagpt", "fsdp"),
+    "transformers Trainer, DeepSpeed ZeRO-1": ("transformers", "zero1"),
+    "transformers Trainer, FSDP2": ("transformers", "fsdp"),
+}
 CELLS: dict[str, Cell] = {
     "one_fp32": Cell("10M", "fp32", ALONE_FP32),
     "one_fp32_batch16": Cell("10M", "fp32", OURS_ALONE, steps=6, micro_batch_size=16),
     "one_bf16": Cell("10M", "bf16", ALONE),
     "one_compiled": Cell("10M", "fp32", COMPILED, compile=True),
+    "one_bf16_compiled": Cell("10M", "bf16", COMPILED_BF16, compile=True),
     "large_fp32": Cell("50M", "fp32", ALONE_FP32, steps=5),
     "large_bf16": Cell("50M", "bf16", ALONE, steps=5),
+    "large_compiled": Cell("50M", "fp32", COMPILED, compile=True, steps=5),
     "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=9, what="weights whole on both"),
     "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=9, what="weights sharded (DDP: whole)"),
+    "two_replicated_bf16": Cell("10M", "bf16", REPLICATED, ranks=2, steps=9, what="weights whole on both"),
+    "two_sharded_bf16": Cell("10M", "bf16", SHARDED, ranks=2, steps=9, what="weights sharded (DDP: whole)"),
+    "two_large": Cell("50M", "fp32", LARGE_SHARED, ranks=2, steps=5),
 }
 SHORT = {
     "tiny": Cell("tiny", "fp32", {name: ALONE[name] for name in (BARE, "megagpt, fsdp")}, steps=6),

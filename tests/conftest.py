@@ -1,6 +1,8 @@
 """Fixtures for all tests."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,31 @@ def shared_data() -> Path:
 def project() -> Path:
     """The project's root."""
     return PROJECT
+
+
+class SmallDisk:
+    """A disk in memory, mounted at `path`, that is full when a test wants it to be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resize(self, kib: int) -> None:
+        """Give it so many KiB; what is on it stays."""
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", self.path], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """An empty disk of 64 KiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.decode()}")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from conftest import SmallDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inline import inline
@@ -424,34 +425,24 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bytes(
 
 
 def test_a_full_disk_is_a_clear_error_wherever_it_comes(
-    corpus: dict[str, list[str]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    corpus: dict[str, list[str]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, small_disk: SmallDisk
 ) -> None:
     """A disk that is a little larger at every start: each ends with the error or is the last, and nothing is lost or torn."""
     expected = contents(run(tmp_path_factory.mktemp("whole"), corpus, drop_repeated="lines"))
-    small, size = tmp_path / "small", 64
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", small]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.decode()}")
-    places = set()
-    try:
-        for name, texts in corpus.items():
-            write_documents(tmp_path / name, [Document(f"{name}:{i}", text, "test") for i, text in enumerate(texts)])
-        inputs = [tmp_path / name for name in corpus]
-        while True:
-            try:
-                dedup_documents(DedupConfig(drop_repeated="lines"), inputs, small / "out", ONE)
-                break
-            except OSError as error:
-                places.add((error.errno, Path(str(error.filename)).name))
-            size += 48
-            subprocess.run(["mount", "-o", f"remount,size={size}k", small], check=True)
-        assert {code for code, _ in places} == {errno.ENOSPC}
-        assert len(places) > 5
-        assert contents(small / "out") == expected
-    finally:
-        subprocess.run(["umount", "--lazy", small], check=True)
+    for name, texts in corpus.items():
+        write_documents(tmp_path / name, [Document(f"{name}:{i}", text, "test") for i, text in enumerate(texts)])
+    inputs, output, size, places = [tmp_path / name for name in corpus], small_disk.path / "out", 64, set()
+    while True:
+        try:
+            dedup_documents(DedupConfig(drop_repeated="lines"), inputs, output, ONE)
+            break
+        except OSError as error:
+            places.add((error.errno, Path(str(error.filename)).name))
+        size += 48
+        small_disk.resize(size)
+    assert {code for code, _ in places} == {errno.ENOSPC}
+    assert len(places) > 5
+    assert contents(output) == expected
 
 
 def test_a_finished_run_is_not_repeated(corpus: dict[str, list[str]], tmp_path: Path) -> None:

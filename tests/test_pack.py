@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from conftest import SmallDisk
 from inline import inline
 
 from megagpt.config import UserError
@@ -496,3 +497,19 @@ assert "pandas" not in sys.modules  # half a second and 40 MB in every worker
     assert files == {f"shard_0000{i}{suffix}" for i in (0, 1) for suffix in (".bin", ".idx", ".docs.parquet")}
     subprocess.run([sys.executable, "-c", program, "room"], check=True, capture_output=True, timeout=300)
     assert tree(tmp_path / "s") == tree(packed)
+
+
+def test_a_full_disk_leaves_no_tokenizer_and_a_rerun_trains_it(
+    corpus: list[Path], project: Path, small_disk: SmallDisk
+) -> None:
+    inputs = f"tokenizer.inputs=[{','.join(map(str, corpus))}]"
+    command = [sys.executable, "tools/train_tokenizer.py", f"work_dir={small_disk.path}", "tokenizer.vocab_size=320", inputs]
+    small_disk.resize(4)
+    failed = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    model = small_disk.path / "tokenizer/tokenizer.model"
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"error: the disk is full while writing {model}: everything committed")
+    assert list(model.parent.iterdir()) == []
+    small_disk.resize(1 << 10)
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    assert open_tokenizer(model).vocab_size == 320

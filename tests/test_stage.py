@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SmallDisk
 from inline import inline
 
 from megagpt.config import UserError, validate
@@ -437,27 +438,21 @@ def test_killed_worker_is_named_and_a_rerun_completes(tmp_path: Path, reference:
 
 
 @pytest.mark.slow
-def test_full_disk_is_a_clear_error_and_a_rerun_completes(tmp_path: Path) -> None:
+def test_full_disk_is_a_clear_error_and_a_rerun_completes(tmp_path: Path, small_disk: SmallDisk) -> None:
     blocks = make_blocks(tmp_path / "in", num_files=4, num_blocks=1)
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", small], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.decode()}")
-    try:
-        with pytest.raises(OSError) as caught:
-            run_stage("test", blocks, small / "out", fills_the_disk, config_hash="a", execution=Execution(num_workers=1))
-        assert caught.value.errno == errno.ENOSPC
-        assert str(small) in str(caught.value.filename)
-        done = list((small / "out").glob("*.done.json"))
-        assert 1 <= len(done) < 4
-        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
-        summary = run_stage("test", blocks, small / "out", fills_the_disk, config_hash="a", execution=Execution(num_workers=1))
-        assert (summary.complete, summary.kept) == (True, 16000)
-        run_stage("test", blocks, tmp_path / "out", fills_the_disk, config_hash="a", execution=Execution(num_workers=1))
-        assert tree(small / "out") == tree(tmp_path / "out")
-    finally:
-        subprocess.run(["umount", small], check=True)
+    small, one = small_disk.path, Execution(num_workers=1)
+    small_disk.resize(7 << 10)
+    with pytest.raises(OSError) as caught:
+        run_stage("test", blocks, small / "out", fills_the_disk, config_hash="a", execution=one)
+    assert caught.value.errno == errno.ENOSPC
+    assert str(small) in str(caught.value.filename)
+    done = list((small / "out").glob("*.done.json"))
+    assert 1 <= len(done) < 4
+    small_disk.resize(64 << 10)
+    summary = run_stage("test", blocks, small / "out", fills_the_disk, config_hash="a", execution=one)
+    assert (summary.complete, summary.kept) == (True, 16000)
+    run_stage("test", blocks, tmp_path / "out", fills_the_disk, config_hash="a", execution=one)
+    assert tree(small / "out") == tree(tmp_path / "out")
 
 
 @pytest.mark.slow
