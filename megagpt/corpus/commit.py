@@ -1,6 +1,7 @@
 """What a worker writes for a block, and how a file's blocks become the file. See stage.py for the whole picture."""
 
 import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -62,7 +63,8 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
 def _frame(path: Path) -> Iterator[Any]:
     """A writer of one zstd frame, with checksum, to a file that appears whole."""
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
-        with zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False) as stream:
+        compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        with io.BufferedWriter(compressor.stream_writer(raw, closefd=False), 1 << 20) as stream:
             yield stream
 
 

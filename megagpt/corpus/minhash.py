@@ -67,11 +67,11 @@ def n_gram_hashes(text: str, size: int) -> np.ndarray:
     """64-bit hashes of the n-grams of a text in order, repeated ones included: uint64; empty if the text has no word."""
     from megagpt.corpus import minhash_kernels
 
-    characters, complete = minhash_kernels.characters(_utf8(text), folded_characters())
+    found, complete = minhash_kernels.n_grams(_utf8(text), folded_characters(), size)
     if not complete:
         whole = unicodedata.normalize("NFD", text.lower())
-        characters, _ = minhash_kernels.characters(_utf8(whole), plain_characters())
-    return minhash_kernels.shingles(characters, size)
+        found, _ = minhash_kernels.n_grams(_utf8(whole), plain_characters(), size)
+    return found
 
 
 def _utf8(text: str) -> np.ndarray:
@@ -94,9 +94,8 @@ def minhash_of(found: np.ndarray, settings: MinHashSettings) -> MinHash | None:
 
     if found.size == 0:
         return None
-    minima = minhash_kernels.minima(found, *permutations(settings.num_rows, settings.seed))
-    signature = (minima & np.uint32(0xFFFF)).astype(np.uint16)
-    return MinHash(signature, minhash_kernels.band_keys(minima, settings.rows_per_band), int(found.size))
+    functions = permutations(settings.num_rows, settings.seed)
+    return MinHash(*minhash_kernels.minhash(found, *functions, settings.rows_per_band), int(found.size))
 
 
 def shingle_set(text: str, *, words_per_shingle: int) -> np.ndarray:

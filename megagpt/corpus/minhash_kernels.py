@@ -42,6 +42,11 @@ def characters(data, table):
     found = np.empty(data.size, np.uint32)
     count = i = 0
     while i < data.size:
+        if data[i] < 0x80:  # no entry of these is NOT_ALONE
+            found[count] = table[data[i]]
+            count += 1
+            i += 1
+            continue
         code, i = _code_point(data, i)
         if code < TABLE_SIZE:
             entry = table[code]
@@ -155,6 +160,13 @@ def shingles(entries, size):
 
 
 @njit(cache=True, nogil=True)
+def n_grams(data, table, size):
+    """(`shingles` of UTF-8 bytes; whether the table has an entry for each of their characters)."""
+    entries, complete = characters(data, table)
+    return shingles(entries, size), complete
+
+
+@njit(cache=True, nogil=True)
 def minima(found, factors, offsets):
     """Per (factor, offset) the smallest (factor * shingle + offset) >> 32 over `found`: uint32 [functions]."""
     smallest = np.full(factors.size, 0xFFFFFFFF, np.uint32)
@@ -176,3 +188,10 @@ def band_keys(smallest, rows):
             value = _mix(value ^ np.uint64(smallest[row])) + np.uint64(0x9E3779B97F4A7C15)
         keys[band] = value
     return keys
+
+
+@njit(cache=True, nogil=True)
+def minhash(found, factors, offsets, rows):
+    """(the lower 16 bits of each of the `minima`, uint16 [functions]; their band keys, uint64 [bands])."""
+    smallest = minima(found, factors, offsets)
+    return (smallest & np.uint32(0xFFFF)).astype(np.uint16), band_keys(smallest, rows)
