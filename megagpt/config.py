@@ -10,8 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 
 class UserError(Exception):
@@ -29,16 +28,6 @@ class Config(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_empty_sections(cls, values: Any) -> Any:
-        """`filter:` with nothing below it is a section of defaults, where it could not be null."""
-        if not isinstance(values, dict):
-            return values
-        fields = cls.model_fields
-        empty = [name for name, value in values.items() if value is None and name in fields and _is_section(fields[name])]
-        return {**values, **{name: {} for name in empty}}
-
 
 C = TypeVar("C", bound=Config)
 
@@ -46,9 +35,9 @@ C = TypeVar("C", bound=Config)
 def load(config_class: type[C], words: Sequence[str]) -> C:
     """Read a configuration from command-line words: at most one YAML file, then `key=value` (dots reach into sections).
 
-    Values are YAML, except that a text field takes what is no YAML text as it stands. A word that sets another `kind` of a
-    section drops what the file says there and the new kind does not have. Raises UserError that lists every wrong field at
-    once, with the file it came from.
+    Values are YAML, except that a text field takes what is not in quotes as it stands (null, where it may be null). A word that
+    sets another `kind` of a section drops what the file says there and the new kind does not have. Raises UserError that lists
+    every wrong field at once, with the file it came from.
     """
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -113,17 +102,22 @@ def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, st
 
 def by_kind(default: str) -> Discriminator:
     """For a section that is one of several Config classes, told apart by their field `kind`, which may be left out."""
-    return Discriminator(lambda value: value.get("kind", default) if isinstance(value, dict) else value.kind)
+    return Discriminator(
+        lambda value: (value.get("kind") or default) if isinstance(value, dict) else getattr(value, "kind", default)
+    )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `3e-4` is a number and `no`, `on`, `off`, `yes` are text (`no` is Norwegian)."""
+    """YAML 1.2 scalars: `3e-4` is a number, `no`, `on`, `off`, `yes` and dates are text (`no` is Norwegian)."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [(tag, regexp) for tag, regexp in rules if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -135,10 +129,10 @@ _Loader.add_implicit_resolver(
 def _parse_value(config_class: type[Config], key: str, text: str) -> Any:
     annotation = _annotation(config_class, key)
     is_text = annotation in (str, str | None)
+    if is_text and text[:1] not in ("'", '"') and (annotation is str or text not in ("null", "Null", "NULL", "~")):
+        return text
     try:
-        value = yaml.load(text, Loader=_Loader)
-        is_null = value is None and annotation is not str
-        return text if is_text and not (is_null or isinstance(value, str)) else value
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         if is_text:
             return text
@@ -171,7 +165,9 @@ def _follow_kind(config_class: type[Config], values: dict[str, Any], key: str) -
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise UserError(f"command line: {key}: {section!r} is a value in the file, not a section")
     values[last] = value
@@ -187,6 +183,11 @@ def _explain(config_class: type[Config], item: Any) -> str:
         return f"{name}: no such field" + (f" (did you mean {close[0]}?)" if close else "")
     if item["type"] == "missing":
         return f"{name}: required, and not given"
+    if item["type"] == "model_type":
+        classes = _section_classes(_annotation(config_class, name))
+        kinds = [found.model_fields["kind"].default for found in classes if "kind" in found.model_fields]
+        wanted = f"{name}.kind={item['input']}" if item["input"] in kinds else f"{name}.FIELD=..."
+        return f"{name}={_show(item['input'])}: a section is expected: leave it out for its defaults, or set {wanted}"
     if item["type"] == "union_tag_invalid":
         return f"{name}.kind={item['ctx']['tag']!r}: one of {item['ctx']['expected_tags']} is expected"
     message = item["msg"].removeprefix("Value error, ")
@@ -218,10 +219,6 @@ def _section_classes(annotation: Any) -> list[type[Config]]:
         found = [section for candidate in get_args(annotation) for section in _section_classes(candidate)]
         return list(dict.fromkeys(found))
     return []
-
-
-def _is_section(field: FieldInfo) -> bool:
-    return bool(_section_classes(field.annotation)) and type(None) not in get_args(field.annotation)
 
 
 def _show(value: Any) -> str:

@@ -58,6 +58,7 @@ def parse_document(line: bytes, *, where: str) -> Document:
         raise UserError(f"{where}: a document needs the field {error}") from None
     except (TypeError, AttributeError):
         raise UserError(f"{where}: a document is a JSON object") from None
+    # No isinstance: this is done for every document of every stage.
     if not type(document.id) is type(document.text) is type(document.source) is str:
         name = next(name for name in ("id", "text", "source") if type(value[name]) is not str)
         raise UserError(f"{where}: {name} is a {type(value[name]).__name__}, text is expected")

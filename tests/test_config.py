@@ -68,8 +68,31 @@ def test_a_text_field_that_may_be_null_takes_what_is_typed_too() -> None:
     assert found == ["12345", None, "bo", "true"]
 
 
-def test_an_empty_section_is_one_of_defaults(tmp_path: Path) -> None:
-    assert load(Toy, [write(tmp_path, "name: a\ninner:\ncolour:\nmaybe:\n")]) == Toy(name="a")
+def test_only_null_is_null_in_a_text_field() -> None:
+    found = {text: load(Toy, ["name=a", f"nickname={text}"]).nickname for text in ("", "#", "---", "C #4", "2024-02-30", "~")}
+    assert found == {"": "", "#": "#", "---": "---", "C #4": "C #4", "2024-02-30": "2024-02-30", "~": None}
+
+
+def test_an_empty_section_takes_words_and_is_refused_without(tmp_path: Path) -> None:
+    assert load(Toy, [write(tmp_path, "name: a\nmaybe:\n")]).maybe is None
+    path = write(tmp_path, "name: a\ninner:\nmaybe:\n")
+    assert load(Toy, [path, "inner.lr=1", "maybe.lr=2"]) == Toy(name="a", inner=Inner(lr=1), maybe=Inner(lr=2))
+    with pytest.raises(
+        UserError, match=r"inner=null: a section is expected: leave it out for its defaults, or set inner\.FIELD"
+    ):
+        load(Toy, [path])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0x10", 16), ("1_000", 1000), ("010", 10), ("-7", -7), ("0", 0), ("0b_", None), ("2024-02-30", None)]
+)
+def test_numbers_in_yaml(text: str, value: int | None, tmp_path: Path) -> None:
+    path = write(tmp_path, f"name: a\nsteps: 5\ncolour:\n  shade: {text}\n")
+    if value is None:
+        with pytest.raises(UserError, match=r"colour\.shade=.*: input should be a valid integer"):
+            load(Toy, [path])
+    else:
+        assert load(Toy, [path]).colour.shade == value
 
 
 def test_a_word_that_changes_the_kind_leaves_the_other_kinds_fields_behind(tmp_path: Path) -> None:
@@ -83,6 +106,9 @@ ERRORS = [
     (["name=a", "steps=-1"], "steps=-1: input should be greater than 0"),
     (["name=a", "stps=1"], "stps: no such field (did you mean steps?)"),
     (["name=a", "inner.rl=1"], "inner.rl: no such field (did you mean inner.lr?)"),
+    (["name=a", "colour=blue"], "colour=blue: a section is expected: leave it out for its defaults, or set colour.kind=blue"),
+    (["name=a", "colour=3"], "colour=3: a section is expected: leave it out for its defaults, or set colour.FIELD=..."),
+    (["name=a", "inner=null"], "inner=null: a section is expected: leave it out for its defaults, or set inner.FIELD=..."),
     ([], "name: required, and not given"),
     (["name=a", "inner=3", "inner.lr=1"], "'inner' is a value in the file, not a section"),
     (["name=a", "colour.kind=green"], "colour.kind='green': one of 'red', 'blue' is expected"),

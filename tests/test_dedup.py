@@ -144,6 +144,13 @@ def test_every_character_alone_is_folded_as_in_its_text() -> None:
         assert shingles(alone, words_per_shingle=2).tolist() == normalised_whole(alone, 2), hex(first)
 
 
+def test_marks_that_are_letters_come_in_canonical_order() -> None:
+    marks = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) == "Mc" and unicodedata.combining(chr(c))]
+    for first in marks:
+        text = " ".join(f"a{first}{second}" for second in marks)
+        assert shingles(text, words_per_shingle=1).tolist() == normalised_whole(text, 1)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_folded_as_a_whole(text: str) -> None:

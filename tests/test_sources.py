@@ -604,6 +604,14 @@ def test_mistakes_in_inputs(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}: a list of paths, cut off or damaged after line \d+"):
             list_inputs((str(tmp_path / name),))
+    for content in (b"", b"\n \r\n"):
+        (tmp_path / "empty.paths").write_bytes(content)
+        with pytest.raises(UserError, match=r"empty\.paths: a list of paths with no path in it"):
+            list_inputs((str(tmp_path / "empty.paths"),))
+    (tmp_path / "mark.paths").write_bytes(b"\xef\xbb\xbf/x/a.warc.gz\r\n")
+    assert list_inputs((str(tmp_path / "mark.paths"),)) == ["/x/a.warc.gz"]
+    with pytest.raises(UserError, match=r"file:///.*/empty\.paths: a list of paths with no path"):
+        list_inputs(((tmp_path / "empty.paths").as_uri(),))
     (tmp_path / "latin.paths").write_bytes(b"a.warc.gz\n\xe9.warc.gz\n")
     with pytest.raises(UserError, match=r"latin\.paths: a list of paths, cut off or damaged after line 1"):
         list_inputs((str(tmp_path / "latin.paths"),))
@@ -614,7 +622,11 @@ def test_file_names_of_any_kind(tmp_path: Path) -> None:
     plain.write_text('{"text": "x"}\n')
     assert list_inputs((str(plain),)) == [str(plain)]
     assert match_paths((str(plain),), "filter.inputs") == [plain]
-    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).write_text('{"text": "x"}\n')
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "x"}\n')
+    assert list_inputs((f"{folder}/*.jsonl",)) == [f"{folder}/a.jsonl"]
+    Path(f"{folder}.jsonl").write_text('{"text": "x"}\n')
     for listed in (list_inputs, lambda patterns: match_paths(patterns, "extract.inputs")):
         with pytest.raises(UserError, match=r"extract\.inputs: the file name .*caf\\xe9\.jsonl' is not UTF-8"):
             listed((str(tmp_path / "*.jsonl"),))

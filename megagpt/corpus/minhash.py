@@ -18,6 +18,8 @@ import xxhash
 
 SEPARATOR, LETTER, DIGIT, MARK, WORD_CHARACTER = range(5)
 TABLE_SIZE = 0x20000
+HANGUL = (0xAC00, 0xD7A4)
+"""Syllables, first and end: the kernel decomposes them."""
 CLASS_SHIFT = 24
 NOT_ALONE = 0xFFFFFFFF
 
@@ -145,9 +147,14 @@ def folded_characters() -> np.ndarray:
     characters = list(map(chr, range(TABLE_SIZE)))
     folded = list(map(functools.partial(unicodedata.normalize, "NFD"), map(str.lower, characters)))
     changed = np.frombuffer(bytes(map(operator.ne, folded, characters)), bool).copy()
-    changed[0xAC00:0xD7A4] = False  # Hangul syllables, which the kernel decomposes
+    changed[slice(*HANGUL)] = False
     for code in np.flatnonzero(changed):
         bases = [ord(part) for part in folded[code] if unicodedata.category(part) not in ("Mn", "Me")]
         table[code] = plain_characters()[bases[0]] if len(bases) == 1 and bases[0] < TABLE_SIZE else NOT_ALONE
     table[ord("\u03a3")] = NOT_ALONE
+    # Marks that are letters to the splitter, and that NFD sorts when they follow each other. (Class 9, the viramas of Java and
+    # Bali, never changes its place alone.)
+    classes = np.frombuffer(bytes(map(unicodedata.combining, characters)), np.uint8)
+    sorted_marks = [code for code in np.flatnonzero((classes != 0) & (classes != 9)) if unicodedata.category(chr(code)) == "Mc"]
+    table[sorted_marks] = NOT_ALONE
     return table

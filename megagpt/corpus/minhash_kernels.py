@@ -1,11 +1,16 @@
-"""Compiled loops behind minhash.py. Importing this module imports numba: do it where it is used."""
+"""Compiled loops behind minhash.py. Importing this module imports numba: do it where it is used.
+
+An entry is a character as minhash.plain_characters has it: above the 24 bits of its code point, what it is to the splitter.
+"""
 
 import numpy as np
 from numba import njit
 
-from megagpt.corpus.minhash import CLASS_SHIFT, DIGIT, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
+from megagpt.corpus.minhash import CLASS_SHIFT, DIGIT, HANGUL, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
 
 _CODE_BITS = (1 << CLASS_SHIFT) - 1
+_HANGUL_FIRST, _HANGUL_END = HANGUL
+_POINT, _COMMA = ord("."), ord(",")
 
 
 @njit(cache=True, nogil=True)
@@ -35,8 +40,9 @@ def _code_point(data, i):
 
 @njit(cache=True, nogil=True)
 def characters(data, table):
-    """(the table's entry of each character of UTF-8 bytes, uint32; whether each has one). Above the table: Han, then marks.
+    """(the table's entry of each character of UTF-8 bytes, uint32; whether each has one).
 
+    Code points above the table are words (Han), from U+40000 on marks.
     Hangul syllables are decomposed: the table knows their letters alone.
     """
     found = np.empty(data.size, np.uint32)
@@ -54,8 +60,8 @@ def characters(data, table):
             entry = np.uint32(NOT_ALONE)
         else:
             entry = code | np.uint32((WORD_CHARACTER if code < 0x40000 else MARK) << CLASS_SHIFT)
-        if 0xAC00 <= code <= 0xD7A3:  # a Hangul syllable: two or three letters, by arithmetic (Unicode, section 3.12)
-            initial, rest = divmod(code - 0xAC00, 588)
+        if _HANGUL_FIRST <= code < _HANGUL_END:  # two or three letters, by arithmetic (Unicode, section 3.12)
+            initial, rest = divmod(code - _HANGUL_FIRST, 588)
             found[count] = table[0x1100 + initial]
             found[count + 1] = table[0x1161 + rest // 28]
             count += 2
@@ -133,7 +139,7 @@ def shingles(entries, size):
             i = _last_digit(entries, i)
             if i + 2 < entries.size and entries[i + 2] >> CLASS_SHIFT == DIGIT:
                 mark = entries[i + 1] & np.uint32(_CODE_BITS)
-                if mark == 46 or mark == 44:
+                if mark in (_POINT, _COMMA):
                     i = _last_digit(entries, i + 2)
         elif kind != MARK:
             if value != start:

@@ -53,7 +53,7 @@ class CorpusConfig(Execution):
 
 
 def match_paths(patterns: tuple[str, ...], field: str) -> list[Path]:
-    """The files that match paths and globs, sorted, each once. Raises UserError, naming `field`, if one matches nothing."""
+    """The files of paths and globs, sorted, each once. Raises UserError as `matching_files` does."""
     found: set[Path] = set()
     for pattern in patterns:
         found.update(map(Path, matching_files(pattern, field)))

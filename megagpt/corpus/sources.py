@@ -59,34 +59,34 @@ def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
     for pattern in patterns:
         if _is_remote(pattern) and _is_list(pattern):
             with local_copy(pattern) as path:
-                found |= dict.fromkeys(_read_list(Path(path), root or pattern.rpartition("/")[0]))
+                found |= dict.fromkeys(_read_list(Path(path), root or pattern.rpartition("/")[0], pattern))
         elif _is_remote(pattern):
             found[pattern] = None
         else:
-            if os.path.isdir(pattern):
-                raise UserError(
-                    f"extract.inputs: {pattern!r} is a folder: say which files, such as {pattern.rstrip('/')}/*.warc.gz"
-                )
-            matches = matching_files(pattern, "extract.inputs")
-            for path in matches:
+            for path in matching_files(pattern, "extract.inputs"):
                 found |= dict.fromkeys(_read_list(Path(path), root) if _is_list(path) else [path])
     return list(found)
 
 
 def matching_files(pattern: str, field: str) -> list[str]:
-    """The local files of a path or a glob, sorted. Raises UserError, naming `field`, if there is none, or for a file's name."""
+    """The local files of a path (whatever characters are in it) or else of a glob, sorted.
+
+    Raises UserError, naming `field`, if there is none, or if a file's name, of which ids are made, is not UTF-8.
+    """
     matches = [pattern] if os.path.isfile(pattern) else [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not matches and os.path.isdir(pattern):
+        raise UserError(f"{field}: {pattern!r} is a folder: say which files, such as {pattern.rstrip('/')}/*")
     if not matches:
         raise UserError(f"{field}: no file matches {pattern!r}")
     for path in matches:
-        if not _is_utf8(path):
+        if not _is_utf8(os.path.basename(path)):
             raise UserError(f"{field}: the file name {os.fsencode(path)!r} is not UTF-8, and ids are made of it: rename it")
     return sorted(matches)
 
 
-def _is_utf8(path: str) -> bool:
+def _is_utf8(name: str) -> bool:
     try:
-        path.encode("utf-8")
+        name.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
@@ -299,13 +299,16 @@ def _is_remote(path: str) -> bool:
     return "://" in path or path.startswith(_DATASETS)
 
 
-def _read_list(path: Path, root: str) -> list[str]:
+def _read_list(path: Path, root: str, shown: str = "") -> list[str]:
+    """The lines of a list of paths; `shown` is its name for the user if that is not the path."""
     names: list[str] = []
     try:
         with open_lines(path) as lines:
-            names.extend(line.decode("utf-8").strip() for line in lines)
+            names.extend(line.decode("utf-8").strip("\ufeff \t\r\n") for line in lines)
     except (EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: a list of paths, cut off or damaged after line {len(names)}: {error}") from None
+        raise UserError(f"{shown or path}: a list of paths, cut off or damaged after line {len(names)}: {error}") from None
+    if not any(names):
+        raise UserError(f"{shown or path}: a list of paths with no path in it")
     folder = root.rstrip("/") if root else str(path.parent)
     return [name if _is_remote(name) or name.startswith("/") else f"{folder}/{name}" for name in names if name]
 

@@ -48,12 +48,12 @@ def wiki_outcomes(block: Block, source: str) -> Iterator[Outcome]:
     base = re.search(r"<base>([^<]*/)[^</]*</base>", head)
     names = {html.unescape(name).lower() for _, name in _NAMESPACE.findall(head)}
     drop_links = FILE_AND_CATEGORY | names
-    pages = 0
+    found = 0
     for page in read_pages(block):
+        found += 1
         if isinstance(page, Fault):
             yield page
             continue
-        pages += 1
         yield Seen("page")
         url = base[1] + urllib.parse.quote(page.title.replace(" ", "_"), safe="/:(),'!*;@&=$~") if base else None
         meta = {"title": page.title, "page_id": page.page_id, "date": page.date}
@@ -64,7 +64,7 @@ def wiki_outcomes(block: Block, source: str) -> Iterator[Outcome]:
             yield Rejected(document, reason or "source:empty")
         else:
             yield document
-    if pages == block.start == 0 and head and "<mediawiki" not in head:
+    if found == block.start == 0 and head and "<mediawiki" not in head:
         yield Fault("no MediaWiki dump", f"{Path(block.path).name}: offset 0")
 
 
