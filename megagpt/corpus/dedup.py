@@ -35,7 +35,7 @@ from megagpt.corpus.claim import Claim, folder_of, is_of_other_work, refuse_left
 from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.known_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
-from megagpt.corpus.minhash import MinHashSettings
+from megagpt.corpus.minhash import MinHashSettings, load_kernels
 from megagpt.corpus.near_duplicates import Verification
 from megagpt.corpus.phases import Task, run_phase
 from megagpt.corpus.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
@@ -219,6 +219,7 @@ def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:
     own = [index / "blocks" / f"{i:06d}" for i in range(len(work.blocks))]
     if (index / "kept_by.i64").is_file():
         return open_blocks([*folders, *own])
+    load_kernels()
     if not run_phase("dedup: known", tasks, work.execution, task_bytes=[num_bytes(block.output) for block in known]):
         return None
     tasks = [(folder, index_block, (block, folder, config.minhash)) for block, folder in zip(work.blocks, own, strict=True)]

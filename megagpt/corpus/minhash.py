@@ -100,6 +100,14 @@ def minhash_of(found: np.ndarray, settings: MinHashSettings) -> MinHash | None:
     return MinHash(*minhash_kernels.minhash(found, *functions, settings.rows_per_band), int(found.size))
 
 
+def load_kernels() -> None:
+    """Load what is compiled now: the worker processes of several phases, which are forked from this one, then have it."""
+    from megagpt.corpus import cluster_kernels, leak_kernels  # noqa: F401
+
+    minhash("once", MinHashSettings(words_per_shingle=5, num_bands=1, rows_per_band=1, seed=1))
+    exact_digest("once")
+
+
 def shingle_set(text: str, *, words_per_shingle: int) -> np.ndarray:
     """The distinct shingles of a text, ascending: uint32."""
     return distinct(shingles(text, words_per_shingle=words_per_shingle))

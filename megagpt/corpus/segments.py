@@ -22,6 +22,7 @@ from megagpt.corpus.blocks import Block, num_bytes, read_block
 from megagpt.corpus.claim import Claim
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
+from megagpt.corpus.minhash import load_kernels
 from megagpt.corpus.phases import SMALL_PHASE_BYTES, Task, run_phase
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, write_json
@@ -169,6 +170,7 @@ def _index_validation(blocks: Sequence[Block], cuts: Cuts, job: Job, execution: 
     """Make the index of validation documents, to look up training documents in. False: other parts remain."""
     if job.config.leak_threshold is None or job.config.validation_fraction == 0:
         return True
+    load_kernels()
     if not _each_block("validation", blocks, job, execution, _gather_validation, cuts):
         return False
     if not _leak_index(job).is_dir():
