@@ -10,6 +10,7 @@ small one by path, the same that ours uses. `start` imports and ends: what every
 
 import json
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,8 @@ def run(pipeline: list[Any], tasks: int) -> None:
     """Run a pipeline in this process, task after task."""
     from datatrove.executor import LocalPipelineExecutor
 
-    LocalPipelineExecutor(pipeline, tasks=tasks, workers=1).run()
+    # By default its logs lie in the working directory; in one folder for all it would take a second pipeline for done.
+    LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=tempfile.mkdtemp(prefix="datatrove_")).run()
 
 
 def extract(source: str, target: str, tasks: int) -> None:

@@ -50,8 +50,9 @@ def pack() -> list[dict[str, Any]]:
 
 def check_leaks() -> list[dict[str, Any]]:
     """Megabytes of text per CPU second: lookups, and of that making the sets of shingles."""
+    from megagpt.corpus.blocks import batches
     from megagpt.corpus.leaks import WORDS_PER_SHINGLE, LeakIndex, build_index, write_validation
-    from megagpt.corpus.minhash import shingle_set
+    from megagpt.corpus.minhash import distinct, shingles_of_texts
 
     texts = zipf_texts(22_000)
     with tempfile.TemporaryDirectory(prefix="bench_pack_") as temporary:
@@ -59,16 +60,16 @@ def check_leaks() -> list[dict[str, Any]]:
         write_validation(((f"v{i}", text) for i, text in enumerate(texts[:2000])), folder / "block")
         build_index([folder / "block"], folder / "index")
         index, rates, set_rates = LeakIndex(folder / "index", 0.8), [], []
-        index.find(texts[-1])  # compiles
+        index.find(texts[-1:])  # compiles
         for repetition in range(3):
             part = texts[2000 + 6000 * repetition : 8000 + 6000 * repetition]
             megabytes = sum(len(text.encode()) for text in part) / 1e6
             began = time.process_time()
-            for text in part:
-                index.find(text)
+            for batch in batches(part, len):
+                index.find(batch)
             middle = time.process_time()
-            for text in part:
-                shingle_set(text, words_per_shingle=WORDS_PER_SHINGLE)
+            for batch in batches(part, len):
+                list(map(distinct, shingles_of_texts(batch, WORDS_PER_SHINGLE)[0]))
             rates.append(megabytes / (middle - began))
             set_rates.append(megabytes / (time.process_time() - middle))
     share = median(rates) / median(set_rates)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import xxhash
 from conftest import SmallDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.minhash import (
     MinHashSettings,
-    exact_digest,
+    exact_digests,
     minhash,
     permutations,
     plain_characters,
@@ -107,9 +108,9 @@ def test_shingles_and_signature_equal_a_slow_version(text: str) -> None:
     expected = slow_shingles(text, 5)
     assert shingles(text, words_per_shingle=5).tolist() == expected
     assert shingle_set(text, words_per_shingle=5).tolist() == sorted(set(expected))
-    found = minhash(text, SETTINGS)
+    found = minhash([text, "other words", text], SETTINGS)
+    assert [part.tolist() for part in found.shingles] == [expected, slow_shingles("other words", 5), expected]
     if not expected:
-        assert found is None
         return
     factors, offsets = permutations(112, 1)
     minima = [
@@ -122,10 +123,20 @@ def test_shingles_and_signature_equal_a_slow_version(text: str) -> None:
         for row in minima[8 * band : 8 * band + 8]:
             value = (slow_mix(value ^ row) + 0x9E3779B97F4A7C15) % WORD_64
         keys.append(value)
-    assert found is not None
-    assert found.signature.tolist() == [value & 0xFFFF for value in minima]
-    assert found.keys.tolist() == keys
-    assert found.num_shingles == len(expected)
+    for row in (0, 2):
+        assert found.signatures[row].tolist() == [value & 0xFFFF for value in minima]
+        assert found.keys[row].tolist() == keys
+
+
+def test_texts_are_hashed_alike_alone_and_among_others() -> None:
+    alone = [minhash([text], SETTINGS) for text in TEXTS]
+    together = minhash(TEXTS, SETTINGS)
+    for i, found in enumerate(alone):
+        assert together.shingles[i].tolist() == found.shingles[0].tolist()
+        if together.shingles[i].size:
+            assert together.signatures[i].tolist() == found.signatures[0].tolist()
+            assert together.keys[i].tolist() == found.keys[0].tolist()
+    assert exact_digests(TEXTS) == [exact_digests([text])[0] for text in TEXTS]
 
 
 def normalised_whole(text: str, size: int) -> list[int]:
@@ -181,18 +192,15 @@ def test_permutations_are_splitmix64() -> None:
 
 
 def test_signatures_ignore_case_accents_punctuation_and_digits() -> None:
-    first, second = (
-        minhash(text, SETTINGS) for text in ("Café: 12 rooms, 3.5 STARS, in Rome!", "cafe 7 rooms 9,25 stars in rome")
-    )
-    assert first is not None
-    assert second is not None
-    assert first.signature.tolist() == second.signature.tolist()
+    found = minhash(["Café: 12 rooms, 3.5 STARS, in Rome!", "cafe 7 rooms 9,25 stars in rome"], SETTINGS)
+    assert found.signatures[0].tolist() == found.signatures[1].tolist()
 
 
 def test_exact_digests_ignore_white_space_and_unicode_form_only() -> None:
-    assert exact_digest("Cafe\u0301  au\nlait ") == exact_digest("Café au lait")
-    assert exact_digest("Café au lait") != exact_digest("café au lait")
-    assert exact_digest("room 1") != exact_digest("room 2")
+    texts = ["Cafe\u0301  au\nlait ", "Café au lait", "café au lait", "room 1", "room 2", "", " \n"]
+    digests = exact_digests(texts)
+    assert [digests.index(digest) for digest in digests] == [0, 0, 2, 3, 4, 5, 5]
+    assert digests[1] == xxhash.xxh3_128_digest("Café au lait".encode())
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 1 << 30])

@@ -10,14 +10,16 @@ import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from megagpt.corpus.blocks import Block, read_block
-from megagpt.corpus.minhash import MinHashSettings, exact_digest, minhash
+from megagpt.corpus.blocks import Block, batches, read_block
+from megagpt.corpus.minhash import MinHashSettings, exact_digests, minhash
+from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, sync, write_json
 
 DOCUMENTS_PER_CHUNK = 65_536
@@ -43,23 +45,37 @@ def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((temporary / name).open("wb")) for name in _COLUMNS}
         documents = read_block(block)
-        while chunk := list(itertools.islice(documents, DOCUMENTS_PER_CHUNK)):
-            keys = np.zeros((settings.num_bands, len(chunk)), np.uint64)
-            sizes = np.zeros(len(chunk), np.uint32)
-            for i, document in enumerate(chunk):
-                files["exact.bin"].write(exact_digest(document.text))
-                found = minhash(document.text, settings)
-                if found is not None:
-                    keys[:, i], sizes[i] = found.keys, found.num_shingles
-            ids = [document.id.encode("utf-8", "replace") for document in chunk]
-            ends = id_end + np.cumsum([len(item) for item in ids]).astype(np.uint64)
+        while found := [_index_batch(batch, settings) for batch in _batches(itertools.islice(documents, DOCUMENTS_PER_CHUNK))]:
+            ids = [name for batch in found for name in batch.ids]
+            ends = id_end + np.cumsum([len(name) for name in ids]).astype(np.uint64)
             id_end = int(ends[-1])
+            files["exact.bin"].write(b"".join(batch.digests for batch in found))
+            files["shingles.u32"].write(np.concatenate([batch.sizes for batch in found]).tobytes())
+            files["keys.u64"].write(np.concatenate([batch.keys for batch in found]).T.tobytes())
             files["ids.bin"].write(b"".join(ids))
-            for name, column in (("shingles.u32", sizes), ("keys.u64", keys), ("id_ends.u64", ends)):
-                files[name].write(column.tobytes())
-            count += len(chunk)
+            files["id_ends.u64"].write(ends.tobytes())
+            count += len(ids)
         write_json(temporary / "block.json", {"documents": count})
     return count
+
+
+class _IndexedBatch(NamedTuple):
+    digests: bytes
+    sizes: np.ndarray
+    keys: np.ndarray
+    ids: list[bytes]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    return batches(documents, lambda document: len(document.text))
+
+
+def _index_batch(documents: Sequence[Document], settings: MinHashSettings) -> _IndexedBatch:
+    texts = [document.text for document in documents]
+    found = minhash(texts, settings)
+    sizes = np.array([shingles.size for shingles in found.shingles], np.uint32)
+    ids = [document.id.encode("utf-8", "replace") for document in documents]
+    return _IndexedBatch(b"".join(exact_digests(texts)), sizes, found.keys, ids)
 
 
 def open_blocks(folders: Sequence[Path]) -> list[IndexedBlock]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, new_folder, write_array
-from megagpt.corpus.minhash import shingle_set
+from megagpt.corpus.minhash import distinct, shingle_set, shingles_of_texts
 from megagpt.files import read_json, write_json
 
 WORDS_PER_SHINGLE = 5
@@ -96,11 +96,13 @@ class LeakIndex:
         self._ends = np.concatenate([[0], np.fromfile(folder / "ends.i64", np.int64)])
         self._ids = DocumentIds([IndexedBlock(folder, 0, self.num_documents)])
 
-    def find(self, text: str) -> tuple[str, float] | None:
-        """(id, similarity) of the validation document that a text is most similar to, if that reaches the threshold."""
+    def find(self, texts: Sequence[str]) -> list[tuple[str, float] | None]:
+        """For each text (id, similarity) of the validation document it is most similar to, if that reaches the threshold."""
+        return [self._find(distinct(found)) for found in shingles_of_texts(texts, WORDS_PER_SHINGLE)[0]]
+
+    def _find(self, found: np.ndarray) -> tuple[str, float] | None:
         from megagpt.corpus import leak_kernels
 
-        found = shingle_set(text, words_per_shingle=WORDS_PER_SHINGLE)
         if found.size == 0 or self.num_documents == 0:
             return None
         number, similarity = leak_kernels.most_similar(

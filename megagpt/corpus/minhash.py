@@ -8,8 +8,10 @@ one of b keys of r rows with probability 1 - (1 - s^r)^b (Broder 1997; Leskovec,
 """
 
 import functools
+import itertools
 import operator
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,19 +52,24 @@ class MinHashSettings:
 
 
 class MinHash(NamedTuple):
-    """What near-duplicate search keeps of a document: signature uint16 [rows], keys uint64 [bands], shingles counted."""
+    """What near-duplicate search keeps of texts. One without words has no shingles, and numbers that mean nothing."""
 
-    signature: np.ndarray
+    signatures: np.ndarray
+    """uint16 [texts, rows]: the lower 16 bits of each minimum."""
     keys: np.ndarray
-    num_shingles: int
+    """uint64 [texts, bands]."""
+    shingles: list[np.ndarray]
+    """uint32, per text in order, repeated ones included."""
 
 
-def exact_digest(text: str) -> bytes:
-    """16 bytes, equal for texts that differ in nothing but white space and Unicode form (xxh3_128 of the NFC text)."""
+def exact_digests(texts: Sequence[str]) -> list[bytes]:
+    """16 bytes each, equal for texts that differ in nothing but white space and Unicode form (xxh3_128 of the NFC text)."""
     from megagpt.corpus import minhash_kernels
 
-    text = text if text.isascii() else unicodedata.normalize("NFC", text)
-    return xxhash.xxh3_128_digest(minhash_kernels.single_spaced(_utf8(text)).data)
+    normal = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
+    data, ends = minhash_kernels.single_spaced_texts(*_utf8_of_texts(normal))
+    whole = data.data
+    return [xxhash.xxh3_128_digest(whole[begin:end]) for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
 
 def n_gram_hashes(text: str, size: int) -> np.ndarray:
@@ -76,36 +83,52 @@ def n_gram_hashes(text: str, size: int) -> np.ndarray:
     return found
 
 
+def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
+    """The shingles of a text in order: the upper halves of its n-gram hashes, uint32."""
+    return shingles_of_texts([text], words_per_shingle)[0][0]
+
+
+def shingles_of_texts(texts: Sequence[str], words_per_shingle: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """The shingles of each text; and all of them in one array, with the end of each text's in it."""
+    from megagpt.corpus import minhash_kernels
+
+    found, ends, complete = minhash_kernels.shingles_of_texts(*_utf8_of_texts(texts), folded_characters(), words_per_shingle)
+    each = np.split(found, ends[:-1])
+    if not complete.all():
+        others = np.flatnonzero(~complete).tolist()
+        whole = [unicodedata.normalize("NFD", texts[i].lower()) for i in others]
+        found, ends, _ = minhash_kernels.shingles_of_texts(*_utf8_of_texts(whole), plain_characters(), words_per_shingle)
+        for i, part in zip(others, np.split(found, ends[:-1]), strict=True):
+            each[i] = part
+        found, ends = np.concatenate(each), np.cumsum([part.size for part in each])
+    return each, found, ends
+
+
+def minhash(texts: Sequence[str], settings: MinHashSettings) -> MinHash:
+    """Signatures, band keys and shingles of texts."""
+    from megagpt.corpus import minhash_kernels
+
+    each, found, ends = shingles_of_texts(texts, settings.words_per_shingle)
+    functions = permutations(settings.num_rows, settings.seed)
+    return MinHash(*minhash_kernels.minhash_of_texts(found, ends, *functions, settings.rows_per_band), each)
+
+
 def _utf8(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
 
 
-def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
-    """The shingles of a text in order: the upper halves of its n-gram hashes, uint32."""
-    return (n_gram_hashes(text, words_per_shingle) >> np.uint64(32)).astype(np.uint32)
-
-
-def minhash(text: str, settings: MinHashSettings) -> MinHash | None:
-    """Signature (the lower 16 bits of each minimum) and band keys of a text; None if the text has no word."""
-    return minhash_of(shingles(text, words_per_shingle=settings.words_per_shingle), settings)
-
-
-def minhash_of(found: np.ndarray, settings: MinHashSettings) -> MinHash | None:
-    """The same of a text's shingles (uint32)."""
-    from megagpt.corpus import minhash_kernels
-
-    if found.size == 0:
-        return None
-    functions = permutations(settings.num_rows, settings.seed)
-    return MinHash(*minhash_kernels.minhash(found, *functions, settings.rows_per_band), int(found.size))
+def _utf8_of_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Their bytes one after the other, and where each ends."""
+    data = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return np.frombuffer(b"".join(data), np.uint8), np.cumsum([len(item) for item in data])
 
 
 def load_kernels() -> None:
     """Load what is compiled now: the worker processes of several phases, which are forked from this one, then have it."""
     from megagpt.corpus import cluster_kernels, leak_kernels  # noqa: F401
 
-    minhash("once", MinHashSettings(words_per_shingle=5, num_bands=1, rows_per_band=1, seed=1))
-    exact_digest("once")
+    minhash(["once"], MinHashSettings(words_per_shingle=5, num_bands=1, rows_per_band=1, seed=1))
+    exact_digests(["once"])
 
 
 def shingle_set(text: str, *, words_per_shingle: int) -> np.ndarray:

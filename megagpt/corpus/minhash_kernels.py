@@ -113,6 +113,20 @@ def single_spaced(data):
 
 
 @njit(cache=True, nogil=True)
+def single_spaced_texts(data, ends):
+    """(each text `single_spaced`, one after the other, uint8; where each ends, int64). ends: where each text ends in data."""
+    found = np.empty(data.size, np.uint8)
+    found_ends = np.empty(ends.size, np.int64)
+    count = begin = 0
+    for text in range(ends.size):
+        part = single_spaced(data[begin : ends[text]])
+        found[count : count + part.size] = part
+        count += part.size
+        found_ends[text], begin = count, ends[text]
+    return found, found_ends
+
+
+@njit(cache=True, nogil=True)
 def _last_digit(entries, i):
     """The last of the digits that follow each other from i on."""
     while i + 1 < entries.size and entries[i + 1] >> CLASS_SHIFT == DIGIT:
@@ -173,6 +187,23 @@ def n_grams(data, table, size):
 
 
 @njit(cache=True, nogil=True)
+def shingles_of_texts(data, ends, table, size):
+    """(upper halves of the `n_grams` of texts that follow each other, uint32; where those of each text end, int64; whether the
+    table has an entry for each of its characters). data: UTF-8 bytes; ends: where each text ends in them."""
+    found = np.empty(data.size, np.uint32)
+    found_ends = np.empty(ends.size, np.int64)
+    complete = np.empty(ends.size, np.bool_)
+    count = begin = 0
+    for text in range(ends.size):
+        hashes, complete[text] = n_grams(data[begin : ends[text]], table, size)
+        for value in hashes:
+            found[count] = value >> np.uint64(32)
+            count += 1
+        found_ends[text], begin = count, ends[text]
+    return found[:count], found_ends, complete
+
+
+@njit(cache=True, nogil=True)
 def minima(found, factors, offsets):
     """Per (factor, offset) the smallest (factor * shingle + offset) >> 32 over `found`: uint32 [functions]."""
     smallest = np.full(factors.size, 0xFFFFFFFF, np.uint32)
@@ -197,7 +228,17 @@ def band_keys(smallest, rows):
 
 
 @njit(cache=True, nogil=True)
-def minhash(found, factors, offsets, rows):
-    """(the lower 16 bits of each of the `minima`, uint16 [functions]; their band keys, uint64 [bands])."""
-    smallest = minima(found, factors, offsets)
-    return (smallest & np.uint32(0xFFFF)).astype(np.uint16), band_keys(smallest, rows)
+def minhash_of_texts(found, ends, factors, offsets, rows):
+    """(the lower 16 bits of each text's `minima`, uint16 [texts, functions]; their band keys, uint64 [texts, bands]).
+
+    found, ends: as `shingles_of_texts` gives them.
+    """
+    signatures = np.empty((ends.size, factors.size), np.uint16)
+    keys = np.empty((ends.size, factors.size // rows), np.uint64)
+    begin = 0
+    for text in range(ends.size):
+        smallest = minima(found[begin : ends[text]], factors, offsets)
+        signatures[text] = smallest & np.uint32(0xFFFF)
+        keys[text] = band_keys(smallest, rows)
+        begin = ends[text]
+    return signatures, keys

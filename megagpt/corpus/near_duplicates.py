@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.blocks import Block, read_block
+from megagpt.corpus.blocks import Block, batches, read_block
 from megagpt.corpus.dedup_index import (
     IndexedBlock,
     new_array,
@@ -32,7 +32,7 @@ from megagpt.corpus.dedup_index import (
     write_array,
 )
 from megagpt.corpus.equal_keys import equal_key_pairs
-from megagpt.corpus.minhash import MinHashSettings, distinct, minhash_of, shingles
+from megagpt.corpus.minhash import MinHashSettings, distinct, minhash
 from megagpt.files import atomic_path, read_json, write_json
 
 PAIRS_PER_READ = 1 << 20
@@ -129,25 +129,27 @@ def gather_block(block: Block, place: IndexedBlock, plan: Path, settings: MinHas
     position[order] = np.arange(order.size)
     records = np.zeros(order.size, _record(settings))
     sets: list[np.ndarray] = [np.empty(0, np.uint32)] * order.size
-    for number, document in enumerate(read_block(block)) if order.size else ():
-        at = position[number]
-        if at < 0:
-            continue
-        its_shingles = shingles(document.text, words_per_shingle=settings.words_per_shingle)
-        found = minhash_of(its_shingles, settings)
-        if found is None:
-            raise ValueError(f"{block.path}: document {number} of block {block.index} has changed since it was indexed")
-        if exact:
-            sets[at] = distinct(its_shingles)
-        records[at] = (place.first + number, sets[at].size, found.keys, found.signature)
+    numbered = enumerate(read_block(block)) if order.size else iter(())
+    chosen = ((number, document.text) for number, document in numbered if position[number] >= 0)
+    for batch in batches(chosen, lambda item: len(item[1])):
+        numbers = np.array([number for number, _ in batch])
+        found, places = minhash([text for _, text in batch], settings), position[numbers]
+        for number, at, its_shingles in zip(numbers, places, found.shingles, strict=True):
+            if its_shingles.size == 0:
+                raise ValueError(f"{block.path}: document {number} of block {block.index} has changed since it was indexed")
+            if exact:
+                sets[at] = distinct(its_shingles)
+        records["document"][places] = place.first + numbers
+        records["num_shingles"][places] = [sets[at].size for at in places]
+        records["keys"][places], records["signature"][places] = found.keys, found.signatures
     starts = np.searchsorted(wanted[order], np.arange(read_json(plan / "plan.json")["partitions"] + 1))
     shingle_starts = np.concatenate([[0], np.cumsum(records["num_shingles"], dtype=np.int64)])[starts]
     with new_folder(folder) as temporary:
         write_array(temporary / "starts.i64", np.stack([starts, shingle_starts]).astype(np.int64))
         write_array(temporary / "records.bin", records)
         with (temporary / "shingles.u32").open("wb") as file:
-            for found in sets:
-                file.write(found.tobytes())
+            for shingles in sets:
+                file.write(shingles.data)
     return order.size
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from megagpt.byte_pairs import Encoder
 from megagpt.columns import number_column, text_column
 from megagpt.config import Config
-from megagpt.corpus.blocks import Block, num_bytes, read_block
+from megagpt.corpus.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.claim import Claim
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
@@ -30,9 +30,11 @@ from megagpt.tokenizer import Tokenizer, open_tokenizer
 
 SPLITS = ("train", "validation")
 SEGMENT_TOKENS, SEGMENT_DOCUMENTS = 16 << 20, 1 << 19
-BATCH_CHARACTERS = 1 << 20
 SPLIT_SEED = 0x5EED
 """The split hashes ids with a seed of its own: it is independent of the order, and never moves when data or settings change."""
+
+_Piece = tuple[str, Document, str]
+"""(split, document, text)"""
 
 Cuts = dict[str, dict[str, int]]
 """For the split by tail, per block and source, how many more characters go to train; empty for the split by hash."""
@@ -149,8 +151,8 @@ def _count_block(block: Block, job: Job, _: Cuts) -> int:
     return documents
 
 
-def _split(documents: Iterator[Document], config: TokenizeConfig, left: dict[str, int]) -> Iterator[tuple[str, Document, str]]:
-    """(split, document, text): the split by tail may cut a document in two."""
+def _split(documents: Iterator[Document], config: TokenizeConfig, left: dict[str, int]) -> Iterator[_Piece]:
+    """The split by tail may cut a document in two."""
     bound = int(config.validation_fraction * 2**64)
     for document in documents:
         if config.split_by == "hash":
@@ -264,9 +266,11 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
     segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
     leaks: list[Leak] = []
     pieces = _split(read_block(block), job.config, _left(block, cuts))
-    if _leak_index(job).is_dir() and job.config.leak_threshold is not None:
-        pieces = _without_leaks(pieces, LeakIndex(_leak_index(job), job.config.leak_threshold), leaks)
-    for batch in _batches(pieces):
+    threshold = job.config.leak_threshold
+    index = LeakIndex(_leak_index(job), threshold) if threshold is not None and _leak_index(job).is_dir() else None
+    for batch in batches(pieces, lambda piece: len(piece[2])):
+        if index is not None:
+            batch = _without_leaks(batch, index, leaks)
         batch_ids = tokenizer.encode_batch([text for _, _, text in batch])
         for (split, document, text), ids in zip(batch, batch_ids, strict=True):
             if not text:
@@ -280,26 +284,14 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
     return documents
 
 
-def _without_leaks(
-    pieces: Iterator[tuple[str, Document, str]], index: LeakIndex, leaks: list[Leak]
-) -> Iterator[tuple[str, Document, str]]:
+def _without_leaks(batch: list[_Piece], index: LeakIndex, leaks: list[Leak]) -> list[_Piece]:
     """Leave out of train what is too similar to a validation document; `leaks` grows by it."""
-    for split, document, text in pieces:
-        found = index.find(text) if split == "train" else None
-        if found is None:
-            yield split, document, text
+    found = iter(index.find([text for split, _, text in batch if split == "train"]))
+    kept = []
+    for split, document, text in batch:
+        leak = next(found) if split == "train" else None
+        if leak is None:
+            kept.append((split, document, text))
         else:
-            leaks.append(Leak(document.id, document.url, *found))
-
-
-def _batches(items: Iterator[tuple[str, Document, str]]) -> Iterator[list[tuple[str, Document, str]]]:
-    batch: list[tuple[str, Document, str]] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += len(item[2])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+            leaks.append(Leak(document.id, document.url, *leak))
+    return kept
