@@ -239,6 +239,7 @@ def measure_stage(stage: str, inputs: Inputs, repetitions: int, core: str, witho
         sides = STAGES[stage](inputs, out, tiny=tiny)
         return {name: [*pinned, *command] for name, command in sides.items() if not without or without not in name}
 
+    run_interleaved(commands(tiny=True), 1, environment=environment)  # what is compiled once per installation
     started = run_interleaved(commands(tiny=True), repetitions, environment=environment)
     full = run_interleaved(commands(tiny=False), repetitions, environment=environment)
     sides = {name: _figures(full[name], started[name]) for name in full}
