@@ -44,6 +44,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         "evaluate_every_steps": job.get("evaluate_every_steps", 0),
         "evaluate_max_samples": job.get("evaluate_max_samples"),
         "watchdog": {"stall_seconds": 7200, "long_seconds": 7200},  # it is on, and we are stopped while others have their turn
+        "guard": job.get("guard", {}),
         "monitor": {"log_every_steps": job["log_every_steps"]},
     }
 
