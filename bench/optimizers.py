@@ -9,12 +9,12 @@ AdamW's best learning rate has at the end. CPU seconds to the goal are updates t
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 
 import gpu
-import torch
 from measure import write_results
 
 SMALL = {"family": "llama", "vocab_size": 320, "num_layers": 3, "num_heads": 4, "hidden_size": 128, "mlp_size": 352}
@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> None:
     """Run all learning rates of both and write the tables."""
     options = dict(word.split("=", 1) for word in words)
     steps = int(options.get("steps", STEPS))
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     gpu.SIZES["small"] = SMALL
     timing = gpu.Timing("small", 128, 8, (), steps=steps, changes={"precision": "fp32", "device": "cpu"})
     how = gpu.How(dry=False, compile=False, only=None, deadline=time.monotonic() + 3600)
