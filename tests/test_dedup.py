@@ -37,6 +37,7 @@ from megagpt.corpus.minhash import (
     plain_characters,
     shingle_set,
     shingles,
+    shingles_of_texts,
 )
 from megagpt.documents import Document, open_lines, read_documents, write_documents
 from megagpt.files import read_json
@@ -136,6 +137,8 @@ def test_texts_are_hashed_alike_alone_and_among_others() -> None:
         if together.shingles[i].size:
             assert together.signatures[i].tolist() == found.signatures[0].tolist()
             assert together.keys[i].tolist() == found.keys[0].tolist()
+    assert shingles_of_texts([], 5)[0] == []
+    assert exact_digests([]) == []
     assert exact_digests(TEXTS) == [exact_digests([text])[0] for text in TEXTS]
 
 

@@ -99,7 +99,7 @@ def read_block(block: Block) -> Iterator[Document]:
 
 
 def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items in lists of about BATCH_CHARACTERS, for what is faster for many at once."""
+    """Items in lists that end with the one that fills BATCH_CHARACTERS, for what is faster for many at once."""
     batch: list[T] = []
     characters = 0
     for item in items:

@@ -10,7 +10,7 @@ import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,11 @@ def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((temporary / name).open("wb")) for name in _COLUMNS}
         documents = read_block(block)
-        while found := [_index_batch(batch, settings) for batch in _batches(itertools.islice(documents, DOCUMENTS_PER_CHUNK))]:
+        while True:
+            chunk = batches(itertools.islice(documents, DOCUMENTS_PER_CHUNK), lambda document: len(document.text))
+            found = [_index_batch(batch, settings) for batch in chunk]
+            if not found:
+                break
             ids = [name for batch in found for name in batch.ids]
             ends = id_end + np.cumsum([len(name) for name in ids]).astype(np.uint64)
             id_end = int(ends[-1])
@@ -64,10 +68,6 @@ class _IndexedBatch(NamedTuple):
     sizes: np.ndarray
     keys: np.ndarray
     ids: list[bytes]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    return batches(documents, lambda document: len(document.text))
 
 
 def _index_batch(documents: Sequence[Document], settings: MinHashSettings) -> _IndexedBatch:

@@ -89,18 +89,18 @@ def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
 
 
 def shingles_of_texts(texts: Sequence[str], words_per_shingle: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The shingles of each text; and all of them in one array, with the end of each text's in it."""
+    """The shingles of each text, which are views of all of them in one array; that array, with the end of each text's in it."""
     from megagpt.corpus import minhash_kernels
 
     found, ends, complete = minhash_kernels.shingles_of_texts(*_utf8_of_texts(texts), folded_characters(), words_per_shingle)
-    each = np.split(found, ends[:-1])
+    each = np.split(found, ends)[:-1]
     if not complete.all():
         others = np.flatnonzero(~complete).tolist()
         whole = [unicodedata.normalize("NFD", texts[i].lower()) for i in others]
         found, ends, _ = minhash_kernels.shingles_of_texts(*_utf8_of_texts(whole), plain_characters(), words_per_shingle)
-        for i, part in zip(others, np.split(found, ends[:-1]), strict=True):
+        for i, part in zip(others, np.split(found, ends)[:-1], strict=True):
             each[i] = part
-        found, ends = np.concatenate(each), np.cumsum([part.size for part in each])
+        found, ends = np.concatenate(each), np.cumsum([part.size for part in each], dtype=np.int64)
     return each, found, ends
 
 
@@ -120,13 +120,11 @@ def _utf8(text: str) -> np.ndarray:
 def _utf8_of_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Their bytes one after the other, and where each ends."""
     data = [text.encode("utf-8", "surrogatepass") for text in texts]
-    return np.frombuffer(b"".join(data), np.uint8), np.cumsum([len(item) for item in data])
+    return np.frombuffer(b"".join(data), np.uint8), np.cumsum([len(item) for item in data], dtype=np.int64)
 
 
 def load_kernels() -> None:
-    """Load what is compiled now: the worker processes of several phases, which are forked from this one, then have it."""
-    from megagpt.corpus import cluster_kernels, leak_kernels  # noqa: F401
-
+    """Load what is compiled here now: the worker processes of several phases, which are forked from this one, then have it."""
     minhash(["once"], MinHashSettings(words_per_shingle=5, num_bands=1, rows_per_band=1, seed=1))
     exact_digests(["once"])
 

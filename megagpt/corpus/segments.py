@@ -177,6 +177,7 @@ def _index_validation(blocks: Sequence[Block], cuts: Cuts, job: Job, execution: 
         return False
     if not _leak_index(job).is_dir():
         build_index([_record(job, block, "validation").with_suffix("") for block in blocks], _leak_index(job))
+    LeakIndex(_leak_index(job), job.config.leak_threshold).find(["once"])  # workers are forked with its loop loaded
     return True
 
 
