@@ -18,7 +18,7 @@ import gpu
 from measure import write_results
 
 SMALL = {"family": "llama", "vocab_size": 320, "num_layers": 3, "num_heads": 4, "hidden_size": 128, "mlp_size": 352}
-LEARNING_RATES = {"adamw": (1e-3, 3e-3, 6e-3), "muon": (2e-3, 6e-3, 1.2e-2)}
+LEARNING_RATES = {"adamw": (3e-4, 1e-3, 3e-3), "muon": (6e-4, 2e-3, 6e-3)}
 STEPS = 300
 
 

@@ -150,6 +150,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=True if job["resumed_at"] and Path(job["run_dir"]).exists() else None)
     every = job["log_every_steps"]
     clock.write(job["steps"] - job["resumed_at"], trainer.seen[every - 1 :: every])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads otherwise abort some processes as they end
 
 
 if __name__ == "__main__":
