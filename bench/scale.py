@@ -1,6 +1,6 @@
 """How cost grows with size: loader start-up, deduplication, checkpoints, and what every rank does before and in a step.
 
-    python bench/scale.py                                   every part, about half an hour, 13 GiB of memory, 20 GB of disk
+    python bench/scale.py                                   every part, about half an hour, 20 GiB of memory, 20 GB of disk
     python bench/scale.py parts=loader,ranks,checkpoint most=200000000     sizes up to that: loader and checkpoint shorter
     python bench/scale.py short=true                        the smallest two sizes of each part
 
