@@ -39,7 +39,7 @@ def test_pandas_is_not_imported() -> None:
     code = (
         "import sys, pyarrow as pa; from megagpt.columns import *;"
         "table = pa.table({'a': text_column(['x', None]), 'b': number_column([1, 2])}).take(number_column([1, 0]));"
-        "assert (table['a'].to_pylist(), numbers_of(table['b']).tolist()) == ([None, 'x'], [2, 1]);"
-        "assert 'pandas' not in sys.modules"
+        "print(table['a'].to_pylist(), numbers_of(table['b']).tolist(), 'pandas' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    printed = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout
+    assert printed == "[None, 'x'] [2, 1] False\n"

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import dedup, minhash_kernels
+from megagpt.corpus import dedup, minhash_kernels, near_duplicates
 from megagpt.corpus.blocks import Block
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
 from megagpt.corpus.equal_keys import equal_key_pairs
@@ -461,6 +461,20 @@ def test_a_full_disk_is_a_clear_error_wherever_it_comes(
     assert {code for code, _ in places} == {errno.ENOSPC}
     assert len(places) > 5
     assert contents(output) == expected
+
+
+def test_an_input_that_changes_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = near_duplicates.plan_partitions
+    text = " ".join(f"word{i}" for i in range(200))
+
+    def plan_then_change(*arguments: Any) -> int:
+        count = plan(*arguments)
+        write_documents(tmp_path / "1.jsonl.zst", [Document(f"1:{i}", "!!!", "test") for i in range(2)])
+        return count
+
+    monkeypatch.setattr(near_duplicates, "plan_partitions", plan_then_change)
+    with pytest.raises(UserError, match=r"1\.jsonl\.zst: document 0 of block 0 has changed since it was indexed"):
+        run(tmp_path, {"1.jsonl.zst": [text, text + " more"]})
 
 
 def test_a_finished_run_is_not_repeated(corpus: dict[str, list[str]], tmp_path: Path) -> None:

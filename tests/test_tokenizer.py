@@ -171,7 +171,8 @@ def test_hugging_face_library_gives_the_same_ids(small_bpe: Path) -> None:
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space=true"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}, "254 of the 256 single bytes"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}, "a merge does not fit"),
-        ({"model": {"type": "BPE", "vocab": {"日": 0}, "merges": []}}, "stands for no byte"),
+        ({"model": {"type": "BPE", "vocab": {"日": 0}, "merges": []}}, "the character '日' stands for no byte"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "a b": 1}, "merges": []}}, "the character ' ' stands for no byte"),
         ({"model": {"type": "BPE"}}, r"not a Hugging Face tokenizer\.json"),
     ],
 )

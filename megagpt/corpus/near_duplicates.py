@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt.config import UserError
 from megagpt.corpus.blocks import Block, batches, read_block
 from megagpt.corpus.dedup_index import (
     IndexedBlock,
@@ -136,7 +137,7 @@ def gather_block(block: Block, place: IndexedBlock, plan: Path, settings: MinHas
         found, places = minhash([text for _, text in batch], settings), position[numbers]
         for number, at, its_shingles in zip(numbers, places, found.shingles, strict=True):
             if its_shingles.size == 0:
-                raise ValueError(f"{block.path}: document {number} of block {block.index} has changed since it was indexed")
+                raise UserError(f"{block.path}: document {number} of block {block.index} has changed since it was indexed")
             if exact:
                 sets[at] = distinct(its_shingles)
         records["document"][places] = place.first + numbers
