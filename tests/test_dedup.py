@@ -465,7 +465,7 @@ def test_a_full_disk_is_a_clear_error_wherever_it_comes(
 
 def test_an_input_that_changes_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = near_duplicates.plan_partitions
-    text = " ".join(f"word{i}" for i in range(200))
+    text = Writer(3).text(300)
 
     def plan_then_change(*arguments: Any) -> int:
         count = plan(*arguments)
