@@ -24,7 +24,7 @@ from toy import (
 from bench.parity import Cell, Weights, largest_difference, plain_loop, run_cells
 from megagpt.config import UserError
 from megagpt.data import step_batches
-from megagpt.engine import DeepSpeedConfig, Precision, build_engine, draw_weights
+from megagpt.engine import DeepSpeedConfig, Engine, Precision, build_engine, draw_weights
 from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.world import World
 
@@ -82,7 +82,7 @@ def on_two_ranks(world: World) -> list[dict[str, Any]]:
             held[key.partition(".")[0]] += len(piece.data)
         held["working"] = sum(working_elements(parameter) for parameter in engine.module.parameters())
         kinds = {piece.data.dtype for piece in engine.state().values()}
-        results.append({"held": held, "dtypes": kinds, "nan": nan_step(engine, world)})
+        results.append({"held": held, "dtypes": kinds, "nan": nan_step(engine, world), "drawn": drawn_again(engine, world)})
     return results
 
 
@@ -103,6 +103,26 @@ def nan_step(engine: Any, world: World) -> tuple[bool, bool, bool]:
     same = all(torch.equal(before[key], piece.data) for key, piece in engine.state().items())
     after = train_steps(engine, world, range(2))
     return result.applied, same, all(value == value for value in after)
+
+
+def drawn_again(engine: Engine, world: World) -> tuple[bool, float, float]:
+    """What an evaluation leaves: (the state is the same, the loss of weights drawn anew, the same after updates in between)."""
+    (batch,) = one_batch(world).micro_batches
+
+    @torch.no_grad()
+    def evaluated() -> float:
+        return float(engine.model(batch.ids, batch.targets))
+
+    before = {key: piece.data.clone() for key, piece in engine.state().items()}
+    evaluated()
+    after = engine.state()
+    same = before.keys() == after.keys() and all(torch.equal(before[key], piece.data) for key, piece in after.items())
+    draw_weights(engine, MODEL, seed=1)
+    first = evaluated()
+    train_steps(engine, world, range(2))
+    evaluated()
+    draw_weights(engine, MODEL, seed=1)
+    return same, first, evaluated()
 
 
 def one_batch(world: World) -> Any:
@@ -140,6 +160,15 @@ def test_sharding_is_real(two_ranks: list[list[dict[str, Any]]]) -> None:
 def test_a_non_finite_gradient_on_one_rank_is_applied_by_no_stage(two_ranks: list[list[dict[str, Any]]]) -> None:
     for facts in two_ranks:
         assert [fact["nan"] for fact in facts] == [(False, True, True)] * len(engines_on(2))
+
+
+@pytest.mark.slow
+def test_an_evaluation_leaves_no_weights_behind(two_ranks: list[list[dict[str, Any]]]) -> None:
+    """Saved or loaded after an evaluation, which has no backward pass, the pieces are what the engine computes with."""
+    for facts in two_ranks:
+        for name, (same, first, again) in zip(engines_on(2), [fact["drawn"] for fact in facts], strict=True):
+            assert same, name
+            assert first == again == facts[0]["drawn"][1], name
 
 
 def test_checkpointing_saves_the_activations_it_should() -> None:

@@ -28,7 +28,27 @@ from megagpt.documents import Document, read_documents, write_documents
 from megagpt.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 
-WORDS = ["the", "of", "and", "in", "to", "a", "is", "was", "it", "for", "as", "with", "his", "on", "had", "but", "which"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "in",
+    "to",
+    "a",
+    "is",
+    "was",
+    "it",
+    "for",
+    "as",
+    "with",
+    "his",
+    "on",
+    "had",
+    "but",
+    "which",
+    "naïve",
+    "日本",
+]
 
 
 def make_corpus(folder: Path, files: int = 3, documents: int = 120) -> list[Path]:

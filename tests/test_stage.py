@@ -1,5 +1,6 @@
 """Stages: the same bytes whatever happens, and clear errors."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -105,6 +106,18 @@ def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
     os.utime(output / elsewhere, (0, 0))
     run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1))
     assert not (output / elsewhere).exists()
+
+
+def test_a_flipped_byte_in_a_result_is_seen_wherever_it_is(reference: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """Damage that still decodes, to another text, is found by the frames' checksums."""
+    sound = stage_outputs(reference[0].parent / "out")[0].read_bytes()
+    path, unnoticed = tmp_path / "damaged.jsonl.zst", []
+    for place in range(0, len(sound), 7):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with contextlib.suppress(UserError):
+            list(read_documents(path))
+            unnoticed.append(place)
+    assert unnoticed == []
 
 
 def test_counts_and_files(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """FSDP2 and HSDP, torch's fully_shard, behind the Engine protocol.
 
-The model is built on the meta device and each block becomes a unit of its own; embedding, last norm and head are the root's.
+The model is built on the meta device and each block becomes a unit of its own; embedding, last norm and head are the root's,
+whose gathered weights are kept between the passes: the backward pass begins with them.
 Weights are fp32 shards by rows; in bf16 each unit is cast while it is gathered, and gradients are reduced in fp32.
 
 One process on a CPU has nothing to shard: there fully_shard's buffers would only be copied to and from, 4 to 10 % of a step's
@@ -8,7 +9,7 @@ time, so the module is used as it is, in bf16 with its weights cast for each for
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,6 @@ class FSDPEngine:
         )
         options: dict[str, Any] = {
             "mesh": mesh,
-            "reshard_after_forward": config.reshard_after_forward,
             "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
             if config.cpu_offload
@@ -59,8 +59,10 @@ class FSDPEngine:
         recomputes_in_bf16 = precision == "bf16" and module.checkpoint_every > 0  # when the cast weights are gone
         several = world.size > 1 or world.device.type != "cpu"
         self._shards = several or config.cpu_offload or canonical or recomputes_in_bf16
-        for unit in [*module.blocks, module] if self._shards else ():
-            fully_shard(unit, **options)
+        self._units: list[FSDPModule] = []
+        if self._shards:
+            self._units = [fully_shard(b, reshard_after_forward=config.reshard_after_forward, **options) for b in module.blocks]
+            self._units.append(fully_shard(module, reshard_after_forward=False, **options))
         module.to_empty(device="cpu" if config.cpu_offload else world.device)
         if not self._shards and module.config.tied_head:
             module.head.weight = module.embedding.weight  # which to_empty parts, but for sharded parameters
@@ -77,7 +79,7 @@ class FSDPEngine:
         self._sums: list[OrderedReduceScatter] = []
         self._canonical = canonical
         if canonical:
-            self._add_in_order([*module.blocks, module])
+            self._add_in_order()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then.
@@ -89,8 +91,8 @@ class FSDPEngine:
                 self._optimizer.zero_grad()
             loss.backward()
             return
-        if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+        if self._units:
+            self._units[-1].set_requires_gradient_sync(last)  # of all units: the last one is the root
         (loss * self._world.size if self._world.size > 1 else loss).backward()
 
     def step(self, lr: float, max_norm: float) -> StepResult:
@@ -116,10 +118,9 @@ class FSDPEngine:
             unit.sum.take()
         return StepResult(grad_norm, applied)
 
-    def _add_in_order(self, units: Sequence[nn.Module]) -> None:
+    def _add_in_order(self) -> None:
         """Replace the reduction and the norm by those of megagpt.engine.canonical."""
-        for unit in units:
-            assert isinstance(unit, FSDPModule)
+        for unit in self._units:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             self._sums.append(OrderedReduceScatter())
@@ -132,6 +133,8 @@ class FSDPEngine:
 
     def state(self) -> dict[str, FlatPiece]:
         """Pieces of this rank: rows of each parameter. With HSDP the copies share the writing."""
+        for unit in self._units:  # a forward pass without a backward pass, an evaluation, leaves gathered weights
+            unit.reshard()
         copy, copies = (self._mesh.get_local_rank(0), self._mesh.size(0)) if self._mesh.ndim == 2 else (0, 1)
         pieces, states = {}, self._optimizer.state
         for name, parameter in self.module.named_parameters():
