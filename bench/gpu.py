@@ -7,9 +7,10 @@
     python bench/gpu.py wheels=.whl                             fetch what a GPU machine without a network lacks (see WHEELS)
 
 Phases: check (losses against a CPU), matmul (the matrix-product rate of this card), 124m, 350m, 1b3_t2048, 1b3_t4096, 8b,
-trace_124m, trace_1b3 (what the time of a step goes to), fp8 (torchao's float8 linears, speed and loss curve), muon (AdamW and
-Muon: time to a fixed loss). Contenders: deepspeed, fsdp (MegaGPT's engines through train()), nanogpt, transformers, litgpt,
-torch; one that cannot be imported is named in the result. Nothing is installed, no setting of the card is touched.
+trace_124m, trace_1b3 (what the time of a step goes to), fp8 (float8=tensorwise and rowwise against bf16: speed and losses),
+muon (AdamW and Muon: time to a fixed loss). Contenders: deepspeed, fsdp (MegaGPT's engines through train()), nanogpt,
+transformers, litgpt, torchtitan, torch; one that cannot be imported is named in the result. Nothing is installed, no setting of
+the card is touched.
 """
 
 import importlib.util
@@ -51,9 +52,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 NEEDS = {
     "deepspeed": ("deepspeed",), "fsdp": (), "nanogpt": (), "torch": (), "transformers": ("transformers", "accelerate"),
-    "litgpt": ("litgpt", "lightning"), "fsdp_fp8": ("torchao",),
+    "torchtitan": ("torchtitan", "torchdata", "tyro", "datasets", "tokenizers", "tensorboard"),
+    "litgpt": ("litgpt", "lightning"), "fsdp_tensorwise": ("torchao",), "fsdp_rowwise": ("torchao",),
 }  # fmt: skip
 """Modules without which a contender cannot run."""
+OURS = ("deepspeed", "fsdp", "fsdp_tensorwise", "fsdp_rowwise")
+"""Contenders that are train() itself: its engines, and its float8 recipes."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,15 @@ class Timing:
     """Keys of the job that differ."""
 
 
-MOST = ("deepspeed", "fsdp", "nanogpt", "transformers", "litgpt")
 TIMINGS: dict[str, Timing] = {
     "124m": Timing("124m", 1024, 64, ("deepspeed", "fsdp", "nanogpt", "transformers"), steps=40),
     "350m": Timing("350m", 1024, 32, ("deepspeed", "fsdp", "nanogpt", "transformers"), steps=25),
-    "1b3_t2048": Timing("1b3", 2048, 8, ("deepspeed", "fsdp", "transformers", "litgpt"), steps=20),
-    "1b3_t4096": Timing("1b3", 4096, 4, ("deepspeed", "fsdp", "transformers", "litgpt"), steps=20),
-    "8b": Timing("8b", 4096, 1, ("fsdp",), steps=10, micro_batches=2, checkpointing="full"),
+    "1b3_t2048": Timing("1b3", 2048, 8, ("deepspeed", "fsdp", "transformers", "litgpt", "torchtitan"), steps=20),
+    "1b3_t4096": Timing("1b3", 4096, 4, ("deepspeed", "fsdp", "transformers", "litgpt", "torchtitan"), steps=20),
+    "8b": Timing("8b", 4096, 1, ("fsdp", "torchtitan"), steps=10, micro_batches=2, checkpointing="full"),
     "trace_124m": Timing("124m", 1024, 64, ("fsdp", "nanogpt"), steps=24, trace_from=15),
     "trace_1b3": Timing("1b3", 2048, 8, ("fsdp",), steps=20, trace_from=12),
-    "fp8": Timing("1b3", 2048, 8, ("fsdp", "fsdp_fp8"), steps=120, changes={"log_every_steps": 5}),
+    "fp8": Timing("1b3", 2048, 8, ("fsdp", "fsdp_tensorwise", "fsdp_rowwise"), steps=120, changes={"log_every_steps": 5}),
 }
 MUON = Timing("124m", 1024, 32, (), steps=600)
 LEARNING_RATES = {"adamw": (6e-4, 1.8e-3), "muon": (1e-3, 3e-3)}
@@ -218,8 +221,8 @@ def job_of(timing: Timing, name: str, how: How) -> dict[str, Any]:
         "seed": 1,
         "log_every_steps": 5,
         "trace_from": timing.trace_from,
-        "layout": {"deepspeed": "zero1", "fsdp": "fsdp", "fsdp_fp8": "fsdp"}.get(name, "ddp"),
-        "fp8": name.endswith("_fp8"),
+        "layout": "zero1" if name == "deepspeed" else "fsdp" if name in OURS else "ddp",
+        "float8": name.partition("_")[2] or "none",
         "save": False,
         "resumed_at": 0,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -230,7 +233,7 @@ def job_of(timing: Timing, name: str, how: How) -> dict[str, Any]:
 
 def run_contender(name: str, job: dict[str, Any], deadline: float) -> dict[str, Any]:
     """What its clock wrote, or {"error": why}. The data of the job is made beside it."""
-    program = {"deepspeed": "megagpt", "fsdp": "megagpt", "fsdp_fp8": "megagpt"}.get(name, name)
+    program = "megagpt" if name in OURS else name
     with tempfile.TemporaryDirectory(prefix="bench_gpu_") as temporary:
         folder = Path(temporary)
         job = write_data(folder, job)
@@ -383,6 +386,10 @@ def collect(folder: Path) -> None:
         {"title": f"{each['phase']}: where a step's time goes, {name}", "rows": trace_rows(run["trace"])}
         for each in phases for name, run in each.get("runs", {}).items() if run.get("trace")
     ]  # fmt: skip
+    tables += [
+        {"title": "fp8: training loss", "rows": loss_rows(each["runs"], TIMINGS["fp8"].changes["log_every_steps"])}
+        for each in phases if each["phase"] == "fp8"
+    ]  # fmt: skip
     absent = [f"{each['phase']} {name}: {why}" for each in phases for name, why in each.get("not_run", {}).items()]
     about = "Each contender in its own process, alone on the GPU; bf16 with fp32 master weights, moments and sums."
     results = {"title": "Training on one GPU", "about": about, "rows": timed, "tables": tables, "lost": lost(timed, absent)}
@@ -398,11 +405,18 @@ def trace_rows(trace: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"work": kind, "seconds": seconds, "share": seconds / trace["wall_s"]} for kind, seconds in kinds]
 
 
+def loss_rows(runs: Mapping[str, Mapping[str, Any]], every: int) -> list[dict[str, Any]]:
+    """One row per logged step with the training loss of each run."""
+    curves = {name: run["losses"] for name, run in runs.items()}
+    length = min(map(len, curves.values()), default=0)
+    return [{"step": (i + 1) * every, **{name: losses[i] for name, losses in curves.items()}} for i in range(length)]
+
+
 def lost(rows: Sequence[dict[str, Any]], absent: Sequence[str]) -> str:
     """A sentence per phase in which a peer or the target wins, and what did not run."""
     sentences = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        mine = [r for r in rows if r["phase"] == phase and r["contender"] in ("deepspeed", "fsdp", "fsdp_fp8")]
+        mine = [r for r in rows if r["phase"] == phase and r["contender"] in OURS]
         peers = [r for r in rows if r["phase"] == phase and r not in mine]
         best = max((r["tokens_per_s"] for r in mine), default=0.0)
         for peer in peers:
@@ -423,7 +437,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"torch": str(torch.__version__)}
-    for name in ("triton", "deepspeed", "transformers", "accelerate", "litgpt", "lightning", "torchao"):
+    names = ("triton", "deepspeed", "transformers", "accelerate", "litgpt", "lightning", "torchao", "torchtitan", "torchdata")
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -434,6 +449,8 @@ def versions() -> dict[str, str]:
 WHEELS = (
     "pydantic==2.14.3", "pydantic_core==2.50.4", "annotated_types==0.8.0", "orjson==3.13.0", "zstandard==0.25.0",
     "litgpt==0.5.13", "lightning==2.6.6", "jsonargparse==4.41.0", "docstring_parser", "typeshed_client", "torchao==0.18.0",
+    "torchtitan==0.2.2", "torchdata==0.11.0", "tyro==1.0.17", "typeguard==4.6.0", "datasets==4.7.0", "dill==0.4.0",
+    "multiprocess==0.70.18", "httpx==0.28.1",
 )  # fmt: skip
 """For a machine with torch 2.11 for Python 3.12 and the usual scientific packages; deepspeed is built beside them."""
 

@@ -28,6 +28,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         "global_batch_size": job["micro_batch_size"] * job["micro_batches"] * int(os.environ["WORLD_SIZE"]),
         "micro_batch_size": job["micro_batch_size"],
         "precision": job["precision"],
+        "float8": job.get("float8", "none"),
         "compile": job["compile"],
         "determinism": job.get("determinism", "none"),
         "activation_checkpointing": job.get("checkpointing", "none"),
@@ -49,28 +50,9 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_float8_linears() -> None:
-    """Make the engines build models whose blocks multiply in torchao's float8 (arXiv 2209.05433): no option of train()."""
-    import torch
-    from torchao.float8 import convert_to_float8_training
-
-    from megagpt import engine
-
-    plain = engine.GPT
-
-    def converted(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        model = plain(*args, **kwargs)
-        convert_to_float8_training(model.blocks, module_filter_fn=lambda module, _: isinstance(module, torch.nn.Linear))
-        return model
-
-    engine.GPT = converted  # type: ignore[assignment,misc]
-
-
 def main() -> None:
     """Train, then read losses and the wait for data from the run's own metrics."""
     job, clock = read_job(), Clock()
-    if job.get("fp8"):
-        with_float8_linears()
     config = validate(TrainConfig, settings(job), source="bench")
     status = train(config)
     if status != 0:

@@ -1,6 +1,6 @@
 """transformers' Trainer with its own Llama, as its documentation shows it, under bench/training.py's clock.
 
-Layouts: ddp (plain Trainer), zero1 to zero3 (its DeepSpeed integration), fsdp (accelerate's FSDP2).
+Layouts: ddp (plain Trainer), zero1 to zero3 (its DeepSpeed integration).
 """
 
 from pathlib import Path
@@ -103,7 +103,9 @@ def arguments(job: dict[str, Any]) -> TrainingArguments:
     """The same schedule, clipping, precision and logging as every contender."""
     layout: dict[str, Any] = {}
     if job["layout"].startswith("zero"):
-        bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if job["precision"] == "bf16" else {}
+        # Gradients are added in fp32, as by every contender; DeepSpeed's own default is bf16.
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        bf16 = {"bf16": {"enabled": True}, **sums} if job["precision"] == "bf16" else {}
         layout["deepspeed"] = {
             "zero_optimization": {"stage": int(job["layout"][-1])},
             "train_micro_batch_size_per_gpu": "auto",
@@ -112,8 +114,6 @@ def arguments(job: dict[str, Any]) -> TrainingArguments:
             "zero_allow_untested_optimizer": True,
             **bf16,
         }
-    elif job["layout"] == "fsdp":
-        layout = {"fsdp": True, "fsdp_config": {"version": 2}}
     return TrainingArguments(
         output_dir=job["run_dir"],
         max_steps=job["steps"],

@@ -9,12 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megagpt import checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data import Data, Dataset, TokenDataset
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
+from megagpt.float8 import refuse_float8
 from megagpt.model import ModelConfig
 from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
@@ -34,7 +37,9 @@ FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind", "micro_batch_size")
 
 def check_run(config: TrainConfig, data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
-    refuse_unsupported(config.engine, config.optim, config.precision, canonical=config.determinism == "canonical")
+    canonical = config.determinism == "canonical"
+    refuse_unsupported(config.engine, config.optim, config.precision, canonical=canonical)
+    refuse_float8(config.float8, config.model, config.precision, canonical=canonical)
     check_wandb(config.monitor)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -65,6 +70,10 @@ def check_run(config: TrainConfig, data: Data) -> None:
         )
         if config.compile and isinstance(config.engine, DeepSpeedConfig) and config.engine.zero_stage == 3:
             log.warning("compile=true with zero_stage=3: DeepSpeed's hooks cut every block's graph; engine.kind=fsdp has none")
+        if config.float8 != "none":
+            formats["products in blocks"] = f"float8 {config.float8}"
+            if not torch.cuda.is_available():
+                log.warning("float8=%s on a CPU is emulated: the rounding is that of a GPU, the speed is not", config.float8)
         log.info("precision: %s", ", ".join(f"{key} {name}" for key, name in formats.items()))
 
 

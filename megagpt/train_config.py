@@ -9,6 +9,7 @@ from megagpt.config import Config
 from megagpt.data import DataConfig
 from megagpt.determinism import Determinism
 from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
+from megagpt.float8 import Float8
 from megagpt.guard import GuardConfig
 from megagpt.model import ModelConfig
 from megagpt.monitor import MonitorConfig
@@ -42,6 +43,9 @@ class TrainConfig(Config):
     """Samples that one rank puts through one forward."""
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
+    float8: Float8 = "none"
+    """none, or how the factors of the blocks' matrix products are scaled to 8 bits: tensorwise (faster) or rowwise (finer).
+    With precision=bf16, and compile=true for speed; on GPUs from Ada or Hopper on, emulated on CPUs. Needs megagpt[float8]."""
     activation_checkpointing: Literal["none", "selective", "full"] | int = "none"
     """Recompute activations in the backward pass: none, full (every block), n (every n-th block), or selective (every block,
     but the results of matrix products and attention are kept)."""
@@ -147,4 +151,5 @@ class TrainConfig(Config):
             "checkpoint_selectively": self.activation_checkpointing == "selective",
             "compile_blocks": self.compile,
             "canonical": self.determinism == "canonical",
+            "float8": self.float8,
         }

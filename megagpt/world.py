@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.config import UserError
+from megagpt.heap import keep_freed_memory
 from megagpt.ports import free_port
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -166,6 +167,7 @@ def init_world(*, timeout_seconds: float = 1800.0) -> World:
         control = dist.new_group(backend="gloo", timeout=timeout) if place.size > 1 else None
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         dist.init_process_group("gloo", timeout=timeout)
         control = dist.group.WORLD if place.size > 1 else None
     return World(place.rank, place.size, place.local_rank, device, place.launcher, control, stop)

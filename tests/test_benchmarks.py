@@ -88,14 +88,17 @@ def test_a_command_is_charged_with_its_own_memory_and_time(monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
-    done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", "phases=check,matmul,trace_124m", "only=fsdp")
+    done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", "phases=check,matmul,trace_124m,fp8", "only=fsdp,fsdp_rowwise")
     assert done.returncode == 0, done.stderr
-    check, traced = (json.loads((tmp_path / f"{phase}.json").read_text()) for phase in ("check", "trace_124m"))
+    check, traced, fp8 = (json.loads((tmp_path / f"{phase}.json").read_text()) for phase in ("check", "trace_124m", "fp8"))
     assert check["not_run"] == {}
     assert [row["good"] for row in check["rows"]] == [True] * 2, check["rows"]
     assert traced["not_run"] == {}
     assert [row["contender"] for row in traced["rows"]] == ["fsdp"]
     assert traced["runs"]["fsdp"]["trace"]["seconds_by_kind"]["matrix products"] > 0
+    assert fp8["not_run"] == {}
+    plain, rowwise = (fp8["runs"][name]["losses"] for name in ("fsdp", "fsdp_rowwise"))
+    assert 0 < abs(plain[-1] - rowwise[-1]) < 0.05, (plain, rowwise)
     refused = run("bench/gpu.py", f"collect={tmp_path}")
     assert refused.returncode == 1
     assert "dry runs" in refused.stderr

@@ -33,6 +33,8 @@ CELLS: dict[int, list[Cell]] = {
     1: [
         Cell("zero0", 5, optimizer="sgd", checkpoint_every=1),
         Cell("zero1", 5),
+        Cell("zero1", 5, "bf16"),
+        Cell("zero2", 5, "bf16", checkpoint_every=1),
         Cell("zero3", 2),
         Cell("fsdp", optimizer="sgd"),
         Cell("fsdp", 5, "bf16"),

@@ -33,6 +33,7 @@ LAYERS = (
         "data",
         "samples",
         "model",
+        "float8",
         "loss",
         "rope",
         "attention",
@@ -61,7 +62,7 @@ LAYERS = (
         "page",
     ),
     ("world", "shards", "tokenizer", "byte_pairs", "documents"),
-    ("config", "columns", "files", "command", "permutation", "ports"),
+    ("config", "columns", "files", "command", "permutation", "ports", "heap"),
 )
 TORCH_FREE = (
     "corpus",

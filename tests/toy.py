@@ -7,6 +7,7 @@ import torch
 
 from megagpt.data import IGNORE, Sample, TrainState, step_batches
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
+from megagpt.float8 import Float8
 from megagpt.model import ModelConfig
 from megagpt.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.world import World
@@ -79,6 +80,7 @@ def make_engine(
     checkpoint_selectively: bool = False,
     compile_blocks: bool = False,
     canonical: bool = False,
+    float8: Float8 = "none",
 ) -> Engine:
     """The engine of that name on the toy model."""
     return build_engine(
@@ -92,6 +94,7 @@ def make_engine(
         checkpoint_selectively=checkpoint_selectively,
         compile_blocks=compile_blocks,
         canonical=canonical,
+        float8=float8,
     )
 
 

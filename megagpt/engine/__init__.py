@@ -14,6 +14,7 @@ from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
 from megagpt.config import Config, UserError, by_kind
+from megagpt.float8 import Float8, refuse_float8, use_float8
 from megagpt.model import GPT, ModelConfig, initial_value
 from megagpt.optim import OptimConfig
 from megagpt.world import World
@@ -148,15 +149,19 @@ def build_engine(
     checkpoint_selectively: bool = False,
     compile_blocks: bool = False,
     canonical: bool = False,
+    float8: Float8 = "none",
 ) -> Engine:
     """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do.
 
     `canonical`: gradients are added in the order of the micro-batches (megagpt.engine.canonical), whatever the layout.
     """
     refuse_unsupported(engine, optim, precision, canonical=canonical)
+    refuse_float8(float8, model_config, precision, canonical=canonical)
 
     def make() -> GPT:
         model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
+        if float8 != "none":
+            use_float8(model.blocks, float8, emulate=world.device.type == "cpu")
         model.head.compile_loss = compile_blocks
         for block in model.blocks if compile_blocks else ():
             block.compile()

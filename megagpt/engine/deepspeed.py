@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megagpt.engine import DeepSpeedConfig, FlatPiece, Precision, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
+from megagpt.engine.casting import computing_in_bf16
 from megagpt.engine.formats import name_of, watch_formats
 from megagpt.model import GPT
 from megagpt.optim import STATES, OptimConfig, Together, build_optimizer, create_states, parameter_groups, set_updates
@@ -41,29 +42,36 @@ class DeepSpeedEngine:
         canonical: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
-        if world.size == 1 and precision == "fp32" and not canonical:
-            config = without_sharding(config)
-        settings = deepspeed_settings(optim, config, world.size, precision=precision, micro_batch_size=micro_batch_size)
+        options = {"precision": precision, "micro_batch_size": micro_batch_size}
         if config.zero_stage == 3:
+            settings = deepspeed_settings(optim, config, world.size, **options)
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=True):
                 module = make_model()
         else:
             module = make_model().to(world.device)
+        alone = world.size == 1 and not canonical and config.zero_stage < 3 and not config.offload_optimizer
+        cast = alone and precision == "bf16" and world.device.type == "cpu" and not module.checkpoint_every
+        if alone and (precision == "fp32" or cast):
+            # Stages 1 and 2 would copy all gradients and weights through flat buffers, 4 to 9 % of a step's time on a CPU.
+            config = config.model_copy(update={"zero_stage": 0, "overlap_comm": False})
+            options["precision"] = "fp32"  # DeepSpeed's bf16 is exact only from stage 1 on: computing_in_bf16 casts instead
+        settings = deepspeed_settings(optim, config, world.size, **options)
         optimizer = build_optimizer(parameter_groups(module, optim), optim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = optimizer.parts[0] if isinstance(optimizer, Together) else optimizer  # stage 0 is stepped here
-            self.model: Any = deepspeed.initialize(model=module, optimizer=theirs, config=settings)[0]
+            self._deepspeed: Any = deepspeed.initialize(model=module, optimizer=theirs, config=settings)[0]
+        self.model: Callable[..., Tensor] = computing_in_bf16(self._deepspeed) if cast else self._deepspeed
         self.module: nn.Module = module
         self.updates = 0
         self._stage, self._world = config.zero_stage, world
-        self._zero: Any = self.model.optimizer
+        self._zero: Any = self._deepspeed.optimizer
         self._torch_optimizer = optimizer if config.zero_stage == 0 else self._zero.optimizer
         kinds = {parameter: group["kind"] for group in optimizer.param_groups for parameter in group["params"]}
         self._kinds = {flat: kinds.get(flat, optim.kind) for flat in self._flat_partitions()}
         create_states(self._torch_optimizer, self._kinds.items())
         self.formats = watch_formats(module.head, self._torch_optimizer)
-        self.formats["reductions"] = name_of(self.model.communication_data_type)
+        self.formats["reductions"] = name_of(self._deepspeed.communication_data_type)
         self._canonical = _CanonicalZero1(self._zero, module, self._flat_partitions(), world) if canonical else None
         if self._canonical is not None:
             self.model = module  # the forward pass without what DeepSpeed hangs on it for its own reduction
@@ -74,7 +82,7 @@ class DeepSpeedEngine:
         if self._canonical is not None:
             self._canonical.backward(loss)
             return
-        self.model.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
 
     def step(self, lr: float, max_norm: float) -> StepResult:
         """Reduce what is left, clip, update, zero."""
@@ -108,13 +116,13 @@ class DeepSpeedEngine:
 
     def _step_zero(self, max_norm: float) -> StepResult:
         self._zero.clip_grad = max_norm
-        self.model.step()
+        self._deepspeed.step()
         return StepResult(float(self._zero._global_grad_norm), not self._zero.overflow)
 
     def _step_stage_0(self, max_norm: float) -> StepResult:
         """DeepSpeed's stage 0 applies non-finite updates, so the norm is looked at here."""
         if self._world.size > 1:  # alone there is nothing to add, and it would copy all gradients twice
-            self.model.buffered_allreduce_fallback()
+            self._deepspeed.buffered_allreduce_fallback()
         parameters = list(self.module.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
         applied = bool(norm.isfinite())
@@ -175,14 +183,6 @@ class DeepSpeedEngine:
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
-
-
-def without_sharding(config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """Stages 1 and 2 on one rank in fp32 as stage 0, which computes the same: they would copy all gradients and weights through
-    flat buffers, 5 to 9 % of a step's time on a CPU. (DeepSpeed's bf16 is exact only from stage 1 on.)"""
-    if config.zero_stage == 3 or config.offload_optimizer:
-        return config
-    return config.model_copy(update={"zero_stage": 0, "overlap_comm": False})
 
 
 class _CanonicalZero1:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from megagpt.config import UserError
 from megagpt.engine import FlatPiece, FSDPConfig, Precision, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
+from megagpt.engine.casting import computing_in_bf16
 from megagpt.engine.formats import name_of, watch_formats
 from megagpt.model import GPT
 from megagpt.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
@@ -150,16 +151,6 @@ class FSDPEngine:
         """Set Adam's step counts; the working weights are made from the shards at each use."""
         self.updates = updates
         set_updates(self._optimizer, updates)
-
-
-def computing_in_bf16(module: nn.Module) -> Callable[..., Tensor]:
-    """`module` with bf16 weights made of its fp32 ones at each call; gradients arrive, and are added up, in fp32."""
-
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        weights = {name: parameter.bfloat16() for name, parameter in module.named_parameters()}
-        return torch.func.functional_call(module, weights, args, kwargs)
-
-    return call
 
 
 def device_mesh(config: FSDPConfig, world: World) -> DeviceMesh:
