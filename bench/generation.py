@@ -5,7 +5,8 @@
 
 Greedy, key/value cache on, end-of-text ignored so that every row gets all its tokens; the token ids of both must be equal.
 Models: stories260K where the test data is there (a published TinyStories model, 260 thousand parameters), and a 50M-parameter
-Llama with random weights. Runs are interleaved, each a process of its own that generates once to warm up and then twice.
+Llama with random weights. Runs are interleaved, each a process of its own that generates once to warm up and then five times,
+of which the median counts.
 """
 
 import json

@@ -63,6 +63,7 @@ def generate_run(config: GenerateConfig) -> Iterator[tuple[int, str]]:
     return stream_texts(loaded, [config.prompt] * config.num_samples, config)
 
 
+@torch.inference_mode()
 def stream_texts(loaded: LoadedModel, prompts: Sequence[str], sampling: SamplingConfig) -> Iterator[tuple[int, str]]:
     """(index of the prompt, piece of text) for every piece; the prompts themselves are not repeated.
 
@@ -117,7 +118,7 @@ def generate_ids(
         if len(cache[0]) + new_ids.shape[1] > config.seq_len:
             cache = [KeyValues() for _ in range(config.num_layers)]
             new_ids = all_ids[:, -max(1, config.seq_len // 2) :]
-        logits_bv = model(new_ids, cache=cache)[:, -1, :vocab_size].float()
+        logits_bv = model(new_ids, cache=cache)[:, 0, :vocab_size].float()
         draws_b = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
         new_ids = next_token(logits_bv, all_ids, draws_b.to(logits_bv.device), sampling)[:, None]
         all_ids = torch.cat((all_ids, new_ids), dim=1)

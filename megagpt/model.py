@@ -227,7 +227,8 @@ class GPT(nn.Module):
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = no loss) the SUMMED loss, an fp32 scalar in nats.
 
         doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents.
-        cache: one KeyValues per block, filled in place; ids are then the tokens that follow those in the cache.
+        cache: one KeyValues per block, filled in place; ids are then the tokens that follow those in the cache, and the logits
+        are the last token's only, [B, 1, V].
         """
         start, length = (len(cache[0]) if cache else 0), ids.shape[1]
         if start + length > self.config.seq_len:
@@ -247,6 +248,8 @@ class GPT(nn.Module):
                 x_btd = checkpoint(block, x_btd, rope_2te, mask, use_reentrant=False, context_fn=self.checkpoint_contexts)
             else:
                 x_btd = block(x_btd, rope_2te, mask, cache[i] if cache else None)
+        if cache is not None:
+            x_btd = x_btd[:, -1:]
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
 
     def new_cache(self) -> list[KeyValues]:

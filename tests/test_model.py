@@ -119,7 +119,7 @@ def test_tokens_one_by_one_through_the_cache_give_the_same_logits(family: str) -
         cache = model.new_cache()
         parts = [model(ids()[:, :10], cache=cache)]
         parts += [model(ids()[:, t : t + 1], cache=cache) for t in range(10, 24)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, 9:], atol=1e-5, rtol=1e-5)  # the last token's only
 
 
 def test_attention_does_not_cross_documents() -> None:
