@@ -9,7 +9,6 @@ import json
 import shutil
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
+from training_clock import peak_resident_bytes
 
 
 def main(words: list[str]) -> None:
@@ -24,12 +24,7 @@ def main(words: list[str]) -> None:
     prefix, cache, seq_len, micro_batch, global_batch, steps = words[0], words[1], *map(int, words[2:])
     shutil.rmtree(cache, ignore_errors=True)
 
-    def rss() -> int:
-        """Peak of this process; ru_maxrss would begin with its parent's."""
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-    before, started, started_cpu = rss(), time.perf_counter(), time.process_time()
+    before, started, started_cpu = peak_resident_bytes(), time.perf_counter(), time.process_time()
     tokenizer = SimpleNamespace(vocab_size=50257, eod=50256, pad=50256, unique_identifiers={"name": "gpt2"})
     config = GPTDatasetConfig(
         random_seed=1, sequence_length=seq_len, blend=([prefix], None), split="1,0,0", path_to_cache=cache, tokenizer=tokenizer,
@@ -43,7 +38,7 @@ def main(words: list[str]) -> None:
     first = {
         "first_batch_s": time.perf_counter() - started,
         "first_batch_cpu_s": time.process_time() - started_cpu,
-        "memory_bytes": rss() - before,
+        "memory_bytes": peak_resident_bytes() - before,
     }
     started, started_cpu = time.perf_counter(), time.process_time()
     for start in range(0, steps * global_batch, micro_batch):

@@ -60,13 +60,15 @@ def main(words: Sequence[str]) -> None:
         rows = []
         for size in [size for size in SIZES[part] if size <= most][: 2 if short else None]:
             run = run_once([sys.executable, __file__, f"child={part}", f"size={size}"], environment={"OMP_NUM_THREADS": "1"})
-            rows.append({UNITS[part]: size, **run.output})
+            rows.append({UNITS[part]: size, **run.output, "measured": datetime.now(UTC).date().isoformat()})
             print(part, json.dumps(rows[-1]), flush=True)
+        earlier = {} if short else earlier_tables("scale")
+        rows = with_earlier(rows, earlier[part]["rows"] if part in earlier else [], UNITS[part])
         timed = next(name for name in rows[0] if name.endswith("cpu_s"))
         plot = {"x": UNITS[part], "y": timed, "by": None, "log": True}
-        limit = f" most={most}" if "most" in options else ""
-        about = f"Measured {datetime.now(UTC).date().isoformat()} by `python bench/scale.py parts={part}{limit}`."
-        tables = {} if short else earlier_tables("scale")
+        limit = f" most={most}" if "most" in options and most < max(SIZES[part]) else ""
+        about = f"Measured by `python bench/scale.py parts={part}{limit}`{'; larger sizes without `most`' if limit else ''}."
+        tables = earlier
         tables[part] = {
             "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]), "plot": plot,
         }  # fmt: skip
@@ -79,6 +81,15 @@ def write_tables(tables: list[dict[str, Any]]) -> None:
     about = (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip()
     results = {"title": "How cost grows", "about": about, "tables": tables, "lost": explanation(tables)}
     write_results("scale", results, packages=("torch", "numpy"))
+
+
+def with_earlier(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
+    """The rows, and those measured before of sizes that were not measured now; without slopes, in ascending order."""
+    sizes = {row[unit] for row in rows}
+    kept = [
+        {key: value for key, value in row.items() if not key.endswith("slope")} for row in earlier if row[unit] not in sizes
+    ]
+    return sorted([*kept, *rows], key=lambda row: row[unit])
 
 
 def with_slopes(rows: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
