@@ -93,6 +93,12 @@ TARGETS = {"124m": 578_000, "1b3_t4096": 60_000, "8b": 11_000}
 """Tokens/s to reach, where one is set."""
 TIMED_AFTER = 8
 """Steps that are not timed: compilation, allocation, clocks."""
+NOTES = {
+    "torchtitan": "its head is never tied to the embedding: vocabulary x width more parameters to update where ours is",
+    "fsdp_tensorwise": "MFU is of bf16's peak and products",
+    "fsdp_rowwise": "MFU is of bf16's peak and products",
+}
+"""Where a contender does not do quite what the others of its phase do."""
 CHECK_STEPS = 12
 CHECK_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
 """Largest loss difference from the CPU's fp32 run in CHECK_STEPS steps; fp32 products on a GPU may be TF32 in none of ours."""
@@ -202,6 +208,7 @@ def row_of(phase: str, timing: Timing, name: str, outcome: dict[str, Any], produ
         "peak_gpu_gib": outcome.get("peak_gpu_bytes", 0) / 2**30,
         "loss_at_end": outcome["losses"][-1] if outcome["losses"] else None,
         "first_step_after_s": outcome["first_step_after_s"],
+        "note": NOTES.get(name, ""),
     }
 
 

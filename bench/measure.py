@@ -143,7 +143,7 @@ def write_results(
         "name": name,
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *_relative(sys.argv)]),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "machine": machine(),
         "versions": {package: version(package) for package in packages},
         "peers": dict(peers or {}),
@@ -204,8 +204,10 @@ def _relative(words: Sequence[str]) -> list[str]:
     return result
 
 
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.strip()
+def commit() -> str:
+    """The commit that is checked out; empty outside a clone."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _lines(path: str) -> list[str]:

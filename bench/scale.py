@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import run_once, write_results
+from measure import commit, run_once, write_results
 from training import earlier_tables
 from training_clock import peak_resident_bytes
 
@@ -56,18 +56,19 @@ def main(words: Sequence[str]) -> None:
         return
     parts = options.get("parts", ",".join(SIZES)).split(",")
     short, most = options.get("short") == "true", int(options.get("most", max(map(max, SIZES.values()))))
+    measured = f"{datetime.now(UTC):%Y-%m-%d %H:%M}, {commit()}"
     for part in parts:
         rows = []
         for size in [size for size in SIZES[part] if size <= most][: 2 if short else None]:
             run = run_once([sys.executable, __file__, f"child={part}", f"size={size}"], environment={"OMP_NUM_THREADS": "1"})
-            rows.append({UNITS[part]: size, **run.output, "measured": datetime.now(UTC).date().isoformat()})
+            rows.append({UNITS[part]: size, **run.output, "measured": measured})
             print(part, json.dumps(rows[-1]), flush=True)
         earlier = {} if short else earlier_tables("scale")
         rows = with_earlier(rows, earlier[part]["rows"] if part in earlier else [], UNITS[part])
         timed = next(name for name in rows[0] if name.endswith("cpu_s"))
         plot = {"x": UNITS[part], "y": timed, "by": None, "log": True}
         limit = f" most={most}" if "most" in options and most < max(SIZES[part]) else ""
-        about = f"Measured by `python bench/scale.py parts={part}{limit}`{'; larger sizes without `most`' if limit else ''}."
+        about = f"Measured by `python bench/scale.py parts={part}{limit}`."
         tables = earlier
         tables[part] = {
             "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]), "plot": plot,
@@ -93,10 +94,12 @@ def with_earlier(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], unit
 
 
 def with_slopes(rows: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
-    """Rows with a slope column behind every column of CPU seconds."""
+    """Rows with a slope column behind every column of CPU seconds, empty between rows of different calls."""
     result = []
     for number, row in enumerate(rows):
         before, shown = rows[number - 1] if number else None, {}
+        if before and before.get("measured") != row["measured"]:
+            before = None
         for name, value in row.items():
             shown[name] = value
             if name.endswith("cpu_s"):

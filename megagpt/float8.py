@@ -24,8 +24,12 @@ CAPABILITY = (8, 9)
 """The first CUDA compute capability with float8 products (Ada; Hopper has 9.0)."""
 
 
-def refuse_float8(recipe: Float8, model: ModelConfig, precision: str, *, canonical: bool) -> None:
-    """Raise UserError where float8 products cannot be made: beside these settings, of these sizes, here."""
+def refuse_float8(recipe: Float8, model: ModelConfig, precision: str, *, canonical: bool, seq_len: int | None = None) -> None:
+    """Raise UserError where float8 products cannot be made: beside these settings, of these sizes, here.
+
+    `seq_len`: tokens per sample, where known. A weight's gradient is summed over the tokens of a micro-batch, and the last
+    micro-batch of a step may be of any number of samples.
+    """
     if recipe == "none":
         return
     if precision != "bf16":
@@ -35,14 +39,15 @@ def refuse_float8(recipe: Float8, model: ModelConfig, precision: str, *, canonic
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f"float8={recipe} needs torchao: pip install 'megagpt[float8]'")
     sizes = {
-        "hidden_size": model.hidden_size,
-        "mlp_size": model.mlp_width,
-        "num_heads x head size": model.num_heads * model.head_size,
-        "num_kv_heads x head size": model.kv_heads * model.head_size,
+        "model.hidden_size": model.hidden_size,
+        "model.mlp_size": model.mlp_width,
+        "model.num_heads x head size": model.num_heads * model.head_size,
+        "model.num_kv_heads x head size": model.kv_heads * model.head_size,
+        "data.seq_len": seq_len or MULTIPLE,
     }
     for name, size in sizes.items():
         if size % MULTIPLE:
-            raise UserError(f"float8={recipe}: model.{name} is {size}, a multiple of {MULTIPLE} is needed")
+            raise UserError(f"float8={recipe}: {name} is {size}, a multiple of {MULTIPLE} is needed")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
         has, needs = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), CAPABILITY))
         raise UserError(f"float8={recipe}: {torch.cuda.get_device_name()} has compute capability {has}, {needs} is needed")

@@ -118,7 +118,7 @@ def generate_ids(
         if len(cache[0]) + new_ids.shape[1] > config.seq_len:
             cache = [KeyValues() for _ in range(config.num_layers)]
             new_ids = all_ids[:, -max(1, config.seq_len // 2) :]
-        logits_bv = model(new_ids, cache=cache)[:, 0, :vocab_size].float()
+        logits_bv = model(new_ids, cache=cache)[:, -1, :vocab_size].float()
         draws_b = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
         new_ids = next_token(logits_bv, all_ids, draws_b.to(logits_bv.device), sampling)[:, None]
         all_ids = torch.cat((all_ids, new_ids), dim=1)

@@ -229,7 +229,11 @@ class GPT(nn.Module):
         doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents.
         cache: one KeyValues per block, filled in place; ids are then the tokens that follow those in the cache, and the logits
         are the last token's only, [B, 1, V].
+
+        Raises ValueError for more tokens than seq_len, and for targets beside a cache.
         """
+        if targets is not None and cache is not None:
+            raise ValueError("targets beside a cache: only the last token's logits are computed")
         start, length = (len(cache[0]) if cache else 0), ids.shape[1]
         if start + length > self.config.seq_len:
             raise ValueError(f"{start + length} tokens are more than seq_len={self.config.seq_len}")
@@ -263,7 +267,7 @@ def keep_products() -> Any:
     kept = [
         aten.mm.default,
         aten.addmm.default,
-        aten._scaled_mm.default,
+        aten._scaled_mm.default,  # float8, compiled; in eager mode it is mm of another tensor class
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,

@@ -39,7 +39,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
     canonical = config.determinism == "canonical"
     refuse_unsupported(config.engine, config.optim, config.precision, canonical=canonical)
-    refuse_float8(config.float8, config.model, config.precision, canonical=canonical)
+    refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=config.data.seq_len)
     check_wandb(config.monitor)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(

@@ -1,5 +1,6 @@
 """This process among its peers: rank, size, device, agreement over small integers, and requests to stop."""
 
+import logging
 import math
 import os
 import signal
@@ -17,6 +18,8 @@ from torch import Tensor
 from megagpt.config import UserError
 from megagpt.heap import keep_freed_memory
 from megagpt.ports import free_port
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SLURM's preemption sends SIGTERM only, its time limit what --signal asks for, a terminal SIGINT: all mean save and end."""
@@ -167,7 +170,8 @@ def init_world(*, timeout_seconds: float = 1800.0) -> World:
         control = dist.new_group(backend="gloo", timeout=timeout) if place.size > 1 else None
     else:
         device = torch.device("cpu")
-        keep_freed_memory()
+        if not keep_freed_memory():
+            log.info("this C library gives freed memory back to the kernel: steps on this CPU take its page faults")
         dist.init_process_group("gloo", timeout=timeout)
         control = dist.group.WORLD if place.size > 1 else None
     return World(place.rank, place.size, place.local_rank, device, place.launcher, control, stop)

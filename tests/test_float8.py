@@ -7,12 +7,14 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from toy import MODEL, make_engine, train_steps
 
 from megagpt.config import UserError
 from megagpt.engine import Precision, draw_weights
 from megagpt.float8 import Float8, refuse_float8, use_float8
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model import GPT, ModelConfig, initialise, keep_products
 from megagpt.world import World
 
 RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")
@@ -74,20 +76,23 @@ def test_only_the_blocks_are_converted_and_names_stay() -> None:
 
 
 def float8_losses(world: World, names: list[str]) -> dict[tuple[str, Float8], float]:
-    """The loss after a few steps by engine and recipe; half of them with selective checkpointing, which must change nothing."""
+    """The loss after a few steps by engine and recipe; "NAME selective" checkpoints selectively, which must change nothing."""
     found: dict[tuple[str, Float8], float] = {}
-    for number, name in enumerate(names):
-        for recipe in ("none", *RECIPES):
-            selective = bool(number % 2)
-            options: dict[str, Any] = {"checkpoint_every": int(selective), "checkpoint_selectively": selective}
-            engine = make_engine(world, name, precision="bf16", float8=recipe, **options)
+    for name in names:
+        for recipe in ("none", *RECIPES) if name == names[0] else RECIPES:
+            kind, _, selective = name.partition(" ")
+            options: dict[str, Any] = {"checkpoint_every": len(selective) and 1, "checkpoint_selectively": bool(selective)}
+            engine = make_engine(world, kind, precision="bf16", float8=recipe, **options)
             draw_weights(engine, MODEL, seed=1)
             found[name, recipe] = train_steps(engine, world, range(6))[-1]
     return found
 
 
+ALONE = ["fsdp", "fsdp selective", "zero1", "zero1 selective"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "names"), [(1, ["fsdp", "zero1"]), (2, ["zero2", "zero3", "fsdp"])])
+@pytest.mark.parametrize(("size", "names"), [(1, ALONE), (2, ["zero2", "zero3 selective", "fsdp"])])
 def test_every_engine_trains_in_float8(size: int, names: list[str], tmp_path: Path) -> None:
     found = run_ranks(float8_losses, size, tmp_path, names)[0]
     plain = found[names[0], "none"]
@@ -112,9 +117,36 @@ def test_every_engine_trains_in_float8(size: int, names: list[str], tmp_path: Pa
 def test_what_cannot_be_done_is_refused(changes: dict[str, Any], precision: Precision, canonical: bool, message: str) -> None:
     model = ModelConfig.model_validate(MODEL.model_dump() | changes)
     with pytest.raises(UserError) as caught:
-        refuse_float8("rowwise", model, precision, canonical=canonical)
+        refuse_float8("rowwise", model, precision, canonical=canonical, seq_len=1008)
     assert str(caught.value) == message
     refuse_float8("none", model, precision, canonical=canonical)
+
+
+def test_samples_of_a_length_that_no_gpu_multiplies_are_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_float8("rowwise", MODEL, "bf16", canonical=False, seq_len=1000)
+    assert str(caught.value) == "float8=rowwise: data.seq_len is 1000, a multiple of 16 is needed"
+
+
+class CountsProducts(TorchDispatchMode):
+    """Counts matrix products on the way to the device."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.ops.aten.mm.default  # of float8 factors: a tensor class of torchao's
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("contexts", "products"), [(noop_context_fn, 4), (keep_products, 3)])
+def test_selective_checkpointing_keeps_float8_products(contexts: Any, products: int) -> None:
+    """A GPU's own products, on torch's meta device: forward, two gradients, and again the forward where it is not kept."""
+    blocks = nn.ModuleList([nn.Linear(64, 96, bias=False, dtype=torch.bfloat16, device="meta")])
+    use_float8(blocks, "tensorwise", emulate=False)
+    x = torch.randn(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with CountsProducts() as count:
+        checkpoint(blocks[0], x, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert count.calls == products
 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

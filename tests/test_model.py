@@ -210,6 +210,8 @@ def test_too_long_a_sequence_is_refused() -> None:
     _, model = small()
     with pytest.raises(ValueError, match="25 tokens are more than seq_len=24"):
         model(ids(length=25))
+    with pytest.raises(ValueError, match="targets beside a cache"):
+        model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), cache=model.new_cache())
 
 
 @pytest.mark.slow

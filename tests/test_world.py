@@ -12,6 +12,7 @@ import pytest
 from ranks import run_ranks
 
 from megagpt.config import UserError
+from megagpt.heap import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 from megagpt.ports import free_ports
 from megagpt.world import Place, StopRequest, World, place_from_environment
 
@@ -36,6 +37,27 @@ def test_freed_memory_is_used_again_without_page_faults(mode: str, few: bool) ->
     """80 MB are 19,532 pages, or 40 huge ones. glibc 2.36 needs some rounds: an aligned block does not fit where one was."""
     done = subprocess.run([sys.executable, "-c", FREED, mode], capture_output=True, text=True, check=True)
     assert (int(done.stdout) < 10) == few, done.stdout
+
+
+class OldLibrary:
+    """A C library whose mallopt takes no mmap threshold above 32 MiB, or none, as glibc before 2.35."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, {}
+
+    def mallopt(self, name: int, value: int) -> int:
+        if name == M_MMAP_THRESHOLD and value > self.limit:
+            return 0
+        self.taken[name] = value
+        return 1
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1 << 25, True), (0, False)])
+def test_an_older_c_library_keeps_what_it_can(limit: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = OldLibrary(limit)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    assert keep_freed_memory() == kept
+    assert library.taken == {M_TRIM_THRESHOLD: 1 << 30, **({M_MMAP_THRESHOLD: 1 << 25} if kept else {})}
 
 
 @pytest.mark.parametrize(
