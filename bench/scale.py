@@ -98,7 +98,7 @@ def with_slopes(rows: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
     result = []
     for number, row in enumerate(rows):
         before, shown = rows[number - 1] if number else None, {}
-        if before and before.get("measured") != row["measured"]:
+        if before and before.get("measured") != row.get("measured"):
             before = None
         for name, value in row.items():
             shown[name] = value

@@ -48,7 +48,7 @@ WHY = (
     "Differences below about 4 % lie within the spread of shared cores. Alone in its process, an engine of ours adds no copies "
     "to the bare loop (ZeRO 0 to 2, fsdp), and Lightning trains our own model class: there all three do the same work. In "
     "every cell ours keeps freed memory for the next step (megagpt/heap.py: less time, a higher peak), which neither the bare "
-    "loops nor a peer do. ZeRO 3 gathers and frees each module's weights by hooks in Python and "
+    "loops nor a peer do. ZeRO 0 is the like of DDP. ZeRO 3 gathers and frees each module's weights by hooks in Python and "
     "is to be compared with the Trainer's ZeRO 3."
 )
 NOT_RUN = (
@@ -96,7 +96,7 @@ ALONE_FP32 = {BARE: ALONE[BARE], "megagpt, deepspeed ZeRO-0": ("megagpt", "zero0
 OURS_ALONE = {name: ALONE_FP32[name] for name in ALONE_FP32 if name.startswith(("megagpt", "bare"))}
 COMPILED = {name: ALONE_FP32[name] for name in ALONE_FP32 if name != "Lightning"}
 COMPILED_BF16 = {name: ALONE[name] for name in ALONE if name != "Lightning"}
-REPLICATED = {
+REPLICATED_BF16 = {
     "bare torch loop, DDP": ("torch", "ddp"),
     "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
     "megagpt, deepspeed ZeRO-2": ("megagpt", "zero2"),
@@ -104,6 +104,8 @@ REPLICATED = {
     "transformers Trainer, DeepSpeed ZeRO-1": ("transformers", "zero1"),
     "transformers Trainer, DeepSpeed ZeRO-2": ("transformers", "zero2"),
 }
+WHOLE = {"bare torch loop, DDP": ("torch", "ddp"), "megagpt, deepspeed ZeRO-0": ("megagpt", "zero0")}
+REPLICATED = {**WHOLE, **REPLICATED_BF16}
 SHARDED = {
     "bare torch loop, FSDP2": ("torch", "fsdp"),
     "megagpt, deepspeed ZeRO-3": ("megagpt", "zero3"),
@@ -111,7 +113,7 @@ SHARDED = {
     "transformers Trainer, DeepSpeed ZeRO-3": ("transformers", "zero3"),
 }
 LARGE_SHARED = {
-    "bare torch loop, DDP": ("torch", "ddp"),
+    **WHOLE,
     "bare torch loop, FSDP2": ("torch", "fsdp"),
     "megagpt, deepspeed ZeRO-1": ("megagpt", "zero1"),
     "megagpt, fsdp": ("megagpt", "fsdp"),
@@ -129,7 +131,7 @@ CELLS: dict[str, Cell] = {
     "large_compiled": Cell("50M", "fp32", COMPILED, compile=True, steps=5),
     "two_replicated": Cell("10M", "fp32", REPLICATED, ranks=2, steps=9, what="weights whole on both"),
     "two_sharded": Cell("10M", "fp32", SHARDED, ranks=2, steps=9, what="weights sharded"),
-    "two_replicated_bf16": Cell("10M", "bf16", REPLICATED, ranks=2, steps=9, what="weights whole on both"),
+    "two_replicated_bf16": Cell("10M", "bf16", REPLICATED_BF16, ranks=2, steps=9, what="weights whole on both"),
     "two_sharded_bf16": Cell("10M", "bf16", SHARDED, ranks=2, steps=9, what="weights sharded"),
     "two_large": Cell("50M", "fp32", LARGE_SHARED, ranks=2, steps=5),
 }

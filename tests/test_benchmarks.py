@@ -54,6 +54,38 @@ def test_every_result_says_when_where_and_how_it_was_measured() -> None:
         assert result["command"].startswith("python bench/"), path
 
 
+def test_slopes_are_those_of_one_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import scale
+
+    earlier = [
+        {"documents": 10, "open_cpu_s": 9.0, "open_slope": None},
+        {"documents": 1000, "open_cpu_s": 9.0, "open_slope": 1.0, "measured": "before"},
+        {"documents": 10000, "open_cpu_s": 90.0, "open_slope": 2.0, "measured": "before"},
+    ]
+    now = [{"documents": size, "open_cpu_s": size / 100, "measured": "now"} for size in (10, 100)]
+    rows = scale.with_slopes(scale.with_earlier(now, earlier, "documents"), "documents")
+    assert [(row["documents"], row["measured"]) for row in rows] == [
+        (10, "now"),
+        (100, "now"),
+        (1000, "before"),
+        (10000, "before"),
+    ]
+    assert [row["open_slope"] for row in rows] == [None, pytest.approx(1.0), None, pytest.approx(1.0)]
+    older = [{"documents": 1000, "open_cpu_s": 9.0}]  # of a file that did not say when
+    assert scale.with_slopes(scale.with_earlier(now, older, "documents"), "documents")[2]["open_slope"] is None
+
+
+def test_what_a_peer_or_the_bare_loop_wins_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import training
+
+    times = {"bare torch loop": 1.0, "megagpt, fsdp": 0.9, "megagpt, deepspeed ZeRO-1": 1.2, "Lightning": 1.1, "litgpt": 1.3}
+    rows = [{"contender": name, "step_cpu_s": seconds} for name, seconds in times.items()]
+    said = "megagpt, deepspeed ZeRO-1 takes 20.0% more than bare torch loop, 9.1% more than Lightning."
+    assert training.losses_explained(rows) == said
+
+
 def test_programs_take_turns_and_one_that_fails_costs_only_its_own_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     from training_turns import Contender, run_turn_about
