@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> None:
 
 def row_of(model: str, case: str, runs: dict[str, Any]) -> dict[str, Any]:
     """Rates of both and their ratio. Raises SystemExit if they did not generate the same ids."""
-    rates = {name: [run.output["tokens_per_cpu_s"] for run in mine] for name, mine in runs.items()}
+    rates = {name: [run.output["tokens_per_s"] for run in mine] for name, mine in runs.items()}
     ids = {name: mine[0].output["ids"] for name, mine in runs.items()}
     if ids["megagpt"] != ids["transformers"]:
         raise SystemExit(f"{model}, {case}: other ids than transformers: {ids}")

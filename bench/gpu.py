@@ -8,9 +8,9 @@
 
 Phases: check (losses against a CPU), matmul (the matrix-product rate of this card), 124m, 350m, 1b3_t2048, 1b3_t4096, 8b,
 trace_124m, trace_1b3 (what the time of a step goes to), fp8 (float8=tensorwise and rowwise against bf16: speed and losses),
-muon (AdamW and Muon: time to a fixed loss). Contenders: deepspeed, fsdp (MegaGPT's engines through train()), nanogpt,
-transformers, litgpt, torchtitan, torch; one that cannot be imported is named in the result. Nothing is installed, no setting of
-the card is touched.
+muon (AdamW and Muon: time to a fixed loss), generation (tokens/s against transformers). Contenders: deepspeed, fsdp (MegaGPT's
+engines through train()), nanogpt, transformers, litgpt, torchtitan, torch; one that cannot be imported is named in the result.
+Nothing is installed, no setting of the card is touched.
 """
 
 import importlib.util
@@ -28,11 +28,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import PROJECT, machine, write_results
+from measure import PROJECT, machine, run_interleaved, spread, write_results
 from training_data import write_data
 
 from megagpt.flops import flops_per_token, utilisation
-from megagpt.model import ModelConfig
+from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.ports import free_port
 
 PEAK_TFLOPS = 989.0
@@ -87,6 +87,8 @@ TIMINGS: dict[str, Timing] = {
     "fp8": Timing("1b3", 2048, 8, ("fsdp", "fsdp_tensorwise", "fsdp_rowwise"), steps=120, changes={"log_every_steps": 5}),
 }
 MUON = Timing("124m", 1024, 32, (), steps=600)
+GENERATION = {"one row": (1, 16), "32 rows": (32, 16), "long prompt": (1, 3500)}
+"""(rows, tokens of the prompt) of each case of the phase generation."""
 LEARNING_RATES = {"adamw": (6e-4, 1.8e-3), "muon": (1e-3, 3e-3)}
 """Of the phase muon; torch's Muon with match_rms_adamw takes AdamW's rates, and bears higher ones."""
 TARGETS = {"124m": 578_000, "1b3_t4096": 60_000, "8b": 11_000}
@@ -115,7 +117,7 @@ def main(words: Sequence[str]) -> None:
         return
     dry, out = options.get("dry") == "true", Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
-    phases = options["phases"].split(",") if "phases" in options else ["check", "matmul", *TIMINGS, "muon"]
+    phases = options["phases"].split(",") if "phases" in options else ["check", "matmul", *TIMINGS, "muon", "generation"]
     only = tuple(options["only"].split(",")) if "only" in options else None
     how = How(
         dry, options.get("compile", str(not dry)).lower() == "true", only, time.monotonic() + float(options.get("limit_s", 540))
@@ -153,6 +155,8 @@ def run_phase(phase: str, how: How) -> dict[str, Any]:
         return check(how)
     if phase == "muon":
         return time_to_loss(tiny(MUON) if how.dry else MUON, how, LEARNING_RATES)
+    if phase == "generation":
+        return generation(how)
     timing = replace(TIMINGS[phase], contenders=how.wanted(TIMINGS[phase].contenders))
     return time_contenders(phase, tiny(timing) if how.dry else timing, how)
 
@@ -351,6 +355,60 @@ def time_to_loss(timing: Timing, how: How, learning_rates: Mapping[str, Sequence
         for (kind, lr), curve in curves.items() for step, loss in curve
     ]  # fmt: skip
     return {"rows": rows, "curves": curve_rows, "not_run": absent}
+
+
+def generation(how: How) -> dict[str, Any]:
+    """Greedy generation by both with the same bf16 weights, in turn: tokens/s, and how many of the ids are the same.
+
+    In bf16 two sums in another order may make another token the likeliest, and all after it differ.
+    """
+    reason, rows, absent = cannot_run("transformers"), [], {}
+    if reason:
+        return {"rows": rows, "not_run": {"transformers": reason}}
+    paths = [str(PROJECT), str(PROJECT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory(prefix="bench_gpu_") as temporary:
+        job = write_model(Path(temporary), ModelConfig(**SIZES["tiny" if how.dry else "1b3"], seq_len=64 if how.dry else 4096))
+        for case, (batch, prompt) in ({"two rows": (2, 16)} if how.dry else GENERATION).items():
+            path = Path(temporary) / "job.json"
+            path.write_text(
+                json.dumps({**job, "batch": batch, "prompt": prompt, "new": 8 if how.dry else 128}), encoding="utf-8"
+            )
+            commands = {
+                name: [sys.executable, str(PROJECT / "bench" / f"peers_generate_{name}.py"), str(path)]
+                for name in ("megagpt", "transformers")
+            }
+            try:
+                left = max(10.0, how.deadline - time.monotonic())
+                runs = run_interleaved(commands, 1 if how.dry else 2, environment=environment, timeout_s=left)
+            except SystemExit as error:
+                absent[case] = str(error)[-1500:]
+                continue
+            rates = {name: [run.output["tokens_per_s"] for run in mine] for name, mine in runs.items()}
+            ours, theirs = (runs[name][0].output["ids"] for name in commands)
+            pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+            rows.append(
+                {
+                    "case": case,
+                    "rows": batch,
+                    "prompt_tokens": prompt,
+                    **{f"{name}_tokens_per_s": median(values) for name, values in rates.items()},
+                    "ratio_to_transformers": spread([a / b for a, b in zip(*rates.values(), strict=True)]),
+                    "share_of_equal_ids": sum(a == b for a, b in pairs) / len(pairs),
+                }
+            )
+    return {"rows": rows, "not_run": absent}
+
+
+def write_model(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Fresh weights and sizes below `folder`; what both programs are told of them."""
+    model = GPT(config)
+    initialise(model, seed=5)
+    torch.save(model.bfloat16().state_dict(), folder / "model.pt")
+    values = config.model_dump(mode="json") | {"mlp_size": config.mlp_width}
+    (folder / "model.json").write_text(json.dumps(values), encoding="utf-8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"weights": str(folder / "model.pt"), "model": str(folder / "model.json"), "device": device, "dtype": "bfloat16"}
 
 
 def matrix_products(dry: bool) -> list[dict[str, Any]]:

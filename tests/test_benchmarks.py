@@ -1,5 +1,6 @@
 """docs/benchmarks.md is what the results give, its tables say what the numbers are, and bench/gpu.py runs without a GPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -118,11 +119,14 @@ def test_a_command_is_charged_with_its_own_memory_and_time(monkeypatch: pytest.M
         run_once([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(7)"])
 
 
+GPU_PHASES = ("check", "matmul", "trace_124m", "fp8", "generation")
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
-    done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", "phases=check,matmul,trace_124m,fp8", "only=fsdp,fsdp_rowwise")
+    done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", f"phases={','.join(GPU_PHASES)}", "only=fsdp,fsdp_rowwise")
     assert done.returncode == 0, done.stderr
-    check, traced, fp8 = (json.loads((tmp_path / f"{phase}.json").read_text()) for phase in ("check", "trace_124m", "fp8"))
+    check, _, traced, fp8, generation = (json.loads((tmp_path / f"{phase}.json").read_text()) for phase in GPU_PHASES)
     assert check["not_run"] == {}
     assert [row["good"] for row in check["rows"]] == [True] * 2, check["rows"]
     assert traced["not_run"] == {}
@@ -131,6 +135,11 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> Non
     assert fp8["not_run"] == {}
     plain, rowwise = (fp8["runs"][name]["losses"] for name in ("fsdp", "fsdp_rowwise"))
     assert 0 < abs(plain[-1] - rowwise[-1]) < 0.05, (plain, rowwise)
+    if importlib.util.find_spec("transformers"):
+        assert generation["not_run"] == {}
+        assert [row["share_of_equal_ids"] > 0.5 for row in generation["rows"]] == [True], generation
+    else:
+        assert generation["not_run"] == {"transformers": "not installed: transformers, accelerate"}
     refused = run("bench/gpu.py", f"collect={tmp_path}")
     assert refused.returncode == 1
     assert "dry runs" in refused.stderr
