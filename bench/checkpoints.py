@@ -236,6 +236,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--name", default="checkpoints")
     arguments = parser.parse_args()
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for size in arguments.sizes.split(","):
         for engine in arguments.engines.split(","):
