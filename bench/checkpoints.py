@@ -254,8 +254,9 @@ def main() -> None:
 
 WHY = (
     "torch_save and deepspeed sync nothing, so that a crash of the machine may take what they call saved, and no peer can tell "
-    "a flipped bit: ours makes a sha256 of every byte while it writes, and verifies it before a byte is used. What training "
-    "waits for is megagpt_background's copy."
+    "a flipped bit: ours makes a sha256 of every byte while it writes, and verifies it before a byte is used, which is most of "
+    "a load. ZeRO 1 then gathers the weights from the ranks that hold them, over gloo here, where DeepSpeed's own checkpoint "
+    "holds them whole once more. What training waits for is megagpt_background's copy."
 )
 
 

@@ -48,8 +48,9 @@ WHY = (
     "Differences below about 4 % lie within the spread of shared cores. Alone in its process, an engine of ours adds no copies "
     "to the bare loop (ZeRO 0 to 2, fsdp), and Lightning trains our own model class: there all three do the same work. In "
     "every cell ours keeps freed memory for the next step (megagpt/heap.py: less time, a higher peak), which neither the bare "
-    "loops nor a peer do. ZeRO 0 is the like of DDP. ZeRO 3 gathers and frees each module's weights by hooks in Python and "
-    "is to be compared with the Trainer's ZeRO 3."
+    "loops nor a peer do. ZeRO 0 is the like of DDP; ZeRO 1 and 2 also gather the new weights from the ranks that hold them, "
+    "which gloo copies through the loopback, and are to be compared with the Trainer's. ZeRO 3 gathers and frees each module's "
+    "weights by hooks in Python; its like is the Trainer's ZeRO 3."
 )
 NOT_RUN = (
     "Not run: torchtitan 0.3.0, which has no CPU device: `python -m torchtitan.train --module llama3 --config "
@@ -275,14 +276,14 @@ def contender(name: str, program: str, layout: str, ranks: int, job: dict[str, A
 
 
 def losses_explained(rows: list[dict[str, Any]]) -> str:
-    """A sentence per engine of ours that a peer or the floor beats."""
+    """A sentence per engine of ours that a peer or the floor beats, by their ratios to the floor of the same turns."""
     sentences = []
-    peers = [row for row in rows if not row["contender"].startswith("megagpt")]
-    for row in rows:
-        better = [r for r in peers if r["step_cpu_s"] < row["step_cpu_s"]] if row not in peers else []
-        shares = [f"{row['step_cpu_s'] / other['step_cpu_s'] - 1:.1%} more than {other['contender']}" for other in better]
-        if shares and row["contender"].startswith("megagpt"):
-            sentences.append(f"{row['contender']} takes {', '.join(shares)}.")
+    ratios = {row["contender"]: row["ratio_to_bare_loop"]["median"] for row in rows}
+    peers = {name: ratio for name, ratio in ratios.items() if not name.startswith("megagpt")}
+    for name, mine in ratios.items():
+        shares = [f"{mine / ratio - 1:.1%} more than {peer}" for peer, ratio in peers.items() if ratio < mine]
+        if shares and name not in peers:
+            sentences.append(f"{name} takes {', '.join(shares)}.")
     return " ".join(sentences)
 
 

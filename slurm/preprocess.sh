@@ -14,8 +14,9 @@
 #
 # Otherwise each node works on its part of a stage (part=i/n) with a worker per core. Some stages have phases that need all
 # parts of the phase before: over several nodes they are run until their summary says that they are complete; an array is
-# submitted again until then. With Dask nodes share one queue, so a lost node costs only what it was at work on. What is committed stays, so a job that was preempted or ran into its time
-# limit goes on where it was. A stage that fails ends the job and names the stage.
+# submitted again until then. With Dask nodes share one queue, so a lost node costs only what it was at work on. What is
+# committed stays, so a job that was preempted or ran into its time limit goes on where it was. A stage that fails ends the
+# job and names the stage.
 set -uo pipefail
 
 say() { printf '%s preprocess.sh: %s\n' "$(date '+%F %T')" "$*"; }
