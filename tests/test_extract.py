@@ -2,6 +2,8 @@
 
 import html
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -287,6 +289,26 @@ def test_cpu_limit_stops_work_but_not_sleep() -> None:
     for i in range(200_000):  # nothing arrives late
         total += i
     assert total == 19_999_900_000
+
+
+TRACED_AFTERWARDS = """
+import sys
+from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
+
+try:
+    with cpu_limit(0.1):
+        while True:
+            pass
+except CpuLimitExceededError:
+    sys.settrace(lambda *_: None)
+    (lambda: print("called"))()
+"""
+
+
+def test_functions_can_be_traced_after_a_cpu_limit() -> None:
+    """A debugger, coverage or Hypothesis in a worker whose limit was passed."""
+    done = subprocess.run([sys.executable, "-c", TRACED_AFTERWARDS], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "called\n"
 
 
 # ---- wikitext

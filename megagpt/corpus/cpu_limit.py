@@ -47,8 +47,19 @@ def cpu_limit(seconds: float) -> Iterator[None]:
             fired = thread in _WATCHED.fired
             _WATCHED.fired.discard(thread)
         if fired:  # the exception is on its way, or was what ended the body: let it arrive here, not later
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+            with contextlib.suppress(CpuLimitExceededError):
+                _interrupt(thread)
+                time.sleep(0)  # a call at whose end it arrives
             raise CpuLimitExceededError(f"more than {seconds:g} s of CPU time")
+
+
+def _interrupt(thread: int) -> None:
+    """Let the exception arrive in the thread, in the place of one that is on its way.
+
+    None, which takes one back, must not be given: it leaves the interpreter's flag up that something is pending, and Python
+    3.11 looks at it for ever when a function is entered under a tracer.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(CpuLimitExceededError))
 
 
 def _watch() -> None:
@@ -58,4 +69,4 @@ def _watch() -> None:
             for thread, deadline in list(_WATCHED.deadlines.items()):
                 if thread not in _WATCHED.fired and time.clock_gettime(time.pthread_getcpuclockid(thread)) > deadline:
                     _WATCHED.fired.add(thread)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(CpuLimitExceededError))
+                    _interrupt(thread)
