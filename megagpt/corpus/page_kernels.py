@@ -115,7 +115,7 @@ def _end_line(out, begin, end, raw, link, element, lines, count):
         if begin == end:
             return begin, count
         lines[count, 0] = begin
-    lines[count, 1], lines[count, 2], lines[count, 3] = end, min(link, end - lines[count, 0]), element
+    lines[count, 1], lines[count, 2], lines[count, 3] = end, link, element
     return end, count + 1
 
 
@@ -125,7 +125,8 @@ def read_page(codes, hashes, numbers, flags, watched):
 
     codes: uint32, the page's characters. hashes (ascending), numbers: known names of elements; flags: uint8 by number. watched:
     see `_read_attributes`. Returns out (uint32, the lines' characters), lines (int64 [lines, 4]: start and end in out,
-    characters in links, element that holds it) and elements (int64 [elements, ELEMENT_COLUMNS]; the first is the root).
+    characters in links without newlines, element that holds it) and elements (int64 [elements, ELEMENT_COLUMNS]; the first
+    is the root).
     """
     size, num_tags = codes.size, 2
     for code in codes:
@@ -150,7 +151,7 @@ def read_page(codes, hashes, numbers, flags, watched):
             if raw:
                 out[end] = code
                 end += 1
-                link += in_link
+                link += in_link and code != _NEWLINE
             elif _is_space(code):
                 space = end > begin
             else:

@@ -96,7 +96,7 @@ class PageLines:
     sizes: np.ndarray
     """Characters of each line."""
     links: np.ndarray
-    """How many of them are in links."""
+    """How many of them are in links; the newlines of preformatted text do not count."""
     parents: np.ndarray
     """Number of the element that holds the line directly."""
     names: list[str]
