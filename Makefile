@@ -9,7 +9,7 @@ WORDS ?=
 # One thread per process: every tool and test spreads its work over processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test check format bench-cpu clean
+.PHONY: help install quickstart test lint check format bench-cpu clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,11 +22,13 @@ quickstart: $(VENV)/.installed ## The whole way from web dump to trained GPT, sm
 test: $(VENV)/.installed ## Every test (tests that need a GPU, the real dumps or SLURM skip, with the reason, where these are absent)
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -r s
 
-check: $(VENV)/.installed ## What a change must pass before review: format, lint, types, shell scripts, fast tests
+lint: $(VENV)/.installed ## Format, lint, types, shell scripts: nothing is run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	if command -v shellcheck > /dev/null; then shellcheck .ci/run docker/*.sh slurm/*.sh; fi
+
+check: lint ## What a change must pass before review: lint and the fast tests
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu and not slurm"
 
 format: $(VENV)/.installed ## Rewrite the sources in the project's format, and fix what lint can fix
