@@ -178,7 +178,8 @@ def svg(rows: Sequence[Mapping[str, Any]], plot: Mapping[str, Any]) -> str:
         values = [_middle(row[y]) for row in members]
         if bars:
             names = [str(row[x]) if not by else f"{label}, {row[x]}" for row in members]
-            axes.barh(names, values, color=f"C{number}")
+            reach = [_reach(row[y]) for row in members]
+            axes.barh(names, values, color=f"C{number}", xerr=[*zip(*reach, strict=True)], ecolor="0.3")
         else:
             axes.plot([row[x] for row in members], values, marker="o", label=str(label))
     _finish(axes, plot, bars=bars, labelled=len(lines) > 1 and not bars)
@@ -221,6 +222,11 @@ def anchor(title: str) -> str:
 
 def _middle(value: Any) -> float:
     return float(value["median"] if is_spread(value) else value)
+
+
+def _reach(value: Any) -> tuple[float, float]:
+    """How far below and above the middle the repetitions lie."""
+    return (value["median"] - value["min"], value["max"] - value["median"]) if is_spread(value) else (0.0, 0.0)
 
 
 def _is_number(value: Any) -> bool:

@@ -156,7 +156,7 @@ def main(words: Sequence[str]) -> None:
         shown = f"python bench/training.py cells={name} repetitions={repetitions}"
         about = f"Measured {datetime.now(UTC).date().isoformat()} by `{shown}`, commit {commit()}."
         about += f" Failed: {', '.join(failed)}." if failed else ""
-        plot = {"x": "contender", "y": "step_cpu_s", "by": None, "log": False}
+        plot = {"x": "contender", "y": "ratio_to_bare_loop", "by": None, "log": False}
         table = {"key": name, "title": title_of(cells[name]), "about": about, "rows": rows, "plot": plot}
         if not short:
             tables = {**earlier_tables("training"), name: table}
