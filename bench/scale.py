@@ -46,11 +46,10 @@ TITLES = {
 }
 
 REASONS = {
-    "dedup": "The keys of every band are sorted, n log n, a fifth of the work at the largest size; the rest reads the text "
-    "once per step, and one run of it varies by a tenth.",
-    "checkpoint": "Most of a save's CPU time is the kernel's (save_kernel_s), which from some hundred MB on writes, and makes "
-    "room in the page cache, while the run saves. The largest fills most of the memory: its load reads each byte from disk "
-    "twice (load_from_disk_gb), to check it and to use it.",
+    "dedup": "The keys of every band are sorted, n log n; everything else reads the text once per step.",
+    "checkpoint": "Most of a save's CPU time is the kernel's (save_kernel_s), which writes, and makes room in the page cache, "
+    "while the run saves. A checkpoint that does not fit into the page cache is read from disk twice (load_from_disk_gb): to "
+    "be checked and to be used.",
 }
 """Why a part grows faster than linearly."""
 
@@ -124,19 +123,23 @@ def explanation(tables: list[dict[str, Any]]) -> str:
     sentences = []
     for table in tables:
         unit, rows = next(iter(table["rows"][0])), table["rows"]
-        steep = [(name, row) for row in rows for name in row if name.endswith("slope") and (row[name] or 0) > 1.1]
-        whole = {name: f"{whole_slope(rows, unit, name):.2f} over all" for name, _ in steep}
-        parts = {name: name.removesuffix("_slope") for name in whole}
-        seen = [f"{parts[name]} {row[name]:.2f} up to {row[unit]:,} {unit} ({whole[name]})" for name, row in steep]
+        seen = [
+            f"{part} {row[f'{part}_slope']:.2f} up to {row[unit]:,} {unit} ({whole_slope(rows, row, part):.2f} over all)"
+            for row in rows
+            for part in (name.removesuffix("_slope") for name in row if name.endswith("_slope"))
+            if (row[f"{part}_slope"] or 0) > 1.1
+        ]
         if seen:
             sentences.append(f"Above linear in {table['title']}: {'; '.join(seen)}. {REASONS.get(table['key'], '')}".strip())
     return " ".join([*sentences, "One run of each size, on shared cores."] if sentences else [])
 
 
-def whole_slope(rows: list[dict[str, Any]], unit: str, name: str) -> float:
-    """The slope from the smallest to the largest size."""
-    timed = f"{name.removesuffix('slope')}cpu_s"
-    return math.log(rows[-1][timed] / rows[0][timed]) / math.log(rows[-1][unit] / rows[0][unit])
+def whole_slope(rows: list[dict[str, Any]], row: dict[str, Any], part: str) -> float:
+    """The slope from the smallest to the largest size of the call that measured `row`."""
+    of_call = [each for each in rows if each.get("measured") == row.get("measured")]
+    (unit, smallest), largest = next(iter(of_call[0].items())), of_call[-1]
+    timed = f"{part}_cpu_s"
+    return math.log(largest[timed] / of_call[0][timed]) / math.log(largest[unit] / smallest)
 
 
 def loader(documents: int, folder: Path) -> dict[str, float]:

@@ -77,6 +77,23 @@ def test_slopes_are_those_of_one_call_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert scale.with_slopes(scale.with_earlier(now, older, "documents"), "documents")[2]["open_slope"] is None
 
 
+def test_what_grows_faster_than_linearly_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import scale
+
+    rows = [
+        {"documents": 10, "sort_cpu_s": 90.0, "measured": "before"},  # of another call: in no slope
+        {"documents": 100, "sort_cpu_s": 1.0, "measured": "now"},
+        {"documents": 1000, "sort_cpu_s": 10.0, "measured": "now"},
+        {"documents": 10000, "sort_cpu_s": 1000.0, "measured": "now"},
+    ]
+    table = {"key": "x", "title": "Sorting", "rows": scale.with_slopes(rows, "documents")}
+    said = "Above linear in Sorting: sort 2.00 up to 10,000 documents (1.50 over all). One run of each size, on shared cores."
+    assert scale.explanation([table]) == said
+    flat = {**table, "rows": scale.with_slopes(rows[:3], "documents")}
+    assert scale.explanation([flat]) == ""
+
+
 def test_what_a_peer_or_the_bare_loop_wins_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import training
