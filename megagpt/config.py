@@ -86,7 +86,10 @@ def fingerprint(config: Config) -> str:
 
 
 def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, str, str]]:
-    """One (name, default, help) row per field, sections opened, for `--help`; sections of several kinds say which kind."""
+    """One (name, default, help) row per field, sections opened, for `--help`; sections of several kinds say which kind.
+
+    A section that the user names is `NAME`.
+    """
     rows = []
     for name, field in config_class.model_fields.items():
         sections = _section_classes(field.annotation)
@@ -97,6 +100,8 @@ def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, st
         if not sections:
             default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
             rows.append((prefix + name, default, " ".join((field.description or "").split())))
+            for section in _section_classes(get_args(field.annotation)[1]) if get_origin(field.annotation) is dict else ():
+                rows += describe(section, f"{prefix}{name}.NAME.")
     return rows
 
 

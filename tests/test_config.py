@@ -36,6 +36,8 @@ class Toy(Config):
     steps: int = Field(default=10, gt=0)
     inner: Inner = Inner()
     maybe: Inner | None = None
+    parts: dict[str, Inner] = Field(default_factory=dict)
+    counts: dict[str, int] = Field(default_factory=dict)
     nickname: str | None = None
     colour: Annotated[Annotated[Red, Tag("red")] | Annotated[Blue, Tag("blue")], by_kind("red")] = Red()
 
@@ -106,6 +108,7 @@ ERRORS = [
     (["name=a", "steps=-1"], "steps=-1: input should be greater than 0"),
     (["name=a", "stps=1"], "stps: no such field (did you mean steps?)"),
     (["name=a", "inner.rl=1"], "inner.rl: no such field (did you mean inner.lr?)"),
+    (["name=a", "parts.left.rl=1"], "parts.left.rl: no such field (did you mean parts.NAME.lr?)"),
     (["name=a", "colour=blue"], "colour=blue: a section is expected: leave it out for its defaults, or set colour.kind=blue"),
     (["name=a", "colour=3"], "colour=3: a section is expected: leave it out for its defaults, or set colour.FIELD=..."),
     (["name=a", "inner=null"], "inner=null: a section is expected: leave it out for its defaults, or set inner.FIELD=..."),
@@ -146,6 +149,7 @@ def test_help_lists_every_field_with_default_and_text() -> None:
     rows = describe(Toy)
     assert ("name", "required", "Its name.") in rows
     assert ("inner.lr", "0.0003", "Peak.") in rows
+    assert ("parts.NAME.lr", "0.0003", "Peak.") in rows
     assert ("colour.depth", "3", "(kind=blue) How deep.") in rows
 
 
