@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.documents import read_documents
-from megagpt.tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 BATCH = 256
 
@@ -32,7 +32,7 @@ def encoder(name: str, gpt2: Path, tokenizer_json: str) -> Callable[[list[str]],
         return lambda texts: [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
     import tiktoken
 
-    from megagpt.byte_pairs import GPT2_PATTERN, ranks_from_merges
+    from megagpt.tokenizer.bpe import GPT2_PATTERN, ranks_from_merges
 
     ranks = ranks_from_merges(gpt2 / "encoder.json", gpt2 / "vocab.bpe").ranks
     model = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})

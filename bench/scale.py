@@ -164,7 +164,7 @@ def make_sparse_source(folder: Path, documents: int) -> None:
     import xxhash
 
     from megagpt.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, write_manifest
-    from megagpt.tokenizer import open_tokenizer
+    from megagpt.tokenizer.sentencepiece import open_tokenizer
 
     train, tokenizer = folder / "train", open_tokenizer("bytes")
     train.mkdir(parents=True)

@@ -19,7 +19,7 @@ from megagpt.files import write_json
 from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model import ModelConfig
 from megagpt.tasks import TaskResult, read_task, score_task
-from megagpt.tokenizer import Tokenizer, token_lengths
+from megagpt.tokenizer.sentencepiece import Tokenizer, token_lengths
 from megagpt.world import World, lone_world, pick_device
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from megagpt.config import Config
 from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model import KeyValues, ModelConfig
 from megagpt.permutation import mix
-from megagpt.tokenizer import Tokenizer
+from megagpt.tokenizer.sentencepiece import Tokenizer
 from megagpt.world import pick_device
 
 GREEDY = 0.0

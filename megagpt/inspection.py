@@ -22,7 +22,7 @@ from megagpt.ledger import Entry, read_ledger
 from megagpt.provenance import explain, show_record
 from megagpt.samples import Data, DataConfig, TokenDataset, open_data, recompute_fed_hash, sample_indices
 from megagpt.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
-from megagpt.tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 EXCERPT_CHARACTERS = 160
 CHUNK_TOKENS = 4 << 20

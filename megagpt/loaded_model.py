@@ -11,7 +11,7 @@ from megagpt.engine import FlatPiece
 from megagpt.files import read_json
 from megagpt.model import GPT, ModelConfig
 from megagpt.pieces import CheckpointError, read_pieces
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from megagpt.float8 import refuse_float8
 from megagpt.model import ModelConfig
 from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
-from megagpt.tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train_config import TrainConfig
 from megagpt.world import World, utc_now
 

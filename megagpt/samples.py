@@ -24,7 +24,7 @@ from megagpt.config import Config, UserError
 from megagpt.files import sha256_file
 from megagpt.permutation import mix, permute, unpermute
 from megagpt.shards import Manifest, Shard, open_shard, read_manifest
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 
 IGNORE = -100
 """A target that gives no loss."""

@@ -38,7 +38,7 @@ from megagpt.data import (
 from megagpt.permutation import mix, permute, unpermute
 from megagpt.preflight import packing_warning
 from megagpt.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
-from megagpt.tokenizer import open_tokenizer, token_lengths
+from megagpt.tokenizer.sentencepiece import open_tokenizer, token_lengths
 
 EOT = 256
 

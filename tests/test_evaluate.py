@@ -32,7 +32,7 @@ from megagpt.generate import GenerateConfig, generate_run
 from megagpt.model import GPT, ModelConfig, initialise
 from megagpt.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tasks import Question, read_task, score_task
-from megagpt.tokenizer import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
+from megagpt.tokenizer.sentencepiece import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
 from megagpt.world import World, lone_world
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from megagpt.generate import (
 )
 from megagpt.loaded_model import LoadedModel
 from megagpt.model import GPT, ModelConfig, initialise
-from megagpt.tokenizer import Bytes
+from megagpt.tokenizer.sentencepiece import Bytes
 
 
 def small_gpt(family: str = "llama", **changes: object) -> GPT:

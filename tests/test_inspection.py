@@ -19,7 +19,7 @@ from megagpt.ledger import Entry, LedgerWriter
 from megagpt.provenance import show_record
 from megagpt.samples import DataConfig, TrainState, open_data, recompute_fed_hash
 from megagpt.shards import Manifest, ShardError, ShardWriter, write_manifest
-from megagpt.tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 TEXTS = [f"Text number {i}. " * (i % 5 + 1) for i in range(40)]
 

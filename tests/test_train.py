@@ -26,7 +26,7 @@ from megagpt.ledger import read_ledger
 from megagpt.loaded_model import load_model
 from megagpt.metrics import read_metrics
 from megagpt.shards import Manifest, ShardWriter, write_manifest
-from megagpt.tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train import train
 from megagpt.train_config import TrainConfig
 

@@ -8,7 +8,7 @@ It is lossless: decoding gives back every text exactly. A run that ended before 
 from megagpt.command import main
 from megagpt.config import UserError
 from megagpt.corpus.recipe import CorpusConfig
-from megagpt.corpus.vocabulary import describe, train_tokenizer
+from megagpt.tokenizer.train_tokenizer import describe, train_tokenizer
 
 
 def run(config: CorpusConfig) -> None:

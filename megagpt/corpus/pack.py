@@ -40,7 +40,7 @@ from megagpt.corpus.progress import Progress
 from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
 from megagpt.files import atomic_path, read_json, write_json
 from megagpt.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
-from megagpt.tokenizer import Tokenizer
+from megagpt.tokenizer.sentencepiece import Tokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
 

@@ -10,7 +10,7 @@ from megagpt.corpus.ingest import ExtractConfig
 from megagpt.corpus.pack import TokenizeConfig
 from megagpt.corpus.sources import matching_files
 from megagpt.corpus.stage import stage_outputs
-from megagpt.corpus.vocabulary import TokenizerConfig
+from megagpt.tokenizer.train_tokenizer import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]
 

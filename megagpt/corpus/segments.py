@@ -15,7 +15,6 @@ import numpy as np
 import xxhash
 from pydantic import Field
 
-from megagpt.byte_pairs import Encoder
 from megagpt.columns import number_column, text_column
 from megagpt.config import Config
 from megagpt.corpus.blocks import Block, batches, num_bytes, read_block
@@ -26,7 +25,8 @@ from megagpt.corpus.minhash import load_kernels
 from megagpt.corpus.phases import SMALL_PHASE_BYTES, Task, run_phase
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, write_json
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer.bpe import Encoder
+from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 
 SPLITS = ("train", "validation")
 SEGMENT_TOKENS, SEGMENT_DOCUMENTS = 16 << 20, 1 << 19

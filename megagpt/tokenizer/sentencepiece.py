@@ -14,7 +14,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from megagpt.byte_pairs import (
+from megagpt.config import UserError
+from megagpt.files import atomic_path
+from megagpt.tokenizer.bpe import (
     BytePairs,
     Encoder,
     files_fingerprint,
@@ -23,8 +25,6 @@ from megagpt.byte_pairs import (
     ranks_from_tiktoken,
     ranks_from_tokenizer_json,
 )
-from megagpt.config import UserError
-from megagpt.files import atomic_path
 
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character, so the character itself must never reach it."""
