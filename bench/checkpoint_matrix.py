@@ -39,7 +39,7 @@ from megagpt import checkpoint  # noqa: E402
 from megagpt.data import TrainState  # noqa: E402
 from megagpt.engine import Engine, Precision  # noqa: E402
 from megagpt.files import write_json  # noqa: E402
-from megagpt.model import GPT, ModelConfig, initialise  # noqa: E402
+from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402
 from megagpt.optim import STATES  # noqa: E402
 from megagpt.pieces import index_of, write_pieces  # noqa: E402
 from megagpt.world import World  # noqa: E402

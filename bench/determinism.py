@@ -24,7 +24,7 @@ from training_turns import Contender, Outcome, run_turn_about
 
 from megagpt.checkpoint import list_checkpoints
 from megagpt.engine import FlatPiece
-from megagpt.model import GPT, ModelConfig
+from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.pieces import read_pieces
 
 ENGINES, MODES = ("zero1", "fsdp"), ("none", "strict", "canonical")

@@ -23,7 +23,7 @@ from llama2c import read_llama2c
 from measure import PROJECT, peer_python, peer_versions, run_interleaved, spread, write_results
 from training import MODELS, PEERS
 
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 
 CASES = {"one row": (1, 16), "eight rows": (8, 16), "long prompt": (1, 256)}
 """(rows, tokens of the prompt) of each case."""

@@ -31,8 +31,8 @@ import torch
 from measure import PROJECT, machine, run_interleaved, spread, write_results
 from training_data import write_data
 
-from megagpt.flops import flops_per_token, utilisation
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.flops import flops_per_token, utilisation
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.ports import free_port
 
 PEAK_TFLOPS = 989.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megagpt.model import GPT, ModelConfig
+from megagpt.model.gpt import GPT, ModelConfig
 
 
 def read_llama2c(path: Path) -> GPT:

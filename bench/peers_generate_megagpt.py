@@ -10,7 +10,7 @@ import torch
 from training_clock import peak_resident_bytes
 
 from megagpt.generate import SamplingConfig, generate_ids
-from megagpt.model import GPT, ModelConfig
+from megagpt.model.gpt import GPT, ModelConfig
 
 
 def main() -> None:

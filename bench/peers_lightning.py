@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_clock import Clock, Rows, adamw, read_job
 
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 
 
 class Module(lightning.LightningModule):

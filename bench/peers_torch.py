@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training_clock import Clock, Rows, adamw, read_job
 
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 
 
 def main() -> None:

@@ -242,7 +242,7 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     from megagpt.data import TrainState
     from megagpt.engine import FSDPConfig, build_engine, draw_weights
     from megagpt.files import write_json
-    from megagpt.model import ModelConfig
+    from megagpt.model.gpt import ModelConfig
     from megagpt.optim import OptimConfig
     from megagpt.world import close_world, init_world
 
@@ -281,7 +281,7 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
 
     from megagpt.data import DataConfig, TrainState, open_data, step_batches
     from megagpt.engine import FSDPConfig, build_engine
-    from megagpt.model import ModelConfig
+    from megagpt.model.gpt import ModelConfig
     from megagpt.optim import OptimConfig
     from megagpt.world import World
 

@@ -26,7 +26,7 @@ from measure import PROJECT, RESULTS, commit, peer_python, peer_versions, spread
 from training_data import write_data
 from training_turns import Contender, Outcome, run_turn_about
 
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 
 TORCH = "torch==2.13.0"
 OURS = ("pydantic", "PyYAML", "numpy==2.4.6", "xxhash", "tqdm", "zstandard", "orjson")

@@ -15,7 +15,7 @@ from megagpt.config import Config, UserError
 from megagpt.data import TrainState
 from megagpt.engine import FlatPiece, whole_shapes
 from megagpt.files import read_json, write_json
-from megagpt.model import ModelConfig
+from megagpt.model.gpt import ModelConfig
 from megagpt.pieces import CheckpointError, read_pieces, write_safetensors
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from megagpt.config import Config, UserError, validate
 from megagpt.data import DataConfig, MicroBatch, TokenDataset, eval_batches
 from megagpt.files import write_json
 from megagpt.loaded_model import LoadedModel, load_model
-from megagpt.model import ModelConfig
+from megagpt.model.gpt import ModelConfig
 from megagpt.tasks import TaskResult, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Tokenizer, token_lengths
 from megagpt.world import World, lone_world, pick_device

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagpt.config import Config
 from megagpt.loaded_model import LoadedModel, load_model
-from megagpt.model import KeyValues, ModelConfig
+from megagpt.model.gpt import KeyValues, ModelConfig
 from megagpt.permutation import mix
 from megagpt.tokenizer.sentencepiece import Tokenizer
 from megagpt.world import pick_device

@@ -9,7 +9,7 @@ from megagpt.checkpoint import list_checkpoints, step_of, verify
 from megagpt.config import UserError, validate
 from megagpt.engine import FlatPiece
 from megagpt.files import read_json
-from megagpt.model import GPT, ModelConfig
+from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.pieces import CheckpointError, read_pieces
 from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 

@@ -17,8 +17,8 @@ from megagpt.data import Data, Dataset, TokenDataset
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
-from megagpt.float8 import refuse_float8
-from megagpt.model import ModelConfig
+from megagpt.model.float8 import refuse_float8
+from megagpt.model.gpt import ModelConfig
 from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
 from megagpt.tokenizer.sentencepiece import open_tokenizer

@@ -20,10 +20,10 @@ from megagpt.determinism import make_deterministic
 from megagpt.engine import Engine, build_engine, draw_weights
 from megagpt.engine.formats import check_formats, declared_formats, name_of
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
-from megagpt.flops import flops_per_token
 from megagpt.generate import SamplingConfig, generate_ids
 from megagpt.guard import Guard
 from megagpt.ledger import LedgerWriter, entry_of
+from megagpt.model.flops import flops_per_token
 from megagpt.monitor import Monitor
 from megagpt.optim import lr_at
 from megagpt.permutation import mix

@@ -9,9 +9,9 @@ from megagpt.config import Config
 from megagpt.data import DataConfig
 from megagpt.determinism import Determinism
 from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
-from megagpt.float8 import Float8
 from megagpt.guard import GuardConfig
-from megagpt.model import ModelConfig
+from megagpt.model.float8 import Float8
+from megagpt.model.gpt import ModelConfig
 from megagpt.monitor import MonitorConfig
 from megagpt.optim import OptimConfig
 from megagpt.watchdog import WatchdogConfig

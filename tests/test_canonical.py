@@ -16,7 +16,7 @@ from megagpt.config import UserError
 from megagpt.data import step_batches
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision, build_engine, draw_weights, refuse_unsupported
 from megagpt.engine.canonical import BLOCK, BlockNorm, Extent, clip_factor, tree_sum, without_fused_kernels
-from megagpt.model import ModelConfig
+from megagpt.model.gpt import ModelConfig
 from megagpt.optim import OptimConfig, build_optimizer, lr_at
 from megagpt.world import World, lone_world
 

@@ -25,7 +25,7 @@ from bench.parity import Cell, Weights, largest_difference, plain_loop, run_cell
 from megagpt.config import UserError
 from megagpt.data import step_batches
 from megagpt.engine import DeepSpeedConfig, Engine, Precision, build_engine, draw_weights
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.world import World
 
 STEPS: dict[Precision, int] = {"fp32": 10, "bf16": 6}

@@ -29,7 +29,7 @@ from megagpt.evaluate import (
     unigram_entropy,
 )
 from megagpt.generate import GenerateConfig, generate_run
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tasks import Question, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Bytes, Tokenizer, open_tokenizer, train_sentencepiece

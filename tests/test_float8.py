@@ -13,8 +13,8 @@ from toy import MODEL, make_engine, train_steps
 
 from megagpt.config import UserError
 from megagpt.engine import Precision, draw_weights
-from megagpt.float8 import Float8, refuse_float8, use_float8
-from megagpt.model import GPT, ModelConfig, initialise, keep_products
+from megagpt.model.float8 import Float8, refuse_float8, use_float8
+from megagpt.model.gpt import GPT, ModelConfig, initialise, keep_products
 from megagpt.world import World
 
 RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")

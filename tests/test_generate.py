@@ -19,7 +19,7 @@ from megagpt.generate import (
     stream_texts,
 )
 from megagpt.loaded_model import LoadedModel
-from megagpt.model import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tokenizer.sentencepiece import Bytes
 
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt import loss as loss_module
-from megagpt.attention import attend, attention_mask
 from megagpt.config import UserError, validate
-from megagpt.loss import summed_cross_entropy
-from megagpt.model import GPT, ModelConfig, initial_value, initialise
+from megagpt.model import loss as loss_module
+from megagpt.model.attention import attend, attention_mask
+from megagpt.model.gpt import GPT, ModelConfig, initial_value, initialise
+from megagpt.model.loss import summed_cross_entropy
 
 SMALL = {"vocab_size": 50, "seq_len": 24, "num_layers": 2, "num_heads": 4, "hidden_size": 32}
 

@@ -18,11 +18,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import UserError
-from megagpt.flops import flops_per_token, peak_flops
 from megagpt.goodput import Stopwatch, goodput_ledger
 from megagpt.gpu import open_gpu
 from megagpt.metrics import METRICS_FILE, Metrics, Row, read_metrics, superseded
-from megagpt.model import GPT, ModelConfig
+from megagpt.model.flops import flops_per_token, peak_flops
+from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.monitor import Monitor, MonitorConfig
 
 SMALL = {"vocab_size": 192, "seq_len": 48, "num_layers": 3, "num_heads": 4, "hidden_size": 64}

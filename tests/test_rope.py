@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megagpt.config import UserError, validate
-from megagpt.model import GPT, ModelConfig, initialise
-from megagpt.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, rope_frequencies, rope_table, rotate
+from megagpt.model.gpt import GPT, ModelConfig, initialise
+from megagpt.model.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, rope_frequencies, rope_table, rotate
 
 CPU = torch.device("cpu")
 # Every fourth of transformers 5.23's ROPE_INIT_FUNCTIONS for heads of 64, and its attention factor.

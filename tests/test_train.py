@@ -389,7 +389,7 @@ def test_an_engine_compiles_blocks_and_keeps_products(tmp_path: Path) -> None:
 def engine_traits(world: Any) -> list[tuple[bool, bool]]:
     from toy import make_engine
 
-    from megagpt.model import keep_products
+    from megagpt.model.gpt import keep_products
 
     traits = []
     for wanted in (True, False):

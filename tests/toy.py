@@ -7,8 +7,8 @@ import torch
 
 from megagpt.data import IGNORE, Sample, TrainState, step_batches
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
-from megagpt.float8 import Float8
-from megagpt.model import ModelConfig
+from megagpt.model.float8 import Float8
+from megagpt.model.gpt import ModelConfig
 from megagpt.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.world import World
 

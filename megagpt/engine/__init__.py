@@ -14,8 +14,8 @@ from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
 from megagpt.config import Config, UserError, by_kind
-from megagpt.float8 import Float8, refuse_float8, use_float8
-from megagpt.model import GPT, ModelConfig, initial_value
+from megagpt.model.float8 import Float8, refuse_float8, use_float8
+from megagpt.model.gpt import GPT, ModelConfig, initial_value
 from megagpt.optim import OptimConfig
 from megagpt.world import World
 

@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from megagpt.attention import Mask, attend, attention_mask
 from megagpt.config import Config
-from megagpt.loss import summed_cross_entropy
-from megagpt.rope import RopeScaling, rope_table, rotate
+from megagpt.model.attention import Mask, attend, attention_mask
+from megagpt.model.loss import summed_cross_entropy
+from megagpt.model.rope import RopeScaling, rope_table, rotate
 
 
 class ModelConfig(Config):
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. `mask` as megagpt.attention has it; None = causal."""
+        """x [B, T, D] -> [B, T, D]. `mask` as megagpt.model.attention has it; None = causal."""
         batch, length, _ = x_btd.shape
         q_bhte = self.query_norm(self.query(x_btd).view(batch, length, self.num_heads, self.head_size)).transpose(1, 2)
         k_bkte = self.key_norm(self.key(x_btd).view(batch, length, self.kv_heads, self.head_size)).transpose(1, 2)

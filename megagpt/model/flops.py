@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from megagpt.model import ModelConfig
+from megagpt.model.gpt import ModelConfig
 
 _BF16_DENSE_PEAKS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA (H100 80GB HBM3|H100 SXM5.*|H200|H800|GH200.*)", 989.0),

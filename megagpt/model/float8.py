@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megagpt.config import UserError
-from megagpt.model import ModelConfig
+from megagpt.model.gpt import ModelConfig
 
 Float8 = Literal["none", "tensorwise", "rowwise"]
 

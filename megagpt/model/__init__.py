@@ -1,0 +1,1 @@
+"""The GPT: one page for the whole model, its parts beside it."""
