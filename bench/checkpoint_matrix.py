@@ -36,7 +36,7 @@ from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engi
 from bench.measure import RESULTS, write_results  # noqa: E402
 from bench.parity import MICRO_BATCH_SIZES, largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from megagpt import checkpoint  # noqa: E402
-from megagpt.data import TrainState  # noqa: E402
+from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.engine import Engine, Precision  # noqa: E402
 from megagpt.files import write_json  # noqa: E402
 from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402

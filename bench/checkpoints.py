@@ -38,7 +38,7 @@ from ranks import run_ranks  # noqa: E402
 
 from bench.measure import spread, write_results  # noqa: E402
 from megagpt import checkpoint  # noqa: E402
-from megagpt.data import TrainState  # noqa: E402
+from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402
 from megagpt.optim import OptimConfig  # noqa: E402

@@ -32,8 +32,8 @@ def make_corpus(folder: Path, gpt2: Path, *, documents: int, shards: int) -> dic
     """A split of `shards` equal shards in `folder`/train, with sparse token files, and the tokenizer; returns its size."""
     import xxhash
 
+    from megagpt.data.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, read_manifest, write_manifest
     from megagpt.files import sha256_file
-    from megagpt.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, read_manifest, write_manifest
     from megagpt.tokenizer.sentencepiece import open_tokenizer
 
     train = folder / "train"
@@ -77,8 +77,8 @@ def ours(folder: str, steps: int) -> dict[str, Any]:
 
     from training_clock import peak_resident_bytes
 
-    from megagpt.data import Loader, TrainState, open_data
-    from megagpt.samples import DataConfig
+    from megagpt.data.dataset import DataConfig
+    from megagpt.data.loader import Loader, TrainState, open_data
 
     before, started, started_cpu = peak_resident_bytes(), time.perf_counter(), time.process_time()
     data = open_data(DataConfig.model_validate({"sources": {"a": {"path": folder}}, "seq_len": SEQ_LEN}))

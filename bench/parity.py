@@ -49,7 +49,7 @@ from toy import (  # noqa: E402
 )
 
 from bench.measure import RESULTS, write_results  # noqa: E402
-from megagpt.data import step_batches  # noqa: E402
+from megagpt.data.loader import step_batches  # noqa: E402
 from megagpt.engine import Engine, Precision, draw_weights, whole_shapes  # noqa: E402
 from megagpt.model.gpt import GPT, initialise  # noqa: E402
 from megagpt.optim import OptimConfig, build_optimizer, lr_at, parameter_groups  # noqa: E402

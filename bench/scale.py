@@ -144,7 +144,7 @@ def whole_slope(rows: list[dict[str, Any]], row: dict[str, Any], part: str) -> f
 
 def loader(documents: int, folder: Path) -> dict[str, float]:
     """Open a corpus of that many documents and read its first step of 64 samples of 2,048 tokens."""
-    from megagpt.data import DataConfig, Loader, TrainState, open_data
+    from megagpt.data.loader import DataConfig, Loader, TrainState, open_data
 
     make_sparse_source(folder, documents)
     values = {"seq_len": 2048, "sources": {"main": {"path": str(folder)}}}
@@ -163,7 +163,7 @@ def make_sparse_source(folder: Path, documents: int) -> None:
     """A train split of shards as long as real ones, all zeros but for the index headers, and a matching manifest."""
     import xxhash
 
-    from megagpt.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, write_manifest
+    from megagpt.data.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, write_manifest
     from megagpt.tokenizer.sentencepiece import open_tokenizer
 
     train, tokenizer = folder / "train", open_tokenizer("bytes")
@@ -239,7 +239,7 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     import torch
 
     from megagpt import checkpoint as checkpoints
-    from megagpt.data import TrainState
+    from megagpt.data.loader import TrainState
     from megagpt.engine import FSDPConfig, build_engine, draw_weights
     from megagpt.files import write_json
     from megagpt.model.gpt import ModelConfig
@@ -279,7 +279,7 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megagpt.data import DataConfig, TrainState, open_data, step_batches
+    from megagpt.data.loader import DataConfig, TrainState, open_data, step_batches
     from megagpt.engine import FSDPConfig, build_engine
     from megagpt.model.gpt import ModelConfig
     from megagpt.optim import OptimConfig

@@ -43,7 +43,7 @@ from ranks import free_port  # noqa: E402
 from bench.measure import write_results  # noqa: E402
 from megagpt import checkpoint  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
-from megagpt.data import TrainState  # noqa: E402
+from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.engine import Engine, FlatPiece, FSDPConfig, build_engine, whole_shapes  # noqa: E402
 from megagpt.files import read_json  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402

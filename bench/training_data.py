@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data import DataConfig, open_data
-from megagpt.shards import Manifest, ShardWriter, write_manifest
+from megagpt.data.loader import DataConfig, open_data
+from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 MAX_ROWS = 8192

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megagpt.config import UserError
-from megagpt.data import TrainState
+from megagpt.data.loader import TrainState
 from megagpt.engine import Engine
 from megagpt.files import read_json, sha256_file, sync, write_json
 from megagpt.pieces import CheckpointError, Shares, index_of, own_share, read_pieces, write_pieces

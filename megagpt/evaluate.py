@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from megagpt.config import Config, UserError, validate
-from megagpt.data import DataConfig, MicroBatch, TokenDataset, eval_batches
+from megagpt.data.loader import DataConfig, MicroBatch, TokenDataset, eval_batches
 from megagpt.files import write_json
 from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model.gpt import ModelConfig

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from megagpt.config import Config
+from megagpt.data.permutation import mix
 from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model.gpt import KeyValues, ModelConfig
-from megagpt.permutation import mix
 from megagpt.tokenizer.sentencepiece import Tokenizer
 from megagpt.world import pick_device
 

@@ -20,8 +20,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from megagpt.config import Config, UserError
+from megagpt.data.dataset import TrainState, Window, sample_indices
 from megagpt.files import read_json, write_json
-from megagpt.samples import TrainState, Window, sample_indices
 
 SKIPPED_FILE = "skipped.json"
 

@@ -13,7 +13,7 @@ import torch
 
 from megagpt import checkpoint
 from megagpt.config import UserError, dump
-from megagpt.data import Data, Dataset, TokenDataset
+from megagpt.data.loader import Data, Dataset, TokenDataset
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text

@@ -15,18 +15,18 @@ from torch import Tensor
 from megagpt import checkpoint, preflight
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
-from megagpt.data import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
+from megagpt.data.loader import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
+from megagpt.data.permutation import mix
+from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.determinism import make_deterministic
 from megagpt.engine import Engine, build_engine, draw_weights
 from megagpt.engine.formats import check_formats, declared_formats, name_of
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.generate import SamplingConfig, generate_ids
 from megagpt.guard import Guard
-from megagpt.ledger import LedgerWriter, entry_of
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor import Monitor
 from megagpt.optim import lr_at
-from megagpt.permutation import mix
 from megagpt.train_config import TrainConfig
 from megagpt.watchdog import Watchdog
 from megagpt.world import World, close_world, init_world

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from toy import ADAMW, DATASET, SGD, at_step
 
 from megagpt.config import UserError
-from megagpt.data import step_batches
+from megagpt.data.loader import step_batches
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision, build_engine, draw_weights, refuse_unsupported
 from megagpt.engine.canonical import BLOCK, BlockNorm, Extent, clip_factor, tree_sum, without_fused_kernels
 from megagpt.model.gpt import ModelConfig

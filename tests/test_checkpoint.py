@@ -18,7 +18,7 @@ from bench.torn_writes import damage, in_a_small_disk, kill_and_restart, load_wh
 from megagpt import checkpoint
 from megagpt.checkpoint import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
-from megagpt.data import TrainState
+from megagpt.data.loader import TrainState
 from megagpt.engine import FlatPiece, draw_weights
 from megagpt.files import read_json, sha256_file, write_json
 from megagpt.pieces import CheckpointError, read_pieces

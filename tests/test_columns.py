@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megagpt.columns import number_column, numbers_of, text_column
+from megagpt.data.arrow import number_column, numbers_of, text_column
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_chunks_and_slices_are_read_as_they_are() -> None:
 def test_pandas_is_not_imported() -> None:
     pytest.importorskip("pandas")
     code = (
-        "import sys, pyarrow as pa; from megagpt.columns import *;"
+        "import sys, pyarrow as pa; from megagpt.data.arrow import *;"
         "table = pa.table({'a': text_column(['x', None]), 'b': number_column([1, 2])}).take(number_column([1, 0]));"
         "print(table['a'].to_pylist(), numbers_of(table['b']).tolist(), 'pandas' in sys.modules)"
     )

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import UserError, validate
-from megagpt.data import (
+from megagpt.data.loader import (
     IGNORE,
     Data,
     DataConfig,
@@ -35,9 +35,9 @@ from megagpt.data import (
     sample_indices,
     step_batches,
 )
-from megagpt.permutation import mix, permute, unpermute
+from megagpt.data.permutation import mix, permute, unpermute
+from megagpt.data.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
 from megagpt.preflight import packing_warning
-from megagpt.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
 from megagpt.tokenizer.sentencepiece import open_tokenizer, token_lengths
 
 EOT = 256
@@ -465,7 +465,7 @@ def test_start_reads_no_shard_and_needs_no_memory(tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from megagpt.data import TokenDataset
+from megagpt.data.loader import TokenDataset
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dataset = TokenDataset(Path({str(tmp_path)!r}), seq_len=2048, seed=3)
 firsts = [dataset.first_token(i) for i in range(1000)]

@@ -16,7 +16,8 @@ from torch.nn import functional
 from megagpt import checkpoint
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError
-from megagpt.data import TokenDataset, TrainState
+from megagpt.data.loader import TokenDataset, TrainState
+from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.engine import FlatPiece
 from megagpt.evaluate import (
     EvaluateConfig,
@@ -30,7 +31,6 @@ from megagpt.evaluate import (
 )
 from megagpt.generate import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tasks import Question, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
 from megagpt.world import World, lone_world

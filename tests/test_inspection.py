@@ -12,13 +12,13 @@ from megagpt.command import run_words
 from megagpt.config import UserError, dump, validate
 from megagpt.corpus.blocks import Block
 from megagpt.corpus.warc import Record, read_records
+from megagpt.data.dataset import DataConfig, TrainState, open_data, recompute_fed_hash
+from megagpt.data.sample_ledger import Entry, LedgerWriter
+from megagpt.data.shards import Manifest, ShardError, ShardWriter, write_manifest
 from megagpt.documents import Document, write_documents
 from megagpt.files import write_json, write_text
 from megagpt.inspection import InspectConfig, check_ledger, inspect
-from megagpt.ledger import Entry, LedgerWriter
 from megagpt.provenance import show_record
-from megagpt.samples import DataConfig, TrainState, open_data, recompute_fed_hash
-from megagpt.shards import Manifest, ShardError, ShardWriter, write_manifest
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 TEXTS = [f"Text number {i}. " * (i % 5 + 1) for i in range(40)]

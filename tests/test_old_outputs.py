@@ -19,7 +19,7 @@ from megagpt.checkpoint import list_checkpoints, verify
 from megagpt.config import load
 from megagpt.corpus.recipe import CorpusConfig
 from megagpt.corpus.stage import stage_outputs
-from megagpt.data import open_data
+from megagpt.data.loader import open_data
 from megagpt.documents import read_documents
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger, find_splits, verify_splits

@@ -23,8 +23,8 @@ from megagpt.corpus import best_fit, blocks, leaks, pack, segments
 from megagpt.corpus.best_fit import best_fit_order, num_cut
 from megagpt.corpus.executors import Execution
 from megagpt.corpus.pack import TokenizeConfig, pack_documents
+from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents, write_documents
-from megagpt.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 from megagpt.tokenizer.train_tokenizer import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from megagpt.config import UserError
+from megagpt.data.shards import read_manifest, verify_shard
 from megagpt.documents import read_documents
-from megagpt.shards import read_manifest, verify_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.realdata]
 

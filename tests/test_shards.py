@@ -12,8 +12,7 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megagpt.files import read_json, write_json
-from megagpt.shards import (
+from megagpt.data.shards import (
     BLOCK_BYTES,
     Manifest,
     ShardError,
@@ -27,6 +26,7 @@ from megagpt.shards import (
     verify_shard,
     write_manifest,
 )
+from megagpt.files import read_json, write_json
 
 
 def write_shard(directory: Path, documents: list[list[int]], dtype: str = "uint16", name: str = "shard_00000") -> ShardInfo:

@@ -19,13 +19,13 @@ from ranks import Ranks, free_port, run_ranks, wait_until
 from megagpt.checkpoint import list_checkpoints
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
-from megagpt.data import DataConfig, TrainState, open_data, recompute_fed_hash
+from megagpt.data.loader import DataConfig, TrainState, open_data, recompute_fed_hash
+from megagpt.data.sample_ledger import read_ledger
+from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
-from megagpt.ledger import read_ledger
 from megagpt.loaded_model import load_model
 from megagpt.metrics import read_metrics
-from megagpt.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train import train
 from megagpt.train_config import TrainConfig
@@ -402,7 +402,7 @@ def engine_traits(world: Any) -> list[tuple[bool, bool]]:
 
 
 def dropout_masks(world: Any, _: None) -> list[int]:
-    from megagpt.data import MicroBatch
+    from megagpt.data.loader import MicroBatch
     from megagpt.train import seed_dropout
 
     model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megagpt.data import IGNORE, Sample, TrainState, step_batches
+from megagpt.data.loader import IGNORE, Sample, TrainState, step_batches
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig

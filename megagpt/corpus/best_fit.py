@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megagpt.permutation import mix
+from megagpt.data.permutation import mix
 
 BLOCK_DOCUMENTS = 65_536
 """Documents move within blocks of so many, so that the order of keys holds on the whole and memory is bounded."""

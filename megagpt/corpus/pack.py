@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megagpt.columns import number_column, numbers_of
 from megagpt.config import UserError, fingerprint
 from megagpt.corpus.best_fit import best_fit_order
 from megagpt.corpus.blocks import Block, document_blocks, plan_hash
@@ -38,8 +37,9 @@ from megagpt.corpus.claim import Claim, folder_of, is_of_other_work, refuse_left
 from megagpt.corpus.executors import Execution, run_tasks
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
+from megagpt.data.arrow import number_column, numbers_of
+from megagpt.data.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
 from megagpt.files import atomic_path, read_json, write_json
-from megagpt.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
 from megagpt.tokenizer.sentencepiece import Tokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]

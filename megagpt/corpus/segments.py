@@ -15,7 +15,6 @@ import numpy as np
 import xxhash
 from pydantic import Field
 
-from megagpt.columns import number_column, text_column
 from megagpt.config import Config
 from megagpt.corpus.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.claim import Claim
@@ -23,6 +22,7 @@ from megagpt.corpus.executors import Execution
 from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
 from megagpt.corpus.minhash import load_kernels
 from megagpt.corpus.phases import SMALL_PHASE_BYTES, Task, run_phase
+from megagpt.data.arrow import number_column, text_column
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, write_json
 from megagpt.tokenizer.bpe import Encoder

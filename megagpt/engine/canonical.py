@@ -3,7 +3,7 @@
 Floating-point addition is not associative, so the usual reductions give other last bits on another number of ranks. Here each
 micro-batch's gradient crosses ranks by itself (an all-to-all, the traffic of a reduce-scatter), and whoever keeps an element
 adds the micro-batches' values one by one, in fp32, in the order of their numbers in the step; micro-batch j is computed by
-rank j % ranks (megagpt.data), so a round of one micro-batch per rank holds consecutive numbers.
+rank j % ranks (megagpt.data.loader), so a round of one micro-batch per rank holds consecutive numbers.
 """
 
 from collections.abc import Iterable, Sequence

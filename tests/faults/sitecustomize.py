@@ -60,7 +60,7 @@ def before_forward(train, fault, action) -> None:
 
 
 def in_loader(train, fault, action) -> None:
-    from megagpt import samples
+    from megagpt.data import dataset as samples
 
     original = samples.TokenDataset.sample
 
@@ -165,7 +165,7 @@ def poisoned(train, fault) -> None:
     """Samples of some steps are noise, as from a damaged dump: [from, until) in steps, on every rank, at every pass."""
     from dataclasses import replace
 
-    from megagpt import samples
+    from megagpt.data import dataset as samples
 
     original = samples.TokenDataset.sample
 

@@ -21,9 +21,9 @@ import xxhash
 from pydantic import Field, model_validator
 
 from megagpt.config import Config, UserError
+from megagpt.data.permutation import mix, permute, unpermute
+from megagpt.data.shards import Manifest, Shard, open_shard, read_manifest
 from megagpt.files import sha256_file
-from megagpt.permutation import mix, permute, unpermute
-from megagpt.shards import Manifest, Shard, open_shard, read_manifest
 from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 
 IGNORE = -100

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from megagpt.samples import (
+from megagpt.data.dataset import (
     HASH_MASK,
     IGNORE,
     Data,

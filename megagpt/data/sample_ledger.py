@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from megagpt.samples import HASH_MASK, TrainState, Window, sample_indices
+from megagpt.data.dataset import HASH_MASK, TrainState, Window, sample_indices
 
 LEDGER_FILE = "ledger.jsonl"
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megagpt.columns import number_column, text_column
 from megagpt.config import UserError
+from megagpt.data.arrow import number_column, text_column
 from megagpt.files import read_json, sha256_file, sync, write_json
 
 BLOCK_BYTES = 4 << 20
