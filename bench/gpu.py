@@ -31,9 +31,9 @@ import torch
 from measure import PROJECT, machine, run_interleaved, spread, write_results
 from training_data import write_data
 
+from megagpt.distributed.ports import free_port
 from megagpt.model.flops import flops_per_token, utilisation
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.ports import free_port
 
 PEAK_TFLOPS = 989.0
 """Dense bf16 of an H100 or H200 SXM, NVIDIA's data sheet."""

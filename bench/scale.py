@@ -240,11 +240,11 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
 
     from megagpt import checkpoint as checkpoints
     from megagpt.data.loader import TrainState
+    from megagpt.distributed.world import close_world, init_world
     from megagpt.engine import FSDPConfig, build_engine, draw_weights
     from megagpt.files import write_json
     from megagpt.model.gpt import ModelConfig
     from megagpt.optim import OptimConfig
-    from megagpt.world import close_world, init_world
 
     width = 64 * max(4, round((parameters / (12 * 12)) ** 0.5 / 64))
     layers = max(1, round((parameters - 8192 * width) / (12 * width * width)))
@@ -280,10 +280,10 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megagpt.data.loader import DataConfig, TrainState, open_data, step_batches
+    from megagpt.distributed.world import World
     from megagpt.engine import FSDPConfig, build_engine
     from megagpt.model.gpt import ModelConfig
     from megagpt.optim import OptimConfig
-    from megagpt.world import World
 
     make_sparse_source(folder, 10**6)
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=size)

@@ -47,7 +47,7 @@ PEERS: dict[str, tuple[str, ...]] = {
 WHY = (
     "Differences below about 4 % lie within the spread of shared cores. Alone in its process, an engine of ours adds no copies "
     "to the bare loop (ZeRO 0 to 2, fsdp), and Lightning trains our own model class: there all three do the same work. In "
-    "every cell ours keeps freed memory for the next step (megagpt/heap.py: less time, a higher peak), which neither the bare "
+    "every cell ours keeps freed memory for the next step (by malloc.py: less time, a higher peak), which neither the bare "
     "loops nor a peer do. ZeRO 0 is the like of DDP; ZeRO 1 and 2 also gather the new weights from the ranks that hold them, "
     "which gloo copies through the loopback, and are to be compared with the Trainer's. ZeRO 3 gathers and frees each module's "
     "weights by hooks in Python; its like is the Trainer's ZeRO 3."

@@ -109,9 +109,9 @@ def beat_seconds(folder: Path) -> float:
     """CPU seconds of what the loop itself pays, per micro-batch."""
     import torch
 
+    from megagpt.distributed.world import lone_world
     from megagpt.goodput import Stopwatch
     from megagpt.watchdog import Watchdog, WatchdogConfig
-    from megagpt.world import lone_world
 
     clock = Stopwatch()
     with clock("train"):

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from megagpt.config import UserError
 from megagpt.data.loader import TrainState
+from megagpt.distributed.world import World, utc_now
 from megagpt.engine import Engine
 from megagpt.files import read_json, sha256_file, sync, write_json
 from megagpt.pieces import CheckpointError, Shares, index_of, own_share, read_pieces, write_pieces
-from megagpt.world import World, utc_now
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megagpt.config import Config
 from megagpt.data.permutation import mix
+from megagpt.distributed.world import pick_device
 from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model.gpt import KeyValues, ModelConfig
 from megagpt.tokenizer.sentencepiece import Tokenizer
-from megagpt.world import pick_device
 
 GREEDY = 0.0
 """The temperature at which the likeliest token is always taken."""

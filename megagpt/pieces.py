@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.config import Failure
+from megagpt.distributed.world import World
 from megagpt.engine import FlatPiece
-from megagpt.world import World
 
 Shares: TypeAlias = dict[str, tuple[int, Tensor]]
 """What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""

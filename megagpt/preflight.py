@@ -14,6 +14,7 @@ import torch
 from megagpt import checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data.loader import Data, Dataset, TokenDataset
+from megagpt.distributed.world import World, utc_now
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.formats import declared_formats
 from megagpt.files import write_json, write_text
@@ -23,7 +24,6 @@ from megagpt.monitor import check_wandb
 from megagpt.optim import STATES
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train_config import TrainConfig
-from megagpt.world import World, utc_now
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from pydantic import Field
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 from megagpt.config import Config, UserError
 from megagpt.corpus.demo import DemoConfig, Planted, build_demo_dumps
+from megagpt.distributed.ports import free_port
 from megagpt.files import read_json
 from megagpt.metrics import read_metrics
-from megagpt.ports import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"

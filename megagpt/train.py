@@ -18,7 +18,8 @@ from megagpt.config import UserError
 from megagpt.data.loader import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
 from megagpt.data.permutation import mix
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
-from megagpt.determinism import make_deterministic
+from megagpt.distributed.determinism import make_deterministic
+from megagpt.distributed.world import World, close_world, init_world
 from megagpt.engine import Engine, build_engine, draw_weights
 from megagpt.engine.formats import check_formats, declared_formats, name_of
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
@@ -29,7 +30,6 @@ from megagpt.monitor import Monitor
 from megagpt.optim import lr_at
 from megagpt.train_config import TrainConfig
 from megagpt.watchdog import Watchdog
-from megagpt.world import World, close_world, init_world
 
 log = logging.getLogger(__name__)
 

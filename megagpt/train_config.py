@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from megagpt.config import Config
 from megagpt.data.loader import DataConfig
-from megagpt.determinism import Determinism
+from megagpt.distributed.determinism import Determinism
 from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.guard import GuardConfig
 from megagpt.model.float8 import Float8

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagpt.ports import free_ports
+from megagpt.distributed.ports import free_ports
 
 
 def own_ports(count: int) -> list[int]:
@@ -72,7 +72,7 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, result:
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
 
-    from megagpt.world import close_world, init_world
+    from megagpt.distributed.world import close_world, init_world
 
     torch.set_num_threads(1)
     try:

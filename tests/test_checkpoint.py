@@ -19,10 +19,10 @@ from megagpt import checkpoint
 from megagpt.checkpoint import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
 from megagpt.data.loader import TrainState
+from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece, draw_weights
 from megagpt.files import read_json, sha256_file, write_json
 from megagpt.pieces import CheckpointError, read_pieces
-from megagpt.world import World, lone_world
 
 ALONE = lone_world(torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from torch.distributed.flight_recorder.components.loader import read_dump
 
 from megagpt.collectives import WaitSampler, collectives_begun, compare_groups, read_groups, recorded_groups, write_dump
-from megagpt.world import World
+from megagpt.distributed.world import World
 
 
 def entry(number: int, name: str, **changes: Any) -> dict[str, Any]:

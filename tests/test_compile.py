@@ -11,8 +11,8 @@ import pytest
 from ranks import run_ranks
 from toy import MODEL, make_engine, train_steps
 
+from megagpt.distributed.world import World
 from megagpt.engine import draw_weights
-from megagpt.world import World
 
 ENGINES = ["fsdp", "zero1"]
 

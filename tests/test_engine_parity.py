@@ -24,9 +24,9 @@ from toy import (
 from bench.parity import Cell, Weights, largest_difference, plain_loop, run_cells
 from megagpt.config import UserError
 from megagpt.data.loader import step_batches
+from megagpt.distributed.world import World
 from megagpt.engine import DeepSpeedConfig, Engine, Precision, build_engine, draw_weights
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.world import World
 
 STEPS: dict[Precision, int] = {"fp32": 10, "bf16": 6}
 CELLS: dict[int, list[Cell]] = {

@@ -18,6 +18,7 @@ from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError
 from megagpt.data.loader import TokenDataset, TrainState
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
+from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece
 from megagpt.evaluate import (
     EvaluateConfig,
@@ -33,7 +34,6 @@ from megagpt.generate import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tasks import Question, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
-from megagpt.world import World, lone_world
 
 CPU = torch.device("cpu")
 TEXTS = [f"Naïve café {i}: the {'quick ' * (i % 7)}brown fox – 東京 – jumps {i * 37} times.\n" for i in range(40)]

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from toy import MODEL, make_engine, train_steps
 
 from megagpt.config import UserError
+from megagpt.distributed.world import World
 from megagpt.engine import Precision, draw_weights
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initialise, keep_products
-from megagpt.world import World
 
 RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")
 

@@ -9,9 +9,9 @@ from ranks import run_ranks
 from toy import ADAMW, MODEL, train_steps
 
 from megagpt.config import Failure, UserError, validate
+from megagpt.distributed.world import World
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine, draw_weights
 from megagpt.engine.formats import check_formats, declared_formats
-from megagpt.world import World
 
 STEPS = 3
 PLAIN: dict[str, EngineConfig] = {"zero1": DeepSpeedConfig(zero_stage=1), "fsdp": FSDPConfig()}

@@ -13,11 +13,11 @@ from ranks import Ranks, run_ranks
 from test_train import settings, write_shards
 
 from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
+from megagpt.distributed.world import World
 from megagpt.files import read_json
 from megagpt.goodput import Stopwatch
 from megagpt.metrics import read_metrics
 from megagpt.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
-from megagpt.world import World
 
 FAULTS = Path(__file__).resolve().parent / "faults"
 

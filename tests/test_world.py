@@ -12,9 +12,9 @@ import pytest
 from ranks import run_ranks
 
 from megagpt.config import UserError
-from megagpt.heap import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
-from megagpt.ports import free_ports
-from megagpt.world import Place, StopRequest, World, place_from_environment
+from megagpt.distributed.malloc import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
+from megagpt.distributed.ports import free_ports
+from megagpt.distributed.world import Place, StopRequest, World, place_from_environment
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -22,7 +22,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
 FREED = """
 import resource, sys, torch
-from megagpt.heap import keep_freed_memory
+from megagpt.distributed.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 for number in range(40):

@@ -7,7 +7,7 @@ One line per node: `check_node: NAME good`, or `check_node: NAME bad: reasons`. 
 """
 
 from megagpt.command import EXIT_CRASH, EXIT_DONE, main
-from megagpt.node import CheckNodeConfig, check_node, node_name
+from megagpt.distributed.node_check import CheckNodeConfig, check_node, node_name
 
 
 def run(config: CheckNodeConfig) -> int:

@@ -14,10 +14,10 @@ from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
 from megagpt.config import Config, UserError, by_kind
+from megagpt.distributed.world import World
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initial_value
 from megagpt.optim import OptimConfig
-from megagpt.world import World
 
 
 @dataclass(frozen=True, slots=True)

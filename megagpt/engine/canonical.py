@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagpt.distributed.world import World
 from megagpt.optim import Optimizer
-from megagpt.world import World
 
 BLOCK = 4096
 """Elements of a flattened parameter whose squares are added up together; a power of two."""

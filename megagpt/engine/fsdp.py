@@ -19,13 +19,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from megagpt.config import UserError
+from megagpt.distributed.world import World
 from megagpt.engine import FlatPiece, FSDPConfig, Precision, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
 from megagpt.engine.casting import computing_in_bf16
 from megagpt.engine.formats import name_of, watch_formats
 from megagpt.model.gpt import GPT
 from megagpt.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
-from megagpt.world import World
 
 
 class FSDPEngine:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from megagpt.config import Config
-from megagpt.world import close_world, init_world, place_from_environment
+from megagpt.distributed.world import close_world, init_world, place_from_environment
 
 MATRIX = 2048
 """Side of the matrices whose product is compared with the CPU's."""

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.config import UserError
-from megagpt.heap import keep_freed_memory
-from megagpt.ports import free_port
+from megagpt.distributed.malloc import keep_freed_memory
+from megagpt.distributed.ports import free_port
 
 log = logging.getLogger(__name__)
 

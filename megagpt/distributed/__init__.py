@@ -1,0 +1,1 @@
+"""Ranks, ports, determinism and the health of a node."""
