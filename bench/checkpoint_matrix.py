@@ -39,9 +39,9 @@ from megagpt import checkpoint  # noqa: E402
 from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import Engine, Precision  # noqa: E402
+from megagpt.engine.optim import STATES  # noqa: E402
 from megagpt.files import write_json  # noqa: E402
 from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402
-from megagpt.optim import STATES  # noqa: E402
 from megagpt.pieces import index_of, write_pieces  # noqa: E402
 
 TRAINED, TOLERANCE, PAIR_LOSSES = 5, 1e-6, 2

@@ -41,8 +41,8 @@ from megagpt import checkpoint  # noqa: E402
 from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine  # noqa: E402
+from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402
-from megagpt.optim import OptimConfig  # noqa: E402
 
 SIZE = 2
 MODELS = {

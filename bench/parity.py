@@ -52,8 +52,8 @@ from bench.measure import RESULTS, write_results  # noqa: E402
 from megagpt.data.loader import step_batches  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import Engine, Precision, draw_weights, whole_shapes  # noqa: E402
+from megagpt.engine.optim import OptimConfig, build_optimizer, lr_at, parameter_groups  # noqa: E402
 from megagpt.model.gpt import GPT, initialise  # noqa: E402
-from megagpt.optim import OptimConfig, build_optimizer, lr_at, parameter_groups  # noqa: E402
 
 MICRO_BATCH_SIZES = (2, 3, 5)
 CANONICAL = ("zero1", "fsdp", "fsdp_kept")

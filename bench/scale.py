@@ -242,9 +242,9 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     from megagpt.data.loader import TrainState
     from megagpt.distributed.world import close_world, init_world
     from megagpt.engine import FSDPConfig, build_engine, draw_weights
+    from megagpt.engine.optim import OptimConfig
     from megagpt.files import write_json
     from megagpt.model.gpt import ModelConfig
-    from megagpt.optim import OptimConfig
 
     width = 64 * max(4, round((parameters / (12 * 12)) ** 0.5 / 64))
     layers = max(1, round((parameters - 8192 * width) / (12 * width * width)))
@@ -282,8 +282,8 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
     from megagpt.data.loader import DataConfig, TrainState, open_data, step_batches
     from megagpt.distributed.world import World
     from megagpt.engine import FSDPConfig, build_engine
+    from megagpt.engine.optim import OptimConfig
     from megagpt.model.gpt import ModelConfig
-    from megagpt.optim import OptimConfig
 
     make_sparse_source(folder, 10**6)
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=size)

@@ -32,8 +32,8 @@ from bench.measure import write_results  # noqa: E402
 from megagpt.config import load  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine, whole_shapes  # noqa: E402
+from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402
-from megagpt.optim import OptimConfig  # noqa: E402
 
 ENGINES: dict[str, EngineConfig] = {
     "fsdp": FSDPConfig(),

@@ -16,12 +16,12 @@ from megagpt.config import UserError, dump
 from megagpt.data.loader import Data, Dataset, TokenDataset
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
-from megagpt.engine.formats import declared_formats
+from megagpt.engine.dtypes import declared_formats
+from megagpt.engine.optim import STATES
 from megagpt.files import write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor import check_wandb
-from megagpt.optim import STATES
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train_config import TrainConfig
 

@@ -21,13 +21,13 @@ from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.distributed.determinism import make_deterministic
 from megagpt.distributed.world import World, close_world, init_world
 from megagpt.engine import Engine, build_engine, draw_weights
-from megagpt.engine.formats import check_formats, declared_formats, name_of
+from megagpt.engine.dtypes import check_formats, declared_formats, name_of
+from megagpt.engine.optim import lr_at
 from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.generate import SamplingConfig, generate_ids
 from megagpt.guard import Guard
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor import Monitor
-from megagpt.optim import lr_at
 from megagpt.train_config import TrainConfig
 from megagpt.watchdog import Watchdog
 

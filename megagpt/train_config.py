@@ -9,11 +9,11 @@ from megagpt.config import Config
 from megagpt.data.loader import DataConfig
 from megagpt.distributed.determinism import Determinism
 from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
+from megagpt.engine.optim import OptimConfig
 from megagpt.guard import GuardConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor import MonitorConfig
-from megagpt.optim import OptimConfig
 from megagpt.watchdog import WatchdogConfig
 
 

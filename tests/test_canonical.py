@@ -17,8 +17,8 @@ from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision, build_engine, draw_weights, refuse_unsupported
 from megagpt.engine.canonical import BLOCK, BlockNorm, Extent, clip_factor, tree_sum, without_fused_kernels
+from megagpt.engine.optim import OptimConfig, build_optimizer, lr_at
 from megagpt.model.gpt import ModelConfig
-from megagpt.optim import OptimConfig, build_optimizer, lr_at
 
 # 500 x 96 elements: blocks of the norm straddle the shards' borders, and 4 ranks get unequal rows of the 2 key/value heads.
 MODEL = ModelConfig(vocab_size=500, seq_len=32, num_layers=2, num_heads=6, num_kv_heads=2, hidden_size=96, qk_norm=True)

@@ -11,7 +11,7 @@ from toy import ADAMW, MODEL, train_steps
 from megagpt.config import Failure, UserError, validate
 from megagpt.distributed.world import World
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine, draw_weights
-from megagpt.engine.formats import check_formats, declared_formats
+from megagpt.engine.dtypes import check_formats, declared_formats
 
 STEPS = 3
 PLAIN: dict[str, EngineConfig] = {"zero1": DeepSpeedConfig(zero_stage=1), "fsdp": FSDPConfig()}

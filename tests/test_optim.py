@@ -7,8 +7,17 @@ import torch
 
 from megagpt.config import UserError, validate
 from megagpt.engine import DeepSpeedConfig, FSDPConfig, refuse_unsupported
+from megagpt.engine.optim import (
+    STATES,
+    OptimConfig,
+    ScheduleConfig,
+    Together,
+    build_optimizer,
+    create_states,
+    lr_at,
+    parameter_groups,
+)
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.optim import STATES, OptimConfig, ScheduleConfig, Together, build_optimizer, create_states, lr_at, parameter_groups
 
 MODEL = ModelConfig(family="gpt2", vocab_size=16, seq_len=8, num_layers=1, num_heads=2, hidden_size=8)
 

@@ -8,9 +8,9 @@ import torch
 from megagpt.data.loader import IGNORE, Sample, TrainState, step_batches
 from megagpt.distributed.world import World
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
+from megagpt.engine.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
-from megagpt.optim import OptimConfig, ScheduleConfig, lr_at
 
 MODEL = ModelConfig(vocab_size=64, seq_len=32, num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32)
 UNTIED = MODEL.model_copy(update={"tied_head": False})

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from megagpt.config import Config, UserError, by_kind
 from megagpt.distributed.world import World
+from megagpt.engine.optim import OptimConfig
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initial_value
-from megagpt.optim import OptimConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Engine(Protocol):
     module: nn.Module
     updates: int
     formats: dict[str, str]
-    """What the tensors of the first update were, see megagpt.engine.formats; filled by then."""
+    """What the tensors of the first update were, see megagpt.engine.dtypes; filled by then."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of `loss`; `last` marks the step's last micro-batch."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.distributed.world import World
-from megagpt.optim import Optimizer
+from megagpt.engine.optim import Optimizer
 
 BLOCK = 4096
 """Elements of a flattened parameter whose squares are added up together; a power of two."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from megagpt.config import Failure
 from megagpt.engine import EngineConfig, Precision
-from megagpt.optim import Together
+from megagpt.engine.optim import Together
 
 Formats: TypeAlias = dict[str, str]
 """fp32, bf16 ... of weights (those that compute), master_weights (those that are updated), gradients (as the optimizer gets
