@@ -111,7 +111,7 @@ def beat_seconds(folder: Path) -> float:
 
     from megagpt.distributed.world import lone_world
     from megagpt.goodput import Stopwatch
-    from megagpt.watchdog import Watchdog, WatchdogConfig
+    from megagpt.watchdog.watchdog import Watchdog, WatchdogConfig
 
     clock = Stopwatch()
     with clock("train"):

@@ -16,7 +16,7 @@ from megagpt.funnel import big, read_funnel, show_funnel
 from megagpt.goodput import Ledger, advise_checkpoints, goodput_ledger
 from megagpt.metrics import Metrics, Row, read_metrics
 from megagpt.page import bars, card, details, escape, page, table, tile
-from megagpt.stragglers import count_slow
+from megagpt.watchdog.stragglers import count_slow
 
 
 class ReportConfig(Config):

@@ -29,7 +29,7 @@ from megagpt.guard import Guard
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor import Monitor
 from megagpt.train_config import TrainConfig
-from megagpt.watchdog import Watchdog
+from megagpt.watchdog.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

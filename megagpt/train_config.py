@@ -14,7 +14,7 @@ from megagpt.guard import GuardConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor import MonitorConfig
-from megagpt.watchdog import WatchdogConfig
+from megagpt.watchdog.watchdog import WatchdogConfig
 
 
 class BatchPhase(Config):

@@ -11,8 +11,15 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.flight_recorder.components.loader import read_dump
 
-from megagpt.collectives import WaitSampler, collectives_begun, compare_groups, read_groups, recorded_groups, write_dump
 from megagpt.distributed.world import World
+from megagpt.watchdog.flight_recorder import (
+    WaitSampler,
+    collectives_begun,
+    compare_groups,
+    read_groups,
+    recorded_groups,
+    write_dump,
+)
 
 
 def entry(number: int, name: str, **changes: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megagpt.stragglers import MIN_LOOKS, RankTimes, count_slow, step_seconds, summarise, waiting_seconds
+from megagpt.watchdog.stragglers import MIN_LOOKS, RankTimes, count_slow, step_seconds, summarise, waiting_seconds
 
 
 def progress(steps: int, **seconds: float) -> dict[str, float]:

@@ -17,7 +17,7 @@ from megagpt.distributed.world import World
 from megagpt.files import read_json
 from megagpt.goodput import Stopwatch
 from megagpt.metrics import read_metrics
-from megagpt.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
+from megagpt.watchdog.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
 
 FAULTS = Path(__file__).resolve().parent / "faults"
 

@@ -26,14 +26,15 @@ from typing import Any
 from pydantic import Field
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megagpt import collectives, stacks
 from megagpt.command import EXIT_WATCHDOG
 from megagpt.config import Config
 from megagpt.distributed.world import World
 from megagpt.files import read_json, write_json
 from megagpt.goodput import Stopwatch
 from megagpt.metrics import METRICS_FILE, format_row
-from megagpt.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes
+from megagpt.watchdog import flight_recorder as collectives
+from megagpt.watchdog import stacks
+from megagpt.watchdog.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes
 
 Report = dict[str, Any]
 """What a rank says of itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,

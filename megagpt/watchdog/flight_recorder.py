@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagpt import stacks
 from megagpt.files import atomic_path
+from megagpt.watchdog import stacks
 
 Group = dict[str, Any]
 """One process group in a rank's words: name, begun (collectives so far), open (those that have not ended: number, operation,

@@ -1,0 +1,1 @@
+"""Finds the rank and the operation on which a run hangs."""
