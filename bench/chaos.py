@@ -33,7 +33,7 @@ from bench.measure import spread, write_results  # noqa: E402
 from megagpt.checkpoint import list_checkpoints  # noqa: E402
 from megagpt.inspection import check_ledger  # noqa: E402
 from megagpt.loaded_model import load_model  # noqa: E402
-from megagpt.metrics import METRICS_FILE, read_metrics  # noqa: E402
+from megagpt.monitor.metrics import METRICS_FILE, read_metrics  # noqa: E402
 
 SAVE_EVERY, BATCH = 50, 4
 STEPS_PER_FAULT = 150

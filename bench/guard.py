@@ -24,7 +24,7 @@ from ranks import Ranks  # noqa: E402
 from bench.chaos import make_shards  # noqa: E402
 from bench.measure import write_results  # noqa: E402
 from megagpt.inspection import check_ledger  # noqa: E402
-from megagpt.metrics import read_metrics  # noqa: E402
+from megagpt.monitor.metrics import read_metrics  # noqa: E402
 
 BATCH = 16
 

@@ -7,7 +7,7 @@ from typing import Any
 from training_clock import Clock, read_job
 
 from megagpt.config import validate
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 from megagpt.train import train
 from megagpt.train_config import TrainConfig
 

@@ -79,7 +79,7 @@ def healthy(folder: Path, steps: int) -> dict[str, Any]:
 def one_rank(config: str) -> None:
     """Train in this process, and print what its watchdog's threads cost."""
     from megagpt.config import load
-    from megagpt.metrics import read_metrics
+    from megagpt.monitor.metrics import read_metrics
     from megagpt.train import TrainConfig, train
 
     loaded = load(TrainConfig, [config])
@@ -110,7 +110,7 @@ def beat_seconds(folder: Path) -> float:
     import torch
 
     from megagpt.distributed.world import lone_world
-    from megagpt.goodput import Stopwatch
+    from megagpt.monitor.goodput import Stopwatch
     from megagpt.watchdog.watchdog import Watchdog, WatchdogConfig
 
     clock = Stopwatch()

@@ -21,7 +21,7 @@ from megagpt.engine.optim import STATES
 from megagpt.files import write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
-from megagpt.monitor import check_wandb
+from megagpt.monitor.monitor import check_wandb
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train_config import TrainConfig
 

@@ -24,7 +24,7 @@ from megagpt.config import Config, UserError
 from megagpt.corpus.demo import DemoConfig, Planted, build_demo_dumps
 from megagpt.distributed.ports import free_port
 from megagpt.files import read_json
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"

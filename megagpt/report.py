@@ -13,8 +13,8 @@ from megagpt.checkpoint import list_checkpoints, step_of
 from megagpt.config import Config
 from megagpt.files import read_json, write_text
 from megagpt.funnel import big, read_funnel, show_funnel
-from megagpt.goodput import Ledger, advise_checkpoints, goodput_ledger
-from megagpt.metrics import Metrics, Row, read_metrics
+from megagpt.monitor.goodput import Ledger, advise_checkpoints, goodput_ledger
+from megagpt.monitor.metrics import Metrics, Row, read_metrics
 from megagpt.page import bars, card, details, escape, page, table, tile
 from megagpt.watchdog.stragglers import count_slow
 

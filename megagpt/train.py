@@ -27,7 +27,7 @@ from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
 from megagpt.generate import SamplingConfig, generate_ids
 from megagpt.guard import Guard
 from megagpt.model.flops import flops_per_token
-from megagpt.monitor import Monitor
+from megagpt.monitor.monitor import Monitor
 from megagpt.train_config import TrainConfig
 from megagpt.watchdog.watchdog import Watchdog
 

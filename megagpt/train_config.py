@@ -13,7 +13,7 @@ from megagpt.engine.optim import OptimConfig
 from megagpt.guard import GuardConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
-from megagpt.monitor import MonitorConfig
+from megagpt.monitor.monitor import MonitorConfig
 from megagpt.watchdog.watchdog import WatchdogConfig
 
 

@@ -16,7 +16,7 @@ from megagpt.checkpoint_admin import InspectConfig
 from megagpt.command import EXIT_CRASH, EXIT_DONE, run_words
 from megagpt.files import read_json
 from megagpt.loaded_model import load_model
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 
 CHANGES: dict[str, Any] = {
     "max_steps": 12,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megagpt.goodput import advise_checkpoints, daly_interval, goodput_ledger, job_times
-from megagpt.metrics import Metrics, Row
+from megagpt.monitor.goodput import advise_checkpoints, daly_interval, goodput_ledger, job_times
+from megagpt.monitor.metrics import Metrics, Row
 
 
 def row(kind: str, step: int, time: float, incarnation: int, seconds: dict[str, float], **more: Any) -> Row:

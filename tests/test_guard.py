@@ -19,7 +19,7 @@ from megagpt.data.sample_ledger import entry_of, read_ledger
 from megagpt.files import read_json, write_json
 from megagpt.guard import Guard, GuardConfig, Step, judge, merge, window_to_skip
 from megagpt.inspection import check_ledger
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 
 FAULTS = Path(__file__).resolve().parent / "faults"
 CONFIG = GuardConfig(window_steps=32, min_steps=16)

@@ -24,7 +24,7 @@ from megagpt.documents import read_documents
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger, find_splits, verify_splits
 from megagpt.loaded_model import load_model
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 from megagpt.preflight import check_resume
 from megagpt.train_config import TrainConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.corpus.demo import Planted
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 from megagpt.quickstart import check_corpus
 
 PROJECT = Path(__file__).resolve().parent.parent

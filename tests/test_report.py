@@ -12,7 +12,7 @@ from megagpt.charts import MAX_POINTS, Chart, Line, smoothed, thin, to_svg
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.files import write_json
 from megagpt.funnel import read_funnel
-from megagpt.metrics import METRICS_FILE, format_row
+from megagpt.monitor.metrics import METRICS_FILE, format_row
 from megagpt.page import bars, table
 from megagpt.report import ReportConfig, report_run
 

@@ -17,7 +17,7 @@ from megagpt.checkpoint import list_checkpoints, step_of
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
 from megagpt.loaded_model import load_model
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]

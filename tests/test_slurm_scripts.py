@@ -14,7 +14,7 @@ from ranks import wait_until
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from megagpt.documents import Document, write_documents
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("pretrain.sh", "preprocess.sh")

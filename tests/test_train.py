@@ -25,7 +25,7 @@ from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
 from megagpt.loaded_model import load_model
-from megagpt.metrics import read_metrics
+from megagpt.monitor.metrics import read_metrics
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train import train
 from megagpt.train_config import TrainConfig

@@ -15,8 +15,8 @@ from test_train import settings, write_shards
 from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
 from megagpt.distributed.world import World
 from megagpt.files import read_json
-from megagpt.goodput import Stopwatch
-from megagpt.metrics import read_metrics
+from megagpt.monitor.goodput import Stopwatch
+from megagpt.monitor.metrics import read_metrics
 from megagpt.watchdog.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
 
 FAULTS = Path(__file__).resolve().parent / "faults"

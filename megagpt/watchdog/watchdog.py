@@ -30,8 +30,8 @@ from megagpt.command import EXIT_WATCHDOG
 from megagpt.config import Config
 from megagpt.distributed.world import World
 from megagpt.files import read_json, write_json
-from megagpt.goodput import Stopwatch
-from megagpt.metrics import METRICS_FILE, format_row
+from megagpt.monitor.goodput import Stopwatch
+from megagpt.monitor.metrics import METRICS_FILE, format_row
 from megagpt.watchdog import flight_recorder as collectives
 from megagpt.watchdog import stacks
 from megagpt.watchdog.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes

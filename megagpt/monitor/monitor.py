@@ -13,10 +13,10 @@ from pydantic import Field
 
 from megagpt.config import Config, UserError
 from megagpt.files import read_json, write_json
-from megagpt.goodput import Stopwatch, advise_checkpoints, job_times, process_age
-from megagpt.gpu import open_gpu, read_gpu
-from megagpt.metrics import METRICS_FILE, Metrics, format_row, plain, read_metrics
 from megagpt.model.flops import FlopsPerToken, peak_flops, utilisation
+from megagpt.monitor.goodput import Stopwatch, advise_checkpoints, job_times, process_age
+from megagpt.monitor.metrics import METRICS_FILE, Metrics, format_row, plain, read_metrics
+from megagpt.monitor.nvml import open_gpu, read_gpu
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from megagpt.metrics import CONTINUES, Metrics, Row
+from megagpt.monitor.metrics import CONTINUES, Metrics, Row
 
 OTHER = "other"
 """The activity outside every `with`."""
