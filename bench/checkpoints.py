@@ -37,7 +37,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 from ranks import run_ranks  # noqa: E402
 
 from bench.measure import spread, write_results  # noqa: E402
-from megagpt import checkpoint  # noqa: E402
+from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine  # noqa: E402

@@ -22,10 +22,10 @@ from measure import spread, write_results
 from training import CELLS, Cell, contender, prepare_job
 from training_turns import Contender, Outcome, run_turn_about
 
-from megagpt.checkpoint import list_checkpoints
+from megagpt.checkpoint.partitions import read_pieces
+from megagpt.checkpoint.save_load import list_checkpoints
 from megagpt.engine import FlatPiece
 from megagpt.model.gpt import GPT, ModelConfig
-from megagpt.pieces import read_pieces
 
 ENGINES, MODES = ("zero1", "fsdp"), ("none", "strict", "canonical")
 TINY = Cell("tiny", "fp32", {}, steps=8)

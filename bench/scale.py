@@ -238,7 +238,7 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     """Save and load the state of the fsdp engine of one process; vocabulary and width fit the number of parameters."""
     import torch
 
-    from megagpt import checkpoint as checkpoints
+    from megagpt.checkpoint import save_load as checkpoints
     from megagpt.data.loader import TrainState
     from megagpt.distributed.world import close_world, init_world
     from megagpt.engine import FSDPConfig, build_engine, draw_weights

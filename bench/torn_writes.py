@@ -41,7 +41,8 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 from ranks import free_port  # noqa: E402
 
 from bench.measure import write_results  # noqa: E402
-from megagpt import checkpoint  # noqa: E402
+from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
+from megagpt.checkpoint.partitions import CheckpointError, read_pieces  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
 from megagpt.data.loader import TrainState  # noqa: E402
 from megagpt.distributed.world import World, close_world, init_world, lone_world  # noqa: E402
@@ -49,7 +50,6 @@ from megagpt.engine import Engine, FlatPiece, FSDPConfig, build_engine, whole_sh
 from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.files import read_json  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402
-from megagpt.pieces import CheckpointError, read_pieces  # noqa: E402
 
 SIZE = 2
 MODEL = ModelConfig(vocab_size=256, seq_len=32, num_layers=2, num_heads=4, hidden_size=256)
@@ -136,7 +136,7 @@ def kill_and_restart(folder: Path, mode: str, kills: int, rng: random.Random) ->
     run_dir, diary, phases = folder / mode, folder / f"{mode}.diary", Counter[str]()
     run_dir.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "megagpt.checkpoint", "megagpt.engine.fsdp", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["torch", "megagpt.checkpoint.save_load", "megagpt.engine.fsdp", "torch.distributed.fsdp"])
     targets = aims(mode)
     for number in range(kills + 1):
         port, begun = free_port(), last_committed(diary)
@@ -251,8 +251,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def write_good_run(run_dir: Path, versions: tuple[int, ...] = (1, 2)) -> None:
     """A run with whole checkpoints of two rank files each, made by one process."""
+    from megagpt.checkpoint.partitions import write_pieces
     from megagpt.files import write_json
-    from megagpt.pieces import write_pieces
 
     for version in versions:
         folder = run_dir / "checkpoints" / f"step_{version:08d}"

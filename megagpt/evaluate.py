@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config, UserError, validate
 from megagpt.data.loader import DataConfig, MicroBatch, TokenDataset, eval_batches
 from megagpt.distributed.world import World, lone_world, pick_device
 from megagpt.files import write_json
-from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model.gpt import ModelConfig
 from megagpt.tasks import TaskResult, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Tokenizer, token_lengths

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config
 from megagpt.data.permutation import mix
 from megagpt.distributed.world import pick_device
-from megagpt.loaded_model import LoadedModel, load_model
 from megagpt.model.gpt import KeyValues, ModelConfig
 from megagpt.tokenizer.sentencepiece import Tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megagpt import checkpoint
+from megagpt.checkpoint import save_load as checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data.loader import Data, Dataset, TokenDataset
 from megagpt.distributed.world import World, utc_now

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.charts import Chart, Line, smoothed, to_svg
-from megagpt.checkpoint import list_checkpoints, step_of
+from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.config import Config
 from megagpt.files import read_json, write_text
 from megagpt.funnel import big, read_funnel, show_funnel

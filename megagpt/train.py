@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt import checkpoint, preflight
+from megagpt import preflight
+from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
 from megagpt.data.loader import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data

@@ -15,14 +15,14 @@ from toy import MODEL, engines_on, make_engine
 
 from bench.checkpoint_matrix import matrix
 from bench.torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
-from megagpt import checkpoint
-from megagpt.checkpoint import Saver, list_checkpoints, step_of
+from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.partitions import CheckpointError, read_pieces
+from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
 from megagpt.data.loader import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece, draw_weights
 from megagpt.files import read_json, sha256_file, write_json
-from megagpt.pieces import CheckpointError, read_pieces
 
 ALONE = lone_world(torch.device("cpu"))
 

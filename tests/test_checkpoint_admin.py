@@ -10,12 +10,12 @@ import torch
 from inspect_checkpoints import run as show
 from test_train import settings, start, write_shards
 
-from megagpt import checkpoint
-from megagpt.checkpoint import list_checkpoints, step_of
-from megagpt.checkpoint_admin import InspectConfig
+from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.admin import InspectConfig
+from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.command import EXIT_CRASH, EXIT_DONE, run_words
 from megagpt.files import read_json
-from megagpt.loaded_model import load_model
 from megagpt.monitor.metrics import read_metrics
 
 CHANGES: dict[str, Any] = {

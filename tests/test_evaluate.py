@@ -13,7 +13,7 @@ import torch
 from ranks import run_ranks
 from torch.nn import functional
 
-from megagpt import checkpoint
+from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError
 from megagpt.data.loader import TokenDataset, TrainState

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.llama2c import read_llama2c
+from megagpt.checkpoint.load_model import LoadedModel
 from megagpt.generate import (
     SamplingConfig,
     StreamDecoder,
@@ -18,7 +19,6 @@ from megagpt.generate import (
     pick,
     stream_texts,
 )
-from megagpt.loaded_model import LoadedModel
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tokenizer.sentencepiece import Bytes
 

@@ -15,7 +15,8 @@ import tokenize_documents
 import train_tokenizer
 from inline import inline
 
-from megagpt.checkpoint import list_checkpoints, verify
+from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.save_load import list_checkpoints, verify
 from megagpt.config import load
 from megagpt.corpus.recipe import CorpusConfig
 from megagpt.corpus.stage import stage_outputs
@@ -23,7 +24,6 @@ from megagpt.data.loader import open_data
 from megagpt.documents import read_documents
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger, find_splits, verify_splits
-from megagpt.loaded_model import load_model
 from megagpt.monitor.metrics import read_metrics
 from megagpt.preflight import check_resume
 from megagpt.train_config import TrainConfig

@@ -13,10 +13,10 @@ from ranks import Ranks, wait_until
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from bench import chaos
-from megagpt.checkpoint import list_checkpoints, step_of
+from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
-from megagpt.loaded_model import load_model
 from megagpt.monitor.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ import torch
 import yaml
 from ranks import Ranks, free_port, run_ranks, wait_until
 
-from megagpt.checkpoint import list_checkpoints
+from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.save_load import list_checkpoints
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
 from megagpt.data.loader import DataConfig, TrainState, open_data, recompute_fed_hash
@@ -24,7 +25,6 @@ from megagpt.data.sample_ledger import read_ledger
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger
-from megagpt.loaded_model import load_model
 from megagpt.monitor.metrics import read_metrics
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train import train

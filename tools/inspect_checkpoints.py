@@ -8,7 +8,7 @@
 Exit status 1 if verify finds damage in a checkpoint that a start would use.
 """
 
-from megagpt.checkpoint_admin import InspectConfig, inspect
+from megagpt.checkpoint.admin import InspectConfig, inspect
 from megagpt.command import EXIT_CRASH, EXIT_DONE, main
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from megagpt.checkpoint import FORMAT, list_checkpoints, prune, seal, verify
+from megagpt.checkpoint.partitions import CheckpointError, read_pieces, write_safetensors
+from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, seal, verify
 from megagpt.config import Config, UserError
 from megagpt.data.loader import TrainState
 from megagpt.engine import FlatPiece, whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig
-from megagpt.pieces import CheckpointError, read_pieces, write_safetensors
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagpt.checkpoint import list_checkpoints, step_of, verify
+from megagpt.checkpoint.partitions import CheckpointError, read_pieces
+from megagpt.checkpoint.save_load import list_checkpoints, step_of, verify
 from megagpt.config import UserError, validate
 from megagpt.engine import FlatPiece
 from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
-from megagpt.pieces import CheckpointError, read_pieces
 from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The portable checkpoint: save, load, list, verify, prune."""
