@@ -24,8 +24,8 @@ from megagpt.distributed.world import World, close_world, init_world
 from megagpt.engine import Engine, build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
-from megagpt.evaluate import combine, evaluate_sources, evaluation_mode
-from megagpt.generate import SamplingConfig, generate_ids
+from megagpt.evaluate.evaluate_model import combine, evaluate_sources, evaluation_mode
+from megagpt.generate.generate_text import SamplingConfig, generate_ids
 from megagpt.guard import Guard
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.monitor import Monitor

@@ -20,7 +20,7 @@ from megagpt.data.loader import TokenDataset, TrainState
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece
-from megagpt.evaluate import (
+from megagpt.evaluate.evaluate_model import (
     EvaluateConfig,
     LikelihoodRequest,
     Score,
@@ -30,9 +30,9 @@ from megagpt.evaluate import (
     log_likelihoods,
     unigram_entropy,
 )
-from megagpt.generate import GenerateConfig, generate_run
+from megagpt.evaluate.tasks import Question, read_task, score_task
+from megagpt.generate.generate_text import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.tasks import Question, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
 
 CPU = torch.device("cpu")

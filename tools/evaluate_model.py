@@ -5,7 +5,7 @@ python tools/evaluate_model.py run_dir=runs/gpt tasks.piqa=/data/eval/piqa.jsonl
 """
 
 from megagpt.command import main
-from megagpt.evaluate import EvaluateConfig, describe, evaluate_run
+from megagpt.evaluate.evaluate_model import EvaluateConfig, describe, evaluate_run
 
 
 def run(config: EvaluateConfig) -> None:

@@ -6,7 +6,7 @@ python tools/generate_text.py run_dir=runs/plays prompt=ROMEO max_tokens=200 tem
 import sys
 
 from megagpt.command import main
-from megagpt.generate import GenerateConfig, generate_run
+from megagpt.generate.generate_text import GenerateConfig, generate_run
 
 
 def run(config: GenerateConfig) -> None:

@@ -17,9 +17,9 @@ from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config, UserError, validate
 from megagpt.data.loader import DataConfig, MicroBatch, TokenDataset, eval_batches
 from megagpt.distributed.world import World, lone_world, pick_device
+from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.files import write_json
 from megagpt.model.gpt import ModelConfig
-from megagpt.tasks import TaskResult, read_task, score_task
 from megagpt.tokenizer.sentencepiece import Tokenizer, token_lengths
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class EvaluateConfig(Config):
     shards: dict[str, Path] = Field(default_factory=dict)
     """Folders of shards to evaluate on, by name (each with a manifest.json); empty = the run's own validation splits."""
     tasks: dict[str, Path] = Field(default_factory=dict)
-    """Tasks with right answers, by name: .jsonl files whose lines are one of the kinds that megagpt/tasks.py describes."""
+    """Multiple-choice and last-word tasks, by name: .jsonl files of the kinds that megagpt/evaluate/tasks.py describes."""
     micro_batch_size: int = Field(default=8, gt=0)
     """Samples per forward."""
     max_samples: int | None = Field(default=None, gt=0)

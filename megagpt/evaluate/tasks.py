@@ -55,7 +55,7 @@ def read_task(path: Path) -> list[Question]:
                 questions.append(_question(orjson.loads(line)))
             except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
                 raise UserError(
-                    f"{path}: line {number}: no question of a known kind (see megagpt/tasks.py): {error!r}"
+                    f"{path}: line {number}: no question of a known kind (see megagpt/evaluate/tasks.py): {error!r}"
                 ) from None
     if not questions:
         raise UserError(f"{path}: holds no questions")
