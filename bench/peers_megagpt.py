@@ -8,8 +8,8 @@ from training_clock import Clock, read_job
 
 from megagpt.config import validate
 from megagpt.monitor.metrics import read_metrics
-from megagpt.train import train
-from megagpt.train_config import TrainConfig
+from megagpt.train.config import TrainConfig
+from megagpt.train.loop import train
 
 
 def settings(job: dict[str, Any]) -> dict[str, Any]:

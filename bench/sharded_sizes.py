@@ -45,7 +45,7 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 def model_of(config: str) -> ModelConfig:
     """The model of configs/train/<config>.yaml."""
-    from megagpt.train_config import TrainConfig
+    from megagpt.train.config import TrainConfig
 
     return load(TrainConfig, [str(PROJECT / "configs" / "train" / f"{config}.yaml")]).model
 

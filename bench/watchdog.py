@@ -80,7 +80,7 @@ def one_rank(config: str) -> None:
     """Train in this process, and print what its watchdog's threads cost."""
     from megagpt.config import load
     from megagpt.monitor.metrics import read_metrics
-    from megagpt.train import TrainConfig, train
+    from megagpt.train.loop import TrainConfig, train
 
     loaded = load(TrainConfig, [config])
     spent: dict[str, float] = {}

@@ -37,8 +37,8 @@ from megagpt.data.loader import (
 )
 from megagpt.data.permutation import mix, permute, unpermute
 from megagpt.data.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
-from megagpt.preflight import packing_warning
 from megagpt.tokenizer.sentencepiece import open_tokenizer, token_lengths
+from megagpt.train.preflight import packing_warning
 
 EOT = 256
 

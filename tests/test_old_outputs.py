@@ -25,8 +25,8 @@ from megagpt.documents import read_documents
 from megagpt.files import read_json
 from megagpt.inspection import check_ledger, find_splits, verify_splits
 from megagpt.monitor.metrics import read_metrics
-from megagpt.preflight import check_resume
-from megagpt.train_config import TrainConfig
+from megagpt.train.config import TrainConfig
+from megagpt.train.preflight import check_resume
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 RELEASES = sorted(path.name for path in FIXTURES.glob("release_*"))

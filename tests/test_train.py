@@ -27,8 +27,8 @@ from megagpt.files import read_json
 from megagpt.inspection import check_ledger
 from megagpt.monitor.metrics import read_metrics
 from megagpt.tokenizer.sentencepiece import open_tokenizer
-from megagpt.train import train
-from megagpt.train_config import TrainConfig
+from megagpt.train.config import TrainConfig
+from megagpt.train.loop import train
 
 STEPS = 24
 
@@ -403,7 +403,7 @@ def engine_traits(world: Any) -> list[tuple[bool, bool]]:
 
 def dropout_masks(world: Any, _: None) -> list[int]:
     from megagpt.data.loader import MicroBatch
-    from megagpt.train import seed_dropout
+    from megagpt.train.loop import seed_dropout
 
     model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}
     config = TrainConfig.model_validate(settings(Path(), Path()) | {"model": model})

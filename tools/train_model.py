@@ -10,8 +10,8 @@ ended by the watchdog, 2 a mistake in the settings, 1 a crash.
 """
 
 from megagpt.command import main
-from megagpt.train import train
-from megagpt.train_config import TrainConfig
+from megagpt.train.config import TrainConfig
+from megagpt.train.loop import train
 
 if __name__ == "__main__":
     main(TrainConfig, train, __doc__ or "")

@@ -201,10 +201,10 @@ def not_a_number(train, fault) -> None:
 
 
 class Patcher(MetaPathFinder):
-    """Applies the faults once megagpt.train is there."""
+    """Applies the faults once megagpt.train.loop is there."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "megagpt.train":
+        if name != "megagpt.train.loop":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

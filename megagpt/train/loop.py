@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt import preflight
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
@@ -26,10 +25,11 @@ from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
 from megagpt.evaluate.evaluate_model import combine, evaluate_sources, evaluation_mode
 from megagpt.generate.generate_text import SamplingConfig, generate_ids
-from megagpt.guard import Guard
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.monitor import Monitor
-from megagpt.train_config import TrainConfig
+from megagpt.train import preflight
+from megagpt.train.config import TrainConfig
+from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import check_wandb
 from megagpt.tokenizer.sentencepiece import open_tokenizer
-from megagpt.train_config import TrainConfig
+from megagpt.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

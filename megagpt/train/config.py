@@ -10,10 +10,10 @@ from megagpt.data.loader import DataConfig
 from megagpt.distributed.determinism import Determinism
 from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
-from megagpt.guard import GuardConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import MonitorConfig
+from megagpt.train.spike_guard import GuardConfig
 from megagpt.watchdog.watchdog import WatchdogConfig
 
 
