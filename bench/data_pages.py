@@ -55,8 +55,8 @@ def write_warc(path: Path, pages: Iterable[Page]) -> None:
 
 def web_pages(data_folder: Path) -> Iterator[Page]:
     """HTML pages of real crawls, and of the two extraction benchmarks."""
-    from megagpt.corpus.blocks import Block
     from megagpt.corpus.http import decode_body, parse_message
+    from megagpt.corpus.runner.blocks import Block
     from megagpt.corpus.warc import Record, read_records
 
     for name in CRAWLS:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from megagpt.config import UserError
-from megagpt.corpus.blocks import Block
+from megagpt.corpus.runner.blocks import Block
 from megagpt.documents import open_lines, parse_document
 from megagpt.files import read_json
 from megagpt.funnel import STAGES

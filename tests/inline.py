@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from megagpt.corpus import executors, pack, phases, stage
-from megagpt.corpus.executors import Execution
+from megagpt.corpus import pack
+from megagpt.corpus.runner import executors
+from megagpt.corpus.runner import run_phase as phases
+from megagpt.corpus.runner import run_stage as stage
+from megagpt.corpus.runner.executors import Execution
 
 Tasks = Iterable[tuple[Any, Callable[..., Any], tuple[Any, ...]]]
 

@@ -25,10 +25,8 @@ from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus import dedup, minhash_kernels, near_duplicates
-from megagpt.corpus.blocks import Block
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
 from megagpt.corpus.equal_keys import equal_key_pairs
-from megagpt.corpus.executors import Execution
 from megagpt.corpus.minhash import (
     MinHashSettings,
     exact_digests,
@@ -39,6 +37,8 @@ from megagpt.corpus.minhash import (
     shingles,
     shingles_of_texts,
 )
+from megagpt.corpus.runner.blocks import Block
+from megagpt.corpus.runner.executors import Execution
 from megagpt.documents import Document, open_lines, read_documents, write_documents
 from megagpt.files import read_json
 
@@ -415,7 +415,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
-from megagpt.corpus.executors import Execution
+from megagpt.corpus.runner.executors import Execution
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     dedup_documents(DedupConfig(), sorted(folder.glob("*.jsonl.zst")), folder / "out", Execution(num_workers=1))

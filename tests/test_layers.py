@@ -174,7 +174,7 @@ def import_graph(modules: dict[str, Path], *, inside_functions: bool = True) -> 
         names = imported_names(path, inside_functions=inside_functions)
         found = {full.removeprefix("megagpt.") for full in names if full.startswith("megagpt.")}
         targets = {target for target in found if target in modules}
-        # `from megagpt.corpus.stage import run` names the package only on its way to the module.
+        # `from megagpt.corpus.runner.run_stage import run` names the package only on its way to the module.
         graph[name] = {t for t in targets if t != name and not any(other.startswith(f"{t}.") for other in targets)}
     return graph
 

@@ -19,10 +19,11 @@ from conftest import SmallDisk
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import best_fit, blocks, leaks, pack, segments
+from megagpt.corpus import best_fit, leaks, pack, segments
 from megagpt.corpus.best_fit import best_fit_order, num_cut
-from megagpt.corpus.executors import Execution
 from megagpt.corpus.pack import TokenizeConfig, pack_documents
+from megagpt.corpus.runner import blocks
+from megagpt.corpus.runner.executors import Execution
 from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents, write_documents
 from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
@@ -484,8 +485,9 @@ def test_a_full_disk_leaves_what_was_committed(corpus: list[Path], packed: Path,
     program = f"""
 import resource, signal, sys
 from pathlib import Path
-from megagpt.corpus import pack, phases
-from megagpt.corpus.executors import Execution
+from megagpt.corpus import pack
+from megagpt.corpus.runner import run_phase as phases
+from megagpt.corpus.runner.executors import Execution
 
 def run_here(tasks, execution, consume, describe=str):
     for key, function, arguments in tasks:

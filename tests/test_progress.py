@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from megagpt.corpus import progress
-from megagpt.corpus.progress import Progress
+from megagpt.corpus.runner import progress
+from megagpt.corpus.runner.progress import Progress
 
 
 def test_a_line_shows_what_was_counted(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

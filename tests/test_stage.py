@@ -20,10 +20,10 @@ from conftest import SmallDisk
 from inline import inline
 
 from megagpt.config import UserError, validate
-from megagpt.corpus import commit
-from megagpt.corpus.blocks import Block, Fault, Outcome, Seen, document_blocks, output_name, plan_hash, read_block
-from megagpt.corpus.executors import Execution, WorkerDiedError
-from megagpt.corpus.stage import read_summary, run_stage, stage_outputs
+from megagpt.corpus.runner import commit
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen, document_blocks, output_name, plan_hash, read_block
+from megagpt.corpus.runner.executors import Execution, WorkerDiedError
+from megagpt.corpus.runner.run_stage import read_summary, run_stage, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
 from megagpt.files import atomic_path, remove_leftovers
 
@@ -335,8 +335,8 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
         from test_stage import make_blocks, slow_numbers
-        from megagpt.corpus.executors import Execution
-        from megagpt.corpus.stage import run_stage
+        from megagpt.corpus.runner.executors import Execution
+        from megagpt.corpus.runner.run_stage import run_stage
         if __name__ == "__main__":
             run_stage("test", make_blocks(Path(sys.argv[2])), Path(sys.argv[3]), slow_numbers, config_hash="a",
                       execution=Execution(num_workers=2))
@@ -370,7 +370,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     """Also in the middle of a long block."""
     code = (
         "import sys; from pathlib import Path; from test_stage import make_blocks, sleeps;"
-        "from megagpt.corpus.executors import Execution; from megagpt.corpus.stage import run_stage;"
+        "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
         "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, config_hash='a',"
         "execution=Execution(num_workers=2))"
     )
@@ -410,7 +410,7 @@ def session_members(session: int) -> list[int]:
 
 FORKED = """
 import sys, threading
-from megagpt.corpus import executors
+from megagpt.corpus.runner import executors
 
 MARK = []
 
@@ -487,7 +487,7 @@ def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[s
             time.sleep(0.1)
         code = (
             "import sys; from pathlib import Path; from test_stage import make_blocks, numbers;"
-            "from megagpt.corpus.executors import Execution; from megagpt.corpus.stage import run_stage;"
+            "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
             "run_stage('test', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), numbers, config_hash='a',"
             "execution=Execution(executor='dask', scheduler_file=Path(sys.argv[3])))"
         )

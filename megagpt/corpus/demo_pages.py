@@ -17,7 +17,7 @@ from email import message_from_string
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from megagpt.corpus.progress import Progress
+from megagpt.corpus.runner.progress import Progress
 
 BlockKind: TypeAlias = Literal["heading", "paragraph", "item", "code"]
 

@@ -10,11 +10,12 @@ from pydantic import Field
 
 from megagpt.config import Config, fingerprint
 from megagpt.corpus import page_filters
-from megagpt.corpus.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.executors import Execution
 from megagpt.corpus.extract import main_text, parse_page, prose
 from megagpt.corpus.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.corpus.sources import (
     Format,
     TextUnit,
@@ -27,7 +28,6 @@ from megagpt.corpus.sources import (
     parquet_outcomes,
     text_outcomes,
 )
-from megagpt.corpus.stage import StageSummary, run_stage
 from megagpt.corpus.warc import Record, read_records
 from megagpt.corpus.wiki_dump import wiki_outcomes
 from megagpt.documents import Document, JsonValue, Rejected

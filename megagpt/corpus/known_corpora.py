@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from megagpt.config import UserError
-from megagpt.corpus.blocks import Block
-from megagpt.corpus.claim import folder_of
 from megagpt.corpus.dedup_index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
-from megagpt.corpus.stage import stage_outputs
+from megagpt.corpus.runner.blocks import Block
+from megagpt.corpus.runner.ownership import folder_of
+from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.files import read_json, write_json
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config import UserError
-from megagpt.corpus.blocks import Block, batches, read_block
 from megagpt.corpus.dedup_index import (
     IndexedBlock,
     new_array,
@@ -34,6 +33,7 @@ from megagpt.corpus.dedup_index import (
 )
 from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.minhash import MinHashSettings, distinct, minhash
+from megagpt.corpus.runner.blocks import Block, batches, read_block
 from megagpt.files import atomic_path, read_json, write_json
 
 PAIRS_PER_READ = 1 << 20

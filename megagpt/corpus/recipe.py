@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from megagpt.corpus.dedup import DedupConfig
-from megagpt.corpus.executors import Execution
 from megagpt.corpus.filters import FilterConfig
 from megagpt.corpus.ingest import ExtractConfig
 from megagpt.corpus.pack import TokenizeConfig
+from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.corpus.sources import matching_files
-from megagpt.corpus.stage import stage_outputs
 from megagpt.tokenizer.train_tokenizer import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]

@@ -19,8 +19,8 @@ import orjson
 import zstandard
 
 from megagpt.config import UserError
-from megagpt.corpus.blocks import Block, Fault, Outcome, Seen, output_name
 from megagpt.corpus.http import decode_text
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen, output_name
 from megagpt.corpus.warc import split_gzip
 from megagpt.corpus.wiki_dump import split_dump
 from megagpt.documents import Document, Rejected, open_lines

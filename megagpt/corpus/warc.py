@@ -19,7 +19,7 @@ from typing import IO
 
 import zstandard
 
-from megagpt.corpus.blocks import Block, Fault
+from megagpt.corpus.runner.blocks import Block, Fault
 from megagpt.documents import decompressed
 
 CHUNK_BYTES = 1 << 16

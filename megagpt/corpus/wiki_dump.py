@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megagpt.corpus.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.wikitext import FILE_AND_CATEGORY, is_redirect, wikitext_to_text
 from megagpt.documents import Document, Rejected
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from megagpt.corpus.executors import Execution, run_tasks
-from megagpt.corpus.progress import Progress
+from megagpt.corpus.runner.executors import Execution, run_tasks
+from megagpt.corpus.runner.progress import Progress
 
 Task: TypeAlias = tuple[Path, Callable[..., Any], tuple[Any, ...]]
 """(the file or folder that a task commits, function, arguments)"""

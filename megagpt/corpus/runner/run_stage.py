@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import UserError
-from megagpt.corpus.blocks import Block, Fault, Outcome, Process, Seen, num_bytes, plan_hash
-from megagpt.corpus.claim import Claim, refuse_left_over, take, work_of
-from megagpt.corpus.commit import add_counts, commit_block, committed, finish_file, is_done
-from megagpt.corpus.executors import Execution, run_tasks
-from megagpt.corpus.progress import Progress
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Process, Seen, num_bytes, plan_hash
+from megagpt.corpus.runner.commit import add_counts, commit_block, committed, finish_file, is_done
+from megagpt.corpus.runner.executors import Execution, run_tasks
+from megagpt.corpus.runner.ownership import Claim, refuse_left_over, take, work_of
+from megagpt.corpus.runner.progress import Progress
 from megagpt.files import read_json, remove_leftovers, write_json
 
 __all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]

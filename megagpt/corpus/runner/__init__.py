@@ -1,0 +1,1 @@
+"""Runs a pure function over many files: blocks, workers, commits, ownership. Knows no stage."""
