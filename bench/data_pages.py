@@ -55,9 +55,9 @@ def write_warc(path: Path, pages: Iterable[Page]) -> None:
 
 def web_pages(data_folder: Path) -> Iterator[Page]:
     """HTML pages of real crawls, and of the two extraction benchmarks."""
-    from megagpt.corpus.http import decode_body, parse_message
+    from megagpt.corpus.readers.http import decode_body, parse_message
+    from megagpt.corpus.readers.warc import Record, read_records
     from megagpt.corpus.runner.blocks import Block
-    from megagpt.corpus.warc import Record, read_records
 
     for name in CRAWLS:
         for record in read_records(Block(str(data_folder / "warc" / name), name)):

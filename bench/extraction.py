@@ -33,7 +33,7 @@ def body_pages(folder: Path) -> Iterator[tuple[str, str]]:
 
 def segment_pages(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """(html, segments the text must hold, segments it must not hold) of each page of extract/trafilatura."""
-    from megagpt.corpus.http import decode_text
+    from megagpt.corpus.readers.http import decode_text
 
     pages = json.loads((folder / "extract/trafilatura/evaldata.json").read_text(encoding="utf-8"))
     for page in pages.values():
@@ -60,7 +60,7 @@ def score_segments(folder: Path, extract: Extractor) -> tuple[float, float, floa
 
 def cleaneval_pages(folder: Path) -> Iterator[tuple[str, str]]:
     """(html, gold text) of each page of extract/cleaneval-dev, without the gold's marks."""
-    from megagpt.corpus.http import decode_text
+    from megagpt.corpus.readers.http import decode_text
 
     base = folder / "extract/cleaneval-dev"
     for path in sorted((base / "input").iterdir()):

@@ -47,7 +47,7 @@ def show_record(dumps: Path, document_id: str) -> Iterator[str]:
 
     `dumps` is the archive, or a folder with it somewhere below. Raises UserError if it is not there, or has no such record.
     """
-    from megagpt.corpus.warc import Record, read_records
+    from megagpt.corpus.readers.warc import Record, read_records
 
     name, _, offset = document_id.rpartition(":")
     if not name or not re.fullmatch(r"\d+(\+\d+)?", offset):

@@ -17,8 +17,8 @@ from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extract import extract_html
 from megagpt.corpus.ingest import ExtractConfig, read_outcomes
 from megagpt.corpus.page_lines import DROPPED_TAGS, INLINE, RAW_TAGS, PageLines, is_furniture, read_page, words
+from megagpt.corpus.readers.mediawiki import wiki_outcomes
 from megagpt.corpus.runner.blocks import Block
-from megagpt.corpus.wiki_dump import wiki_outcomes
 from megagpt.corpus.wikitext import is_redirect, wikitext_to_text
 from megagpt.documents import Document, Rejected
 

@@ -10,8 +10,8 @@ import pytest
 
 from megagpt.command import run_words
 from megagpt.config import UserError, dump, validate
+from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block
-from megagpt.corpus.warc import Record, read_records
 from megagpt.data.dataset import DataConfig, TrainState, open_data, recompute_fed_hash
 from megagpt.data.sample_ledger import Entry, LedgerWriter
 from megagpt.data.shards import Manifest, ShardError, ShardWriter, write_manifest

@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import UserError
-from megagpt.corpus.http import Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.ingest import ExtractConfig, extract_documents, read_outcomes
+from megagpt.corpus.readers.http import Message, charset_of, decode_body, decode_text, parse_message
+from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs
+from megagpt.corpus.readers.mediawiki import read_pages, wiki_outcomes
+from megagpt.corpus.readers.warc import Record, read_records, split_gzip
 from megagpt.corpus.recipe import match_paths
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import stage_outputs
-from megagpt.corpus.sources import format_of, input_blocks, list_inputs
-from megagpt.corpus.warc import Record, read_records, split_gzip
-from megagpt.corpus.wiki_dump import read_pages, wiki_outcomes
 from megagpt.documents import Document, Rejected, read_documents
 
 PAGE = "<html><body><p>" + "A sentence that is long enough to be the text of a page. " * 6 + "</p></body></html>"

@@ -12,11 +12,8 @@ from megagpt.config import Config, fingerprint
 from megagpt.corpus import page_filters
 from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extract import main_text, parse_page, prose
-from megagpt.corpus.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
-from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.runner.run_stage import StageSummary, run_stage
-from megagpt.corpus.sources import (
+from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
+from megagpt.corpus.readers.inputs import (
     Format,
     TextUnit,
     datasets_outcomes,
@@ -28,8 +25,11 @@ from megagpt.corpus.sources import (
     parquet_outcomes,
     text_outcomes,
 )
-from megagpt.corpus.warc import Record, read_records
-from megagpt.corpus.wiki_dump import wiki_outcomes
+from megagpt.corpus.readers.mediawiki import wiki_outcomes
+from megagpt.corpus.readers.warc import Record, read_records
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.documents import Document, JsonValue, Rejected
 
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))

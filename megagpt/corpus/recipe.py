@@ -7,9 +7,9 @@ from megagpt.corpus.dedup import DedupConfig
 from megagpt.corpus.filters import FilterConfig
 from megagpt.corpus.ingest import ExtractConfig
 from megagpt.corpus.pack import TokenizeConfig
+from megagpt.corpus.readers.inputs import matching_files
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import stage_outputs
-from megagpt.corpus.sources import matching_files
 from megagpt.tokenizer.train_tokenizer import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]

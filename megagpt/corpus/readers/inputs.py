@@ -19,10 +19,10 @@ import orjson
 import zstandard
 
 from megagpt.config import UserError
-from megagpt.corpus.http import decode_text
+from megagpt.corpus.readers.http import decode_text
+from megagpt.corpus.readers.mediawiki import split_dump
+from megagpt.corpus.readers.warc import split_gzip
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen, output_name
-from megagpt.corpus.warc import split_gzip
-from megagpt.corpus.wiki_dump import split_dump
 from megagpt.documents import Document, Rejected, open_lines
 
 Format: TypeAlias = Literal["auto", "web", "wikipedia", "jsonl", "text", "parquet", "datasets"]

@@ -1,0 +1,1 @@
+"""Bytes of dumps to raw records; knows no extraction."""
