@@ -381,7 +381,7 @@ def _good_page(data_folder: Path) -> Page:
     """The first web page that passes the filters, so that every stage has something to do."""
     import trafilatura
 
-    from megagpt.corpus.extract import extract_html
+    from megagpt.corpus.extraction.html import extract_html
     from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters
     from megagpt.documents import Document
 

@@ -79,7 +79,7 @@ def extractor(name: str) -> Extractor:
     import trafilatura
     from resiliparse.extract.html2text import extract_plain_text
 
-    from megagpt.corpus.extract import extract_html
+    from megagpt.corpus.extraction.html import extract_html
 
     return {
         "megagpt": lambda html: extract_html(html).text,

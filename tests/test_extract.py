@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from selectolax.lexbor import LexborHTMLParser
 
 from bench.extraction import body_pages, score_bodies, score_segments
-from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.extract import extract_html
-from megagpt.corpus.ingest import ExtractConfig, read_outcomes
-from megagpt.corpus.page_lines import DROPPED_TAGS, INLINE, RAW_TAGS, PageLines, is_furniture, read_page, words
+from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
+from megagpt.corpus.extraction.extract_documents import ExtractConfig, read_outcomes
+from megagpt.corpus.extraction.html import extract_html
+from megagpt.corpus.extraction.page_lines import DROPPED_TAGS, INLINE, RAW_TAGS, PageLines, is_furniture, read_page, words
+from megagpt.corpus.extraction.wikitext import is_redirect, wikitext_to_text
 from megagpt.corpus.readers.mediawiki import wiki_outcomes
 from megagpt.corpus.runner.blocks import Block
-from megagpt.corpus.wikitext import is_redirect, wikitext_to_text
 from megagpt.documents import Document, Rejected
 
 SENTENCE = "This is a sentence of the article that is long enough to count as prose. "
@@ -294,7 +294,7 @@ def test_cpu_limit_stops_work_but_not_sleep() -> None:
 
 TRACED_AFTERWARDS = """
 import sys
-from megagpt.corpus.cpu_limit import CpuLimitExceededError, cpu_limit
+from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 
 try:
     with cpu_limit(0.1):

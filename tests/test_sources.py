@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import UserError
-from megagpt.corpus.ingest import ExtractConfig, extract_documents, read_outcomes
+from megagpt.corpus.extraction.extract_documents import ExtractConfig, extract_documents, read_outcomes
 from megagpt.corpus.readers.http import Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs
 from megagpt.corpus.readers.mediawiki import read_pages, wiki_outcomes

@@ -8,7 +8,7 @@ of it in rejected/. A rerun goes on where the last one ended.
 
 from megagpt.command import main
 from megagpt.config import UserError
-from megagpt.corpus.ingest import extract_documents
+from megagpt.corpus.extraction.extract_documents import extract_documents
 from megagpt.corpus.recipe import CorpusConfig
 
 

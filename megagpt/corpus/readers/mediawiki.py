@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from megagpt.corpus.extraction.wikitext import FILE_AND_CATEGORY, is_redirect, wikitext_to_text
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
-from megagpt.corpus.wikitext import FILE_AND_CATEGORY, is_redirect, wikitext_to_text
 from megagpt.documents import Document, Rejected
 
 CHUNK_BYTES = 1 << 20

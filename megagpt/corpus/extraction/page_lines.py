@@ -112,7 +112,7 @@ class PageLines:
 
 def read_page(source: str) -> PageLines:
     """Lines and elements of a page as lexbor writes it."""
-    from megagpt.corpus import page_kernels as kernels
+    from megagpt.corpus.extraction import page_kernels as kernels
 
     codes = np.frombuffer(source.encode("utf-32-le", "surrogatepass"), np.uint32)
     out, lines, elements = kernels.read_page(codes, *_tables())
@@ -192,7 +192,7 @@ def _bad_id(identifier: str) -> bool:
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What the kernel knows about names: hashes in order, their numbers, flags by number, attributes that are watched."""
-    from megagpt.corpus import page_kernels as kernels
+    from megagpt.corpus.extraction import page_kernels as kernels
 
     def hash_of(name: str) -> int:
         return int(kernels.name_hash(np.frombuffer(name.encode("utf-32-le"), np.uint32), 0, len(name)))

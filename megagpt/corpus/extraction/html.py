@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
-from megagpt.corpus.page_lines import ALWAYS_BAD, RAW_TAGS, PageLines, body_kind, is_furniture, read_page, words
+from megagpt.corpus.extraction.page_lines import ALWAYS_BAD, RAW_TAGS, PageLines, body_kind, is_furniture, read_page, words
 
 MIN_BODY_CHARACTERS = 200  # a named element with less prose is not the body
 SMALL_BODY = 1500  # a body found by density with less prose than this may be a part of it
