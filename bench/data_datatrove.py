@@ -197,7 +197,7 @@ def parity(texts: list[str]) -> dict[str, Any]:
     from datatrove.utils.text import split_into_sentences, split_into_words
 
     from megagpt.corpus.filters import FilterConfig, build_filters
-    from megagpt.corpus.text_statistics import DEFAULT_SPLITTER, Splitter
+    from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter
 
     names = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
     theirs = dict(zip(names, filters()[1:], strict=True))

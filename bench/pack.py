@@ -51,8 +51,8 @@ def pack() -> list[dict[str, Any]]:
 def check_leaks() -> list[dict[str, Any]]:
     """Megabytes of text per CPU second: lookups, and of that making the sets of shingles."""
     from megagpt.corpus.leaks import WORDS_PER_SHINGLE, LeakIndex, build_index, write_validation
-    from megagpt.corpus.minhash import distinct, shingles_of_texts
     from megagpt.corpus.runner.blocks import batches
+    from megagpt.corpus.text.shingles import distinct, shingles_of_texts
 
     texts = zipf_texts(22_000)
     with tempfile.TemporaryDirectory(prefix="bench_pack_") as temporary:

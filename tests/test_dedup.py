@@ -24,10 +24,13 @@ from hypothesis import strategies as st
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import dedup, minhash_kernels, near_duplicates
+from megagpt.corpus import dedup, near_duplicates
 from megagpt.corpus.dedup import DedupConfig, dedup_documents
 from megagpt.corpus.equal_keys import equal_key_pairs
-from megagpt.corpus.minhash import (
+from megagpt.corpus.runner.blocks import Block
+from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.text import shingle_kernels as minhash_kernels
+from megagpt.corpus.text.shingles import (
     MinHashSettings,
     exact_digests,
     minhash,
@@ -37,8 +40,6 @@ from megagpt.corpus.minhash import (
     shingles,
     shingles_of_texts,
 )
-from megagpt.corpus.runner.blocks import Block
-from megagpt.corpus.runner.executors import Execution
 from megagpt.documents import Document, open_lines, read_documents, write_documents
 from megagpt.files import read_json
 

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from megagpt.config import UserError
-from megagpt.corpus.minhash import n_gram_hashes
+from megagpt.corpus.text.shingles import n_gram_hashes
 from megagpt.documents import Document, Rejected, open_lines
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,6 @@ from megagpt.config import Config, UserError, fingerprint
 from megagpt.corpus import near_duplicates
 from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
 from megagpt.corpus.known_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
-from megagpt.corpus.minhash import MinHashSettings, load_kernels
 from megagpt.corpus.near_duplicates import Verification
 from megagpt.corpus.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
@@ -40,6 +39,7 @@ from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import StageSummary, clear, run_stage
+from megagpt.corpus.text.shingles import MinHashSettings, load_kernels
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megagpt.corpus.minhash import MinHashSettings, exact_digests, minhash
 from megagpt.corpus.runner.blocks import Block, batches, read_block
+from megagpt.corpus.text.shingles import MinHashSettings, exact_digests, minhash
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, sync, write_json
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from megagpt.config import Config, UserError
 from megagpt.corpus import contamination, page_filters, quality_rules
 from megagpt.corpus.clean import UnicodeForm
-from megagpt.corpus.text_statistics import DEFAULT_SPLITTER, Splitter
+from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter
 from megagpt.documents import Document, Rejected
 
 Filter: TypeAlias = Callable[[Document], Document | Rejected]

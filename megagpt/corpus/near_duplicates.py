@@ -32,8 +32,8 @@ from megagpt.corpus.dedup_index import (
     write_array,
 )
 from megagpt.corpus.equal_keys import equal_key_pairs
-from megagpt.corpus.minhash import MinHashSettings, distinct, minhash
 from megagpt.corpus.runner.blocks import Block, batches, read_block
+from megagpt.corpus.text.shingles import MinHashSettings, distinct, minhash
 from megagpt.files import atomic_path, read_json, write_json
 
 PAIRS_PER_READ = 1 << 20

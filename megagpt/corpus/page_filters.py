@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from megagpt.config import UserError
 from megagpt.corpus.clean import UnicodeForm, clean_text
 from megagpt.corpus.quality_rules import UNSPACED_LANGUAGES, language_of
-from megagpt.corpus.text_statistics import DEFAULT_SPLITTER, Splitter, analyse
+from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter, analyse
 from megagpt.documents import Document, Rejected
 
 ADULT_WORDS = frozenset(

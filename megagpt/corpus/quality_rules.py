@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megagpt.corpus.text_statistics import DEFAULT_SPLITTER, Splitter, analyse, count_duplicates
+from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter, analyse, count_duplicates
 from megagpt.documents import Document, Rejected
 
 STOP_WORDS: dict[str, frozenset[str]] = {"en": frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})}

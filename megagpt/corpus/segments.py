@@ -17,11 +17,11 @@ from pydantic import Field
 
 from megagpt.config import Config
 from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
-from megagpt.corpus.minhash import load_kernels
 from megagpt.corpus.runner.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.ownership import Claim
 from megagpt.corpus.runner.run_phase import SMALL_PHASE_BYTES, Task, run_phase
+from megagpt.corpus.text.shingles import load_kernels
 from megagpt.data.arrow import number_column, text_column
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, write_json

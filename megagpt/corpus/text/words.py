@@ -139,7 +139,7 @@ def count_repeated_n_grams(words: list[str], numbered: tuple[list[str], np.ndarr
     """
     if not words:
         return NGramCounts({}, dict.fromkeys(REPEATED_N_GRAMS, 0))
-    from megagpt.corpus import ngram_kernels
+    from megagpt.corpus.text import ngram_kernels
 
     different, ids = numbered or number_words(words)
     joined = _code_points("".join(words))

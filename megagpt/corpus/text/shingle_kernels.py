@@ -6,7 +6,7 @@ An entry is a character as minhash.plain_characters has it: above the 24 bits of
 import numpy as np
 from numba import njit
 
-from megagpt.corpus.minhash import CLASS_SHIFT, DIGIT, HANGUL, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
+from megagpt.corpus.text.shingles import CLASS_SHIFT, DIGIT, HANGUL, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
 
 _CODE_BITS = (1 << CLASS_SHIFT) - 1
 _HANGUL_FIRST, _HANGUL_END = HANGUL

@@ -64,7 +64,7 @@ class MinHash(NamedTuple):
 
 def exact_digests(texts: Sequence[str]) -> list[bytes]:
     """16 bytes each, equal for texts that differ in nothing but white space and Unicode form (xxh3_128 of the NFC text)."""
-    from megagpt.corpus import minhash_kernels
+    from megagpt.corpus.text import shingle_kernels as minhash_kernels
 
     normal = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
     data, ends = minhash_kernels.single_spaced_texts(*_utf8_of_texts(normal))
@@ -74,7 +74,7 @@ def exact_digests(texts: Sequence[str]) -> list[bytes]:
 
 def n_gram_hashes(text: str, size: int) -> np.ndarray:
     """64-bit hashes of the n-grams of a text in order, repeated ones included: uint64; empty if the text has no word."""
-    from megagpt.corpus import minhash_kernels
+    from megagpt.corpus.text import shingle_kernels as minhash_kernels
 
     found, complete = minhash_kernels.n_grams(_utf8(text), folded_characters(), size)
     if not complete:
@@ -90,7 +90,7 @@ def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
 
 def shingles_of_texts(texts: Sequence[str], words_per_shingle: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """The shingles of each text, which are views of all of them in one array; that array, with the end of each text's in it."""
-    from megagpt.corpus import minhash_kernels
+    from megagpt.corpus.text import shingle_kernels as minhash_kernels
 
     found, ends, complete = minhash_kernels.shingles_of_texts(*_utf8_of_texts(texts), folded_characters(), words_per_shingle)
     each = np.split(found, ends)[:-1]
@@ -106,7 +106,7 @@ def shingles_of_texts(texts: Sequence[str], words_per_shingle: int) -> tuple[lis
 
 def minhash(texts: Sequence[str], settings: MinHashSettings) -> MinHash:
     """Signatures, band keys and shingles of texts."""
-    from megagpt.corpus import minhash_kernels
+    from megagpt.corpus.text import shingle_kernels as minhash_kernels
 
     each, found, ends = shingles_of_texts(texts, settings.words_per_shingle)
     functions = permutations(settings.num_rows, settings.seed)

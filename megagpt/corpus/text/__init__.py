@@ -1,0 +1,1 @@
+"""Words, n-grams and shingles, shared by filters, dedup and packing."""
