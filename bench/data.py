@@ -47,7 +47,7 @@ class Inputs:
 
 def make_inputs(data_folder: Path, num_pages: int) -> Inputs:
     """Everything the stages read, made on first use."""
-    from megagpt.corpus.page_filters import bundled_language_model
+    from megagpt.corpus.filters.page_filters import bundled_language_model
 
     base = FOLDER / f"{num_pages}"
     warcs = make_warcs(data_folder, FOLDER, base / "warcs", num_pages=num_pages)
@@ -382,7 +382,7 @@ def _good_page(data_folder: Path) -> Page:
     import trafilatura
 
     from megagpt.corpus.extraction.html import extract_html
-    from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters
+    from megagpt.corpus.filters.registry import FilterConfig, apply_filters, build_filters
     from megagpt.documents import Document
 
     order = FILTERS.strip("[]").split(",")

@@ -196,7 +196,7 @@ def parity(texts: list[str]) -> dict[str, Any]:
     from datatrove.pipeline.filters import C4QualityFilter
     from datatrove.utils.text import split_into_sentences, split_into_words
 
-    from megagpt.corpus.filters import FilterConfig, build_filters
+    from megagpt.corpus.filters.registry import FilterConfig, build_filters
     from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter
 
     names = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
@@ -233,7 +233,7 @@ def _chain_theirs(text: str, chain: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _chain_ours(text: str, chain: dict[str, Any]) -> tuple[str | None, str]:
-    from megagpt.corpus.filters import apply_filters
+    from megagpt.corpus.filters.registry import apply_filters
     from megagpt.documents import Document, Rejected
 
     outcome = apply_filters(Document("", text, ""), list(chain.values()))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megagpt.corpus.clean import (
+from megagpt.corpus.filters.clean import (
     clean_text,
     drop_boilerplate_lines,
     normalize_unicode,

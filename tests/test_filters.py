@@ -13,12 +13,12 @@ import yaml
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import page_filters, quality_rules
-from megagpt.corpus.filtering import config_hash, filter_documents
-from megagpt.corpus.filters import FilterConfig, apply_filters, build_filters
+from megagpt.corpus.filters import page_filters, quality_rules
+from megagpt.corpus.filters.filter_documents import config_hash, filter_documents
+from megagpt.corpus.filters.registry import FilterConfig, apply_filters, build_filters
+from megagpt.corpus.filters.score_quantile import score_of_top
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.text.words import Splitter, count_duplicates, count_repeated_n_grams, split_sentences, split_words
-from megagpt.corpus.top_fraction import score_of_top
 from megagpt.documents import Document, Rejected, read_documents, write_documents
 
 PROSE = (

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 
 from megagpt.corpus.dedup import DedupConfig
 from megagpt.corpus.extraction.extract_documents import ExtractConfig
-from megagpt.corpus.filters import FilterConfig
+from megagpt.corpus.filters.registry import FilterConfig
 from megagpt.corpus.pack import TokenizeConfig
 from megagpt.corpus.readers.inputs import matching_files
 from megagpt.corpus.runner.executors import Execution

@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from megagpt.config import Config, fingerprint
-from megagpt.corpus import page_filters
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.html import main_text, parse_page, prose
+from megagpt.corpus.filters import page_filters
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import (
     Format,

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megagpt.config import Config, fingerprint
-from megagpt.corpus import page_filters, quality_rules
-from megagpt.corpus.filters import FilterConfig, FilterName, apply_filters, build_filters
+from megagpt.corpus.filters import page_filters, quality_rules
+from megagpt.corpus.filters.registry import FilterConfig, FilterName, apply_filters, build_filters
+from megagpt.corpus.filters.score_quantile import score_of_top, write_scores
 from megagpt.corpus.runner.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
-from megagpt.corpus.top_fraction import score_of_top, write_scores
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json, sha256_file, write_json
 

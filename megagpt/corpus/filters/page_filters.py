@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megagpt.config import UserError
-from megagpt.corpus.clean import UnicodeForm, clean_text
-from megagpt.corpus.quality_rules import UNSPACED_LANGUAGES, language_of
+from megagpt.corpus.filters.clean import UnicodeForm, clean_text
+from megagpt.corpus.filters.quality_rules import UNSPACED_LANGUAGES, language_of
 from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter, analyse
 from megagpt.documents import Document, Rejected
 

@@ -12,8 +12,8 @@ from typing import Annotated, Literal, TypeAlias, get_args
 from pydantic import AfterValidator, Field
 
 from megagpt.config import Config, UserError
-from megagpt.corpus import contamination, page_filters, quality_rules
-from megagpt.corpus.clean import UnicodeForm
+from megagpt.corpus.filters import contamination, page_filters, quality_rules
+from megagpt.corpus.filters.clean import UnicodeForm
 from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter
 from megagpt.documents import Document, Rejected
 

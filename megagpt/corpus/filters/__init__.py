@@ -1,0 +1,1 @@
+"""Which documents are good enough, and how their text is rewritten."""
