@@ -201,7 +201,7 @@ def _sha256_of_sparse(head: bytes, length: int) -> str:
 
 def dedup(documents: int, folder: Path) -> dict[str, float]:
     """Deduplicate; the time to make the documents is not counted."""
-    from megagpt.corpus.dedup import dedup_documents
+    from megagpt.corpus.dedup.dedup_documents import dedup_documents
     from megagpt.corpus.recipe import CorpusConfig
 
     inputs = write_corpus(folder / "documents", documents)

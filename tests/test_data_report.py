@@ -9,7 +9,7 @@ import pytest
 from inline import inline
 
 from megagpt.config import UserError, validate
-from megagpt.corpus.dedup import dedup_documents
+from megagpt.corpus.dedup.dedup_documents import dedup_documents
 from megagpt.corpus.filters.filter_documents import filter_documents
 from megagpt.corpus.pack import pack_documents
 from megagpt.corpus.recipe import CorpusConfig

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import dedup, near_duplicates
-from megagpt.corpus.dedup import DedupConfig, dedup_documents
-from megagpt.corpus.equal_keys import equal_key_pairs
+from megagpt.corpus.dedup import dedup_documents as dedup
+from megagpt.corpus.dedup import near_duplicates
+from megagpt.corpus.dedup.dedup_documents import DedupConfig, dedup_documents
+from megagpt.corpus.dedup.external_join import equal_key_pairs
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.text import shingle_kernels as minhash_kernels
@@ -415,7 +416,7 @@ def test_parts_change_no_byte(corpus: dict[str, list[str]], reference: dict[str,
 KILLED = """
 import sys
 from pathlib import Path
-from megagpt.corpus.dedup import DedupConfig, dedup_documents
+from megagpt.corpus.dedup.dedup_documents import DedupConfig, dedup_documents
 from megagpt.corpus.runner.executors import Execution
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

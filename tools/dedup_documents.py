@@ -9,7 +9,7 @@ part=i/n changes a byte of the result.
 """
 
 from megagpt.command import main
-from megagpt.corpus.dedup import dedup_documents, describe
+from megagpt.corpus.dedup.dedup_documents import dedup_documents, describe
 from megagpt.corpus.recipe import CorpusConfig
 
 

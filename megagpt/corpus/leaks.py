@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, new_folder, write_array
+from megagpt.corpus.dedup.index import DocumentIds, IndexedBlock, new_folder, write_array
 from megagpt.corpus.text.shingles import distinct, shingle_set, shingles_of_texts
 from megagpt.files import read_json, write_json
 

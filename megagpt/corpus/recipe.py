@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from megagpt.corpus.dedup import DedupConfig
+from megagpt.corpus.dedup.dedup_documents import DedupConfig
 from megagpt.corpus.extraction.extract_documents import ExtractConfig
 from megagpt.corpus.filters.registry import FilterConfig
 from megagpt.corpus.pack import TokenizeConfig

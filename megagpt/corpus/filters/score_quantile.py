@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config import UserError
-from megagpt.corpus.dedup_index import write_array
+from megagpt.corpus.dedup.index import write_array
 from megagpt.files import atomic_path
 
 SCORES_PER_READ = 1 << 20

@@ -29,11 +29,11 @@ import zstandard
 from pydantic import Field
 
 from megagpt.config import Config, UserError, fingerprint
-from megagpt.corpus import near_duplicates
-from megagpt.corpus.dedup_index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
-from megagpt.corpus.known_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
-from megagpt.corpus.near_duplicates import Verification
-from megagpt.corpus.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
+from megagpt.corpus.dedup import near_duplicates
+from megagpt.corpus.dedup.index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
+from megagpt.corpus.dedup.near_duplicates import Verification
+from megagpt.corpus.dedup.reference_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
+from megagpt.corpus.dedup.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of

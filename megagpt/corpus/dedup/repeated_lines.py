@@ -17,8 +17,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from megagpt.corpus.dedup_index import IndexedBlock, new_array, new_folder, open_array, write_array
-from megagpt.corpus.equal_keys import equal_key_pairs
+from megagpt.corpus.dedup.external_join import equal_key_pairs
+from megagpt.corpus.dedup.index import IndexedBlock, new_array, new_folder, open_array, write_array
 from megagpt.corpus.runner.blocks import Block, read_block
 from megagpt.corpus.text.shingles import n_gram_hashes
 from megagpt.files import atomic_path

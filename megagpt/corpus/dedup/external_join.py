@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.dedup_index import write_array
+from megagpt.corpus.dedup.index import write_array
 
 BYTES_PER_ENTRY = 64
 """Memory that sorting takes per entry: key and document, the order, sorted copies."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.config import UserError
-from megagpt.corpus.dedup_index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
+from megagpt.corpus.dedup.index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.ownership import folder_of
 from megagpt.corpus.runner.run_stage import stage_outputs

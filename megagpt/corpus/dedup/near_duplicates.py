@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config import UserError
-from megagpt.corpus.dedup_index import (
+from megagpt.corpus.dedup.external_join import equal_key_pairs
+from megagpt.corpus.dedup.index import (
     IndexedBlock,
     new_array,
     new_folder,
@@ -31,7 +32,6 @@ from megagpt.corpus.dedup_index import (
     read_shingle_counts,
     write_array,
 )
-from megagpt.corpus.equal_keys import equal_key_pairs
 from megagpt.corpus.runner.blocks import Block, batches, read_block
 from megagpt.corpus.text.shingles import MinHashSettings, distinct, minhash
 from megagpt.files import atomic_path, read_json, write_json
@@ -98,7 +98,7 @@ def plan_partitions(
     Writes `folder`: roots.i64, the smallest document of each one's component; partitions.i64, each root's partition or -1 for a
     component of one document, or of none from first_new on; plan.json.
     """
-    from megagpt.corpus import cluster_kernels
+    from megagpt.corpus.dedup import cluster_kernels
 
     num_documents = sum(block.num_documents for block in blocks)
     fixed = _record(settings).itemsize + _BYTES_BESIDE_SHINGLES + _KERNEL_BYTES_PER_BAND * settings.num_bands
@@ -163,7 +163,7 @@ def decide_partition(
     first_new: int = 0,
 ) -> dict[str, int]:
     """Write the decisions (DECISION records of dropped documents) of a partition to `path`; returns counts."""
-    from megagpt.corpus import cluster_kernels
+    from megagpt.corpus.dedup import cluster_kernels
 
     with _gathered(folders, partition, settings, path) as (records, shingles):
         buckets = np.empty((settings.num_bands, records.size), np.int64)
