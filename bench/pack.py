@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> None:
 
 def pack() -> list[dict[str, Any]]:
     """Share of documents cut in the order given and in best-fit order."""
-    from megagpt.corpus.best_fit import best_fit_order, num_cut
+    from megagpt.corpus.packing.best_fit import best_fit_order, num_cut
 
     lengths = np.maximum(2, np.random.default_rng(0).lognormal(np.log(400), 1.1, DOCUMENTS)).astype(np.int64)
     fitting = int((lengths <= SEQ_LEN).sum())
@@ -50,7 +50,7 @@ def pack() -> list[dict[str, Any]]:
 
 def check_leaks() -> list[dict[str, Any]]:
     """Megabytes of text per CPU second: lookups, and of that making the sets of shingles."""
-    from megagpt.corpus.leaks import WORDS_PER_SHINGLE, LeakIndex, build_index, write_validation
+    from megagpt.corpus.packing.overlap import WORDS_PER_SHINGLE, LeakIndex, build_index, write_validation
     from megagpt.corpus.runner.blocks import batches
     from megagpt.corpus.text.shingles import distinct, shingles_of_texts
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megagpt.corpus import pack
+from megagpt.corpus.packing import tokenize_documents as pack
 from megagpt.corpus.runner import executors
 from megagpt.corpus.runner import run_phase as phases
 from megagpt.corpus.runner import run_stage as stage

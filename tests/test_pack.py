@@ -19,9 +19,11 @@ from conftest import SmallDisk
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus import best_fit, leaks, pack, segments
-from megagpt.corpus.best_fit import best_fit_order, num_cut
-from megagpt.corpus.pack import TokenizeConfig, pack_documents
+from megagpt.corpus.packing import best_fit, segments
+from megagpt.corpus.packing import overlap as leaks
+from megagpt.corpus.packing import tokenize_documents as pack
+from megagpt.corpus.packing.best_fit import best_fit_order, num_cut
+from megagpt.corpus.packing.tokenize_documents import TokenizeConfig, pack_documents
 from megagpt.corpus.runner import blocks
 from megagpt.corpus.runner.executors import Execution
 from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
@@ -485,7 +487,7 @@ def test_a_full_disk_leaves_what_was_committed(corpus: list[Path], packed: Path,
     program = f"""
 import resource, signal, sys
 from pathlib import Path
-from megagpt.corpus import pack
+from megagpt.corpus.packing import tokenize_documents as pack
 from megagpt.corpus.runner import run_phase as phases
 from megagpt.corpus.runner.executors import Execution
 

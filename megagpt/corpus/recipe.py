@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from megagpt.corpus.dedup.dedup_documents import DedupConfig
 from megagpt.corpus.extraction.extract_documents import ExtractConfig
 from megagpt.corpus.filters.registry import FilterConfig
-from megagpt.corpus.pack import TokenizeConfig
+from megagpt.corpus.packing.tokenize_documents import TokenizeConfig
 from megagpt.corpus.readers.inputs import matching_files
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import stage_outputs

@@ -16,7 +16,7 @@ import xxhash
 from pydantic import Field
 
 from megagpt.config import Config
-from megagpt.corpus.leaks import Leak, LeakIndex, build_index, write_validation
+from megagpt.corpus.packing.overlap import Leak, LeakIndex, build_index, write_validation
 from megagpt.corpus.runner.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.ownership import Claim

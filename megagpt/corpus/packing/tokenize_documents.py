@@ -31,12 +31,12 @@ import numpy as np
 import orjson
 
 from megagpt.config import UserError, fingerprint
-from megagpt.corpus.best_fit import best_fit_order
+from megagpt.corpus.packing.best_fit import best_fit_order
+from megagpt.corpus.packing.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.runner.executors import Execution, run_tasks
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.runner.progress import Progress
-from megagpt.corpus.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
 from megagpt.files import atomic_path, read_json, write_json

@@ -101,7 +101,7 @@ class LeakIndex:
         return [self._find(distinct(found)) for found in shingles_of_texts(texts, WORDS_PER_SHINGLE)[0]]
 
     def _find(self, found: np.ndarray) -> tuple[str, float] | None:
-        from megagpt.corpus import leak_kernels
+        from megagpt.corpus.packing import overlap_kernels as leak_kernels
 
         if found.size == 0 or self.num_documents == 0:
             return None
