@@ -201,8 +201,8 @@ def _sha256_of_sparse(head: bytes, length: int) -> str:
 
 def dedup(documents: int, folder: Path) -> dict[str, float]:
     """Deduplicate; the time to make the documents is not counted."""
+    from megagpt.corpus.config import CorpusConfig
     from megagpt.corpus.dedup.dedup_documents import dedup_documents
-    from megagpt.corpus.recipe import CorpusConfig
 
     inputs = write_corpus(folder / "documents", documents)
     config = CorpusConfig.model_validate({"work_dir": str(folder / "work"), "num_workers": 2})

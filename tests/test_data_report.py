@@ -9,10 +9,10 @@ import pytest
 from inline import inline
 
 from megagpt.config import UserError, validate
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.dedup.dedup_documents import dedup_documents
 from megagpt.corpus.filters.filter_documents import filter_documents
 from megagpt.corpus.packing.tokenize_documents import pack_documents
-from megagpt.corpus.recipe import CorpusConfig
 from megagpt.data_report import DataReportConfig, domain_of, read_duplicates, read_shards, report_data
 from megagpt.documents import Document, write_documents
 from megagpt.inspection import InspectConfig, inspect

@@ -18,7 +18,7 @@ from inline import inline
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.save_load import list_checkpoints, verify
 from megagpt.config import load
-from megagpt.corpus.recipe import CorpusConfig
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.data.loader import open_data
 from megagpt.documents import read_documents

@@ -32,7 +32,7 @@ TOOLS = ("extract_documents", "filter_documents", "dedup_documents", "train_toke
 CHAIN = f"""
 import importlib, os, random, signal, sys
 from megagpt.command import run_words
-from megagpt.corpus.recipe import CorpusConfig
+from megagpt.corpus.config import CorpusConfig
 
 chance = float(os.environ.get("MEGAGPT_TEST_KILL_CHANCE", "0"))
 

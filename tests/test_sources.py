@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import UserError
+from megagpt.corpus.config import match_paths
 from megagpt.corpus.extraction.extract_documents import ExtractConfig, extract_documents, read_outcomes
 from megagpt.corpus.readers.http import Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs
 from megagpt.corpus.readers.mediawiki import read_pages, wiki_outcomes
 from megagpt.corpus.readers.warc import Record, read_records, split_gzip
-from megagpt.corpus.recipe import match_paths
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import stage_outputs

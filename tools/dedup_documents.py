@@ -9,8 +9,8 @@ part=i/n changes a byte of the result.
 """
 
 from megagpt.command import main
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.dedup.dedup_documents import dedup_documents, describe
-from megagpt.corpus.recipe import CorpusConfig
 
 
 def run(config: CorpusConfig) -> None:

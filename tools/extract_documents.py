@@ -8,8 +8,8 @@ of it in rejected/. A rerun goes on where the last one ended.
 
 from megagpt.command import main
 from megagpt.config import UserError
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.extraction.extract_documents import extract_documents
-from megagpt.corpus.recipe import CorpusConfig
 
 
 def run(config: CorpusConfig) -> None:

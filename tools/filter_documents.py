@@ -8,8 +8,8 @@ reason of every dropped document is kept (filter/dropped/), and for each reason 
 """
 
 from megagpt.command import main
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.filters.filter_documents import describe, filter_documents
-from megagpt.corpus.recipe import CorpusConfig
 
 
 def run(config: CorpusConfig) -> None:

@@ -8,8 +8,8 @@ on; neither the number of workers nor part=i/n changes a byte of the result.
 """
 
 from megagpt.command import main
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.packing.tokenize_documents import describe, pack_documents
-from megagpt.corpus.recipe import CorpusConfig
 
 
 def run(config: CorpusConfig) -> None:

@@ -7,7 +7,7 @@ It is lossless: decoding gives back every text exactly. A run that ended before 
 
 from megagpt.command import main
 from megagpt.config import UserError
-from megagpt.corpus.recipe import CorpusConfig
+from megagpt.corpus.config import CorpusConfig
 from megagpt.tokenizer.train_tokenizer import describe, train_tokenizer
 
 
