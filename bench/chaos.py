@@ -32,8 +32,8 @@ from slurm_cluster import Cluster, make_site, processes_of, running_cluster  # n
 from bench.measure import spread, write_results  # noqa: E402
 from megagpt.checkpoint.load_model import load_model  # noqa: E402
 from megagpt.checkpoint.save_load import list_checkpoints  # noqa: E402
-from megagpt.inspection import check_ledger  # noqa: E402
 from megagpt.monitor.metrics import METRICS_FILE, read_metrics  # noqa: E402
+from megagpt.report.inspect_data import check_ledger  # noqa: E402
 
 SAVE_EVERY, BATCH = 50, 4
 STEPS_PER_FAULT = 150

@@ -23,8 +23,8 @@ from ranks import Ranks  # noqa: E402
 
 from bench.chaos import make_shards  # noqa: E402
 from bench.measure import write_results  # noqa: E402
-from megagpt.inspection import check_ledger  # noqa: E402
 from megagpt.monitor.metrics import read_metrics  # noqa: E402
+from megagpt.report.inspect_data import check_ledger  # noqa: E402
 
 BATCH = 16
 

@@ -13,9 +13,9 @@ from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.dedup.dedup_documents import dedup_documents
 from megagpt.corpus.filters.filter_documents import filter_documents
 from megagpt.corpus.packing.tokenize_documents import pack_documents
-from megagpt.data_report import DataReportConfig, domain_of, read_duplicates, read_shards, report_data
 from megagpt.documents import Document, write_documents
-from megagpt.inspection import InspectConfig, inspect
+from megagpt.report.data_report import DataReportConfig, domain_of, read_duplicates, read_shards, report_data
+from megagpt.report.inspect_data import InspectConfig, inspect
 
 WORDS = ("harbour", "sister", "water", "basket", "dawn", "cliff", "storm", "winter", "fisherman", "net", "church", "hill")
 

@@ -17,8 +17,8 @@ from megagpt.config import UserError
 from megagpt.data.dataset import TrainState, Window, sample_indices
 from megagpt.data.sample_ledger import entry_of, read_ledger
 from megagpt.files import read_json, write_json
-from megagpt.inspection import check_ledger
 from megagpt.monitor.metrics import read_metrics
+from megagpt.report.inspect_data import check_ledger
 from megagpt.train.spike_guard import Guard, GuardConfig, Step, judge, merge, window_to_skip
 
 FAULTS = Path(__file__).resolve().parent / "faults"

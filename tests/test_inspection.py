@@ -17,8 +17,8 @@ from megagpt.data.sample_ledger import Entry, LedgerWriter
 from megagpt.data.shards import Manifest, ShardError, ShardWriter, write_manifest
 from megagpt.documents import Document, write_documents
 from megagpt.files import write_json, write_text
-from megagpt.inspection import InspectConfig, check_ledger, inspect
-from megagpt.provenance import show_record
+from megagpt.report.inspect_data import InspectConfig, check_ledger, inspect
+from megagpt.report.provenance import show_record
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 TEXTS = [f"Text number {i}. " * (i % 5 + 1) for i in range(40)]

@@ -23,8 +23,8 @@ from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.data.loader import open_data
 from megagpt.documents import read_documents
 from megagpt.files import read_json
-from megagpt.inspection import check_ledger, find_splits, verify_splits
 from megagpt.monitor.metrics import read_metrics
+from megagpt.report.inspect_data import check_ledger, find_splits, verify_splits
 from megagpt.train.config import TrainConfig
 from megagpt.train.preflight import check_resume
 

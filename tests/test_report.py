@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megagpt.charts import MAX_POINTS, Chart, Line, smoothed, thin, to_svg
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.files import write_json
-from megagpt.funnel import read_funnel
 from megagpt.monitor.metrics import METRICS_FILE, format_row
-from megagpt.page import bars, table
-from megagpt.report import ReportConfig, report_run
+from megagpt.report.charts import MAX_POINTS, Chart, Line, smoothed, thin, to_svg
+from megagpt.report.funnel import read_funnel
+from megagpt.report.page import bars, table
+from megagpt.report.run_report import ReportConfig, report_run
 
 HOSTILE = "</pre><script>alert('&')</script>"
 

@@ -16,8 +16,8 @@ from bench import chaos
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.files import read_json
-from megagpt.inspection import check_ledger
 from megagpt.monitor.metrics import read_metrics
+from megagpt.report.inspect_data import check_ledger
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]

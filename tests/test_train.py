@@ -24,8 +24,8 @@ from megagpt.data.loader import DataConfig, TrainState, open_data, recompute_fed
 from megagpt.data.sample_ledger import read_ledger
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.files import read_json
-from megagpt.inspection import check_ledger
 from megagpt.monitor.metrics import read_metrics
+from megagpt.report.inspect_data import check_ledger
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 from megagpt.train.config import TrainConfig
 from megagpt.train.loop import train

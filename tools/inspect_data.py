@@ -13,7 +13,7 @@ Ends with status 2 if something is damaged or does not agree.
 """
 
 from megagpt.command import main
-from megagpt.inspection import InspectConfig, inspect
+from megagpt.report.inspect_data import InspectConfig, inspect
 
 
 def run(config: InspectConfig) -> None:

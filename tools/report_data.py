@@ -4,7 +4,7 @@ python tools/report_data.py work_dir=/data/crawl
 """
 
 from megagpt.command import main
-from megagpt.data_report import DataReportConfig, report_data
+from megagpt.report.data_report import DataReportConfig, report_data
 
 
 def run(config: DataReportConfig) -> None:

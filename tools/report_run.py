@@ -4,7 +4,7 @@ python tools/report_run.py run_dir=runs/plays
 """
 
 from megagpt.command import main
-from megagpt.report import ReportConfig, report_run
+from megagpt.report.run_report import ReportConfig, report_run
 
 
 def run(config: ReportConfig) -> None:

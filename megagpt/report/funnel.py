@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.files import read_json
-from megagpt.page import bars, escape, table
+from megagpt.report.page import bars, escape, table
 
 STAGES = ("extract", "filter", "dedup")
 """Folders of a corpus whose summary.json tells how many documents came and went, in order."""

@@ -16,8 +16,8 @@ from pydantic import Field
 from megagpt.config import Config, UserError
 from megagpt.documents import Document, open_lines, read_documents
 from megagpt.files import read_json, write_text
-from megagpt.funnel import STAGES, big, read_funnel, read_leaked, show_funnel
-from megagpt.page import bars, card, escape, page, table, tile
+from megagpt.report.funnel import STAGES, big, read_funnel, read_leaked, show_funnel
+from megagpt.report.page import bars, card, escape, page, table, tile
 
 MAX_NAMES = 1_000_000
 """Domains, and documents with copies, that are counted at once; beyond that those seen once are forgotten."""

@@ -12,7 +12,7 @@ from megagpt.config import UserError
 from megagpt.corpus.runner.blocks import Block
 from megagpt.documents import open_lines, parse_document
 from megagpt.files import read_json
-from megagpt.funnel import STAGES
+from megagpt.report.funnel import STAGES
 
 HEAD_BYTES = 8192
 

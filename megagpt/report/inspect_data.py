@@ -21,7 +21,7 @@ from megagpt.data.sample_ledger import Entry, read_ledger
 from megagpt.data.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
-from megagpt.provenance import explain, show_record
+from megagpt.report.provenance import explain, show_record
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 
 EXCERPT_CHARACTERS = 160

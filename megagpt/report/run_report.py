@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.charts import Chart, Line, smoothed, to_svg
 from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.config import Config
 from megagpt.files import read_json, write_text
-from megagpt.funnel import big, read_funnel, show_funnel
 from megagpt.monitor.goodput import Ledger, advise_checkpoints, goodput_ledger
 from megagpt.monitor.metrics import Metrics, Row, read_metrics
-from megagpt.page import bars, card, details, escape, page, table, tile
+from megagpt.report.charts import Chart, Line, smoothed, to_svg
+from megagpt.report.funnel import big, read_funnel, show_funnel
+from megagpt.report.page import bars, card, details, escape, page, table, tile
 from megagpt.watchdog.stragglers import count_slow
 
 
