@@ -11,10 +11,10 @@ import pytest
 from fastwarc.warc import ArchiveIterator
 
 from megagpt.config import UserError
-from megagpt.corpus import demo_pages
-from megagpt.corpus.demo import FURNITURE, DemoConfig, Planted, build_demo_dumps
-from megagpt.corpus.demo_pages import Page, gather_pages, is_prose, parse_blocks, word_shingles
 from megagpt.files import read_json
+from megagpt.quickstart import pages as demo_pages
+from megagpt.quickstart.dumps import FURNITURE, DemoConfig, Planted, build_demo_dumps
+from megagpt.quickstart.pages import Page, gather_pages, is_prose, parse_blocks, word_shingles
 
 MEGABYTES = 0.5
 

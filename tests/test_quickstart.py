@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.corpus.demo import Planted
 from megagpt.monitor.metrics import read_metrics
-from megagpt.quickstart import check_corpus
+from megagpt.quickstart.dumps import Planted
+from megagpt.quickstart.run import check_corpus
 
 PROJECT = Path(__file__).resolve().parent.parent
 

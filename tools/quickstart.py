@@ -9,7 +9,7 @@ report. Ends with a table of what was planted in the dumps and what was found; s
 """
 
 from megagpt.command import main
-from megagpt.quickstart import QuickstartConfig, run_quickstart
+from megagpt.quickstart.run import QuickstartConfig, run_quickstart
 
 if __name__ == "__main__":
     main(QuickstartConfig, run_quickstart, __doc__ or "")

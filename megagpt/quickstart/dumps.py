@@ -15,10 +15,10 @@ from pathlib import Path
 from pydantic import Field
 
 from megagpt.config import Config, UserError
-from megagpt.corpus.demo_dumps import WebPage, write_warc, write_wiki
-from megagpt.corpus.demo_pages import BlockKind, Page, gather_pages
-from megagpt.corpus.demo_texts import OTHER_LANGUAGES
 from megagpt.files import read_json, sha256_file, write_json
+from megagpt.quickstart.dump_writers import WebPage, write_warc, write_wiki
+from megagpt.quickstart.pages import BlockKind, Page, gather_pages
+from megagpt.quickstart.texts import OTHER_LANGUAGES
 
 MAX_COPIES = 40
 MIN_COPIED_WORDS = 300

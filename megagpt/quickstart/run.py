@@ -21,10 +21,10 @@ from pydantic import Field
 
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 from megagpt.config import Config, UserError
-from megagpt.corpus.demo import DemoConfig, Planted, build_demo_dumps
 from megagpt.distributed.ports import free_port
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
+from megagpt.quickstart.dumps import DemoConfig, Planted, build_demo_dumps
 
 PROJECT = Path(__file__).resolve().parent.parent
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"

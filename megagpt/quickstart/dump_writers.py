@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.corpus.demo_pages import Page
 from megagpt.files import atomic_path
+from megagpt.quickstart.pages import Page
 
 DATE = "2024-03-12T09:00:00Z"
 

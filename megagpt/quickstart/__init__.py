@@ -1,0 +1,1 @@
+"""The whole way from dumps to a trained model, small."""
