@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from ranks import Ranks  # noqa: E402
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster  # noqa: E402
@@ -44,7 +44,7 @@ DESCRIPTIONS = {
     "not_a_number": "The loss is NaN in two steps that follow each other.",
 }
 TRIGGERED = tuple(DESCRIPTIONS)
-"""Faults inside a rank, by tests/faults; the trainer's code knows nothing of them."""
+"""Faults inside a rank, by tests/support/faults; the trainer's code knows nothing of them."""
 
 
 @dataclass
@@ -166,7 +166,7 @@ def torn_metrics(soak: Soak) -> None:
 
 
 def trigger(name: str) -> Callable[[Soak], None]:
-    """A fault of tests/faults in one rank."""
+    """A fault of tests/support/faults in one rank."""
 
     def act(soak: Soak) -> None:
         (soak.triggers / f"{name}_{soak.rng.randrange(2)}").touch()
@@ -195,7 +195,7 @@ def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *,
     soak = Soak(cluster, site, folder / "run", "", folder / "triggers", random.Random(seed))
     soak.triggers.mkdir()
     words = settings(soak.run_dir, shards, (len(faults) + 2) * STEPS_PER_FAULT)
-    path = os.pathsep.join([str(PROJECT / "tests" / "faults"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    path = os.pathsep.join([str(PROJECT / "tests" / "support" / "faults"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {"FAULTS": json.dumps(injected(soak.triggers, len(faults))), "PYTHONPATH": path}
     soak.job_id = cluster.submit(site, "slurm/pretrain.sh", *words, **environment)
     for name in faults:
@@ -265,7 +265,7 @@ def settings(run_dir: Path, shards: Path, max_steps: int) -> list[str]:
 
 
 def injected(triggers: Path, num_faults: int) -> list[dict[str, Any]]:
-    """What tests/faults has to do: the triggered kinds on both ranks, and noise in the data every 300 steps or so."""
+    """What tests/support/faults has to do: the triggered kinds on both ranks, and noise in the data every 300 steps or so."""
     more = {"save_every": SAVE_EVERY, "count": 2}
     listed = [{"kind": n, "rank": r, "trigger": str(triggers / f"{n}_{r}"), **more} for n in TRIGGERED for r in (0, 1)]
     windows = [[step, step + 1] for step in range(220, (num_faults + 2) * STEPS_PER_FAULT, 330)]

@@ -4,7 +4,7 @@
     python bench/checkpoint_matrix.py --losses 3 --variants adamw_tied --no-pairs     (a short form)
 
 A plain torch loop trains 5 steps; its weights and optimizer states are the reference checkpoint. Layouts are the engines and
-stages of tests/toy.py (ZeRO 0 to 3, FSDP2 with both reshard policies, HSDP, hpZ, offload) on 1 to 4 ranks; variants: AdamW with
+stages of toy.py (ZeRO 0 to 3, FSDP2 with both reshard policies, HSDP, hpZ, offload) on 1 to 4 ranks; variants: AdamW with
 two parameter groups, tied head, untied head and bf16; Muon, SGD and AdaBelief, each on every layout it is offered on. With
 fewer than all variants the rows of the others stay as they are in the results.
 
@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from ranks import run_ranks  # noqa: E402
 from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engine, train_steps, variations_on  # noqa: E402

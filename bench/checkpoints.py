@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from ranks import run_ranks  # noqa: E402
 

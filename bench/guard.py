@@ -2,8 +2,8 @@
 
     python bench/guard.py [--short]     (about five minutes; --short: a third of the steps)
 
-Two ranks train a small model on the modules of Python's standard library as bytes, less than once over. tests/faults puts the
-noise into the data and the NaN into a loss; the trainer does not know of it.
+Two ranks train a small model on the modules of Python's standard library as bytes, less than once over. Injected
+faults (tests/support/faults) put noise into the data and the NaN into a loss; the trainer does not know of it.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from ranks import Ranks  # noqa: E402
 
@@ -72,9 +72,9 @@ def main() -> None:
     """Four runs."""
     steps = 200 if "--short" in sys.argv else 600
     windows = [[steps * part // 10, steps * part // 10 + width] for part, width in ((3, 2), (6, 1), (8, 1))]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT / "tests" / "faults"), os.environ.get("PYTHONPATH", "")]).rstrip(
-        ":"
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(PROJECT / "tests" / "support" / "faults"), os.environ.get("PYTHONPATH", "")]
+    ).rstrip(":")
     poison = {"kind": "poisoned", "windows": windows, "batch": BATCH}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

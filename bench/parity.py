@@ -5,7 +5,7 @@
 
 Cells: ranks x {ZeRO 0, 1, 2, 3, FSDP2 with both reshard policies, HSDP} x micro-batch sizes 2, 3 and 5 of a global batch of 12
 (5 does not divide it; on 2 and 4 ranks some ranks then run empty micro-batches) x {fp32, bf16; ZeRO 0 is refused in bf16}.
-The model has 2 layers of width 32 (tests/toy.py); AdamW with two parameter groups, clipping at 1, peak learning rate 1e-3 after
+The model has 2 layers of width 32 (toy.py); AdamW with two parameter groups, clipping at 1, peak learning rate 1e-3 after
 5 steps of warm-up, then a cosine over 1,000 steps. Targets are masked so that micro-batches count differently many.
 
 Training is chaotic: a difference in the last bit of one sum grows with every update, the faster the higher the learning rate.
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from ranks import run_ranks  # noqa: E402
 from toy import (  # noqa: E402

@@ -8,7 +8,7 @@ torch.testing._internal.distributed.fake_pg gives one process a group of any siz
 is left out. What the first, a middle and the last rank hold is compared with what the layouts' rules give, computed from the
 shapes alone: FSDP2 shards rows by torch.chunk's rule, ZeRO 3 cuts every flattened parameter in equal parts, the last padded.
 ZeRO 1 and 2 keep the whole bf16 model on each rank, more than this host has, and are not built: their fp32 states are 1/ranks
-of each group of parameters laid end to end (tests/test_engine_parity.py counts them on small models).
+of each group of parameters laid end to end (tests/engine/test_parity.py counts them on small models).
 
 Bytes in bf16 training: master weights and two moments 4 each; working weights: ZeRO 3 keeps a bf16 shard beside the masters,
 FSDP2 casts while it gathers.

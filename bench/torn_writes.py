@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from ranks import free_port  # noqa: E402
 

@@ -2,7 +2,8 @@
 
     python bench/watchdog.py [--short]     (about six minutes; --short: three hangs and 300 healthy steps)
 
-The hangs are those of tests/test_watchdog.py: tests/faults makes rank 1 of a real run hang, the trainer does not know how.
+The hangs are those of tests/watchdog/test_watchdog.py: code injected from there makes rank 1
+of a real run hang, the trainer does not know how.
 """
 
 import json
@@ -16,10 +17,10 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support"), str(PROJECT / "tests" / "watchdog")]
 
 from ranks import Ranks  # noqa: E402
-from test_train import settings, write_shards  # noqa: E402
+from small_run import settings, write_shards  # noqa: E402
 from test_watchdog import HANGS, hang  # noqa: E402
 
 from bench.measure import write_results  # noqa: E402

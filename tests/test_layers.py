@@ -23,104 +23,6 @@ LAYERS = (
 TORCH_FREE = ("config", "files", "documents", "command", "tokenizer", "corpus", "data")
 """Folders of which no module names torch, but for NEEDS_TORCH."""
 NEEDS_TORCH = ("data.loader",)
-FLAT = {
-    "attention": "model.attention",
-    "byte_pairs": "tokenizer.bpe",
-    "charts": "report.charts",
-    "checkpoint": "checkpoint.save_load",
-    "checkpoint_admin": "checkpoint.admin",
-    "collectives": "watchdog.flight_recorder",
-    "columns": "data.arrow",
-    "corpus.best_fit": "corpus.packing.best_fit",
-    "corpus.blocks": "corpus.runner.blocks",
-    "corpus.claim": "corpus.runner.ownership",
-    "corpus.clean": "corpus.filters.clean",
-    "corpus.cluster_kernels": "corpus.dedup.cluster_kernels",
-    "corpus.commit": "corpus.runner.commit",
-    "corpus.contamination": "corpus.filters.contamination",
-    "corpus.cpu_limit": "corpus.extraction.cpu_limit",
-    "corpus.dedup": "corpus.dedup.dedup_documents",
-    "corpus.dedup_index": "corpus.dedup.index",
-    "corpus.demo": "quickstart.dumps",
-    "corpus.demo_dumps": "quickstart.dump_writers",
-    "corpus.demo_pages": "quickstart.pages",
-    "corpus.demo_texts": "quickstart.texts",
-    "corpus.equal_keys": "corpus.dedup.external_join",
-    "corpus.executors": "corpus.runner.executors",
-    "corpus.extract": "corpus.extraction.html",
-    "corpus.filtering": "corpus.filters.filter_documents",
-    "corpus.filters": "corpus.filters.registry",
-    "corpus.http": "corpus.readers.http",
-    "corpus.ingest": "corpus.extraction.extract_documents",
-    "corpus.known_corpora": "corpus.dedup.reference_corpora",
-    "corpus.leak_kernels": "corpus.packing.overlap_kernels",
-    "corpus.leaks": "corpus.packing.overlap",
-    "corpus.minhash": "corpus.text.shingles",
-    "corpus.minhash_kernels": "corpus.text.shingle_kernels",
-    "corpus.near_duplicates": "corpus.dedup.near_duplicates",
-    "corpus.ngram_kernels": "corpus.text.ngram_kernels",
-    "corpus.pack": "corpus.packing.tokenize_documents",
-    "corpus.page_filters": "corpus.filters.page_filters",
-    "corpus.page_kernels": "corpus.extraction.page_kernels",
-    "corpus.page_lines": "corpus.extraction.page_lines",
-    "corpus.phases": "corpus.runner.run_phase",
-    "corpus.progress": "corpus.runner.progress",
-    "corpus.quality_rules": "corpus.filters.quality_rules",
-    "corpus.recipe": "corpus.config",
-    "corpus.repeated_lines": "corpus.dedup.repeated_lines",
-    "corpus.segments": "corpus.packing.segments",
-    "corpus.sources": "corpus.readers.inputs",
-    "corpus.stage": "corpus.runner.run_stage",
-    "corpus.text_statistics": "corpus.text.words",
-    "corpus.top_fraction": "corpus.filters.score_quantile",
-    "corpus.vocabulary": "tokenizer.train_tokenizer",
-    "corpus.warc": "corpus.readers.warc",
-    "corpus.wiki_dump": "corpus.readers.mediawiki",
-    "corpus.wikitext": "corpus.extraction.wikitext",
-    "data": "data.loader",
-    "data_report": "report.data_report",
-    "determinism": "distributed.determinism",
-    "engine.casting": "engine.autocast",
-    "engine.formats": "engine.dtypes",
-    "evaluate": "evaluate.evaluate_model",
-    "float8": "model.float8",
-    "flops": "model.flops",
-    "funnel": "report.funnel",
-    "generate": "generate.generate_text",
-    "goodput": "monitor.goodput",
-    "gpu": "monitor.nvml",
-    "guard": "train.spike_guard",
-    "heap": "distributed.malloc",
-    "inspection": "report.inspect_data",
-    "ledger": "data.sample_ledger",
-    "loaded_model": "checkpoint.load_model",
-    "loss": "model.loss",
-    "metrics": "monitor.metrics",
-    "model": "model.gpt",
-    "monitor": "monitor.monitor",
-    "node": "distributed.node_check",
-    "optim": "engine.optim",
-    "page": "report.page",
-    "permutation": "data.permutation",
-    "pieces": "checkpoint.partitions",
-    "ports": "distributed.ports",
-    "preflight": "train.preflight",
-    "provenance": "report.provenance",
-    "quickstart": "quickstart.run",
-    "report": "report.run_report",
-    "rope": "model.rope",
-    "samples": "data.dataset",
-    "shards": "data.shards",
-    "stacks": "watchdog.stacks",
-    "stragglers": "watchdog.stragglers",
-    "tasks": "evaluate.tasks",
-    "tokenizer": "tokenizer.sentencepiece",
-    "train": "train.loop",
-    "train_config": "train.config",
-    "watchdog": "watchdog.watchdog",
-    "world": "distributed.world",
-}
-"""Modules that are not in their folder yet, and where they belong."""
 DEEPSPEED_ONLY_IN = "engine.deepspeed"
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -180,8 +82,8 @@ def import_graph(modules: dict[str, Path], *, inside_functions: bool = True) -> 
 
 
 def folder_of(name: str) -> str:
-    """The folder that a module belongs to, or itself where it stands at the top."""
-    return FLAT.get(name, name).split(".")[0]
+    """The folder that a module is in, or itself where it stands at the top."""
+    return name.split(".")[0]
 
 
 def layer_of(name: str) -> int:
@@ -208,7 +110,7 @@ GRAPH = import_graph(MODULES)
 
 
 def is_torch_free(name: str) -> bool:
-    return folder_of(name) in TORCH_FREE and FLAT.get(name, name) not in NEEDS_TORCH
+    return folder_of(name) in TORCH_FREE and name not in NEEDS_TORCH
 
 
 @pytest.mark.parametrize("name", MODULES)

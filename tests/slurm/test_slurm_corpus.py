@@ -14,7 +14,7 @@ from slurm_cluster import Cluster, make_site, processes_of, running_cluster, ski
 
 from megagpt.documents import Document, write_documents
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 STAGES = ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents")
 RESULTS = ("dedup/*.jsonl.zst", "tokenizer/tokenizer.model", "shards/*/*.bin", "shards/*/*.idx")
 

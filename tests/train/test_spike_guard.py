@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from ranks import Ranks
-from test_train import losses, settings, write_shards
+from small_run import losses, settings, write_shards
 
 from megagpt.command import EXIT_DONE
 from megagpt.config import UserError
@@ -21,7 +21,7 @@ from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
 from megagpt.train.spike_guard import Guard, GuardConfig, Step, judge, merge, window_to_skip
 
-FAULTS = Path(__file__).resolve().parent / "faults"
+FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
 CONFIG = GuardConfig(window_steps=32, min_steps=16)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from inspect_checkpoints import run as show
-from test_train import settings, start, write_shards
+from small_run import settings, start, write_shards
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.admin import InspectConfig

@@ -333,8 +333,8 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         """
         import sys
         from pathlib import Path
-        sys.path.insert(0, sys.argv[1])
-        from test_stage import make_blocks, slow_numbers
+        sys.path[:0] = sys.argv[1].split(":")
+        from test_run_stage import make_blocks, slow_numbers
         from megagpt.corpus.runner.executors import Execution
         from megagpt.corpus.runner.run_stage import run_stage
         if __name__ == "__main__":
@@ -344,7 +344,13 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         """
     )
     (tmp_path / "run.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "run.py"), str(project / "tests"), str(reference[0]), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        str(tmp_path / "run.py"),
+        f"{Path(__file__).parent}:{project / 'tests' / 'support'}",
+        str(reference[0]),
+        str(tmp_path / "out"),
+    ]
     kills = 0
     for parts_to_wait_for in (1, 4, 9):
         process = subprocess.Popen(command, cwd=project, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -369,13 +375,16 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
 def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     """Also in the middle of a long block."""
     code = (
-        "import sys; from pathlib import Path; from test_stage import make_blocks, sleeps;"
+        "import sys; from pathlib import Path; from test_run_stage import make_blocks, sleeps;"
         "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
         "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, config_hash='a',"
         "execution=Execution(num_workers=2))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(project / "tests")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(project / "tests" / "support"))),
+    }
     process = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(session_members(process.pid)) < 3 and time.monotonic() < deadline:  # itself and two workers, forked
@@ -388,6 +397,11 @@ def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     while session_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not session_members(process.pid)
+
+
+def import_path(project: Path) -> str:
+    """PYTHONPATH of a process that imports this file."""
+    return os.pathsep.join(map(str, (Path(__file__).parent, project / "tests", project / "tests" / "support")))
 
 
 def num_committed(output: Path) -> int:
@@ -473,7 +487,7 @@ def test_full_disk_is_a_clear_error_and_a_rerun_completes(tmp_path: Path, small_
 def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[str, str]], project: Path) -> None:
     """A scheduler and two workers as processes of their own."""
     scheduler_file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "PYTHONPATH": f"{project}:{project / 'tests'}", "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
+    environment = {**os.environ, "PYTHONPATH": f"{project}:{import_path(project)}", "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
     dask = [sys.executable, "-m", "dask"]
     local = ["--host", "127.0.0.1", "--no-dashboard"]
     workers = ["worker", "--scheduler-file", str(scheduler_file), "--nthreads", "1", "--nworkers", "1", "--no-nanny", *local]
@@ -486,7 +500,7 @@ def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[s
         while not scheduler_file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         code = (
-            "import sys; from pathlib import Path; from test_stage import make_blocks, numbers;"
+            "import sys; from pathlib import Path; from test_run_stage import make_blocks, numbers;"
             "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
             "run_stage('test', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), numbers, config_hash='a',"
             "execution=Execution(executor='dask', scheduler_file=Path(sys.argv[3])))"

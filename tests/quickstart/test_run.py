@@ -14,7 +14,7 @@ from megagpt.monitor.metrics import read_metrics
 from megagpt.quickstart.dumps import Planted
 from megagpt.quickstart.run import check_corpus
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def run_quickstart(*words: str) -> subprocess.CompletedProcess[str]:

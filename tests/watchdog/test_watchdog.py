@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from ranks import Ranks, run_ranks
-from test_train import settings, write_shards
+from small_run import settings, write_shards
 
 from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
 from megagpt.distributed.world import World
@@ -19,7 +19,7 @@ from megagpt.monitor.goodput import Stopwatch
 from megagpt.monitor.metrics import read_metrics
 from megagpt.watchdog.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
 
-FAULTS = Path(__file__).resolve().parent / "faults"
+FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
 
 
 def report(rank: int, position: tuple[int, int], stuck: float, **more: Any) -> Report:

@@ -19,7 +19,7 @@ from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]
 """The six faults of the soak's short form: bench/chaos.py has more kinds, and more of each."""
 

@@ -176,7 +176,7 @@ def test_parts_do_not_change_a_byte(corpus: list[Path], packed: Path, tmp_path: 
 def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
     words = [f"tokenize.inputs={[str(path) for path in corpus]}", "tokenize.tokenizer=bytes", "tokenize.shard_tokens=4000"]
     words += ["tokenize.validation_fraction=0.1", "tokenize.leak_threshold=null", f"work_dir={tmp_path}", "num_workers=1"]
-    tool = Path(__file__).parent.parent / "tools" / "tokenize_documents.py"
+    tool = Path(__file__).parents[3] / "tools" / "tokenize_documents.py"
     command = [sys.executable, str(tool), *words]
     delays = np.random.default_rng(3).uniform(0.3, 3.0, 8)
     kills = 0

@@ -16,7 +16,7 @@ from slurm_cluster import Cluster, make_site, processes_of, running_cluster, ski
 from megagpt.documents import Document, write_documents
 from megagpt.monitor.metrics import read_metrics
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("pretrain.sh", "preprocess.sh")
 TINY = (
     "model.vocab_size=257",
