@@ -15,6 +15,8 @@ from megagpt.files import atomic_path
 
 JsonValue: TypeAlias = Any
 """What JSON can hold; spelled Any because a recursive alias helps no reader."""
+IGNORE = -100
+"""A target without a loss, as torch's cross_entropy has it by default."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,10 @@ from pydantic import Field, model_validator
 from megagpt.config import Config, UserError
 from megagpt.data.permutation import mix, permute, unpermute
 from megagpt.data.shards import Manifest, Shard, open_shard, read_manifest
+from megagpt.documents import IGNORE
 from megagpt.files import sha256_file
 from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
 
-IGNORE = -100
-"""A target that gives no loss."""
 HASH_MASK = (1 << 63) - 1
 """The ledger's sums are taken modulo 2^63, so that they fit int64 everywhere."""
 

@@ -13,45 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from megagpt.data.dataset import (
-    HASH_MASK,
-    IGNORE,
-    Data,
-    DataConfig,
-    Dataset,
-    Mixture,
-    Sample,
-    SourceConfig,
-    TokenDataset,
-    TrainState,
-    Window,
-    open_data,
-    recompute_fed_hash,
-    sample_hash,
-    sample_indices,
-)
-
-__all__ = [
-    "HASH_MASK",
-    "IGNORE",
-    "Data",
-    "DataConfig",
-    "Dataset",
-    "Loader",
-    "MicroBatch",
-    "Mixture",
-    "Sample",
-    "SourceConfig",
-    "StepBatches",
-    "TokenDataset",
-    "TrainState",
-    "Window",
-    "eval_batches",
-    "open_data",
-    "recompute_fed_hash",
-    "sample_indices",
-    "step_batches",
-]
+from megagpt.data.dataset import HASH_MASK, Dataset, Sample, TokenDataset, TrainState, Window, sample_hash, sample_indices
+from megagpt.documents import IGNORE
 
 
 @dataclass(frozen=True)

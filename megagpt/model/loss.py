@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.data.dataset import IGNORE
+from megagpt.documents import IGNORE
 
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU = 1 << 25, 1 << 28
 """Logits made at a time: 128 MiB in fp32; 1 GiB on GPUs, where small products and sums of the weight's gradient cost more."""

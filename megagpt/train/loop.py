@@ -15,7 +15,8 @@ from torch import Tensor
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
-from megagpt.data.loader import HASH_MASK, Data, Loader, MicroBatch, TrainState, open_data
+from megagpt.data.dataset import HASH_MASK, Data, TrainState, open_data
+from megagpt.data.loader import Loader, MicroBatch
 from megagpt.data.permutation import mix
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.distributed.determinism import make_deterministic

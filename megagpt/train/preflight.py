@@ -13,7 +13,7 @@ import torch
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.config import UserError, dump
-from megagpt.data.loader import Data, Dataset, TokenDataset
+from megagpt.data.dataset import Data, Dataset, TokenDataset
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.dtypes import declared_formats

@@ -19,24 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import UserError, validate
-from megagpt.data.loader import (
-    IGNORE,
+from megagpt.data.dataset import (
     Data,
     DataConfig,
-    Loader,
     Mixture,
-    StepBatches,
     TokenDataset,
     TrainState,
     Window,
-    eval_batches,
     open_data,
     recompute_fed_hash,
     sample_indices,
-    step_batches,
 )
+from megagpt.data.loader import Loader, StepBatches, eval_batches, step_batches
 from megagpt.data.permutation import mix, permute, unpermute
 from megagpt.data.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
+from megagpt.documents import IGNORE
 from megagpt.tokenizer.sentencepiece import open_tokenizer, token_lengths
 from megagpt.train.preflight import packing_warning
 
@@ -465,7 +462,7 @@ def test_start_reads_no_shard_and_needs_no_memory(tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from megagpt.data.loader import TokenDataset
+from megagpt.data.dataset import TokenDataset
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dataset = TokenDataset(Path({str(tmp_path)!r}), seq_len=2048, seed=3)
 firsts = [dataset.first_token(i) for i in range(1000)]

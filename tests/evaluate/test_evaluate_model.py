@@ -16,7 +16,7 @@ from torch.nn import functional
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError
-from megagpt.data.loader import TokenDataset, TrainState
+from megagpt.data.dataset import TokenDataset, TrainState
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece

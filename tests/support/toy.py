@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megagpt.data.loader import IGNORE, Sample, TrainState, step_batches
+from megagpt.data.dataset import Sample, TrainState
+from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World
+from megagpt.documents import IGNORE
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
 from megagpt.engine.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.model.float8 import Float8
