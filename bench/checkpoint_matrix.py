@@ -37,7 +37,7 @@ from bench.measure import RESULTS, write_results  # noqa: E402
 from bench.parity import MICRO_BATCH_SIZES, largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.checkpoint.partitions import index_of, write_pieces  # noqa: E402
-from megagpt.data.dataset import TrainState  # noqa: E402
+from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import Engine, Precision  # noqa: E402
 from megagpt.engine.optim import STATES  # noqa: E402

@@ -38,7 +38,7 @@ from ranks import run_ranks  # noqa: E402
 
 from bench.measure import spread, write_results  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.data.dataset import TrainState  # noqa: E402
+from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine  # noqa: E402
 from megagpt.engine.optim import OptimConfig  # noqa: E402

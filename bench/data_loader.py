@@ -77,8 +77,9 @@ def ours(folder: str, steps: int) -> dict[str, Any]:
 
     from training_clock import peak_resident_bytes
 
-    from megagpt.data.dataset import DataConfig, TrainState, open_data
     from megagpt.data.loader import Loader
+    from megagpt.data.open_data import DataConfig, open_data
+    from megagpt.data.state import TrainState
 
     before, started, started_cpu = peak_resident_bytes(), time.perf_counter(), time.process_time()
     data = open_data(DataConfig.model_validate({"sources": {"a": {"path": folder}}, "seq_len": SEQ_LEN}))

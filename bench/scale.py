@@ -144,8 +144,9 @@ def whole_slope(rows: list[dict[str, Any]], row: dict[str, Any], part: str) -> f
 
 def loader(documents: int, folder: Path) -> dict[str, float]:
     """Open a corpus of that many documents and read its first step of 64 samples of 2,048 tokens."""
-    from megagpt.data.dataset import DataConfig, TrainState, open_data
     from megagpt.data.loader import Loader
+    from megagpt.data.open_data import DataConfig, open_data
+    from megagpt.data.state import TrainState
 
     make_sparse_source(folder, documents)
     values = {"seq_len": 2048, "sources": {"main": {"path": str(folder)}}}
@@ -240,7 +241,7 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     import torch
 
     from megagpt.checkpoint import save_load as checkpoints
-    from megagpt.data.dataset import TrainState
+    from megagpt.data.state import TrainState
     from megagpt.distributed.world import close_world, init_world
     from megagpt.engine import FSDPConfig, build_engine, draw_weights
     from megagpt.engine.optim import OptimConfig
@@ -280,8 +281,9 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megagpt.data.dataset import DataConfig, TrainState, open_data
     from megagpt.data.loader import step_batches
+    from megagpt.data.open_data import DataConfig, open_data
+    from megagpt.data.state import TrainState
     from megagpt.distributed.world import World
     from megagpt.engine import FSDPConfig, build_engine
     from megagpt.engine.optim import OptimConfig

@@ -44,7 +44,7 @@ from bench.measure import write_results  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.checkpoint.partitions import CheckpointError, read_pieces  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
-from megagpt.data.dataset import TrainState  # noqa: E402
+from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World, close_world, init_world, lone_world  # noqa: E402
 from megagpt.engine import Engine, FlatPiece, FSDPConfig, build_engine, whole_shapes  # noqa: E402
 from megagpt.engine.optim import OptimConfig  # noqa: E402

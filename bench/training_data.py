@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.dataset import DataConfig, open_data
+from megagpt.data.open_data import DataConfig, open_data
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.tokenizer.sentencepiece import open_tokenizer
 

@@ -20,7 +20,7 @@ from megagpt.checkpoint.save_load import list_checkpoints, verify
 from megagpt.config import load
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.runner.run_stage import stage_outputs
-from megagpt.data.dataset import open_data
+from megagpt.data.open_data import open_data
 from megagpt.documents import read_documents
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics

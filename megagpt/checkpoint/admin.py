@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from megagpt.checkpoint.partitions import CheckpointError, read_pieces, write_safetensors
 from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, seal, verify
 from megagpt.config import Config, UserError
-from megagpt.data.dataset import TrainState
+from megagpt.data.state import TrainState
 from megagpt.engine import FlatPiece, whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig

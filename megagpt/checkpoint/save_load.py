@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_pieces, write_pieces
 from megagpt.config import UserError
-from megagpt.data.dataset import TrainState
+from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine import Engine
 from megagpt.files import read_json, sha256_file, sync, write_json

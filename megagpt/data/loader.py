@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from megagpt.data.dataset import HASH_MASK, Dataset, Sample, TokenDataset, TrainState, Window, sample_hash, sample_indices
+from megagpt.data.dataset import Dataset, Sample, TokenDataset
+from megagpt.data.sample_hash import HASH_MASK, sample_hash
+from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.documents import IGNORE
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from megagpt.data.dataset import HASH_MASK, TrainState, Window, sample_indices
+from megagpt.data.sample_hash import HASH_MASK
+from megagpt.data.state import TrainState, Window, sample_indices
 
 LEDGER_FILE = "ledger.jsonl"
 

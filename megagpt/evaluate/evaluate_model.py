@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config, UserError, validate
-from megagpt.data.dataset import DataConfig, TokenDataset
+from megagpt.data.dataset import TokenDataset
 from megagpt.data.loader import MicroBatch, eval_batches
+from megagpt.data.open_data import DataConfig
 from megagpt.distributed.world import World, lone_world, pick_device
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.files import write_json

@@ -16,9 +16,12 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from megagpt.config import Config, UserError, read_yaml, validate
-from megagpt.data.dataset import Data, DataConfig, TokenDataset, open_data, recompute_fed_hash, sample_indices
+from megagpt.data.dataset import TokenDataset
+from megagpt.data.open_data import Data, DataConfig, open_data
+from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.sample_ledger import Entry, read_ledger
 from megagpt.data.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
+from megagpt.data.state import sample_indices
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.report.provenance import explain, show_record

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megagpt.config import Config
-from megagpt.data.dataset import DataConfig
+from megagpt.data.open_data import DataConfig
 from megagpt.distributed.determinism import Determinism
 from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig

@@ -15,10 +15,12 @@ from torch import Tensor
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
-from megagpt.data.dataset import HASH_MASK, Data, TrainState, open_data
 from megagpt.data.loader import Loader, MicroBatch
+from megagpt.data.open_data import Data, open_data
 from megagpt.data.permutation import mix
+from megagpt.data.sample_hash import HASH_MASK
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
+from megagpt.data.state import TrainState
 from megagpt.distributed.determinism import make_deterministic
 from megagpt.distributed.world import World, close_world, init_world
 from megagpt.engine import Engine, build_engine, draw_weights

@@ -13,7 +13,8 @@ import torch
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.config import UserError, dump
-from megagpt.data.dataset import Data, Dataset, TokenDataset
+from megagpt.data.dataset import Dataset, TokenDataset
+from megagpt.data.open_data import Data
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
 from megagpt.engine.dtypes import declared_formats

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from megagpt.config import Config, UserError
-from megagpt.data.dataset import TrainState, Window, sample_indices
+from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.files import read_json, write_json
 
 SKIPPED_FILE = "skipped.json"

@@ -19,7 +19,7 @@ from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.partitions import CheckpointError, read_pieces
 from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
-from megagpt.data.dataset import TrainState
+from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece, draw_weights
 from megagpt.files import read_json, sha256_file, write_json

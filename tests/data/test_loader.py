@@ -19,20 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import UserError, validate
-from megagpt.data.dataset import (
-    Data,
-    DataConfig,
-    Mixture,
-    TokenDataset,
-    TrainState,
-    Window,
-    open_data,
-    recompute_fed_hash,
-    sample_indices,
-)
+from megagpt.data.dataset import TokenDataset
 from megagpt.data.loader import Loader, StepBatches, eval_batches, step_batches
+from megagpt.data.mixture import Mixture
+from megagpt.data.open_data import Data, DataConfig, open_data
 from megagpt.data.permutation import mix, permute, unpermute
+from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
+from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.documents import IGNORE
 from megagpt.tokenizer.sentencepiece import open_tokenizer, token_lengths
 from megagpt.train.preflight import packing_warning

@@ -16,8 +16,9 @@ from torch.nn import functional
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError
-from megagpt.data.dataset import TokenDataset, TrainState
+from megagpt.data.dataset import TokenDataset
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
+from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine import FlatPiece
 from megagpt.evaluate.evaluate_model import (

@@ -12,9 +12,11 @@ from megagpt.command import run_words
 from megagpt.config import UserError, dump, validate
 from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block
-from megagpt.data.dataset import DataConfig, TrainState, open_data, recompute_fed_hash
+from megagpt.data.open_data import DataConfig, open_data
+from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.sample_ledger import Entry, LedgerWriter
 from megagpt.data.shards import Manifest, ShardError, ShardWriter, write_manifest
+from megagpt.data.state import TrainState
 from megagpt.documents import Document, write_documents
 from megagpt.files import write_json, write_text
 from megagpt.report.inspect_data import InspectConfig, check_ledger, inspect

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megagpt.data.dataset import Sample, TrainState
+from megagpt.data.dataset import Sample
 from megagpt.data.loader import step_batches
+from megagpt.data.state import TrainState
 from megagpt.distributed.world import World
 from megagpt.documents import IGNORE
 from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine

@@ -20,8 +20,10 @@ from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.save_load import list_checkpoints
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
-from megagpt.data.dataset import DataConfig, TrainState, open_data, recompute_fed_hash
+from megagpt.data.open_data import DataConfig, open_data
+from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.sample_ledger import read_ledger
+from megagpt.data.state import TrainState
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger

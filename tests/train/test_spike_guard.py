@@ -14,8 +14,8 @@ from small_run import losses, settings, write_shards
 
 from megagpt.command import EXIT_DONE
 from megagpt.config import UserError
-from megagpt.data.dataset import TrainState, Window, sample_indices
 from megagpt.data.sample_ledger import entry_of, read_ledger
+from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.files import read_json, write_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger

@@ -1,0 +1,127 @@
+"""The data section of a run: sources, weights and order, opened and checked against each other."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from megagpt.config import Config, UserError
+from megagpt.data.dataset import TokenDataset
+from megagpt.data.mixture import Mixture
+from megagpt.data.permutation import mix
+from megagpt.files import sha256_file
+from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
+
+
+class SourceConfig(Config):
+    """One corpus to train on."""
+
+    path: Path
+    """Folder of tokenized shards, with train/, validation/ and tokenizer/ in it (tools/tokenize_documents.py writes it)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the training samples, relative to the other sources' weights."""
+
+
+class WeightChange(Config):
+    """New weights of the sources, from one sample of the run on."""
+
+    from_sample: int = Field(ge=1)
+    """Global sample index: without batch_warmup step s begins at sample s x global_batch_size (and what the guard left out)."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    """By source; a source that is not named keeps its weight. 0: nothing is drawn from it."""
+
+
+class DataConfig(Config):
+    """What is trained on, and in which order."""
+
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    """The corpora by name; validation loss is reported per name."""
+    weight_changes: tuple[WeightChange, ...] = ()
+    """When the weights of the sources change, in order. What a source has given before is not given again."""
+    seq_len: int = Field(default=1024, ge=1)
+    """Tokens per sample."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens from the start of one sample to the next; null = seq_len, less gives overlapping samples."""
+    seed: int = 0
+    """Key of the order of samples."""
+    shuffle_block: int = Field(default=64, ge=1)
+    """Samples that stay together when the order is permuted: long reads for network disks. 1 = every sample on its own, right
+    for a small corpus whose documents were not shuffled."""
+    mask_documents: bool = False
+    """Attention does not cross documents inside a sample."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        starts = [change.from_sample for change in self.weight_changes]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"weight_changes: from_sample must ascend, not {starts}")
+        for change in self.weight_changes:
+            unknown = sorted(set(change.weights) - set(self.sources))
+            if unknown:
+                raise ValueError(f"weight_changes: {unknown[0]!r} is not one of the sources {sorted(self.sources)}")
+        for start, weights in self.phases():
+            if not any(weights):
+                raise ValueError(f"weight_changes: from_sample={start}: every source has weight 0")
+        return self
+
+    def phases(self) -> list[tuple[int, list[float]]]:
+        """(first sample, weights in the order of the sources) from the start and from each change on."""
+        weights = {name: source.weight for name, source in self.sources.items()}
+        found = [(0, list(weights.values()))]
+        for change in self.weight_changes:
+            weights = {**weights, **change.weights}
+            found.append((change.from_sample, list(weights.values())))
+        return found
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that training and evaluation need to know about the data."""
+
+    train: Mixture
+    validation: dict[str, TokenDataset]
+    """By source name; a source without validation documents is not in it."""
+    tokenizer: Tokenizer
+    vocab_size: int
+    eot_id: int
+    fingerprint: str
+    """sha256 of manifests, weights, seed and sample geometry: equal fingerprints give equal samples."""
+
+
+def open_data(config: DataConfig) -> Data:
+    """Open every source and check that they fit together. Raises UserError before any token is read."""
+    train, validation, digest = {}, {}, hashlib.sha256()
+    settings = {**config.model_dump(mode="json", exclude={"sources"}), "stride": config.stride or config.seq_len}
+    if not config.weight_changes:
+        del settings["weight_changes"]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    geometry: dict[str, Any] = {
+        "seq_len": config.seq_len, "stride": config.stride, "shuffle_block": config.shuffle_block,
+    }  # fmt: skip
+    for number, (name, source) in enumerate(config.sources.items()):
+        train[name] = TokenDataset(source.path / "train", seed=mix(config.seed, number), **geometry)
+        if len(train[name]) == 0:
+            tokens = train[name].num_tokens
+            raise UserError(f"{source.path / 'train'}: {tokens} tokens, one sample needs seq_len + 1 = {config.seq_len + 1}")
+        digest.update(f"{name} {source.weight!r} {sha256_file(source.path / 'train' / 'manifest.json')}".encode())
+        if (source.path / "validation").is_dir():
+            dataset = TokenDataset(source.path / "validation", seed=config.seed, **geometry)
+            if dataset.num_windows() > 0:
+                validation[name] = dataset
+    first = next(iter(train.values())).manifest
+    for dataset in (*train.values(), *validation.values()):
+        for field in ("tokenizer_sha256", "vocab_size", "eot_id"):
+            if getattr(dataset.manifest, field) != getattr(first, field):
+                where, other = dataset.directory, next(iter(train.values())).directory
+                values = f"{field}={getattr(dataset.manifest, field)} but {getattr(first, field)} in {other}"
+                raise UserError(f"{where}: {values}: all sources need the same tokenizer")
+    tokenizer = open_tokenizer(next(iter(config.sources.values())).path / "tokenizer")
+    if tokenizer.fingerprint != first.tokenizer_sha256:
+        where = next(iter(config.sources.values())).path
+        raise UserError(f"{where / 'tokenizer'}: sha256 {tokenizer.fingerprint} is not the shards' {first.tokenizer_sha256}")
+    (_, weights), *changes = config.phases()
+    mixture = Mixture(list(train.values()), weights, changes)
+    return Data(mixture, validation, tokenizer, first.vocab_size, first.eot_id, digest.hexdigest())

@@ -1,0 +1,50 @@
+"""The position of a run in its data: TrainState, the windows that a rewind left out, and which samples come next."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Window:
+    """Global sample indices [start, start + count) that training leaves out."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs besides weights and optimizer. `samples` is the next global sample index."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: tuple[Window, ...] = ()
+
+    def advance(self, num_samples: int, num_tokens: int) -> "TrainState":
+        """The state after a step that used `num_samples` samples (skipped ones not counted) and `num_tokens` targets."""
+        last = sample_indices(self, num_samples)[-1]
+        samples = sample_indices(replace(self, samples=last + 1), 1)[0]
+        return replace(self, step=self.step + 1, samples=samples, tokens=self.tokens + num_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TrainState":
+        """Raises TypeError or KeyError on anything but what `to_json` gave."""
+        return cls(**{**value, "skipped": tuple(Window(**window) for window in value["skipped"])})
+
+
+def sample_indices(state: TrainState, count: int) -> list[int]:
+    """The next `count` global sample indices that are in no skipped window."""
+    indices: list[int] = []
+    position = state.samples
+    for window in sorted(state.skipped, key=lambda window: window.start):
+        if window.start >= position + count - len(indices):
+            break
+        indices += range(position, max(position, window.start))
+        position = max(position, window.start + window.count)
+    return [*indices, *range(position, position + count - len(indices))]
