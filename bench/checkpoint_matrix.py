@@ -39,7 +39,8 @@ from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.checkpoint.partitions import index_of, write_pieces  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
-from megagpt.engine import Engine, Precision  # noqa: E402
+from megagpt.engine.base import Engine  # noqa: E402
+from megagpt.engine.config import Precision  # noqa: E402
 from megagpt.engine.optim import STATES  # noqa: E402
 from megagpt.files import write_json  # noqa: E402
 from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402

@@ -40,7 +40,8 @@ from bench.measure import spread, write_results  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
-from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine  # noqa: E402
+from megagpt.engine.build import build_engine  # noqa: E402
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig  # noqa: E402
 from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.documents import read_documents
-from megagpt.tokenizer.sentencepiece import open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 BATCH = 256
 

@@ -34,7 +34,7 @@ def make_corpus(folder: Path, gpt2: Path, *, documents: int, shards: int) -> dic
 
     from megagpt.data.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, read_manifest, write_manifest
     from megagpt.files import sha256_file
-    from megagpt.tokenizer.sentencepiece import open_tokenizer
+    from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
     train = folder / "train"
     if not (train / "manifest.json").is_file():

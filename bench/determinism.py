@@ -24,7 +24,7 @@ from training_turns import Contender, Outcome, run_turn_about
 
 from megagpt.checkpoint.partitions import read_pieces
 from megagpt.checkpoint.save_load import list_checkpoints
-from megagpt.engine import FlatPiece
+from megagpt.engine.base import FlatPiece
 from megagpt.model.gpt import GPT, ModelConfig
 
 ENGINES, MODES = ("zero1", "fsdp"), ("none", "strict", "canonical")

@@ -166,7 +166,7 @@ def make_sparse_source(folder: Path, documents: int) -> None:
     import xxhash
 
     from megagpt.data.shards import BLOCK_BYTES, MAGIC, Manifest, ShardInfo, write_manifest
-    from megagpt.tokenizer.sentencepiece import open_tokenizer
+    from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
     train, tokenizer = folder / "train", open_tokenizer("bytes")
     train.mkdir(parents=True)
@@ -243,7 +243,8 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     from megagpt.checkpoint import save_load as checkpoints
     from megagpt.data.state import TrainState
     from megagpt.distributed.world import close_world, init_world
-    from megagpt.engine import FSDPConfig, build_engine, draw_weights
+    from megagpt.engine.build import build_engine, draw_weights
+    from megagpt.engine.config import FSDPConfig
     from megagpt.engine.optim import OptimConfig
     from megagpt.files import write_json
     from megagpt.model.gpt import ModelConfig
@@ -285,7 +286,8 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
     from megagpt.data.open_data import DataConfig, open_data
     from megagpt.data.state import TrainState
     from megagpt.distributed.world import World
-    from megagpt.engine import FSDPConfig, build_engine
+    from megagpt.engine.build import build_engine
+    from megagpt.engine.config import FSDPConfig
     from megagpt.engine.optim import OptimConfig
     from megagpt.model.gpt import ModelConfig
 

@@ -31,7 +31,8 @@ sys.path[:0] = [str(PROJECT)]
 from bench.measure import write_results  # noqa: E402
 from megagpt.config import load  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
-from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine, whole_shapes  # noqa: E402
+from megagpt.engine.build import build_engine, whole_shapes  # noqa: E402
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig  # noqa: E402
 from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402
 

@@ -46,7 +46,9 @@ from megagpt.checkpoint.partitions import CheckpointError, read_pieces  # noqa: 
 from megagpt.config import UserError  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World, close_world, init_world, lone_world  # noqa: E402
-from megagpt.engine import Engine, FlatPiece, FSDPConfig, build_engine, whole_shapes  # noqa: E402
+from megagpt.engine.base import Engine, FlatPiece  # noqa: E402
+from megagpt.engine.build import build_engine, whole_shapes  # noqa: E402
+from megagpt.engine.config import FSDPConfig  # noqa: E402
 from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.files import read_json  # noqa: E402
 from megagpt.model.gpt import ModelConfig  # noqa: E402

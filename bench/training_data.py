@@ -8,7 +8,7 @@ import numpy as np
 
 from megagpt.data.open_data import DataConfig, open_data
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
-from megagpt.tokenizer.sentencepiece import open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 MAX_ROWS = 8192
 """Rows written for contenders that read plain rows; they start again at the end."""

@@ -14,7 +14,8 @@ from megagpt.checkpoint.partitions import CheckpointError, read_pieces, write_sa
 from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, seal, verify
 from megagpt.config import Config, UserError
 from megagpt.data.state import TrainState
-from megagpt.engine import FlatPiece, whole_shapes
+from megagpt.engine.base import FlatPiece
+from megagpt.engine.build import whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig
 

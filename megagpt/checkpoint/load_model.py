@@ -8,10 +8,11 @@ from typing import Any, Literal
 from megagpt.checkpoint.partitions import CheckpointError, read_pieces
 from megagpt.checkpoint.save_load import list_checkpoints, step_of, verify
 from megagpt.config import UserError, validate
-from megagpt.engine import FlatPiece
+from megagpt.engine.base import FlatPiece
 from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
-from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
+from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megagpt.config import Failure
 from megagpt.distributed.world import World
-from megagpt.engine import FlatPiece
+from megagpt.engine.base import FlatPiece
 
 Shares: TypeAlias = dict[str, tuple[int, Tensor]]
 """What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""

@@ -31,7 +31,7 @@ from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
-from megagpt.engine import Engine
+from megagpt.engine.base import Engine
 from megagpt.files import read_json, sha256_file, sync, write_json
 
 log = logging.getLogger(__name__)

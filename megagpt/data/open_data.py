@@ -13,7 +13,8 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.mixture import Mixture
 from megagpt.data.permutation import mix
 from megagpt.files import sha256_file
-from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
+from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 
 class SourceConfig(Config):

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.distributed.world import World
-from megagpt.engine import DeepSpeedConfig, FlatPiece, Precision, StepResult
 from megagpt.engine.autocast import computing_in_bf16
+from megagpt.engine.base import FlatPiece, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
+from megagpt.engine.config import DeepSpeedConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
 from megagpt.engine.optim import STATES, OptimConfig, Together, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.model.gpt import GPT

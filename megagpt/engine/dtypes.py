@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megagpt.config import Failure
-from megagpt.engine import EngineConfig, Precision
+from megagpt.engine.config import EngineConfig, Precision
 from megagpt.engine.optim import Together
 
 Formats: TypeAlias = dict[str, str]

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from megagpt.config import UserError
 from megagpt.distributed.world import World
-from megagpt.engine import FlatPiece, FSDPConfig, Precision, StepResult
 from megagpt.engine.autocast import computing_in_bf16
+from megagpt.engine.base import FlatPiece, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
+from megagpt.engine.config import FSDPConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
 from megagpt.engine.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.model.gpt import GPT

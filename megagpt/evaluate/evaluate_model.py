@@ -22,7 +22,7 @@ from megagpt.distributed.world import World, lone_world, pick_device
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.files import write_json
 from megagpt.model.gpt import ModelConfig
-from megagpt.tokenizer.sentencepiece import Tokenizer, token_lengths
+from megagpt.tokenizer.base import Tokenizer, token_lengths
 
 log = logging.getLogger(__name__)
 

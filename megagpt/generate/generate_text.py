@@ -14,7 +14,7 @@ from megagpt.config import Config
 from megagpt.data.permutation import mix
 from megagpt.distributed.world import pick_device
 from megagpt.model.gpt import KeyValues, ModelConfig
-from megagpt.tokenizer.sentencepiece import Tokenizer
+from megagpt.tokenizer.base import Tokenizer
 
 GREEDY = 0.0
 """The temperature at which the likeliest token is always taken."""

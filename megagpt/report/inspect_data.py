@@ -25,7 +25,7 @@ from megagpt.data.state import sample_indices
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.report.provenance import explain, show_record
-from megagpt.tokenizer.sentencepiece import open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 EXCERPT_CHARACTERS = 160
 CHUNK_TOKENS = 4 << 20

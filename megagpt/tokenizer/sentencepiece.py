@@ -4,114 +4,24 @@ Two promises hold for all that `open_tokenizer` calls lossless: decode(encode(s)
 never come out of text (a literal `<|endoftext|>` in a document stays text). Neither is what the libraries do by default.
 """
 
-import hashlib
 import io
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from megagpt.config import UserError
 from megagpt.files import atomic_path
 from megagpt.tokenizer.bpe import (
-    BytePairs,
-    Encoder,
     files_fingerprint,
     join_pieces,
-    ranks_from_merges,
-    ranks_from_tiktoken,
-    ranks_from_tokenizer_json,
 )
 
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character, so the character itself must never reach it."""
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back. `fingerprint` is a sha256 of the files (and kind): equal fingerprints mean equal ids."""
-
-    kind: str
-    vocab_size: int
-    eot_id: int
-    fingerprint: str
-    lossless: bool
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; never a special one."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as a uint32 array; faster than `encode` one by one."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special ones give nothing, bytes that are no UTF-8 give U+FFFD."""
-        ...
-
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for, b"" for special ones: decoding is joining these."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Copy what `open_tokenizer(directory)` needs into a directory."""
-        ...
-
-
-def open_tokenizer(path: str | Path, encoder: Encoder = "tiktoken") -> Tokenizer:
-    """Open a tokenizer: the word `bytes`, a SentencePiece `.model`, a `.tiktoken` rank file, a `tokenizer.json` of byte-level
-    BPE, or a directory with one of these or with `encoder.json` and `vocab.bpe`. Raises UserError that says what was expected.
-
-    `encoder` is the library that encodes batches of byte-level BPE; ids do not depend on it.
-    """
-    if str(path) == "bytes":
-        return Bytes()
-    path = Path(path)
-    if path.is_dir():
-        return _open_directory(path, encoder)
-    if not path.is_file():
-        raise UserError(f"tokenizer {path}: no such file or directory (or the word bytes)")
-    if path.name == "bytes.tokenizer":
-        return Bytes()
-    if path.suffix == ".model":
-        return SentencePiece(path)
-    if path.suffix == ".tiktoken":
-        return BytePairs(ranks_from_tiktoken(path), [path], encoder)
-    if path.name in ("encoder.json", "vocab.json"):
-        return _open_directory(path.parent, encoder)
-    if path.suffix == ".json":
-        return BytePairs(ranks_from_tokenizer_json(path), [path], encoder)
-    raise UserError(f"tokenizer {path}: known are `bytes`, *.model, *.tiktoken, tokenizer.json, encoder.json with vocab.bpe")
-
-
-def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """(vocab_size,) int64: how many bytes of text each id stands for, 0 for special ones."""
-    return np.array([len(piece) for piece in tokenizer.token_bytes()], np.int64)
-
-
-class Bytes:
-    """UTF-8 bytes as ids 0 to 255, end-of-text 256."""
-
-    kind, vocab_size, eot_id, lossless = "bytes", 257, 256, True
-    fingerprint = hashlib.sha256(b"bytes 257").hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return join_pieces(self.token_bytes(), ids)
-
-    def token_bytes(self) -> list[bytes]:
-        return [bytes([value]) for value in range(256)] + [b""]
-
-    def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "bytes.tokenizer").write_text("UTF-8 bytes as ids 0 to 255, end-of-text 256\n", encoding="utf-8")
 
 
 class SentencePiece:
@@ -233,23 +143,3 @@ _MAX_LINE_BYTES = 1 << 16
 def _cut(line: str) -> Iterable[str]:
     step = _MAX_LINE_BYTES // 4
     return (line[i : i + step] for i in range(0, len(line), step))
-
-
-def _open_directory(directory: Path, encoder: Encoder) -> Tokenizer:
-    if (directory / "bytes.tokenizer").is_file():
-        return Bytes()
-    models = sorted(directory.glob("*.model"))
-    ranks = sorted(directory.glob("*.tiktoken"))
-    if len(models) > 1 or (not models and len(ranks) > 1):
-        raise UserError(f"tokenizer {directory}: several models in it ({models[:2] or ranks[:2]}): name the file")
-    if models:
-        return SentencePiece(models[0])
-    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-        files = [directory / vocabulary, directory / merges]
-        if all(file.is_file() for file in files):
-            return BytePairs(ranks_from_merges(*files), files, encoder)
-    if (directory / "tokenizer.json").is_file():
-        return BytePairs(ranks_from_tokenizer_json(directory / "tokenizer.json"), [directory / "tokenizer.json"], encoder)
-    if ranks:
-        return BytePairs(ranks_from_tiktoken(ranks[0]), ranks, encoder)
-    raise UserError(f"tokenizer {directory}: holds no *.model, tokenizer.json, *.tiktoken, nor encoder.json with vocab.bpe")

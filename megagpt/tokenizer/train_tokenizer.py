@@ -13,7 +13,8 @@ from pydantic import Field
 from megagpt.config import Config, UserError, fingerprint
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json, remove_leftovers, sha256_file, write_json
-from megagpt.tokenizer.sentencepiece import Tokenizer, train_sentencepiece
+from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.sentencepiece import train_sentencepiece
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from megagpt.config import Config
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.determinism import Determinism
-from megagpt.engine import DeepSpeedConfig, EngineConfig, Precision
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig

@@ -23,7 +23,8 @@ from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.data.state import TrainState
 from megagpt.distributed.determinism import make_deterministic
 from megagpt.distributed.world import World, close_world, init_world
-from megagpt.engine import Engine, build_engine, draw_weights
+from megagpt.engine.base import Engine
+from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
 from megagpt.evaluate.evaluate_model import combine, evaluate_sources, evaluation_mode

@@ -16,14 +16,15 @@ from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
 from megagpt.data.open_data import Data
 from megagpt.distributed.world import World, utc_now
-from megagpt.engine import DeepSpeedConfig, refuse_unsupported, whole_shapes
+from megagpt.engine.build import refuse_unsupported, whole_shapes
+from megagpt.engine.config import DeepSpeedConfig
 from megagpt.engine.dtypes import declared_formats
 from megagpt.engine.optim import STATES
 from megagpt.files import write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import check_wandb
-from megagpt.tokenizer.sentencepiece import open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.train.config import TrainConfig
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
-from megagpt.engine import FlatPiece, draw_weights
+from megagpt.engine.base import FlatPiece
+from megagpt.engine.build import draw_weights
 from megagpt.files import read_json, sha256_file, write_json
 
 ALONE = lone_world(torch.device("cpu"))

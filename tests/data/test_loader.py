@@ -28,7 +28,8 @@ from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.shards import BLOCK_BYTES, Manifest, ShardError, ShardWriter, read_manifest, write_manifest
 from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.documents import IGNORE
-from megagpt.tokenizer.sentencepiece import open_tokenizer, token_lengths
+from megagpt.tokenizer.base import token_lengths
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.train.preflight import packing_warning
 
 EOT = 256

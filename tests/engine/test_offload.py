@@ -10,7 +10,8 @@ from toy import ADAMW, MODEL, train_steps
 
 from megagpt.config import Failure, UserError, validate
 from megagpt.distributed.world import World
-from megagpt.engine import DeepSpeedConfig, EngineConfig, FSDPConfig, build_engine, draw_weights
+from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig
 from megagpt.engine.dtypes import check_formats, declared_formats
 
 STEPS = 3

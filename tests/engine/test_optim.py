@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megagpt.config import UserError, validate
-from megagpt.engine import DeepSpeedConfig, FSDPConfig, refuse_unsupported
+from megagpt.engine.build import refuse_unsupported
+from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
 from megagpt.engine.optim import (
     STATES,
     OptimConfig,

@@ -25,7 +25,9 @@ from bench.parity import Cell, Weights, largest_difference, plain_loop, run_cell
 from megagpt.config import UserError
 from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World
-from megagpt.engine import DeepSpeedConfig, Engine, Precision, build_engine, draw_weights
+from megagpt.engine.base import Engine
+from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.config import DeepSpeedConfig, Precision
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 
 STEPS: dict[Precision, int] = {"fp32": 10, "bf16": 6}

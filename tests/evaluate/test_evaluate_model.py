@@ -20,7 +20,7 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
-from megagpt.engine import FlatPiece
+from megagpt.engine.base import FlatPiece
 from megagpt.evaluate.evaluate_model import (
     EvaluateConfig,
     LikelihoodRequest,
@@ -34,7 +34,10 @@ from megagpt.evaluate.evaluate_model import (
 from megagpt.evaluate.tasks import Question, read_task, score_task
 from megagpt.generate.generate_text import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.tokenizer.sentencepiece import Bytes, Tokenizer, open_tokenizer, train_sentencepiece
+from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
+from megagpt.tokenizer.plain_bytes import Bytes
+from megagpt.tokenizer.sentencepiece import train_sentencepiece
 
 CPU = torch.device("cpu")
 TEXTS = [f"Naïve café {i}: the {'quick ' * (i % 7)}brown fox – 東京 – jumps {i * 37} times.\n" for i in range(40)]

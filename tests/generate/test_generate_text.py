@@ -20,7 +20,7 @@ from megagpt.generate.generate_text import (
     stream_texts,
 )
 from megagpt.model.gpt import GPT, ModelConfig, initialise
-from megagpt.tokenizer.sentencepiece import Bytes
+from megagpt.tokenizer.plain_bytes import Bytes
 
 
 def small_gpt(family: str = "llama", **changes: object) -> GPT:

@@ -21,7 +21,7 @@ from megagpt.documents import Document, write_documents
 from megagpt.files import write_json, write_text
 from megagpt.report.inspect_data import InspectConfig, check_ledger, inspect
 from megagpt.report.provenance import show_record
-from megagpt.tokenizer.sentencepiece import open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 TEXTS = [f"Text number {i}. " * (i % 5 + 1) for i in range(40)]
 

@@ -9,7 +9,7 @@ from ranks import Ranks
 
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.monitor.metrics import read_metrics
-from megagpt.tokenizer.sentencepiece import open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 STEPS = 24
 STARTED: list[Ranks] = []

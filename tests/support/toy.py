@@ -10,7 +10,9 @@ from megagpt.data.loader import step_batches
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World
 from megagpt.documents import IGNORE
-from megagpt.engine import DeepSpeedConfig, Engine, EngineConfig, FSDPConfig, Precision, build_engine
+from megagpt.engine.base import Engine
+from megagpt.engine.build import build_engine
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
 from megagpt.engine.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig

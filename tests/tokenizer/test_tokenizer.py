@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from megagpt.config import UserError
 from megagpt.tokenizer import bpe as byte_pairs
+from megagpt.tokenizer.base import Tokenizer, token_lengths
 from megagpt.tokenizer.bpe import BytePairs, _open_fastokens, ranks_from_tokenizer_json
-from megagpt.tokenizer.sentencepiece import SentencePiece, Tokenizer, open_tokenizer, token_lengths, train_sentencepiece
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 
 TEXT = """The quick brown fox jumps over the lazy dog. 1234 and 56.78 are numbers; café, naïve and straße are words.
 \tIndented lines,  double  spaces and

@@ -25,8 +25,9 @@ from megagpt.corpus.text.shingles import load_kernels
 from megagpt.data.arrow import number_column, text_column
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, write_json
+from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.bpe import Encoder
-from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 SPLITS = ("train", "validation")
 SEGMENT_TOKENS, SEGMENT_DOCUMENTS = 16 << 20, 1 << 19

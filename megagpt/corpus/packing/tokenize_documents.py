@@ -40,7 +40,7 @@ from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
 from megagpt.files import atomic_path, read_json, write_json
-from megagpt.tokenizer.sentencepiece import Tokenizer
+from megagpt.tokenizer.base import Tokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
 

@@ -28,7 +28,8 @@ from megagpt.corpus.runner import blocks
 from megagpt.corpus.runner.executors import Execution
 from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents, write_documents
-from megagpt.tokenizer.sentencepiece import Tokenizer, open_tokenizer
+from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.train_tokenizer import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
 
 WORDS = [

@@ -1,0 +1,56 @@
+"""The protocol of an engine, and what it hands out and returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPiece:
+    """A contiguous run of a flattened parameter (or of an optimizer state of it) that lives on this rank.
+
+    data: 1-D fp32 view of the engine's memory. start: its offset in the flattened parameter. numel: the length of the whole.
+    copy, copies: `copies` ranks hold this same run and this is number `copy`; each writes its share of it.
+    """
+
+    data: Tensor
+    start: int
+    numel: int
+    copy: int = 0
+    copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one update did: global L2 norm of the gradients before clipping, and whether the update was applied."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """A model spread over ranks."""
+
+    model: Callable[..., Tensor]
+    module: nn.Module
+    updates: int
+    formats: dict[str, str]
+    """What the tensors of the first update were, see megagpt.engine.dtypes; filled by then."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of `loss`; `last` marks the step's last micro-batch."""
+        ...
+
+    def step(self, lr: float, max_norm: float) -> StepResult:
+        """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is not applied, and says so."""
+        ...
+
+    def state(self) -> dict[str, FlatPiece]:
+        """`param.<name>` and `<optimizer state>.<name>` pieces of this rank, as views: writing into them changes the engine."""
+        ...
+
+    def refresh(self, updates: int) -> None:
+        """After the pieces were written: rebuild the working weights and set the optimizer's step counts to `updates`."""
+        ...

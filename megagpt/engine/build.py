@@ -1,0 +1,106 @@
+"""Builds the engine that a configuration names; refuses what no engine computes rightly."""
+
+import torch
+
+from megagpt.config import UserError
+from megagpt.distributed.world import World
+from megagpt.engine.base import Engine
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
+from megagpt.engine.optim import OptimConfig
+from megagpt.model.float8 import Float8, refuse_float8, use_float8
+from megagpt.model.gpt import GPT, ModelConfig, initial_value
+
+
+def build_engine(
+    model_config: ModelConfig,
+    optim: OptimConfig,
+    engine: EngineConfig,
+    world: World,
+    *,
+    precision: Precision,
+    micro_batch_size: int,
+    checkpoint_every: int = 0,
+    checkpoint_selectively: bool = False,
+    compile_blocks: bool = False,
+    canonical: bool = False,
+    float8: Float8 = "none",
+) -> Engine:
+    """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do.
+
+    `canonical`: gradients are added in the order of the micro-batches (megagpt.engine.canonical), whatever the layout.
+    """
+    refuse_unsupported(engine, optim, precision, canonical=canonical)
+    refuse_float8(float8, model_config, precision, canonical=canonical)
+
+    def make() -> GPT:
+        model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
+        if float8 != "none":
+            use_float8(model.blocks, float8, emulate=world.device.type == "cpu")
+        model.head.compile_loss = compile_blocks
+        for block in model.blocks if compile_blocks else ():
+            block.compile()
+        return model
+
+    if isinstance(engine, FSDPConfig):
+        from megagpt.engine.fsdp import FSDPEngine
+
+        return FSDPEngine(make, optim, engine, world, precision=precision, canonical=canonical)
+    from megagpt.engine.deepspeed import DeepSpeedEngine  # imports deepspeed: 2 s and a build cache
+
+    options = {"precision": precision, "micro_batch_size": micro_batch_size, "canonical": canonical}
+    return DeepSpeedEngine(make, optim, engine, world, **options)
+
+
+def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision, *, canonical: bool = False) -> None:
+    """Raise UserError on a combination that no engine computes rightly."""
+    if canonical:
+        _refuse_canonical(engine, optim)
+    if not isinstance(engine, DeepSpeedConfig):
+        return
+    stage = f"engine.zero_stage={engine.zero_stage}"
+    if precision == "bf16" and engine.zero_stage == 0:
+        raise UserError(f"{stage} with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3")
+    if optim.kind == "muon" and engine.zero_stage > 0:
+        raise UserError(
+            f"optim.kind=muon with {stage}: Muon needs whole matrices, ZeRO cuts them; use engine.kind=fsdp or zero_stage=0"
+        )
+    if optim.kind == "adabelief" and engine.zero_stage == 3:
+        raise UserError(
+            f"optim.kind=adabelief with {stage}: its step count lies in the groups, which stage 3 empties; use 0 to 2 or fsdp"
+        )
+
+
+def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
+    """Raise UserError where the order of sums cannot be held."""
+    if isinstance(engine, DeepSpeedConfig) and engine.zero_stage != 1:
+        raise UserError(f"determinism=canonical with engine.zero_stage={engine.zero_stage}: only stage 1 and engine.kind=fsdp")
+    if isinstance(engine, FSDPConfig) and engine.shard_size is not None:
+        raise UserError(
+            f"determinism=canonical with engine.shard_size={engine.shard_size}: copies of shards (HSDP) are not covered"
+        )
+    if isinstance(engine, FSDPConfig) and engine.cpu_offload:
+        raise UserError("determinism=canonical with engine.cpu_offload=true is not covered")
+    if engine.reduce_dtype != "fp32":
+        raise UserError(f"determinism=canonical with engine.reduce_dtype={engine.reduce_dtype}: it adds in fp32")
+    if optim.kind == "muon":
+        raise UserError("determinism=canonical with optim.kind=muon: its matrix products depend on how matrices are cut")
+
+
+def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:
+    """Fill the engine with initial weights that depend on `seed` only, not on the layout."""
+    shapes = whole_shapes(config)
+    with torch.no_grad():
+        for key, piece in engine.state().items():
+            kind, _, name = key.partition(".")
+            if kind == "param":
+                full = initial_value(config, name, shapes[name], seed).flatten()
+                piece.data.copy_(full[piece.start : piece.start + len(piece.data)])
+            else:
+                piece.data.zero_()
+    engine.refresh(0)
+
+
+def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and whole shape of every parameter, computed without allocating any."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}

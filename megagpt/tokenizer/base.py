@@ -1,0 +1,42 @@
+"""The interface of every tokenizer."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `fingerprint` is a sha256 of the files (and kind): equal fingerprints mean equal ids."""
+
+    kind: str
+    vocab_size: int
+    eot_id: int
+    fingerprint: str
+    lossless: bool
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special one."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as a uint32 array; faster than `encode` one by one."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ones give nothing, bytes that are no UTF-8 give U+FFFD."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id stands for, b"" for special ones: decoding is joining these."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Copy what `open_tokenizer(directory)` needs into a directory."""
+        ...
+
+
+def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """(vocab_size,) int64: how many bytes of text each id stands for, 0 for special ones."""
+    return np.array([len(piece) for piece in tokenizer.token_bytes()], np.int64)
