@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from training_clock import peak_resident_bytes
 
-from megagpt.generate.generate_text import SamplingConfig, generate_ids
+from megagpt.generate.sampling import SamplingConfig, generate_ids
 from megagpt.model.gpt import GPT, ModelConfig
 
 

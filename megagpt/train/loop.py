@@ -27,8 +27,8 @@ from megagpt.engine.base import Engine
 from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
-from megagpt.evaluate.evaluate_model import combine, evaluate_sources, evaluation_mode
-from megagpt.generate.generate_text import SamplingConfig, generate_ids
+from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode
+from megagpt.generate.sampling import SamplingConfig, generate_ids
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.monitor import Monitor
 from megagpt.train import preflight

@@ -21,16 +21,9 @@ from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine.base import FlatPiece
-from megagpt.evaluate.evaluate_model import (
-    EvaluateConfig,
-    LikelihoodRequest,
-    Score,
-    combine,
-    evaluate_run,
-    evaluate_sources,
-    log_likelihoods,
-    unigram_entropy,
-)
+from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
+from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
+from megagpt.evaluate.loss import Score, combine, evaluate_sources
 from megagpt.evaluate.tasks import Question, read_task, score_task
 from megagpt.generate.generate_text import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise

@@ -8,7 +8,7 @@ import torch
 
 from bench.llama2c import read_llama2c
 from megagpt.checkpoint.load_model import LoadedModel
-from megagpt.generate.generate_text import (
+from megagpt.generate.sampling import (
     SamplingConfig,
     StreamDecoder,
     generate_ids,

@@ -1,0 +1,111 @@
+"""Loss, perplexity and bits per byte on validation data; what the training loop calls."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.data.dataset import TokenDataset
+from megagpt.data.loader import MicroBatch, eval_batches
+from megagpt.distributed.world import World
+from megagpt.tokenizer.base import Tokenizer, token_lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Sums over the targets of a text, and what follows from them."""
+
+    nats: float
+    """Sum of -log p(target)."""
+    tokens: int
+    """Targets counted, end-of-text tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of the text that the targets stand for (end-of-text tokens stand for none)."""
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per target token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that the whole text takes, document ends included, per byte of text: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
+
+    def summary(self) -> dict[str, float | int | None]:
+        """loss, perplexity, bits_per_byte, tokens, text_bytes: as metrics.jsonl and the tool's result have them."""
+        names = ("loss", "perplexity", "bits_per_byte", "tokens", "text_bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate_sources(
+    model: Callable[..., Tensor],
+    module: nn.Module,
+    datasets: Mapping[str, TokenDataset],
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    micro_batch_size: int,
+    max_samples: int | None = None,
+    mask_documents: bool = False,
+) -> dict[str, Score]:
+    """The score of each source; all ranks call it together and all get the same.
+
+    `model(ids, targets, doc_lengths)` gives the summed loss; `module` is what is behind it, put into evaluation mode meanwhile.
+    """
+    lengths = token_lengths(tokenizer)
+    scores = {}
+    with evaluation_mode(module):
+        for name, dataset in datasets.items():
+            batches = eval_batches(
+                dataset,
+                micro_batch_size=micro_batch_size,
+                rank=world.rank,
+                size=world.size,
+                max_samples=max_samples,
+                mask_documents=mask_documents,
+                token_lengths=lengths,
+            )
+            scores[name] = evaluate(model, batches, world)
+    return scores
+
+
+@torch.no_grad()
+def evaluate(model: Callable[..., Tensor], batches: Iterable[MicroBatch], world: World) -> Score:
+    """Sum the loss over the batches of all ranks. The loss is summed in fp64 and fetched from the device once, at the end."""
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    tokens = text_bytes = 0
+    for batch in batches:
+        lengths = None if batch.doc_lengths is None else batch.doc_lengths.to(world.device)
+        nats += model(batch.ids.to(world.device), batch.targets.to(world.device), lengths)
+        tokens, text_bytes = tokens + batch.num_targets, text_bytes + batch.num_bytes
+    return combine(Score(*sums) for sums in world.gather((float(nats), tokens, text_bytes)))
+
+
+def combine(scores: Iterable[Score]) -> Score:
+    """The score of several texts together: sums, so each token counts the same."""
+    scores = list(scores)
+    return Score(
+        math.fsum(score.nats for score in scores),
+        sum(score.tokens for score in scores),
+        sum(score.text_bytes for score in scores),
+    )
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout and z-loss; the module's mode is restored."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
