@@ -1,46 +1,62 @@
-"""Wikitext to plain text: templates, tables, references, files and categories go; prose, headings and numbers stay.
+"""Wikitext to plain text: tables, references, files and categories go; prose, headings, code, formulas and numbers stay.
 
-How it works. Brackets nest, so each kind is removed from the inside out: templates first (a few stand for text and become it:
-{{convert}}, {{formatnum:}}, {{lang}} ...), then tables by lines, then links, where the label stays. What is left of the markup
-is on single lines: headings, list marks, bold, entities. A heading whose section became empty goes too.
+How it works. Four passes, each linear in the text. (1) What is not parsed (nowiki, pre, code, formulas) is put aside behind
+markers; comments and references go. (2) One scan with a stack replaces templates and links from the inside out
+(wiki_brackets.py). A template that stands for text becomes it (wiki_templates.py); any other leaves a hole that knows the
+template's name. (3) Tables go by lines; tags, external links and quotes by patterns. (4) Lines: list marks go, headings of
+empty and of link sections go, and the blanks and brackets around holes are tidied. What the author wrote is touched nowhere
+else. A hole inside a line that has words cost text in mid-sentence: it is counted by the template's name.
 """
 
 import html
 import re
+from collections import Counter
+from dataclasses import dataclass, field
 
-FILE_AND_CATEGORY = frozenset(("file", "image", "category", "media"))
+from megagpt.corpus.extraction.wiki_brackets import replace_brackets
+from megagpt.corpus.extraction.wiki_sites import DEFAULT_SITE, Site
+from megagpt.corpus.extraction.wiki_templates import HOLE, HOLE_END, MARK, MARK_END
 
-_DROPPED_SECTIONS = frozenset(
-    ("references", "external links", "see also", "further reading", "notes", "footnotes", "notes and references", "citations")
+_OUR_MARKS = re.compile("[\x01-\x04]")
+_NOT_PARSED = (
+    "nowiki|pre|math|chem|ce|syntaxhighlight|source|gallery|timeline|score|templatedata|graph|imagemap|hiero|mapframe|maplink"
+    "|inputbox|categorytree|charinsert|references|includeonly|rt|rp|templatestyles"
 )
-_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
-_NOWIKI = re.compile(r"<nowiki>(.*?)(?:</nowiki>|\Z)", re.S | re.I)
-_REF = re.compile(r"<ref\b[^<>]*/>|<ref\b[^<>]*>.*?(?:</ref\s*>|(?=\n\n)|\Z)|</ref\s*>", re.S | re.I)
-_ELEMENT_TAG = re.compile(
-    r"<(/?)(gallery|math|chem|timeline|score|syntaxhighlight|source|imagemap|graph|mapframe|hiero|templatedata|references"
-    r"|charinsert|inputbox|categorytree)\b[^<>]*>",
+_VERBATIM = re.compile(rf"<!--|<({_NOT_PARSED})\b([^<>]*+)>", re.I)
+_REF = re.compile(r"<ref\b[^<>]*/>|<ref\b[^<>]*>|</ref\s*+>|\n\n", re.I)
+_EXTERNAL = re.compile(
+    r"\[(?:https?:|ftp:|irc:)?//[^\s\[\]]*+[ \t]*+([^\[\]\n]*+)\]|\[(?:mailto|news):[^\s\[\]]*+[ \t]*+([^\[\]\n]*+)\]"
+)
+_BREAK = re.compile(r"</?(?:br|p|div|hr|li|ul|ol|dl|dt|dd|tr|table|center|blockquote|poem|h[1-6])\b[^<>]*+>", re.I)
+_TAG = re.compile(
+    r"</?(?:b|i|u|s|em|strong|small|big|span|font|code|tt|kbd|samp|var|cite|q|abbr|dfn|del|ins|strike|td|th|caption|thead|tbody"
+    rf"|tfoot|ruby|rb|rtc|bdi|bdo|data|time|mark|wbr|noinclude|onlyinclude|section|indicator|languages|translate|{_NOT_PARSED})"
+    r"(?:[\s/][^<>]*+)?>",
     re.I,
 )
-_TEMPLATE = re.compile(r"\{\{([^{}]*)\}\}")
-_PARAMETER = re.compile(r"\{\{\{[^{}]*\}\}\}")
-_LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
-_EXTERNAL = re.compile(
-    r"\[(?:https?:|ftp:|mailto:|irc:|news:)?//[^\s\[\]]*[ \t]*([^\[\]\n]*)\]|\[(?:mailto|news):[^\s\[\]]*[ \t]*([^\[\]\n]*)\]"
-)
-_BREAK = re.compile(r"<br\b[^<>]*>", re.I)
-_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
-_HEADING = re.compile(r"^(={1,6})[ \t]*(.+?)[ \t]*=*[ \t]*$")
-_QUOTES = re.compile(r"'{2,5}")
-_MAGIC = re.compile(r"__[A-Z]{3,}__")
-_EMPTY_BRACKETS = re.compile(r"[(（][\s,;:/–—-]*[)）]")
-_BRACKET_START = re.compile(r"([(（])[\s,;:]+")
+_RAISED = re.compile(r"<(sup|sub)\b[^<>]*+>([^<>]*+)</\1\s*+>|</?su[bp]\b[^<>]*+>", re.I)
+_QUOTES = re.compile(r"'{2,}+")
+_MAGIC = re.compile(r"__([^\W_]\w{1,40}?)__")
+_UNFINISHED_REF = re.compile(r"</?ref\b[^<>\n]*+>?", re.I)
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _WORD = re.compile(r"[^\W_]")
-_SPACES = re.compile(r"[ \t]{2,}|\t")
-_SPACE_BEFORE_POINT = re.compile(r" ([,.;:!?])(?=\s|\Z)")
-_LEFTOVER = re.compile(r"\{\{+|\}\}+|\[\[+|\]\]+|\{\||\|\}|\|\|+|<!--|-->|</?ref\b[^<>\n]*>?", re.I)
-_LANGUAGE_PREFIX = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*$|simple$")
-_NOT_LANGUAGES = frozenset(("mr", "dr", "st", "vs", "re", "ex", "the", "and", "war", "law", "art"))
-_REDIRECT = re.compile(r"\s*#\s*\w+\s*:?\s*\[\[", re.I)
+_SPACES = re.compile(r"[ \t]{2,}+|\t")
+_HOLE = re.compile(f"{HOLE}([^{HOLE}{HOLE_END}]*+){HOLE_END}")
+_HOLES = f"(?:[ \\t]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++"
+_AROUND_HOLE = re.compile(f"(?<![ \\t]){_HOLES}[ \\t]*+([,;]?)")
+_EMPTY_BRACKETS = re.compile(f"[(（](?:[\\s,;:/–—-]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:/–—-]*+[)）]")
+_BRACKET_START = re.compile(f"([(（])(?:[\\s,;:]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:]*+")
+_BRACKET_END = re.compile(f"(?<![\\s,;:])(?:[\\s,;:]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:]*+(?=[)）])")
+_MARKER = re.compile(f"{MARK}([0-9]++){MARK_END}")
+_REDIRECT = re.compile(r"\s*+#\s*+\w++\s*+:?\s*+\[\[")
+
+
+@dataclass(frozen=True, slots=True)
+class Article:
+    """Plain text of an article, and how often templates of each name left a hole in a sentence."""
+
+    text: str
+    dropped_templates: dict[str, int] = field(default_factory=dict)
 
 
 def is_redirect(text: str) -> bool:
@@ -48,124 +64,102 @@ def is_redirect(text: str) -> bool:
     return _REDIRECT.match(text[:200]) is not None
 
 
-def wikitext_to_text(text: str, drop_links: frozenset[str] = FILE_AND_CATEGORY) -> str:
-    """Plain text of an article. Links into the namespaces `drop_links` (lower case; the wiki's own names too) go whole."""
-    text = _COMMENT.sub("", text)
-    text = _NOWIKI.sub(lambda match: match[1].translate(_AS_ENTITIES), text)
-    text = _without_elements(_REF.sub("", text))
-    text = _inside_out(_PARAMETER, "", text)
-    text = _inside_out(_TEMPLATE, _template_text, text)
+def wikitext_to_text(text: str, site: Site = DEFAULT_SITE) -> str:
+    """Plain text of an article; see `read_wikitext`."""
+    return read_wikitext(text, site).text
+
+
+def read_wikitext(text: str, site: Site = DEFAULT_SITE, title: str = "") -> Article:
+    """Plain text of an article as its reader sees it. `title` is what {{PAGENAME}} shows.
+
+    A superscript number is written with ^ where it would change the number before it: 10<sup>6</sup> becomes 10^6.
+    """
+    text, kept = _put_aside(_OUR_MARKS.sub("", text.replace("\r\n", "\n")))
+    text = _without_references(text)
+    text = replace_brackets(text, site, title)
     text = _without_tables(text)
-    text = _inside_out(_LINK, lambda match: _link_text(match[1], drop_links), text)
-    text = _EXTERNAL.sub(lambda match: match[1] or match[2] or "", text)
+    text = _EXTERNAL.sub(lambda match: match[1] or match[2] or f"{HOLE}{HOLE_END}", text)
     text = _TAG.sub("", _BREAK.sub("\n", text))
-    text = _MAGIC.sub("", _QUOTES.sub("", text))
-    text = _LEFTOVER.sub(" ", text)
-    return _tidy(text)
+    text = _MAGIC.sub(lambda match: match[0] if match[1] != match[1].upper() else "", _QUOTES.sub(_quotes, text))
+    text = _UNFINISHED_REF.sub(" ", _RAISED.sub(_raised, text))
+    lines, dropped = _lines(text, site)
+    plain = _MARKER.sub(lambda match: kept[int(match[1])], "\n".join(lines))
+    return Article(plain.strip("\n"), dict(sorted(dropped.items())))
 
 
-_AS_ENTITIES = {ord(character): f"&#{ord(character)};" for character in "<>&[]{}|'=*#:;_"}
+# ---- what is not parsed
 
 
-def _without_elements(text: str) -> str:
-    """Drop elements that hold no prose, with their content; of one that is never closed only the tag."""
-    pieces, position, opened = list[str](), 0, ""
-    for match in _ELEMENT_TAG.finditer(text):
-        closing, name = match[1], match[2].lower()
-        if opened:
-            if closing and name == opened:
-                position, opened = match.end(), ""
-            continue
+def _put_aside(text: str) -> tuple[str, list[str]]:
+    """(text with markers for what is not parsed, what they stand for). An element that is never closed loses only its tag."""
+    pieces, kept, position, unclosed = list[str](), list[str](), 0, set[str]()
+    while match := _VERBATIM.search(text, position):
         pieces.append(text[position : match.start()])
         position = match.end()
-        opened = "" if closing or match[0].endswith("/>") else name
-    return "".join([*pieces, text[position:]])
+        if match[1] is None:
+            end = text.find("-->", position)
+            position = len(text) if end < 0 else end + 3
+            continue
+        name = match[1].lower()
+        if match[2].endswith("/") or name in unclosed:
+            pieces.append("" if match[2].endswith("/") else match[0])
+            continue
+        end = _CLOSING[name].search(text, position)
+        if end is None and name != "nowiki":
+            unclosed.add(name)
+            pieces.append(match[0])
+            continue
+        inside = text[position : end.start() if end else len(text)]
+        position = end.end() if end else len(text)
+        if shown := _verbatim(name, inside):
+            line = "\n" if name in _BLOCKS else ""
+            pieces.append(f"{line}{MARK}{len(kept)}{MARK_END}{line}")
+            kept.append(shown)
+    return "".join([*pieces, text[position:]]), kept
 
 
-def _inside_out(pattern: re.Pattern[str], replacement: object, text: str) -> str:
-    """Replace the innermost brackets until none is left; 40 levels are more than any page has."""
-    for _ in range(40):
-        text, count = pattern.subn(replacement, text)  # type: ignore[arg-type]
-        if not count:
-            break
-    return text
+_DOUBLE_BRACE = re.compile(r"(?<!\\)([{](?=[{])|[}](?=[}]))")
+_SHOWN = frozenset(("nowiki", "pre", "math", "chem", "ce", "syntaxhighlight", "source"))
+_BLOCKS = frozenset(("pre", "syntaxhighlight", "source"))
+_CLOSING = {name: re.compile(rf"</{name}\s*+>", re.I) for name in _NOT_PARSED.split("|")}
 
 
-# ---- templates that stand for text
-
-
-def _template_text(match: re.Match[str]) -> str:
-    """What a template without inner templates shows; nothing for most."""
-    head, _, rest = match[1].partition("|")
-    name = head.strip().lower().replace("_", " ")
-    if name.startswith("formatnum:"):
-        return head.partition(":")[2].strip()
-    if name in _SYMBOLS:
-        return _SYMBOLS[name]
-    if not name.startswith("lang-") and name not in _SHOWN:
+def _verbatim(name: str, inside: str) -> str:
+    """What an element that is not parsed shows: code as it is, a formula as TeX in one line, nothing for a picture."""
+    if name not in _SHOWN:
         return ""
-    arguments = rest.split("|") if "[[" not in rest else _PIPE_OUTSIDE_LINKS.split(rest[:20000])
-    positional = [argument.strip() for argument in arguments if not _NAMED.match(argument)]
-    if name in _CONVERT:
-        return _converted(positional)
-    if name in _FRACTION:
-        return " ".join(positional[:-2]) + (" " if len(positional) > 2 else "") + "/".join(positional[-2:])
-    if name in _CIRCA:
-        return "c. " + (positional[0] if positional else "")
-    if name in _AS_OF:
-        return "As of " + "-".join(positional)
-    if name in _FIRST_ARGUMENT:
-        return positional[0] if positional else _named(arguments, ("1", "text", "quote"))
-    return positional[-1] if positional else _named(arguments, ("text", "quote"))
+    if name in ("math", "chem", "ce"):
+        # Braces that meet are written apart, as inside a template: to TeX it is the same, and }} in a text is always residue.
+        return " ".join(_DOUBLE_BRACE.sub(r"\1 ", _unescape(inside)).split())
+    if name == "pre":
+        inside = _unescape(inside.replace("<nowiki>", "").replace("</nowiki>", ""))
+    elif name == "nowiki":
+        return _unescape(inside)
+    return inside.strip("\n").rstrip()
 
 
-_PIPE_OUTSIDE_LINKS = re.compile(r"\|(?![^\[\]]*\]\])")
-_NAMED = re.compile(r"\s*[\w -]+=")
-_CONVERT, _FRACTION = frozenset(("convert", "cvt")), frozenset(("frac", "fraction", "sfrac"))
-_CIRCA, _AS_OF = frozenset(("circa", "c.", "ca", "ca.")), frozenset(("as of", "asof"))
-_SYMBOLS = {
-    "nbsp": " ", "space": " ", "ndash": "–", "mdash": "—", "spaced ndash": " – ", "spnd": " – ", "snd": " – ", "dash": "–",
-    "spaced en dash": " – ", "em dash": "—", "en dash": "–", "'": "'", "times": "×", "pi": "π", "deg": "°", "degree": "°",
-    "bullet": "•", "middot": "·", "·": " · ", "•": " • ", "euro": "€", "pound": "£", "=": "=", "hyphen": "-",
-}  # fmt: skip
-_FIRST_ARGUMENT = frozenset(
-    ("nowrap", "nobr", "nobreak", "abbr", "abbrv", "tooltip", "quote", "blockquote", "cquote", "quotation", "small", "smaller")
-    + ("big", "bigger", "em", "strong", "smallcaps", "sc", "num", "val", "mvar", "var", "math", "nihongo", "okina", "center")
-    + ("nom", "gaps", "not a typo", "proper name", "strikethrough", "code", "mono", "kbd", "ill", "interlanguage link")
-    + ("visible anchor", "formatnum")
-)
-_LAST_ARGUMENT = frozenset(
-    ("lang", "transl", "transliteration", "script", "wikt-lang", "color", "font color", "rtl-lang", "angbr", "linktext")
-)
-_SHOWN = _CONVERT | _FRACTION | _CIRCA | _AS_OF | _FIRST_ARGUMENT | _LAST_ARGUMENT
+def _without_references(text: str) -> str:
+    """Drop <ref>...</ref>; one that is never closed ends at the next empty line. A reference leaves a hole without a name."""
+    if "ref" not in text and "REF" not in text:
+        return text
+    pieces, position, opened = list[str](), 0, -1
+    for match in _REF.finditer(text):
+        token = match[0]
+        if opened >= 0:
+            if token == "\n\n" or token[1] == "/":
+                pieces.append(f"{HOLE}{HOLE_END}")
+                position, opened = match.start() if token == "\n\n" else match.end(), -1
+        elif token != "\n\n":
+            pieces.append(text[position : match.start()])
+            position = match.end()
+            if token[1] != "/" and not token.endswith("/>"):
+                opened = position
+            else:
+                pieces.append(f"{HOLE}{HOLE_END}")
+    return "".join(pieces) if opened >= 0 else "".join([*pieces, text[position:]])
 
 
-def _named(arguments: list[str], names: tuple[str, ...]) -> str:
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name.strip().lower() in names:
-            return value.strip()
-    return ""
-
-
-def _converted(arguments: list[str]) -> str:
-    """{{convert|5|to|10|km|mi}} reads "5 to 10 km", {{convert|5|ft|11|in|m}} reads "5 ft 11 in"."""
-    words = arguments[:2]
-    rest = arguments[2:]
-    while len(words) >= 2 and words[-1] in _BETWEEN_NUMBERS and rest:
-        words, rest = [*words, *rest[:2]], rest[2:]
-    if len(rest) >= 2 and re.fullmatch(r"[\d.,/+-]+", rest[0]) and not re.search(r"\d", rest[1]):
-        words += rest[:2]
-    return " ".join(_BETWEEN_NUMBERS.get(word, word) for word in words).replace(" – ", "–")
-
-
-_BETWEEN_NUMBERS = {
-    "-": "–", "–": "–", "to": "to", "to(-)": "to", "and": "and", "or": "or", "by": "by", "x": "×", "×": "×", "+/-": "±",
-    "±": "±", "to about": "to about", "and(-)": "and",
-}  # fmt: skip
-
-
-# ---- tables and links
+# ---- tables and tags
 
 
 def _without_tables(text: str) -> str:
@@ -179,9 +173,9 @@ def _without_tables(text: str) -> str:
             depth += 1
         elif depth and start.startswith("|}"):
             depth -= 1
-            if not depth and (rest := start[2:].strip()):
+            if not depth and (rest := start[2:].strip("} \t")):
                 kept.append(rest)
-        elif depth and _HEADING.match(line) and line.startswith("==") and line.rstrip().endswith("=="):
+        elif depth and line.startswith("==") and line.rstrip().endswith("=="):
             depth = 0
             kept.append(line)
         elif not depth:
@@ -189,47 +183,157 @@ def _without_tables(text: str) -> str:
     return "\n".join(kept)
 
 
-def _link_text(inside: str, drop_links: frozenset[str]) -> str:
-    """The label of a [[link]]; nothing for files, categories and other languages."""
-    target, pipe, label = inside.partition("|")
-    prefix, colon, rest = target.partition(":")
-    prefix = prefix.strip().lower()
-    if colon and not target.lstrip().startswith(":"):
-        if prefix in drop_links:
-            return ""
-        if not pipe and _LANGUAGE_PREFIX.match(prefix) and prefix not in _NOT_LANGUAGES and not rest.startswith(" "):
-            return ""
-    if pipe:
-        return label.rpartition("|")[2] if label.strip() else re.sub(r"\s*\([^()]*\)$", "", rest if colon else target)
-    return target.lstrip(": ").partition("#")[0] or target.lstrip("#")
+def _quotes(match: re.Match[str]) -> str:
+    """Marks of bold and italic go; of four quotes one is an apostrophe, and so is what exceeds five."""
+    count = len(match[0])
+    return "'" if count == 4 else "'" * (count - 5)
+
+
+def _raised(match: re.Match[str]) -> str:
+    """A superscript or subscript in plain text: ^ or _ where the characters would otherwise join a number before them."""
+    if match[1] is None:
+        return ""
+    inside = match[2].strip()
+    before = match.string[match.start() - 1 : match.start()] if match.start() else ""
+    if not inside or (not before.isalnum() and before not in ")]>}"):
+        return inside
+    raised = match[1].lower() == "sup"
+    if not raised:
+        return f"_{inside}" if before.isdigit() and inside[0].isdigit() else inside
+    number = inside[0].isdigit() or (inside[0] in "+-−–±" and len(inside) > 1)
+    if inside.lower() in _ORDINALS or not (number or before.isdigit() or (inside.isalpha() and len(inside) == 1)):
+        return inside
+    if inside[0].isdigit() and inside[-1] in "+-−–" and before.isalpha():
+        return inside  # an ion: Ca2+
+    return f"^{inside}" if inside.strip("+-−–").replace(".", "").isalnum() else f"^({inside})"
+
+
+_ORDINALS = frozenset(
+    (
+        "st",
+        "nd",
+        "rd",
+        "th",
+        "d",
+        "e",
+        "er",
+        "ère",
+        "re",
+        "ème",
+        "me",
+        "es",
+        "ers",
+        "nde",
+        "o",
+        "a",
+        "os",
+        "as",
+        "ª",
+        "º",
+        "ter",
+        "te",
+    )
+)
 
 
 # ---- lines
 
 
-def _tidy(text: str) -> str:
-    text = _SPACES.sub(" ", html.unescape(text).replace("\xa0", " "))
-    text = _BRACKET_START.sub(r"\1", _EMPTY_BRACKETS.sub("", text))
-    for before in (" )", ",)", ";)", " ）"):
-        text = text.replace(before, before[-1])
-    text = _SPACE_BEFORE_POINT.sub(r"\1", _SPACES.sub(" ", text))
-    blocks: list[tuple[int, str]] = []
+def _lines(text: str, site: Site) -> tuple[list[str], Counter[str]]:
+    """Lines that have words, below headings that are not empty and not of links; and the names of the holes in them."""
+    blocks: list[tuple[int, str, Counter[str]]] = []
     skip_below = 0
-    for line in text.split("\n"):
-        heading = _HEADING.match(line) if line.startswith("=") else None
-        if heading is not None:
-            level, title = len(heading[1]), heading[2].strip("= ")
+    for raw in text.split("\n"):
+        if (heading := _heading(raw)) is not None:
+            level, title = heading
             if skip_below and level > skip_below:
                 continue
-            skip_below = level if title.lower() in _DROPPED_SECTIONS else 0
+            holes = Counter[str]()
+            title = _tidy(title, holes).strip()
+            skip_below = level if title.lower() in site.link_sections else 0
             while blocks and blocks[-1][0] >= level:
                 blocks.pop()
             if not skip_below and title:
-                blocks.append((level, title))
-            continue
-        line = line.strip().lstrip("*#:; ")
-        if line and not skip_below and not line.startswith(("|", "!")) and _WORD.search(line):
-            blocks.append((0, line))
+                blocks.append((level, title, holes))
+        elif not skip_below and (line := _marked_line(raw)):
+            holes = Counter[str]()
+            line = _tidy(line, holes).rstrip()
+            if _WORD.search(line):
+                blocks.append((0, line, holes))
     while blocks and blocks[-1][0]:
         blocks.pop()
-    return "\n".join(line for _, line in blocks)
+    return [line for _, line, _ in blocks], sum((holes for _, _, holes in blocks), Counter[str]())
+
+
+def _heading(line: str) -> tuple[int, str] | None:
+    """(level, title) of a line like "== title ==". One sign alone and without its end is the author's."""
+    if not line.startswith("="):
+        return None
+    stripped = line.strip(" \t")
+    title = stripped.strip("=")
+    level = min(len(stripped) - len(stripped.lstrip("=")), 6)
+    if level == 1 and not stripped.endswith("="):
+        return None
+    return level, title.strip()
+
+
+def _marked_line(line: str) -> str:
+    """A line without its list marks; nothing for a row of a table or a template that was never closed."""
+    if line.startswith("  "):
+        return line[1:].rstrip() if not line.lstrip().startswith(("|", "*", "#", ":")) else _marked_line(line.lstrip())
+    line = line.strip().lstrip("*#:; ")
+    if line.startswith("|") or (line.startswith("!") and ("!!" in line or "|" in line or "=" in line)):
+        return ""
+    return line
+
+
+def _tidy(line: str, holes: Counter[str]) -> str:
+    """A line with its entities decoded, runs of blanks as one, and holes closed; their names are added to `holes`."""
+    indent = len(line) - len(line.lstrip(" "))
+    line = _unescape(line).replace("\xa0", " ") if "&" in line or "\xa0" in line else line
+    if "[" in line or "]]" in line or "{" in line or "}" in line:
+        line = _without_stray_brackets(line)
+    line = line[:indent] + _SPACES.sub(" ", line[indent:])
+    if HOLE not in line:
+        return line
+    names = [name for name in _HOLE.findall(line) if name]
+    line = _EMPTY_BRACKETS.sub(f"{HOLE}{HOLE_END}", line)
+    line = _BRACKET_END.sub("", _BRACKET_START.sub(r"\1", line))
+    line = _AROUND_HOLE.sub(_closed, line).strip()
+    if _WORD.search(line):
+        holes.update(names)
+    return line
+
+
+def _closed(match: re.Match[str]) -> str:
+    """What is left of a hole: one blank if there was one, and no comma after another or where a line begins."""
+    before = match.string[match.start() - 1 : match.start()] if match.start() else ""
+    comma = "" if before in ",;(" else match[1]
+    after = comma or match.string[match.end() : match.end() + 1]
+    text = match[0][: len(match[0]) - len(match[1])]
+    blank = text[0] in " \t" or text[-1] in " \t" or match[1] != comma
+    return (" " if blank and before and before not in "(（[" and after and after not in " ,.;:!?)）]" else "") + comma
+
+
+def _without_stray_brackets(line: str) -> str:
+    """Drop {{ }} [[ ]] {| |} of markup that was never closed; }} and ]] stay where the line has two open ones before them."""
+    pieces, position, depth = list[str](), 0, {"[": 0, "{": 0}
+    for match in _BRACKETS.finditer(line):
+        token = match[0]
+        kind = "[" if token[0] in "[]" else "{"
+        drop = token in ("{|", "|}") or (len(token) > 1 and token[0] in "[{")
+        if len(token) > 1 and token[0] in "]}":
+            drop = depth[kind] < 2
+        if not drop:
+            depth[kind] += len(token) if token[0] in "[{" else -len(token)
+        pieces += [line[position : match.start()], " " if drop else token]
+        position = match.end()
+    return "".join([*pieces, line[position:]])
+
+
+_BRACKETS = re.compile(r"\{\||\|\}|\[\[?|\]\]?|\{\{?|\}\}?")
+
+
+def _unescape(text: str) -> str:
+    """Entities as MediaWiki reads them: only with their semicolon."""
+    return _ENTITY.sub(lambda match: html.unescape(match[0]), text) if "&" in text else text

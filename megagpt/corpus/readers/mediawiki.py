@@ -16,16 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megagpt.corpus.extraction.wikitext import FILE_AND_CATEGORY, is_redirect, wikitext_to_text
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.blocks import Block, DroppedText, Fault, Outcome, Seen
+from megagpt.corpus.extraction.wiki_sites import Site, site_of
+from megagpt.corpus.wikitext import is_redirect, read_wikitext
 from megagpt.documents import Document, Rejected
 
 CHUNK_BYTES = 1 << 20
 MAX_PAGE_BYTES = 64 << 20
 _STREAM_START = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 _PAGE, _PAGE_END = b"<page>", b"</page>"
-_TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.S)
-_NAMESPACE = re.compile(r'<namespace key="(6|14|-2)"[^>]*>([^<]*)</namespace>')
+_TEXT = re.compile(r"<text\b([^<>]*+)>")
+_REVISION = re.compile(r"<revision\b[^<>]*+>")
+_NAMESPACE = re.compile(r'<namespace key="(?:6|14|-2)"[^<>]*+>([^<]*+)</namespace>')
+_LANGUAGE = re.compile(r'<mediawiki\b[^<>]*?\bxml:lang="([A-Za-z-]{2,20})"')
+_DATABASE = re.compile(r"<dbname>([a-z_]{2,20}?)wiki\w{0,20}</dbname>")
+_BASE = re.compile(r"<base>([^<]*/)[^</]*+</base>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +45,18 @@ class Page:
     model: str
     redirects: bool
     text: str
+    older_revisions: int = 0
+    deleted: bool = False
 
 
 def wiki_outcomes(block: Block, source: str) -> Iterator[Outcome]:
-    """Articles of a block as documents; redirects, other namespaces and empty pages rejected."""
+    """Articles of a block as documents; redirects, other namespaces, deleted and empty pages rejected.
+
+    Of several revisions of a page the newest counts. Templates whose text is missing in a sentence are counted by name.
+    """
     head = _read_head(Path(block.path))
-    base = re.search(r"<base>([^<]*/)[^</]*</base>", head)
-    names = {html.unescape(name).lower() for _, name in _NAMESPACE.findall(head)}
-    drop_links = FILE_AND_CATEGORY | names
+    base = _BASE.search(head)
+    site = read_site(head)
     found = 0
     for page in read_pages(block):
         found += 1
@@ -55,17 +64,27 @@ def wiki_outcomes(block: Block, source: str) -> Iterator[Outcome]:
             yield page
             continue
         yield Seen("page")
+        if page.older_revisions:
+            yield Seen("older revision", page.older_revisions)
         url = base[1] + urllib.parse.quote(page.title.replace(" ", "_"), safe="/:(),'!*;@&=$~") if base else None
         meta = {"title": page.title, "page_id": page.page_id, "date": page.date}
         reason = _reason_against(page)
-        text = "" if reason else wikitext_to_text(page.text, drop_links)
+        article = None if reason else read_wikitext(page.text, site, page.title)
+        text = article.text if article else ""
         document = Document(page.where, f"{page.title}\n{text}" if text else "", source, url, meta)
-        if reason or not text:
-            yield Rejected(document, reason or "source:empty")
-        else:
+        if article and text:
             yield document
+            yield from (DroppedText(name, count) for name, count in article.dropped_templates.items())
+        else:
+            yield Rejected(document, reason or "source:empty")
     if found == block.start == 0 and head and "<mediawiki" not in head:
         yield Fault("no MediaWiki dump", f"{Path(block.path).name}: offset 0")
+
+
+def read_site(head: str) -> Site:
+    """The wiki that a dump's first bytes describe: its language, and what it calls its files and categories."""
+    language = _LANGUAGE.search(head) or _DATABASE.search(head)
+    return site_of(language[1] if language else "", (html.unescape(name) for name in _NAMESPACE.findall(head)))
 
 
 def _reason_against(page: Page) -> str | None:
@@ -75,6 +94,8 @@ def _reason_against(page: Page) -> str | None:
         return "source:namespace"
     if page.model != "wikitext":
         return "source:model"
+    if page.deleted:
+        return "source:deleted"
     return None if page.text.strip() else "source:empty"
 
 
@@ -231,21 +252,33 @@ def _cut(buffer: bytes) -> tuple[int, list[tuple[int, bytes, str | None]]]:
 
 def _parse(page: bytes, where: str) -> Page:
     text = page.decode("utf-8", "replace").replace("\0", "")
-    body = _TEXT.search(text)
-    head = text[: body.start()] if body else text
-    content = html.unescape(body[1]) if body and body[1] else ""
+    starts = [match.start() for match in _REVISION.finditer(text)] or [0]
+    ends = [*starts[1:], len(text)]
+    head = text[: starts[0]] if len(starts) > 1 else text[: _find(text, "<text", 0)]
+    newest = max(zip(starts, ends, strict=True), key=lambda bounds: _field(text[bounds[0] : bounds[0] + 2000], "timestamp"))
+    revision = text[newest[0] : newest[1]] if len(starts) > 1 else text
+    opened = _TEXT.search(revision)
+    attributes = opened[1] if opened else ""
+    has_text = opened is not None and not attributes.endswith("/")
+    content = html.unescape(revision[opened.end() : _find(revision, "</text>", opened.end())]) if opened and has_text else ""
     namespace = _field(head, "ns")
-    redirects = "<redirect " in head or is_redirect(content)
     return Page(
         where,
         html.unescape(_field(head, "title")),
         int(namespace) if namespace.lstrip("-").isdigit() else 0,
         _field(head, "id"),
-        _field(head, "timestamp"),
-        _field(text, "model") or "wikitext",
-        redirects,
+        _field(revision, "timestamp"),
+        _field(revision, "model") or "wikitext",
+        "<redirect " in head or is_redirect(content),
         content,
+        len(starts) - 1,
+        "deleted=" in attributes,
     )
+
+
+def _find(text: str, what: str, start: int) -> int:
+    place = text.find(what, start)
+    return len(text) if place < 0 else place
 
 
 def _field(text: str, name: str) -> str:

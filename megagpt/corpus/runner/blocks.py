@@ -50,7 +50,15 @@ class Seen:
     count: int = 1
 
 
-Outcome: TypeAlias = Document | Rejected | Fault | Seen
+@dataclass(frozen=True, slots=True)
+class DroppedText:
+    """Text that extraction could not show in the middle of a sentence, by the name of the template that held it."""
+
+    template: str
+    count: int = 1
+
+
+Outcome: TypeAlias = Document | Rejected | Fault | Seen | DroppedText
 Process: TypeAlias = Callable[[Block], Iterable[Outcome]]
 
 

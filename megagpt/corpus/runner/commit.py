@@ -15,8 +15,8 @@ import orjson
 import xxhash
 import zstandard
 
-from megagpt.corpus.runner.blocks import Block, Fault, Process, Seen
-from megagpt.corpus.runner.ownership import Claim, folder_of, refuse_left_over
+from megagpt.corpus.blocks import Block, DroppedText, Fault, Process, Seen
+from megagpt.corpus.claim import Claim, folder_of, refuse_left_over
 from megagpt.documents import Document, Rejected, format_document
 from megagpt.files import atomic_path, read_json, sha256_file, write_json
 
@@ -29,7 +29,7 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
     """In a worker: run `process`, write the block's documents, drops and samples, then its counts, which commit it."""
     part = _part(output_dir, block, plan)
     counts: dict[str, Any] = {"kept": 0, "characters_out": 0}
-    rejected, faults, records = Counter[str](), Counter[str](), Counter[str]()
+    rejected, faults, records, templates = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     examples: dict[str, list[str]] = {}
     samples: dict[str, list[tuple[int, Rejected]]] = {}
     with _frame(part.with_suffix(".kept")) as kept, _frame(part.with_suffix(".dropped")) as dropped:
@@ -49,12 +49,15 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
                         examples.setdefault(kind, []).append(where)
                 case Seen(kind, number):
                     records[kind] += number
+                case DroppedText(template, number):
+                    templates[template] += number
     with _frame(part.with_suffix(".samples")) as stream:
         for reason in sorted(samples):
             for item in _smallest(samples[reason]):
                 stream.write(format_document(_as_sample(item[1])))
     counts |= {"rejected": dict(sorted(rejected.items())), "faults": dict(sorted(faults.items()))}
     counts |= {"fault_examples": examples, "records": dict(sorted(records.items()))}
+    counts["dropped_templates"] = dict(sorted(templates.items()))
     write_json(part.with_suffix(".json"), counts)
     return counts
 
@@ -171,8 +174,11 @@ def _describe(path: Path) -> dict[str, Any]:
 def add_counts(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of several blocks or files as one; examples are the first ones in order."""
     total: dict[str, Any] = {key: sum(part[key] for part in parts) for key in ("kept", "characters_out")}
-    for key in ("rejected", "faults", "records"):
-        total[key] = dict(sorted(sum((Counter(part[key]) for part in parts), Counter[str]()).items()))
+    for key in ("rejected", "faults", "records", "dropped_templates"):  # the last is missing in counts of before 0.2
+        counter = Counter[str]()
+        for part in parts:
+            counter.update(part.get(key, {}))
+        total[key] = dict(sorted(counter.items()))
     total["fault_examples"] = {
         kind: list(itertools.chain.from_iterable(part["fault_examples"].get(kind, []) for part in parts))[:EXAMPLES_PER_FAULT]
         for kind in total["faults"]

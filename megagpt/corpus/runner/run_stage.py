@@ -32,6 +32,8 @@ from megagpt.files import read_json, remove_leftovers, write_json
 
 __all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
 
+MAX_TEMPLATE_NAMES = 1000
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,8 @@ class StageSummary:
     faults: dict[str, int] = field(default_factory=dict)
     fault_examples: dict[str, list[str]] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
+    dropped_templates: dict[str, int] = field(default_factory=dict)
+    """Templates of a wiki that left a hole in a sentence, with how many; the most frequent MAX_TEMPLATE_NAMES of them."""
 
 
 def run_stage(
@@ -182,6 +186,8 @@ def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[s
         total = add_counts([read_json(output_dir / f"{name}.done.json") for name in names])
         documents_in = total["kept"] + sum(total["rejected"].values())
         complete = len(names) == len(files)
+        frequent = sorted(total["dropped_templates"].items(), key=lambda item: (-item[1], item[0]))[:MAX_TEMPLATE_NAMES]
+        total["dropped_templates"] = dict(frequent)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
         refuse_left_over(claim)
         write_json(output_dir / "summary.json", asdict(summary))
