@@ -196,6 +196,8 @@ def author_year(form: str) -> Renderer:
 
     def render(arguments: Arguments) -> str:
         items = [plain(item) for item in arguments.positional if item]
+        if last := plain(arguments.first_of("last", "last1")):
+            items = [last, plain(arguments.first_of("year", "year1"))]
         if not items:
             return ""
         names, year = (items[:-1], items[-1]) if len(items) > 1 else (items, "")
@@ -275,7 +277,7 @@ def ipa_sounds(code: str, language: str, arguments: Arguments) -> str:
 def ipa_in_pieces(code: str, language: str, arguments: Arguments) -> str:
     """{{IPAc-en|ˈ|m|ɒ|s|k|oʊ}} reads "/ˈmɒskoʊ/"."""
     pieces = [item for item in map(plain, arguments.positional) if item and item.lower() not in _NO_SOUND]
-    text = "".join(_SOUNDS.get(piece, {"_": " ", ",": ", "}.get(piece, piece)) for piece in pieces)
+    text = "".join(_SOUNDS.get(piece, {",": ", "}.get(piece, piece)) for piece in pieces).replace("_", " ")
     return (f"/{text}/" if code == "en" else f"[{text}]") if text else ""
 
 

@@ -70,7 +70,7 @@ def block(*names: str) -> Renderer:
         text = arguments.first_of(*names)
         named = ("author", "autor", "auteur", "autore", "автор", "sign", "by", "source", "quelle", "fonte", "fuente")
         told = [arguments.named[name] for name in named if arguments.named.get(name)]
-        if not told and names[:1] == ("1",):
+        if not told and text == arguments.at(1):
             told = [value for value in arguments.positional[1:3] if value]
         return f"\n{text}\n" + (f"— {', '.join(told)}\n" if told and text else "")
 
@@ -134,7 +134,9 @@ def converted(arguments: Arguments) -> str:
     while len(rest) >= 2 and rest[0] in _BETWEEN_NUMBERS and is_number(rest[1]):
         text, rest = text + _BETWEEN_NUMBERS[rest[0]] + quantity(rest[1]), rest[2:]
     if rest and rest[0] and not is_number(rest[0]):
-        text, rest = _with_unit(text, unit_of(rest[0])), rest[1:]
+        as_adjective = arguments.named.get("adj") == "on" and len(rest[0]) > 2 and rest[0].isalpha()
+        unit, rest = unit_of(rest[0]), rest[1:]
+        text = f"{text}-{unit.removesuffix('s')}" if as_adjective else _with_unit(text, unit)
         while len(rest) >= 2 and is_number(rest[0]) and rest[1] and rest[1][0].isalpha():
             if rest[1] in _BETWEEN_NUMBERS or rest[1].isdigit():
                 break

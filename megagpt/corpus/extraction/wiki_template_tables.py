@@ -275,9 +275,9 @@ COMMON: dict[str, Renderer] = {
     **constants(
         "nbsp= |space= |spaces= |thinsp= |hairsp= |ensp= |emsp= |ndash=–|mdash=—|--=—|"
         "spaced ndash= – |spnd= – |snd= – |snds= – |dash=–"
-        "|spaced en dash= – |em dash=—|en dash=–|mdashb=—|'='|times=×|pi=π|deg=°|"
+        "|spaced en dash= – |em dash=—|en dash=–|mdashb=—|'=&#39;|times=×|pi=π|deg=°|"
         "degree=°|bullet=•|middot=·|·= · |•= • |dot= · |euro=€"
-        "|hyphen=-|'s='s|' \"='\"|\" '=\"'|'\"='\"|\"'=\"'|-\"=\"|!-=|-|okina=ʻ|`okina=ʻ|"
+        '|hyphen=-|\'s=&#39;s|\' "=&#39;"|" \'="&#39;|\'"=&#39;"|"\'="&#39;|-"="|!-=|-|okina=ʻ|`okina=ʻ|'
         "hamza=ʼ|ayin=ʽ|dagger=†|double-dagger=‡|asterisk=*"
         "|sqrt sign=√|prime=′|pprime=″|lambda=λ|alpha=α|beta=β|gamma=γ|delta=δ|mu=μ|"
         "sigma=σ|omega=ω|phi=φ|theta=θ|epsilon=ε|minus=−"

@@ -30,6 +30,8 @@ def render_template(head: str, arguments: Sequence[tuple[str | None, str]], lang
     """The text of a template. `head` is its name, or "function:argument"; `arguments` are (name or None, text) in order."""
     name = _BLANKS.sub(" ", _HOLES.sub("", head)).strip()
     key = name[:200].lower().removeprefix("subst:").removeprefix("template:").strip()
+    if "{" in name or "}" in name:  # no name of a page: the author's own braces
+        return "{{" + "|".join((head, *(value if key is None else f"{key}={value}" for key, value in arguments))) + "}}"
     if _FUNCTION.match(key) and key not in tables.COMMON:
         shown = _function(name, arguments, title)
     elif key in tables.SILENT or key.startswith(tables.SILENT_BEGINNINGS):

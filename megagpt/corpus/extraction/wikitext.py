@@ -11,7 +11,7 @@ else. A hole inside a line that has words cost text in mid-sentence: it is count
 import html
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megagpt.corpus.extraction.wiki_brackets import replace_brackets
 from megagpt.corpus.extraction.wiki_sites import DEFAULT_SITE, Site
@@ -64,9 +64,9 @@ def is_redirect(text: str) -> bool:
     return _REDIRECT.match(text[:200]) is not None
 
 
-def wikitext_to_text(text: str, site: Site = DEFAULT_SITE) -> str:
-    """Plain text of an article; see `read_wikitext`."""
-    return read_wikitext(text, site).text
+def wikitext_to_text(text: str, drop_links: frozenset[str] = DEFAULT_SITE.drop_links) -> str:
+    """Plain text of an article of no known wiki. Links into the namespaces `drop_links` (lower case) go whole."""
+    return read_wikitext(text, replace(DEFAULT_SITE, drop_links=drop_links)).text
 
 
 def read_wikitext(text: str, site: Site = DEFAULT_SITE, title: str = "") -> Article:
@@ -316,14 +316,12 @@ def _closed(match: re.Match[str]) -> str:
 
 
 def _without_stray_brackets(line: str) -> str:
-    """Drop {{ }} [[ ]] {| |} of markup that was never closed; }} and ]] stay where the line has two open ones before them."""
+    """Drop {| |} }} ]] of markup that was never closed; }} and ]] stay where the line has two open ones before them."""
     pieces, position, depth = list[str](), 0, {"[": 0, "{": 0}
     for match in _BRACKETS.finditer(line):
         token = match[0]
         kind = "[" if token[0] in "[]" else "{"
-        drop = token in ("{|", "|}") or (len(token) > 1 and token[0] in "[{")
-        if len(token) > 1 and token[0] in "]}":
-            drop = depth[kind] < 2
+        drop = token in ("{|", "|}") or (token in ("}}", "]]") and depth[kind] < 2)
         if not drop:
             depth[kind] += len(token) if token[0] in "[{" else -len(token)
         pieces += [line[position : match.start()], " " if drop else token]

@@ -354,10 +354,10 @@ def test_article_reads_well(shared_data: Path) -> None:
         ("Lead.\n== History ==\nText.\n=== Empty ===\n== References ==\n{{reflist}}", "Lead.\nHistory\nText."),
         ("Lead.\n== See also ==\n* [[X]]\n== Legacy ==\nMore.", "Lead.\nLegacy\nMore."),
         ("* one\n** two\n# three\n: four", "one\ntwo\nthree\nfour"),
-        ("A (; born {{x}}) person ({{ipa|x}}), known", "A (born) person, known"),
+        ("A ({{y}}; born {{x}}) person ({{z|x}}), known", "A (born) person, known"),
         ("a<br/>b <span style='x'>c</span> &ndash; &lt;tag&gt;", "a\nb c – <tag>"),
         ("<nowiki>[[kept]] {{too}}</nowiki> text", "[[kept]] {{too}} text"),
-        ("<!-- gone -->kept __NOTOC__ <math>x^2</math>end", "kept end"),
+        ("<!-- gone -->kept __NOTOC__ <math>x^2</math>end", "kept x^2end"),
         ("{{broken [[also broken ''text", "broken also broken text"),
     ],
 )
