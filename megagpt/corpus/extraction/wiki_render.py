@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+FRACTION = "\x05"
+"""In front of a fraction: a blank if a digit stands before it, since 1{{frac|1|4}} is not 11/4."""
+
 _NUMBER = re.compile(r"[-+−±~]?[.]?\d[\d.,/+ ]*+(?:[eE][+-]?\d{1,3})?(?:\(\d{1,9}\))?$")
 _HOLES = re.compile("\x01[^\x01\x02]*+\x02")
 _POWER = re.compile(r"(?<=[A-Za-z])([23])(?![\w])")
@@ -95,27 +98,28 @@ def unit_of(code: str) -> str:
     code = plain(code)
     if code in UNITS:
         return UNITS[code]
+    if match := re.match(r"e(3|6|9|12)([A-Za-z].*)", code):
+        return f"{_POWERS[match[1]]} {unit_of(match[2])}"
+    if match := re.fullmatch(r"([kMG]?)oilbbl(/[a-z]+)?", code):
+        return f"{_POWERS.get(match[1], '')} barrels{match[2] or ''}".strip()
     return _POWER.sub(lambda match: "²³"[int(match[1]) - 2], code)
 
 
+_POWERS = {"3": "thousand", "6": "million", "9": "billion", "12": "trillion", "k": "thousand", "M": "million", "G": "billion"}
 UNITS = {
     "sqmi": "sq mi", "mi2": "sq mi", "sqft": "sq ft", "ft2": "sq ft", "sqin": "sq in", "in2": "sq in", "sqyd": "sq yd",
     "yd2": "sq yd", "sqkm": "km²", "sqm": "m²", "cuft": "cu ft", "ft3": "cu ft", "cuin": "cu in", "in3": "cu in",
     "cumi": "cu mi", "cuyd": "cu yd", "yd3": "cu yd", "C": "°C", "F": "°F", "R": "°R", "C-change": "°C", "F-change": "°F",
-    "acre": "acres", "foot": "ft", "feet": "ft", "inch": "in", "inches": "in", "mile": "mi", "miles": "mi", "lbs": "lb",
-    "USgal": "US gal", "impgal": "imp gal", "U.S.gal": "US gal", "usgal": "US gal", "USoz": "US fl oz",
-    "impoz": "imp fl oz", "USfloz": "US fl oz", "impfloz": "imp fl oz", "LT": "long tons", "ST": "short tons", "MT": "t",
-    "tonne": "t", "tonnes": "t", "LTf": "long tons-force", "lbf": "lbf", "kn": "kn", "knot": "kn", "knots": "kn",
-    "km/h": "km/h", "mi/h": "mph", "kph": "km/h", "NM": "nmi", "ftin": "ft in", "stlb": "st lb", "um": "µm", "u": "u",
-    "mmHg": "mmHg", "lb/ft3": "lb/cu ft", "PD/sqmi": "/sq mi", "PD/km2": "/km²", "/sqmi": "/sq mi", "/km2": "/km²",
-    "hp": "hp", "bhp": "bhp", "PS": "PS", "L": "L", "l": "L", "m.": "m", "ha.": "ha", "oz": "oz", "ozt": "ozt",
-    "mpgus": "mpg‑US", "mpgimp": "mpg‑imp", "cal": "cal", "kcal": "kcal", "e3km2": "thousand km²", "e6km2": "million km²",
-    "e6m3": "million m³", "e9m3": "billion m³", "m/s": "m/s", "e6USgal": "million US gal", "e6impgal": "million imp gal",
-    "e6acre": "million acres", "e3acre": "thousand acres", "km2": "km²", "m2": "m²", "cm2": "cm²", "mm2": "mm²",
-    "km3": "km³", "m3": "m³", "cm3": "cm³", "cc": "cc", "dm3": "dm³", "ft/s": "ft/s", "kg/m3": "kg/m³", "g/cm3": "g/cm³",
-    "g/m3": "g/m³", "cuft/s": "cu ft/s", "m3/s": "m³/s", "ft·lbf": "ft⋅lbf", "ftlbf": "ft⋅lbf", "lbft": "lb⋅ft",
-    "lb-ft": "lb⋅ft", "Nm": "N⋅m", "kWh": "kWh", "MW": "MW", "Mm": "Mm", "ly": "ly", "pc": "pc", "AU": "AU", "Mt": "Mt",
-    "kt": "kn", "chain": "chains", "furlong": "furlongs", "fathom": "fathoms",
+    "acre": "acres", "carat": "carats", "foot": "ft", "feet": "ft", "inch": "in", "inches": "in", "mile": "mi",
+    "miles": "mi", "lbs": "lb", "USgal": "US gal", "impgal": "imp gal", "U.S.gal": "US gal", "usgal": "US gal",
+    "USoz": "US fl oz", "impoz": "imp fl oz", "USfloz": "US fl oz", "impfloz": "imp fl oz", "LT": "long tons",
+    "ST": "short tons", "MT": "t", "tonne": "t", "tonnes": "t", "LTf": "long tons-force", "knot": "kn", "knots": "kn",
+    "mi/h": "mph", "kph": "km/h", "NM": "nmi", "ftin": "ft in", "stlb": "st lb", "um": "µm", "lb/ft3": "lb/cu ft",
+    "PD/sqmi": "/sq mi", "PD/km2": "/km²", "/sqmi": "/sq mi", "/km2": "/km²", "l": "L", "m.": "m", "ha.": "ha",
+    "mpgus": "mpg‑US", "mpgimp": "mpg‑imp", "km2": "km²", "m2": "m²", "cm2": "cm²", "mm2": "mm²", "km3": "km³", "m3": "m³",
+    "cm3": "cm³", "dm3": "dm³", "kg/m3": "kg/m³", "g/cm3": "g/cm³", "g/m3": "g/m³", "cuft/s": "cu ft/s", "m3/s": "m³/s",
+    "ft·lbf": "ft⋅lbf", "ftlbf": "ft⋅lbf", "lbft": "lb⋅ft", "lb-ft": "lb⋅ft", "Nm": "N⋅m", "kt": "kn", "chain": "chains",
+    "furlong": "furlongs", "fathom": "fathoms",
 }  # fmt: skip
 
 _BETWEEN_NUMBERS = {
@@ -179,11 +183,13 @@ def value(arguments: Arguments) -> str:
 
 
 def fraction(arguments: Arguments) -> str:
-    """{{frac|3|1|2}} reads "3 1/2", {{frac|2}} reads "1/2"."""
+    """{{frac|3|1|2}} reads "3 1/2", {{frac|2}} reads "1/2", {{sfrac|n + 1|2}} reads "(n + 1)/2"."""
     numbers = [plain(item) for item in arguments.positional if item]
-    if len(numbers) == 1:
-        return f"1/{numbers[0]}"
-    return (f"{numbers[0]} " if len(numbers) > 2 else "") + "/".join(numbers[-2:])
+    if not numbers:
+        return ""
+    whole, (above, below) = numbers[:-2], numbers[-2:] if len(numbers) > 1 else ("1", numbers[0])
+    above, below = (f"({part})" if " " in part or "+" in part else part for part in (above, below))
+    return FRACTION + " ".join([*whole, f"{above}/{below}"])
 
 
 def unit_french(arguments: Arguments) -> str:

@@ -14,10 +14,12 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from megagpt.corpus.extraction.wiki_brackets import replace_brackets
+from megagpt.corpus.extraction.wiki_render import FRACTION
 from megagpt.corpus.extraction.wiki_sites import DEFAULT_SITE, Site
 from megagpt.corpus.extraction.wiki_templates import HOLE, HOLE_END, MARK, MARK_END
 
-_OUR_MARKS = re.compile("[\x01-\x04]")
+_OUR_MARKS = re.compile("[\x01-\x05]")
+_FRACTION_AFTER_DIGIT = re.compile(f"(?<=[0-9]){FRACTION}")
 _NOT_PARSED = (
     "nowiki|pre|math|chem|ce|syntaxhighlight|source|gallery|timeline|score|templatedata|graph|imagemap|hiero|mapframe|maplink"
     "|inputbox|categorytree|charinsert|references|includeonly|rt|rp|templatestyles"
@@ -82,6 +84,7 @@ def read_wikitext(text: str, site: Site = DEFAULT_SITE, title: str = "") -> Arti
     text = _TAG.sub("", _BREAK.sub("\n", text))
     text = _MAGIC.sub(lambda match: match[0] if match[1] != match[1].upper() else "", _QUOTES.sub(_quotes, text))
     text = _UNFINISHED_REF.sub(" ", _RAISED.sub(_raised, text))
+    text = _FRACTION_AFTER_DIGIT.sub(" ", text).replace(FRACTION, "")
     lines, dropped = _lines(text, site)
     plain = _MARKER.sub(lambda match: kept[int(match[1])], "\n".join(lines))
     return Article(plain.strip("\n"), dict(sorted(dropped.items())))
@@ -195,7 +198,7 @@ def _raised(match: re.Match[str]) -> str:
         return ""
     inside = match[2].strip()
     before = match.string[match.start() - 1 : match.start()] if match.start() else ""
-    if not inside or (not before.isalnum() and before not in ")]>}"):
+    if not inside.strip("+-−–") or (not before.isalnum() and before not in ")]>}"):
         return inside
     raised = match[1].lower() == "sup"
     if not raised:

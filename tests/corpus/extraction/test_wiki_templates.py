@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from megagpt.corpus.blocks import Block, DroppedText, Seen
+from megagpt.corpus.executors import Execution
 from megagpt.corpus.extraction.wiki_render import evaluate
 from megagpt.corpus.extraction.wiki_sites import site_of
+from megagpt.corpus.ingest import ExtractConfig, extract_documents
 from megagpt.corpus.wiki_dump import read_site, wiki_outcomes
 from megagpt.corpus.wikitext import read_wikitext
 from megagpt.documents import Document, Rejected
+from megagpt.files import read_json
 
 
 def shown(markup: str, language: str = "en") -> str:
@@ -27,6 +30,11 @@ def shown(markup: str, language: str = "en") -> str:
         ("{{val|7|+0.5|-0.4|ul=km|upl=s}}", "7 +0.5 −0.4 km/s"),
         ("6.02{{e|23}}, 1{{e|-9}}, {{10^|6}}", "6.02×10^23, 1×10^-9, 10^6"),
         ("{{frac|3|1|2}}, {{frac|2}}, {{sfrac|a|b}}, {{height|ft=5|in=11}}", "3 1/2, 1/2, a/b, 5 ft 11 in"),
+        ("1{{sfrac|1|4}} days, {{sfrac|3''n'' + 1|2}}, x{{frac|1|2}}", "1 1/4 days, (3n + 1)/2, x1/2"),
+        (
+            "{{convert|22|e6acre|km2}}, {{convert|400|koilbbl/d}}, {{chem|NH|4|+}}",
+            "22 million acres, 400 thousand barrels/d, NH4+",
+        ),
         ("{{US$|5 million|link=yes}}, {{INR|500}}, {{GBP|3}}, {{currency|7|EUR}}", "US$5 million, ₹500, £3, €7"),
         ("{{nts|1234}} {{sort|01|first}} {{gaps|12|345}} {{RailGauge|1435mm}}", "1234 first 12345 1435 mm"),
         ("{{chem|H|2|O}}, {{chem|SO|4|2-}}, {{chem2|CO2}}, {{nuclide|U|235}}", "H2O, SO4^2-, CO2, U-235"),
@@ -228,6 +236,16 @@ def test_site_from_the_dump(tmp_path: Path) -> None:
     items = outcomes(tmp_path, revision("2020-01-01T00:00:00Z", text), language="hr")
     assert [item for item in items if isinstance(item, DroppedText)] == [DroppedText("odd thing", 1)]
     assert next(item.text for item in items if isinstance(item, Document)) == "A &amp; B\nAB c HMS Victory"
+
+
+def test_the_summary_says_which_templates_cost_text(tmp_path: Path) -> None:
+    for name, text in (("a", "The {{odd}} and {{odd}} of {{even}} days."), ("b", "One {{even}} day.")):
+        pages = f"<page><title>T</title><ns>0</ns><id>1</id>{revision('2020-01-01T00:00:00Z', text)}</page>"
+        (tmp_path / f"{name}.xml").write_text(DUMP.format(language="en", pages=pages), encoding="utf-8")
+    config = ExtractConfig(inputs=(str(tmp_path / "*.xml"),))
+    extract_documents(config, tmp_path / "out", Execution(num_workers=1))
+    assert read_json(tmp_path / "out/summary.json")["dropped_templates"] == {"even": 2, "odd": 2}
+    assert read_json(tmp_path / "out/a.xml.jsonl.zst.done.json")["dropped_templates"] == {"even": 1, "odd": 2}
 
 
 @pytest.mark.parametrize(
