@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megagpt.corpus.blocks import Block, DroppedText, Fault, Outcome, Seen
 from megagpt.corpus.extraction.wiki_sites import Site, site_of
-from megagpt.corpus.wikitext import is_redirect, read_wikitext
+from megagpt.corpus.extraction.wikitext import is_redirect, read_wikitext
+from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Outcome, Seen
 from megagpt.documents import Document, Rejected
 
 CHUNK_BYTES = 1 << 20

@@ -15,8 +15,8 @@ import orjson
 import xxhash
 import zstandard
 
-from megagpt.corpus.blocks import Block, DroppedText, Fault, Process, Seen
-from megagpt.corpus.claim import Claim, folder_of, refuse_left_over
+from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Process, Seen
+from megagpt.corpus.runner.ownership import Claim, folder_of, refuse_left_over
 from megagpt.documents import Document, Rejected, format_document
 from megagpt.files import atomic_path, read_json, sha256_file, write_json
 

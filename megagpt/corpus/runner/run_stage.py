@@ -190,7 +190,10 @@ def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[s
         total["dropped_templates"] = dict(frequent)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
         refuse_left_over(claim)
-        write_json(output_dir / "summary.json", asdict(summary))
+        written = asdict(summary)
+        if not summary.dropped_templates:  # absent, so that the summary of an older version's output stays as it is
+            del written["dropped_templates"]
+        write_json(output_dir / "summary.json", written)
         if len(names) == sum((output_dir / f"{name}.done.json").is_file() for name in files):
             break
     if not complete:

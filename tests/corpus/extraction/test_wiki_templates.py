@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.corpus.blocks import Block, DroppedText, Seen
-from megagpt.corpus.executors import Execution
+from megagpt.corpus.extraction.extract_documents import ExtractConfig, extract_documents
 from megagpt.corpus.extraction.wiki_render import evaluate
 from megagpt.corpus.extraction.wiki_sites import site_of
-from megagpt.corpus.ingest import ExtractConfig, extract_documents
-from megagpt.corpus.wiki_dump import read_site, wiki_outcomes
-from megagpt.corpus.wikitext import read_wikitext
+from megagpt.corpus.extraction.wikitext import read_wikitext
+from megagpt.corpus.readers.mediawiki import read_site, wiki_outcomes
+from megagpt.corpus.runner.blocks import Block, DroppedText, Seen
+from megagpt.corpus.runner.executors import Execution
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json
 
