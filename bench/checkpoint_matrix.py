@@ -36,7 +36,7 @@ from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engi
 from bench.measure import RESULTS, write_results  # noqa: E402
 from bench.parity import MICRO_BATCH_SIZES, largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.checkpoint.partitions import index_of, write_pieces  # noqa: E402
+from megagpt.checkpoint.partitions import index_of, write_partitions  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine.base import Engine  # noqa: E402
@@ -108,7 +108,7 @@ def make_reference(run_dir: Path, variant: Variant, losses: int) -> list[float]:
             shares[f"{key}.{name}"] = (0, optimizer.state[parameter][key].flatten())
     folder = run_dir / "checkpoints" / f"step_{TRAINED:08d}"
     folder.mkdir(parents=True)
-    name, entry = write_pieces(folder, 0, shares)
+    name, entry = write_partitions(folder, 0, shares)
     state = {"train_state": TrainState(step=TRAINED).to_json(), "updates": TRAINED, "format": checkpoint.FORMAT}
     write_json(folder / "state.json", state)
     checkpoint.seal(folder, {name: entry})
@@ -162,14 +162,16 @@ def continue_from(engine: Engine, world: World, variant: Variant, losses: int) -
 def load(engine: Engine, world: World, variant: Variant, run_dir: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     """What this rank holds after a load, and the next two losses."""
     assert checkpoint.restore(run_dir, engine, world) is not None
-    pieces = {key: piece.data.clone() for key, piece in engine.state().items()}
-    return pieces, continue_from(engine, world, variant, PAIR_LOSSES)
+    partitions = {key: partition.data.clone() for key, partition in engine.state().items()}
+    return partitions, continue_from(engine, world, variant, PAIR_LOSSES)
 
 
 def same(found: tuple[dict[str, torch.Tensor], list[float]], expected: tuple[dict[str, torch.Tensor], list[float]]) -> bool:
     """Bit for bit."""
-    (pieces, losses), (their_pieces, their_losses) = found, expected
-    equal = pieces.keys() == their_pieces.keys() and all(torch.equal(pieces[key], their_pieces[key]) for key in pieces)
+    (partitions, losses), (their_partitions, their_losses) = found, expected
+    equal = partitions.keys() == their_partitions.keys() and all(
+        torch.equal(partitions[key], their_partitions[key]) for key in partitions
+    )
     return equal and losses == their_losses
 
 

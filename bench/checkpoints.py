@@ -66,9 +66,9 @@ def measure(world: World, root: Path, model: ModelConfig, engine_name: str, repe
     """Every method in turn on this rank; times by method, on rank 0."""
     engine: Any = build_engine(model, OptimConfig(), ENGINES[engine_name], world, precision="fp32", micro_batch_size=1)
     mine = 0
-    for piece in engine.state().values():
-        piece.data.uniform_(-1, 1)
-        mine += 4 * len(piece.data)
+    for partition in engine.state().values():
+        partition.data.uniform_(-1, 1)
+        mine += 4 * len(partition.data)
     engine.refresh(1)
     state_bytes = world.sum([mine])[0]
     methods = ours(world, engine, root) | {"disk_limit": disk_limit(world, mine)}
@@ -195,9 +195,9 @@ def fsdp_peers(world: World, engine: Any) -> dict[str, Method]:
 
     def torch_save(sync: bool) -> Method:
         def save(folder: Path) -> Callable[[], Any]:
-            pieces = {key: piece.data for key, piece in engine.state().items()}
+            partitions = {key: partition.data for key, partition in engine.state().items()}
             with (folder / str(world.rank)).open("wb") as file:
-                torch.save(pieces, file)
+                torch.save(partitions, file)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -205,8 +205,8 @@ def fsdp_peers(world: World, engine: Any) -> dict[str, Method]:
 
         def load(folder: Path) -> None:
             found = torch.load(folder / str(world.rank), weights_only=True)
-            for key, piece in engine.state().items():
-                piece.data.copy_(found[key])
+            for key, partition in engine.state().items():
+                partition.data.copy_(found[key])
 
         return Method(save, load)
 

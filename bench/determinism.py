@@ -22,9 +22,9 @@ from measure import spread, write_results
 from training import CELLS, Cell, contender, prepare_job
 from training_turns import Contender, Outcome, run_turn_about
 
-from megagpt.checkpoint.partitions import read_pieces
+from megagpt.checkpoint.partitions import read_partitions
 from megagpt.checkpoint.save_load import list_checkpoints
-from megagpt.engine.base import FlatPiece
+from megagpt.engine.base import Partition
 from megagpt.model.gpt import GPT, ModelConfig
 
 ENGINES, MODES = ("zero1", "fsdp"), ("none", "strict", "canonical")
@@ -107,7 +107,7 @@ def weights_sha256(run_dir: Path, model: dict[str, Any]) -> str:
     """Of the fp32 weights in a run's newest checkpoint, in the order of their names."""
     gpt = GPT(ModelConfig(**model))
     views = {f"param.{name}": parameter.data.flatten() for name, parameter in gpt.named_parameters()}
-    read_pieces(list_checkpoints(run_dir)[-1], {key: FlatPiece(view, 0, view.numel()) for key, view in views.items()})
+    read_partitions(list_checkpoints(run_dir)[-1], {key: Partition(view, 0, view.numel()) for key, view in views.items()})
     digest = hashlib.sha256()
     for key in sorted(views):
         digest.update(views[key].numpy().tobytes())

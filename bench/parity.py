@@ -170,7 +170,7 @@ def run_cells(
 
 def whole_weights(engine: Engine, world: World) -> Weights:
     """The fp32 weights of all ranks put together, on every rank."""
-    mine = {key: (piece.start, piece.data) for key, piece in engine.state().items() if key.startswith("param.")}
+    mine = {key: (partition.start, partition.data) for key, partition in engine.state().items() if key.startswith("param.")}
     whole = {name: torch.full((shape.numel(),), float("nan")) for name, shape in whole_shapes(MODEL).items()}
     for part in world.gather(mine):
         for key, (start, data) in part.items():

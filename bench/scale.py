@@ -298,7 +298,7 @@ def ranks(size: int, folder: Path) -> dict[str, float]:
     before = time.process_time()
     engine = build_engine(model, OptimConfig(), FSDPConfig(), world, precision="bf16", micro_batch_size=8)
     build = time.process_time() - before
-    held = sum(len(piece.data) for key, piece in engine.state().items() if key.startswith("param."))
+    held = sum(len(partition.data) for key, partition in engine.state().items() if key.startswith("param."))
     data = open_data(DataConfig.model_validate({"seq_len": 64, "sources": {"main": {"path": str(folder)}}}))
     layout: dict[str, Any] = {"global_batch_size": 8 * size, "micro_batch_size": 8, "rank": 3, "size": size}
     state = TrainState()

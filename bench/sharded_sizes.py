@@ -79,9 +79,9 @@ def build(engine: str, model: ModelConfig, size: int, rank: int) -> dict[str, An
     built = build_engine(model, OptimConfig(), ENGINES[engine], world, precision="bf16", micro_batch_size=1)
     seconds = time.perf_counter() - began
     held: dict[str, int] = dict.fromkeys(KINDS, 0)
-    for key, piece in built.state().items():
-        assert piece.data.dtype == torch.float32
-        held[key.partition(".")[0]] += len(piece.data)
+    for key, partition in built.state().items():
+        assert partition.data.dtype == torch.float32
+        held[key.partition(".")[0]] += len(partition.data)
     working = sum(_working_bytes(parameter) for parameter in built.module.parameters())
     return {**held, "working_bytes": working, "build_s": seconds}
 

@@ -42,11 +42,11 @@ from ranks import free_port  # noqa: E402
 
 from bench.measure import write_results  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.checkpoint.partitions import CheckpointError, read_pieces  # noqa: E402
+from megagpt.checkpoint.partitions import CheckpointError, read_partitions  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World, close_world, init_world, lone_world  # noqa: E402
-from megagpt.engine.base import Engine, FlatPiece  # noqa: E402
+from megagpt.engine.base import Engine, Partition  # noqa: E402
 from megagpt.engine.build import build_engine, whole_shapes  # noqa: E402
 from megagpt.engine.config import FSDPConfig  # noqa: E402
 from megagpt.engine.optim import OptimConfig  # noqa: E402
@@ -103,8 +103,8 @@ def load_and_compare(engine: Engine, world: World, run_dir: Path, diary: Path) -
     if restored is None:
         return 0
     version = restored.saved["version"]
-    for key, piece in engine.state().items():
-        if not torch.equal(piece.data, expected(key, version, piece.start, len(piece.data))):
+    for key, partition in engine.state().items():
+        if not torch.equal(partition.data, expected(key, version, partition.start, len(partition.data))):
             write(diary, f"BAD rank {world.rank}: {restored.path} loaded as version {version}, but {key} is not that\n")
     committed = last_committed(diary)
     if version < committed:
@@ -116,8 +116,8 @@ def load_and_compare(engine: Engine, world: World, run_dir: Path, diary: Path) -
 
 def fill(engine: Engine, version: int) -> None:
     """Put a version's numbers into weights and optimizer states."""
-    for key, piece in engine.state().items():
-        piece.data.copy_(expected(key, version, piece.start, len(piece.data)))
+    for key, partition in engine.state().items():
+        partition.data.copy_(expected(key, version, partition.start, len(partition.data)))
 
 
 def write(diary: Path, line: str) -> None:
@@ -253,7 +253,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def write_good_run(run_dir: Path, versions: tuple[int, ...] = (1, 2)) -> None:
     """A run with whole checkpoints of two rank files each, made by one process."""
-    from megagpt.checkpoint.partitions import write_pieces
+    from megagpt.checkpoint.partitions import write_partitions
     from megagpt.files import write_json
 
     for version in versions:
@@ -266,7 +266,7 @@ def write_good_run(run_dir: Path, versions: tuple[int, ...] = (1, 2)) -> None:
                 half = shape.numel() // 2
                 start, end = (0, half) if rank == 0 else (half, shape.numel())
                 shares[f"param.{name}"] = (start, expected(f"param.{name}", version, start, end - start))
-            name, entry = write_pieces(folder, rank, shares)
+            name, entry = write_partitions(folder, rank, shares)
             files[name] = entry
         write_json(folder / "state.json", {"version": version, "train_state": TrainState(step=version).to_json()})
         checkpoint.seal(folder, files)
@@ -281,10 +281,10 @@ def load_whole(run_dir: Path) -> tuple[int, tuple[str, ...]]:
     assert path is not None
     version = read_json(path / "state.json")["version"]
     keys = {f"param.{name}": shape.numel() for name, shape in whole_shapes(MODEL).items()}
-    pieces = {key: FlatPiece(torch.empty(numel), 0, numel) for key, numel in keys.items()}
-    read_pieces(path, pieces)
-    for key, piece in pieces.items():
-        assert torch.equal(piece.data, expected(key, version, 0, piece.numel)), f"{path}: {key} is wrong"
+    partitions = {key: Partition(torch.empty(numel), 0, numel) for key, numel in keys.items()}
+    read_partitions(path, partitions)
+    for key, partition in partitions.items():
+        assert torch.equal(partition.data, expected(key, version, 0, partition.numel)), f"{path}: {key} is wrong"
     return version, passed_over
 
 

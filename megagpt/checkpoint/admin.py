@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from megagpt.checkpoint.partitions import CheckpointError, read_pieces, write_safetensors
+from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
 from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, seal, verify
 from megagpt.config import Config, UserError
 from megagpt.data.state import TrainState
-from megagpt.engine.base import FlatPiece
+from megagpt.engine.base import Partition
 from megagpt.engine.build import whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig
@@ -122,9 +122,9 @@ def _set_aside(run_dir: Path) -> list[Path]:
 def _mean(paths: Sequence[Path], key: str, numel: int) -> torch.Tensor:
     total = torch.zeros(numel, dtype=torch.float64)
     for path in paths:
-        piece = torch.empty(numel)
-        read_pieces(path, {key: FlatPiece(piece, 0, numel)})
-        total += piece
+        partition = torch.empty(numel)
+        read_partitions(path, {key: Partition(partition, 0, numel)})
+        total += partition
     return (total / len(paths)).float()
 
 

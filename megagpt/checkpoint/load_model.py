@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagpt.checkpoint.partitions import CheckpointError, read_pieces
+from megagpt.checkpoint.partitions import CheckpointError, read_partitions
 from megagpt.checkpoint.save_load import list_checkpoints, step_of, verify
 from megagpt.config import UserError, validate
-from megagpt.engine.base import FlatPiece
+from megagpt.engine.base import Partition
 from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.tokenizer.base import Tokenizer
@@ -52,7 +52,7 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
         config = validate(ModelConfig, saved["model"], source=str(path / "state.json"))
         model = GPT(config)
         views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
-        read_pieces(path, {key: FlatPiece(view, 0, view.numel()) for key, view in views.items()})
+        read_partitions(path, {key: Partition(view, 0, view.numel()) for key, view in views.items()})
         tokenizer = open_tokenizer(run_dir / "tokenizer")
         return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
     raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good")

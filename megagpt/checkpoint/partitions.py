@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megagpt.config import Failure
 from megagpt.distributed.world import World
-from megagpt.engine.base import FlatPiece
+from megagpt.engine.base import Partition
 
 Shares: TypeAlias = dict[str, tuple[int, Tensor]]
 """What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""
@@ -37,31 +37,33 @@ class Run:
     length: int
 
 
-def read_pieces(path: Path, pieces: Mapping[str, FlatPiece], world: World | None = None) -> None:
-    """Fill `pieces` in place from the files that overlap with them. Raises CheckpointError if elements are missing."""
+def read_partitions(path: Path, partitions: Mapping[str, Partition], world: World | None = None) -> None:
+    """Fill `partitions` in place from the files that overlap with them. Raises CheckpointError if elements are missing."""
     index = index_of(path) if world is None or world.rank == 0 else None
     index = world.broadcast(index) if world is not None else index or {}
-    wanted: dict[str, list[tuple[str, FlatPiece, Run]]] = {}
-    for key, piece in pieces.items():
+    wanted: dict[str, list[tuple[str, Partition, Run]]] = {}
+    for key, partition in partitions.items():
         covered = 0
         for run in index.get(key, ()):
-            overlap = min(run.start + run.length, piece.start + len(piece.data)) - max(run.start, piece.start)
+            overlap = min(run.start + run.length, partition.start + len(partition.data)) - max(run.start, partition.start)
             if overlap > 0:
-                wanted.setdefault(run.file, []).append((key, piece, run))
+                wanted.setdefault(run.file, []).append((key, partition, run))
                 covered += overlap
-        if covered != len(piece.data):
-            raise CheckpointError(f"{path}: holds {covered} of the {len(piece.data)} elements of {key} that this rank needs")
+        if covered != len(partition.data):
+            raise CheckpointError(
+                f"{path}: holds {covered} of the {len(partition.data)} elements of {key} that this rank needs"
+            )
     with torch.no_grad():
         for name, reads in sorted(wanted.items()):
             with _opened(path / name, "pt") as file:
-                for key, piece, run in reads:
-                    first = max(run.start, piece.start)
-                    last = min(run.start + run.length, piece.start + len(piece.data))
+                for key, partition, run in reads:
+                    first = max(run.start, partition.start)
+                    last = min(run.start + run.length, partition.start + len(partition.data))
                     source = file.get_slice(key)[first - run.start : last - run.start]
-                    piece.data[first - piece.start : last - piece.start].copy_(source)
+                    partition.data[first - partition.start : last - partition.start].copy_(source)
 
 
-def write_pieces(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str, Any]]:
+def write_partitions(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str, Any]]:
     """This rank's file; returns its name and its entry in the manifest."""
     name = f"pieces_{rank:05d}.safetensors"
     tensors = {key: data for key, (_, data) in shares.items() if len(data)}
@@ -70,11 +72,11 @@ def write_pieces(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str
     return name, {"size": size, "sha256": digest}
 
 
-def own_share(piece: FlatPiece) -> tuple[int, Tensor]:
+def own_share(partition: Partition) -> tuple[int, Tensor]:
     """(start, data) of what this rank writes: of a run that several ranks hold, its part."""
-    length = len(piece.data)
-    first, last = length * piece.copy // piece.copies, length * (piece.copy + 1) // piece.copies
-    return piece.start + first, piece.data[first:last]
+    length = len(partition.data)
+    first, last = length * partition.copy // partition.copies, length * (partition.copy + 1) // partition.copies
+    return partition.start + first, partition.data[first:last]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
@@ -111,7 +113,7 @@ def _slices(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:
     yield memoryview(len(header).to_bytes(8, "little") + header)
     for tensor in tensors:
         if tensor.dtype != torch.float32:
-            raise CheckpointError(f"a piece is {tensor.dtype}, checkpoints hold fp32")
+            raise CheckpointError(f"a partition is {tensor.dtype}, checkpoints hold fp32")
         data = tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
         for start in range(0, len(data), SLICE_BYTES):
             yield data[start : start + SLICE_BYTES]

@@ -1,7 +1,7 @@
 """The portable checkpoint: written by any engine, ZeRO stage and number of ranks, read by any other, with no conversion step.
 
 A checkpoint is a set of 1-D fp32 tensors, `param.<name>` and `<optimizer state>.<name>`, of each parameter's full flattened
-length. Every rank writes the runs of them that it holds (engine.FlatPiece) into one safetensors file of its own; who reads
+length. Every rank writes the runs of them that it holds (engine.Partition) into one safetensors file of its own; who reads
 takes from any file what overlaps with what it holds. safetensors holds no code, so loading runs none.
 
     step_00001000/  pieces_00000.safetensors ...  one file per rank; its header says where each run begins
@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_pieces, write_pieces
+from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
@@ -79,7 +79,7 @@ def still_owner(run_dir: Path, incarnation: int) -> bool:
 class Saver:
     """Writes the checkpoints of one start of a run; in the background if asked, one at a time.
 
-    In the background the step is blocked only while this rank's pieces are copied to host memory; files, agreement and commit
+    In the background the step waits only while this rank's partitions are copied to host memory; files, agreement and commit
     happen in a thread with a process group of its own. What fails there is raised on every rank by the next call.
     """
 
@@ -105,7 +105,7 @@ class Saver:
         """
         self.wait()
         saved = {"format": FORMAT, "train_state": state.to_json(), "updates": engine.updates, **info}
-        shares = {key: own_share(piece) for key, piece in engine.state().items()}
+        shares = {key: own_share(partition) for key, partition in engine.state().items()}
         if self._thread is None:
             self._write(shares, state.step, saved, after)
             return
@@ -142,7 +142,7 @@ class Saver:
         final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._incarnation}_step_{step:08d}"
         made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
         made = world.broadcast(made)
-        outcomes = world.gather(made or _attempt(lambda: write_pieces(temporary, world.rank, shares)))
+        outcomes = world.gather(made or _attempt(lambda: write_partitions(temporary, world.rank, shares)))
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
         if not failures and world.rank == 0:
             files: dict[str, Any] = dict(outcomes)
@@ -196,15 +196,15 @@ def _load(path: Path, engine: Engine, world: World, check: Check | None, passed_
     saved = read_json(path / "state.json")
     if check is not None:
         check(path, saved)
-    pieces = engine.state()
+    partitions = engine.state()
     held = world.broadcast(sorted(_kinds(index_of(path))) if world.rank == 0 else None)
-    if world.any(not _kinds(pieces).issubset(held)):
+    if world.any(not _kinds(partitions).issubset(held)):
         log.warning("%s: was made with another optimizer: the states of this one begin at zero", path)
-        for piece in pieces.values():
-            piece.data.zero_()
-        pieces = {key: piece for key, piece in pieces.items() if key.startswith("param.")}
+        for partition in partitions.values():
+            partition.data.zero_()
+        partitions = {key: partition for key, partition in partitions.items() if key.startswith("param.")}
         saved["updates"] = 0
-    read_pieces(path, pieces, world)
+    read_partitions(path, partitions, world)
     engine.refresh(saved["updates"])
     return Restored(path, TrainState.from_json(saved["train_state"]), saved, passed_over)
 
@@ -236,7 +236,7 @@ def load_weights(run_dir: Path, engine: Engine, world: World, *, check: Check | 
         raise UserError(f"init_from={run_dir}: there is no checkpoint in it")
     if check is not None:
         check(path, read_json(path / "state.json"))
-    read_pieces(path, {key: piece for key, piece in engine.state().items() if key.startswith("param.")}, world)
+    read_partitions(path, {key: partition for key, partition in engine.state().items() if key.startswith("param.")}, world)
     engine.refresh(0)
     return path
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class FlatPiece:
+class Partition:
     """A contiguous run of a flattened parameter (or of an optimizer state of it) that lives on this rank.
 
     data: 1-D fp32 view of the engine's memory. start: its offset in the flattened parameter. numel: the length of the whole.
@@ -47,10 +47,10 @@ class Engine(Protocol):
         """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is not applied, and says so."""
         ...
 
-    def state(self) -> dict[str, FlatPiece]:
-        """`param.<name>` and `<optimizer state>.<name>` pieces of this rank, as views: writing into them changes the engine."""
+    def state(self) -> dict[str, Partition]:
+        """`param.<name>` and `<optimizer state>.<name>` of this rank, as views: writing changes the engine."""
         ...
 
     def refresh(self, updates: int) -> None:
-        """After the pieces were written: rebuild the working weights and set the optimizer's step counts to `updates`."""
+        """After the partitions were written: rebuild the working weights and set the optimizer's step counts to `updates`."""
         ...

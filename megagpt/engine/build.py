@@ -90,13 +90,13 @@ def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:
     """Fill the engine with initial weights that depend on `seed` only, not on the layout."""
     shapes = whole_shapes(config)
     with torch.no_grad():
-        for key, piece in engine.state().items():
+        for key, partition in engine.state().items():
             kind, _, name = key.partition(".")
             if kind == "param":
                 full = initial_value(config, name, shapes[name], seed).flatten()
-                piece.data.copy_(full[piece.start : piece.start + len(piece.data)])
+                partition.data.copy_(full[partition.start : partition.start + len(partition.data)])
             else:
-                piece.data.zero_()
+                partition.data.zero_()
     engine.refresh(0)
 
 

@@ -73,7 +73,7 @@ class Extent:
 
 
 class BlockNorm:
-    """The L2 norm of a gradient that lies in pieces on the ranks, with the same bits for every way to cut it.
+    """The L2 norm of a gradient that is spread over the ranks, with the same bits for every way to cut it.
 
     Each flattened parameter is cut into BLOCKs; squares are summed in fp64 by a fixed tree inside each and then over all.
     A block that several ranks share is put together first, which is exact: each element comes from one rank, zeros from others.

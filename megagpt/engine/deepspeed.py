@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megagpt.distributed.world import World
 from megagpt.engine.autocast import computing_in_bf16
-from megagpt.engine.base import FlatPiece, StepResult
+from megagpt.engine.base import Partition, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
 from megagpt.engine.config import DeepSpeedConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
@@ -96,15 +96,17 @@ class DeepSpeedEngine:
         self.updates += result.applied
         return result
 
-    def state(self) -> dict[str, FlatPiece]:
-        """Pieces of this rank; see FlatPiece."""
-        pieces, states = {}, self._torch_optimizer.state
-        for name, flat, offset, piece in self._fragments():
-            pieces[f"param.{name}"] = piece
+    def state(self) -> dict[str, Partition]:
+        """Partitions of this rank; see Partition."""
+        partitions, states = {}, self._torch_optimizer.state
+        for name, flat, offset, partition in self._fragments():
+            partitions[f"param.{name}"] = partition
             for key in STATES[self._kinds[flat]]:
-                view = states[flat][key].flatten().narrow(0, offset, len(piece.data))
-                pieces[f"{key}.{name}"] = FlatPiece(view, piece.start, piece.numel, piece.copy, piece.copies)
-        return pieces
+                view = states[flat][key].flatten().narrow(0, offset, len(partition.data))
+                partitions[f"{key}.{name}"] = Partition(
+                    view, partition.start, partition.numel, partition.copy, partition.copies
+                )
+        return partitions
 
     def refresh(self, updates: int) -> None:
         """Copy fp32 weights into the working weights, gather them, and set Adam's step counts."""
@@ -153,26 +155,26 @@ class DeepSpeedEngine:
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO 1 and 2; bf16 with fp32 sums at 1
         return next(getattr(self._zero, name) for name in names if hasattr(self._zero, name))
 
-    def _fragments(self) -> Iterator[tuple[str, Tensor, int, FlatPiece]]:
-        """(parameter name, flat partition, offset in it, fp32 weight piece) of everything this rank holds."""
+    def _fragments(self) -> Iterator[tuple[str, Tensor, int, Partition]]:
+        """(parameter name, flat partition, offset in it, fp32 weight partition) of everything this rank holds."""
         partitions = self._flat_partitions()
         parameter: Any  # DeepSpeed hangs its own attributes on parameters
         for name, parameter in self.module.named_parameters():
             if self._stage == 0:
-                piece = FlatPiece(parameter.data.flatten(), 0, parameter.numel(), self._world.rank, self._world.size)
-                yield name, parameter, 0, piece
+                partition = Partition(parameter.data.flatten(), 0, parameter.numel(), self._world.rank, self._world.size)
+                yield name, parameter, 0, partition
             elif self._stage == 3:
                 group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
                 start = self._zero._get_param_partition_rank(parameter) * length
                 length = min(length, parameter.ds_numel - start)  # the last partition is padded
                 if length > 0:
                     flat = partitions[group]
-                    yield name, flat, offset, FlatPiece(flat.data.narrow(0, offset, length), start, parameter.ds_numel)
+                    yield name, flat, offset, Partition(flat.data.narrow(0, offset, length), start, parameter.ds_numel)
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 flat, place = partitions[mapping.param_group_index], mapping.hp_fragment_address
                 data = flat.data.narrow(0, place.start, place.numel)
-                yield name, flat, place.start, FlatPiece(data, mapping.lp_fragment_address.start, parameter.numel())
+                yield name, flat, place.start, Partition(data, mapping.lp_fragment_address.start, parameter.numel())
 
     def _refresh_stage_3(self) -> None:
         zero = self._zero

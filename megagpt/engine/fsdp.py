@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from megagpt.config import UserError
 from megagpt.distributed.world import World
 from megagpt.engine.autocast import computing_in_bf16
-from megagpt.engine.base import FlatPiece, StepResult
+from megagpt.engine.base import Partition, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
 from megagpt.engine.config import FSDPConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
@@ -133,20 +133,20 @@ class FSDPEngine:
         held = [i for i, extent in enumerate(extents) if extent.length]
         self._norm = BlockNorm([extents[i] for i in held], [p.numel() for p in parameters], held, self._world)
 
-    def state(self) -> dict[str, FlatPiece]:
-        """Pieces of this rank: rows of each parameter. With HSDP the copies share the writing."""
+    def state(self) -> dict[str, Partition]:
+        """Partitions of this rank: rows of each parameter. With HSDP the copies share the writing."""
         for unit in self._units:  # a forward pass without a backward pass, an evaluation, leaves gathered weights
             unit.reshard()
         copy, copies = (self._mesh.get_local_rank(0), self._mesh.size(0)) if self._mesh.ndim == 2 else (0, 1)
-        pieces, states = {}, self._optimizer.state
+        partitions, states = {}, self._optimizer.state
         for name, parameter in self.module.named_parameters():
             start, numel = shard_start(parameter) if self._shards else 0, parameter.numel()
             values = {"param": parameter.data, **{key: states[parameter][key] for key in STATES[self._kinds[parameter]]}}
             for key, value in values.items():
                 local = (value.to_local() if isinstance(value, DTensor) else value).flatten()
                 if len(local):
-                    pieces[f"{key}.{name}"] = FlatPiece(local, start, numel, copy, copies)
-        return pieces
+                    partitions[f"{key}.{name}"] = Partition(local, start, numel, copy, copies)
+        return partitions
 
     def refresh(self, updates: int) -> None:
         """Set Adam's step counts; the working weights are made from the shards at each use."""

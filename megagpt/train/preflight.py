@@ -116,7 +116,7 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
 def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
     """Raise UserError if a checkpoint's weights do not mean the same in this model: other shapes, or other heads in them.
 
-    Pieces are read by their place in the flattened parameters, so a larger matrix would fill a smaller one without an error.
+    Partitions are read by their offset in the flattened parameters: a larger matrix would fill a smaller one without an error.
     """
     other = ModelConfig.model_validate(saved["model"])
     differences = [

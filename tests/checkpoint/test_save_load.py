@@ -16,12 +16,12 @@ from toy import MODEL, engines_on, make_engine
 from bench.checkpoint_matrix import matrix
 from bench.torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
 from megagpt.checkpoint import save_load as checkpoint
-from megagpt.checkpoint.partitions import CheckpointError, read_pieces
+from megagpt.checkpoint.partitions import CheckpointError, read_partitions
 from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
-from megagpt.engine.base import FlatPiece
+from megagpt.engine.base import Partition
 from megagpt.engine.build import draw_weights
 from megagpt.files import read_json, sha256_file, write_json
 
@@ -133,10 +133,10 @@ class Held:
     """What restore needs of an engine, for one tensor: no process group, no model."""
 
     def __init__(self) -> None:
-        self.updates, self.piece = 0, FlatPiece(torch.zeros(NORM), 0, NORM)
+        self.updates, self.partition = 0, Partition(torch.zeros(NORM), 0, NORM)
 
-    def state(self) -> dict[str, FlatPiece]:
-        return {"param.norm.weight": self.piece}
+    def state(self) -> dict[str, Partition]:
+        return {"param.norm.weight": self.partition}
 
     def refresh(self, updates: int) -> None:
         self.updates = updates
@@ -146,8 +146,8 @@ def mark(run_dir: Path, step: int, **fields: Any) -> None:
     """Put fields into a checkpoint's state.json and seal it again."""
     path = run_dir / "checkpoints" / f"step_{step:08d}"
     write_json(path / "state.json", {**read_json(path / "state.json"), "updates": step, **fields})
-    pieces = list(path.glob("pieces_*"))
-    checkpoint.seal(path, {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in pieces})
+    partitions = list(path.glob("pieces_*"))
+    checkpoint.seal(path, {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in partitions})
 
 
 def restore(run_dir: Path, step: int | None = None) -> int:
@@ -227,4 +227,4 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> N
 def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
     write_good_run(tmp_path, (1,))
     with pytest.raises(CheckpointError, match=r"holds 256 of the 300 elements of param.norm.weight"):
-        read_pieces(tmp_path / "checkpoints" / "step_00000001", {"param.norm.weight": FlatPiece(torch.empty(300), 0, 300)})
+        read_partitions(tmp_path / "checkpoints" / "step_00000001", {"param.norm.weight": Partition(torch.empty(300), 0, 300)})

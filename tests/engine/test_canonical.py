@@ -60,10 +60,10 @@ def canonical_runs(world: World, cases: list[tuple[OptimConfig, Precision, int]]
                 result = engine.step(lr_at(optim, step, 100), optim.max_grad_norm)
                 assert result.applied
                 trail += [world.exact_sum(torch.stack(losses)), result.grad_norm]
-            pieces = world.gather({key: (piece.start, piece.data) for key, piece in engine.state().items()})
+            partitions = world.gather({key: (partition.start, partition.data) for key, partition in engine.state().items()})
             digest = hashlib.sha256()
-            for key in sorted({key for part in pieces for key in part}):
-                for _, data in sorted((part[key] for part in pieces if key in part), key=lambda piece: piece[0]):
+            for key in sorted({key for part in partitions for key in part}):
+                for _, data in sorted((part[key] for part in partitions if key in part), key=lambda partition: partition[0]):
                     digest.update(data.numpy().tobytes())
             results.append((trail, digest.hexdigest()))
     return results
@@ -104,10 +104,10 @@ def test_the_norm_does_not_depend_on_the_cut() -> None:
         expected = whole(gradients)
         assert float(expected) == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)), rel=1e-12)
         for cut in (1, 100, BLOCK - 1, BLOCK, BLOCK + 1):
-            pieces = [(i, start) for i, numel in enumerate(numels) for start in range(0, numel, cut)]
-            extents = [Extent(start, min(cut, numels[i] - start), numels[i]) for i, start in pieces]
-            norm = BlockNorm(extents, numels, [i for i, _ in pieces], lone_world(torch.device("cpu")))
-            cuts = [gradients[i][start : start + cut] for i, start in pieces]
+            partitions = [(i, start) for i, numel in enumerate(numels) for start in range(0, numel, cut)]
+            extents = [Extent(start, min(cut, numels[i] - start), numels[i]) for i, start in partitions]
+            norm = BlockNorm(extents, numels, [i for i, _ in partitions], lone_world(torch.device("cpu")))
+            cuts = [gradients[i][start : start + cut] for i, start in partitions]
             assert torch.equal(norm(cuts), expected), cut
 
 

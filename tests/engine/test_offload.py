@@ -46,14 +46,14 @@ def runs(world: World, cases: list[tuple[EngineConfig, str]]) -> list[dict[str, 
         engine = build_engine(MODEL, ADAMW, config, world, precision=precision, micro_batch_size=3)  # type: ignore[arg-type]
         draw_weights(engine, MODEL, seed=1)
         losses = train_steps(engine, world, range(STEPS))
-        kept = {key: piece.data.clone() for key, piece in engine.state().items()}
+        kept = {key: partition.data.clone() for key, partition in engine.state().items()}
         elements = sum(len(data) for data in kept.values())
         with torch.no_grad():
-            for piece in engine.state().values():
-                piece.data.zero_()
+            for partition in engine.state().values():
+                partition.data.zero_()
             engine.refresh(0)
-            for key, piece in engine.state().items():
-                piece.data.copy_(kept[key])
+            for key, partition in engine.state().items():
+                partition.data.copy_(kept[key])
             engine.refresh(STEPS)
         losses += train_steps(engine, world, range(STEPS, 2 * STEPS))
         check_formats(declared_formats(precision, config), engine.formats | {"loss": "fp32"})  # type: ignore[arg-type]

@@ -82,10 +82,10 @@ def on_two_ranks(world: World) -> list[dict[str, Any]]:
         engine = make_engine(world, name)
         draw_weights(engine, MODEL, seed=1)
         held: dict[str, int] = {"param": 0, "exp_avg": 0, "exp_avg_sq": 0}
-        for key, piece in engine.state().items():
-            held[key.partition(".")[0]] += len(piece.data)
+        for key, partition in engine.state().items():
+            held[key.partition(".")[0]] += len(partition.data)
         held["working"] = sum(working_elements(parameter) for parameter in engine.module.parameters())
-        kinds = {piece.data.dtype for piece in engine.state().values()}
+        kinds = {partition.data.dtype for partition in engine.state().values()}
         results.append({"held": held, "dtypes": kinds, "nan": nan_step(engine, world), "drawn": drawn_again(engine, world)})
     return results
 
@@ -99,12 +99,12 @@ def working_elements(parameter: Any) -> int:
 
 def nan_step(engine: Any, world: World) -> tuple[bool, bool, bool]:
     """(applied, state unchanged, the next losses are finite) of an update in which rank 1 has a NaN."""
-    before = {key: piece.data.clone() for key, piece in engine.state().items()}
+    before = {key: partition.data.clone() for key, partition in engine.state().items()}
     (batch,) = one_batch(world).micro_batches
     loss = engine.model(batch.ids, batch.targets)
     engine.backward(loss * (float("nan") if world.rank == 1 else 1.0), last=True)
     result = engine.step(1e-3, 1.0)
-    same = all(torch.equal(before[key], piece.data) for key, piece in engine.state().items())
+    same = all(torch.equal(before[key], partition.data) for key, partition in engine.state().items())
     after = train_steps(engine, world, range(2))
     return result.applied, same, all(value == value for value in after)
 
@@ -117,10 +117,10 @@ def drawn_again(engine: Engine, world: World) -> tuple[bool, float, float]:
     def evaluated() -> float:
         return float(engine.model(batch.ids, batch.targets))
 
-    before = {key: piece.data.clone() for key, piece in engine.state().items()}
+    before = {key: partition.data.clone() for key, partition in engine.state().items()}
     evaluated()
     after = engine.state()
-    same = before.keys() == after.keys() and all(torch.equal(before[key], piece.data) for key, piece in after.items())
+    same = before.keys() == after.keys() and all(torch.equal(before[key], partition.data) for key, partition in after.items())
     draw_weights(engine, MODEL, seed=1)
     first = evaluated()
     train_steps(engine, world, range(2))
@@ -168,7 +168,7 @@ def test_a_non_finite_gradient_on_one_rank_is_applied_by_no_stage(two_ranks: lis
 
 @pytest.mark.slow
 def test_an_evaluation_leaves_no_weights_behind(two_ranks: list[list[dict[str, Any]]]) -> None:
-    """Saved or loaded after an evaluation, which has no backward pass, the pieces are what the engine computes with."""
+    """Saved or loaded after an evaluation, which has no backward pass, the partitions are what the engine computes with."""
     for facts in two_ranks:
         for name, (same, first, again) in zip(engines_on(2), [fact["drawn"] for fact in facts], strict=True):
             assert same, name

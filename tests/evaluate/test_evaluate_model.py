@@ -20,7 +20,7 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
-from megagpt.engine.base import FlatPiece
+from megagpt.engine.base import Partition
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
 from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
 from megagpt.evaluate.loss import Score, combine, evaluate_sources
@@ -43,9 +43,9 @@ class WholeModel:
     model: GPT
     updates: int = 0
 
-    def state(self) -> dict[str, FlatPiece]:
+    def state(self) -> dict[str, Partition]:
         flat = {f"param.{name}": parameter.data.flatten() for name, parameter in self.model.named_parameters()}
-        return {key: FlatPiece(data, 0, data.numel()) for key, data in flat.items()}
+        return {key: Partition(data, 0, data.numel()) for key, data in flat.items()}
 
 
 def write_source(root: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:

@@ -128,25 +128,25 @@ def loader_dead(train, fault) -> None:
 
 
 def save_file(train, fault) -> None:
-    original = train.checkpoint.write_pieces
+    original = train.checkpoint.write_partitions
 
     def write(folder, *rest):
         if due(fault, int(str(folder).rpartition("_")[2])):
             block_on_fifo(os.path.dirname(fault["once"]))
         return original(folder, *rest)
 
-    train.checkpoint.write_pieces = write
+    train.checkpoint.write_partitions = write
 
 
 def disk_full(train, fault) -> None:
-    original = train.checkpoint.write_pieces
+    original = train.checkpoint.write_partitions
 
     def write(folder, *rest):
         if due(fault, 0):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         return original(folder, *rest)
 
-    train.checkpoint.write_pieces = write
+    train.checkpoint.write_partitions = write
 
 
 def slow(train, fault) -> None:
