@@ -2,14 +2,19 @@
 
 import errno
 import logging
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 from megagpt.config import Config, Failure, UserError, describe, dump, load
+from megagpt.terminal import SafeFormatter, safe_text, without_secrets
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_WATCHDOG = 0, 1, 2, 75, 76
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports of a program that SIGPIPE ended."""
 
 C = TypeVar("C", bound=Config)
 
@@ -18,9 +23,17 @@ def main(config_class: type[C], run: Callable[[C], int | None], about: str) -> N
     """Run a tool with the words of the command line and end the process with its exit status.
 
     `about` is the tool's docstring. Status: 0 done, 2 the user's mistake, 75 stopped on request with a checkpoint saved,
-    76 ended by the watchdog, 1 a crash. `run` may return one of these; None is 0.
+    76 ended by the watchdog, 1 a crash, 141 if nobody reads standard output any more (`| head`, say). `run` may return one of
+    these; None is 0.
     """
-    sys.exit(run_words(config_class, run, about, sys.argv[1:]))
+    try:
+        status = run_words(config_class, run, about, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        status = EXIT_BROKEN_PIPE
+    sys.exit(status)
 
 
 def run_words(config_class: type[C], run: Callable[[C], int | None], about: str, words: list[str]) -> int:
@@ -38,7 +51,9 @@ def run_words(config_class: type[C], run: Callable[[C], int | None], about: str,
         if "--print" in options:
             print(dump(config), end="")
             return EXIT_DONE
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(SafeFormatter("%(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         return run(config) or EXIT_DONE
     except UserError as error:
         return _fail(error, EXIT_USER_ERROR, "--debug" in options)
@@ -62,8 +77,18 @@ def run_words(config_class: type[C], run: Callable[[C], int | None], about: str,
 def _fail(error: Exception, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {safe_text(without_secrets(str(error)))}", file=sys.stderr)
     return status
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe without a reader; what is still to be written to it is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    gone = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _help(config_class: type[Config], about: str) -> str:

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -11,6 +10,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+
+from megagpt.strict_yaml import MAX_CHARACTERS, YamlError, parse_yaml
 
 
 class UserError(Exception):
@@ -28,6 +29,9 @@ class Config(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
 
+
+LONGEST_SHOWN = 300
+"""Characters of a value that a message shows."""
 
 C = TypeVar("C", bound=Config)
 
@@ -63,10 +67,12 @@ def validate(config_class: type[C], values: dict[str, Any], *, source: str) -> C
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError if it is missing, unreadable, or not a mapping."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        values = parse_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the configuration file: {error}") from None
-    except yaml.YAMLError as error:
+    except YamlError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if values is None:
         return {}
@@ -86,23 +92,53 @@ def fingerprint(config: Config) -> str:
 
 
 def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, str, str]]:
-    """One (name, default, help) row per field, sections opened, for `--help`; sections of several kinds say which kind.
+    """One (name, default, help) row per field, sections opened, for `--help`.
 
-    A section that the user names is `NAME`.
+    A section that the user names is `NAME`. In a section of several kinds a row says which kinds have the field, if not all
+    have it with the same default and text.
     """
     rows = []
     for name, field in config_class.model_fields.items():
-        sections = _section_classes(field.annotation)
-        for section in sections:
-            inner = describe(section, f"{prefix}{name}.")
-            kind = section.model_fields["kind"].default if len(sections) > 1 else None
-            rows.extend((n, d, f"(kind={kind}) {text}" if kind and not n.endswith(".kind") else text) for n, d, text in inner)
-        if not sections:
+        sections, text = section_classes(field.annotation), " ".join((field.description or "").split())
+        if not sections or field.default is None:
             default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
-            rows.append((prefix + name, default, " ".join((field.description or "").split())))
-            for section in _section_classes(get_args(field.annotation)[1]) if get_origin(field.annotation) is dict else ():
-                rows += describe(section, f"{prefix}{name}.NAME.")
+            rows.append((prefix + name, default, text))
+        rows += _describe_sections(sections, _default_kind(field), f"{prefix}{name}.")
+        if get_origin(field.annotation) is dict:
+            inner = get_args(field.annotation)[1]
+            rows += _describe_sections(section_classes(inner), _default_kind(inner), f"{prefix}{name}.NAME.")
     return rows
+
+
+def _describe_sections(sections: Sequence[type[Config]], default_kind: str | None, prefix: str) -> list[tuple[str, str, str]]:
+    kinds_of_row: dict[tuple[str, str, str], list[str]] = {}
+    for section in sections:
+        for row in describe(section, prefix):
+            if len(sections) > 1 and row[0] == f"{prefix}kind":
+                row = (row[0], default_kind or "required", row[2])
+            kinds_of_row.setdefault(row, []).append(kind_of(section))
+    in_all = len(sections)
+    return [
+        (name, default, text if len(kinds) == in_all else f"(kind={' or '.join(kinds)}) {text}")
+        for (name, default, text), kinds in kinds_of_row.items()
+    ]
+
+
+def kind_of(section: type[Config]) -> str:
+    """What `kind` is in a section of this class; empty for a section that has no kinds."""
+    field = section.model_fields.get("kind")
+    values = get_args(field.annotation) if field is not None else ()
+    return str(values[0]) if values else ""
+
+
+def _default_kind(field: Any) -> str | None:
+    """The kind of a section that names none, from `by_kind` in a field or an annotation."""
+    annotation = getattr(field, "annotation", field)
+    found = [getattr(field, "discriminator", None), *getattr(field, "metadata", ())]
+    for candidate in (annotation, *get_args(annotation)):
+        found += candidate.__metadata__ if get_origin(candidate) is Annotated else ()
+    callables = [item.discriminator for item in found if isinstance(item, Discriminator)]
+    return callables[0]({}) if callables and callable(callables[0]) else None  # type: ignore[return-value]
 
 
 def by_kind(default: str) -> Discriminator:
@@ -112,36 +148,17 @@ def by_kind(default: str) -> Discriminator:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `3e-4` is a number, `no`, `on`, `off`, `yes` and dates are text (`no` is Norwegian)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in rules if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
 def _parse_value(config_class: type[Config], key: str, text: str) -> Any:
     annotation = _annotation(config_class, key)
     is_text = annotation in (str, str | None)
     if is_text and text[:1] not in ("'", '"') and (annotation is str or text not in ("null", "Null", "NULL", "~")):
         return text
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except YamlError as error:
         if is_text:
             return text
-        raise UserError(f"command line: {key}={text!r} is not valid YAML (quote it?)") from None
+        raise UserError(f"command line: {key}={_quoted(text)} is not valid YAML (quote it?): {error}") from None
 
 
 def _annotation(config_class: type[Config], key: str) -> Any:
@@ -150,19 +167,17 @@ def _annotation(config_class: type[Config], key: str) -> Any:
     for part in key.split("."):
         fields = [section.model_fields[part] for section in classes if part in section.model_fields]
         annotation = fields[0].annotation if fields else None
-        classes = [found for field in fields for found in _section_classes(field.annotation)]
+        classes = [found for field in fields for found in section_classes(field.annotation)]
     return annotation
 
 
 def _follow_kind(config_class: type[Config], values: dict[str, Any], key: str) -> None:
     section, _, last = key.rpartition(".")
-    classes = _section_classes(_annotation(config_class, section)) if last == "kind" else []
+    classes = section_classes(_annotation(config_class, section)) if last == "kind" else []
     if len(classes) > 1:
         for part in section.split("."):
             values = values[part]
-        allowed = {
-            name for found in classes if found.model_fields["kind"].default == values["kind"] for name in found.model_fields
-        }
+        allowed = {name for found in classes if kind_of(found) == values["kind"] for name in found.model_fields}
         for name in set(values) - allowed if allowed else ():
             del values[name]
 
@@ -189,17 +204,17 @@ def _explain(config_class: type[Config], item: Any) -> str:
     if item["type"] == "missing":
         return f"{name}: required, and not given"
     if item["type"] == "model_type":
-        classes = _section_classes(_annotation(config_class, name))
-        kinds = [found.model_fields["kind"].default for found in classes if "kind" in found.model_fields]
+        classes = section_classes(_annotation(config_class, name))
+        kinds = [kind_of(found) for found in classes if "kind" in found.model_fields]
         wanted = f"{name}.kind={item['input']}" if item["input"] in kinds else f"{name}.FIELD=..."
         return f"{name}={_show(item['input'])}: a section is expected: leave it out for its defaults, or set {wanted}"
     if item["type"] == "union_tag_invalid":
-        return f"{name}.kind={item['ctx']['tag']!r}: one of {item['ctx']['expected_tags']} is expected"
+        return f"{name}.kind={_quoted(item['ctx']['tag'])}: one of {item['ctx']['expected_tags']} is expected"
     message = item["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if item["msg"].startswith("Input") else message
     if item["type"] == "value_error" and isinstance(item["input"], dict):
         return f"{name}: {message}" if name else message
-    return f"{name}={item['input']!r}: {message}"
+    return f"{name}={_quoted(item['input'])}: {message}"
 
 
 def _without_kinds(config_class: type[Config], path: list[str]) -> list[str]:
@@ -207,24 +222,33 @@ def _without_kinds(config_class: type[Config], path: list[str]) -> list[str]:
     result, classes = [], [config_class]
     for part in path:
         if len(classes) > 1:
-            classes = [c for c in classes if c.model_fields["kind"].default == part] or classes
+            classes = [c for c in classes if kind_of(c) == part] or classes
             if len(classes) == 1:
                 continue
         field = classes[0].model_fields.get(part) if classes else None
-        classes = _section_classes(field.annotation) if field else []
+        classes = section_classes(field.annotation) if field else []
         result.append(part)
     return result
 
 
-def _section_classes(annotation: Any) -> list[type[Config]]:
+def section_classes(annotation: Any) -> list[type[Config]]:
     """The Config classes that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, Annotated):
-        found = [section for candidate in get_args(annotation) for section in _section_classes(candidate)]
+        found = [section for candidate in get_args(annotation) for section in section_classes(candidate)]
         return list(dict.fromkeys(found))
     return []
 
 
 def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
+    """A value in one short line."""
+    text = "null" if value is None else str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
+def _quoted(value: Any) -> str:
+    """`repr` of a value in one short line: control and formatting characters are escaped by it."""
+    if isinstance(value, str) and len(value) <= LONGEST_SHOWN:
+        return repr(value)
+    return repr(_show(value)) if isinstance(value, str) else _show(value)

@@ -1,13 +1,17 @@
 """Configuration: what is read, what is refused, and the words of the errors."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, Tag
 
-from megagpt.command import EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR, run_words
+from megagpt.command import EXIT_BROKEN_PIPE, EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import Config, Failure, UserError, by_kind, describe, dump, fingerprint, load, validate
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 class Red(Config):
@@ -19,7 +23,8 @@ class Red(Config):
 
 
 class Blue(Config):
-    kind: Literal["blue"] = "blue"
+    kind: Literal["blue"]
+    """Which."""
     depth: int = 3
     """How deep."""
     shade: int = 0
@@ -100,7 +105,7 @@ def test_numbers_in_yaml(text: str, value: int | None, tmp_path: Path) -> None:
 def test_a_word_that_changes_the_kind_leaves_the_other_kinds_fields_behind(tmp_path: Path) -> None:
     path = write(tmp_path, "name: a\ncolour:\n  heat: 2\n  shade: 7\n")
     assert load(Toy, [path]).colour == Red(heat=2, shade=7)
-    assert load(Toy, [path, "colour.kind=blue", "colour.depth=5"]).colour == Blue(depth=5, shade=7)
+    assert load(Toy, [path, "colour.kind=blue", "colour.depth=5"]).colour == Blue(kind="blue", depth=5, shade=7)
 
 
 ERRORS = [
@@ -145,12 +150,56 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
         load(Toy, [write(tmp_path, "a: [1\n")])
 
 
+def test_a_key_that_comes_twice_is_refused_with_the_file_and_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\nsteps: 5\ninner:\n  lr: 1\nsteps: 6\n")
+    with pytest.raises(UserError) as raised:
+        load(Toy, [path])
+    assert str(raised.value) == (
+        f"{path}: not valid YAML: line 5: the key 'steps' comes twice in one section, first in line 2: keep one of them"
+    )
+    with pytest.raises(UserError, match=r"counts=.* is not valid YAML .*: line 1: the key 'x' comes twice"):
+        load(Toy, ["name=a", "counts={x: 1, x: 2}"])
+
+
+@pytest.mark.parametrize("text", ["steps: " + "1" * 20_000, "steps: [" + "1, " * 50_000 + "1]", "steps: " + "x" * 100_000])
+def test_a_wrong_value_is_shown_in_a_short_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        load(Toy, [write(tmp_path, f"name: a\n{text}\n")])
+    assert len(str(raised.value)) < 1000
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, 'name: a\n"\\e[2J": 1\nsteps: "\\e[2J\\u202e"\n')
+    assert tool([path]) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.count("\\x1b[2J") == 2
+    assert "\x1b" not in error
+    assert "\u202e" not in error
+
+
+READS_NOTHING = """
+import os, subprocess, sys
+reader, writer = os.pipe()
+os.close(reader)
+sys.exit(subprocess.run([sys.executable, "tools/inspect_data.py", "--help"], stdout=writer).returncode)
+"""
+
+
+def test_help_into_a_closed_pipe_ends_without_a_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", READS_NOTHING], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, "")
+
+
 def test_help_lists_every_field_with_default_and_text() -> None:
     rows = describe(Toy)
     assert ("name", "required", "Its name.") in rows
     assert ("inner.lr", "0.0003", "Peak.") in rows
     assert ("parts.NAME.lr", "0.0003", "Peak.") in rows
     assert ("colour.depth", "3", "(kind=blue) How deep.") in rows
+    assert [row for row in rows if row[0] in ("colour.kind", "colour.shade")] == [
+        ("colour.kind", "red", "Which."),
+        ("colour.shade", "0", ""),
+    ]
 
 
 def test_frozen_and_strict_about_keys() -> None:

@@ -18,9 +18,9 @@ LAYERS = (
     ("engine", "monitor", "watchdog"),
     ("model", "data"),
     ("tokenizer", "distributed"),
-    ("config", "files", "documents", "command"),
+    ("config", "strict_yaml", "terminal", "files", "documents", "command"),
 )
-TORCH_FREE = ("config", "files", "documents", "command", "tokenizer", "corpus", "data")
+TORCH_FREE = ("config", "strict_yaml", "terminal", "files", "documents", "command", "tokenizer", "corpus", "data")
 """Folders of which no module names torch, but for NEEDS_TORCH."""
 NEEDS_TORCH = ("data.loader",)
 DEEPSPEED_ONLY_IN = "engine.deepspeed"

@@ -4,15 +4,19 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
+import yaml
+from pydantic import create_model
 
 from megagpt.command import run_words
-from megagpt.config import Config, dump, load
+from megagpt.config import Config, describe, dump, kind_of, load, section_classes
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(path.stem for path in (PROJECT / "tools").glob("*.py"))
@@ -101,6 +105,61 @@ def test_every_tool_has_help(tool: str) -> None:
     assert not missing, "settings without an explanation"
     for name in config_class.model_fields:
         assert f"  {name}" in output
+
+
+def unions(config_class: type[Config], prefix: str = "") -> list[tuple[type[Config], str, list[type[Config]]]]:
+    """(class that has the field, its name, the classes of its kinds) of every section of several kinds."""
+    found = []
+    for name, field in config_class.model_fields.items():
+        annotations = [field.annotation, *(get_args(field.annotation) if get_origin(field.annotation) in (dict, tuple) else ())]
+        for sections in map(section_classes, annotations):
+            if len(sections) > 1:
+                found.append((config_class, name, sections))
+            for section in sections:
+                found += unions(section)
+    return found
+
+
+UNIONS = {
+    (config_class.__name__, name): (config_class, name, sections)
+    for tool in TOOLS
+    for config_class, name, sections in unions(main_arguments(tool)[0])
+}
+
+
+def minimal(section: type[Config]) -> dict[str, object]:
+    """A kind's name and values for its required fields, all of which are numbers or paths."""
+    required = {name: field.annotation for name, field in section.model_fields.items() if field.is_required()}
+    values = {name: "x" if annotation in (str, Path) else 2 for name, annotation in required.items()}
+    return {**values, "kind": kind_of(section)}
+
+
+def test_there_are_sections_of_several_kinds() -> None:
+    assert {("ModelConfig", "rope_scaling"), ("TrainConfig", "engine")} <= UNIONS.keys()
+
+
+@pytest.mark.parametrize("key", UNIONS, ids=".".join)
+def test_a_section_of_several_kinds_explains_and_changes_each(key: tuple[str, str], tmp_path: Path) -> None:
+    config_class, name, sections = UNIONS[key]
+    rows = [row for row in describe(config_class) if row[0].startswith(f"{name}.")]
+    assert len(rows) == len(set(rows))
+    assert len({row[0] for row in rows if "(kind=" not in row[2]}) == len([row for row in rows if "(kind=" not in row[2]])
+    assert not [row for row in rows if "Pydantic" in " ".join(row)]
+    assert {row[0] for row in rows} >= {f"{name}.{field}" for section in sections for field in section.model_fields}
+    for row in rows:
+        kinds = row[2].removeprefix("(kind=").partition(")")[0].split(" or ") if row[2].startswith("(kind=") else None
+        fields = {kind_of(section) for section in sections if row[0].removeprefix(f"{name}.") in section.model_fields}
+        assert kinds is None or set(kinds) <= fields, row
+    holder = create_model(
+        "Holder", __base__=Config, section=(config_class.model_fields[name].annotation, config_class.model_fields[name])
+    )
+    for before, after in itertools.permutations(sections, 2):
+        path = tmp_path / "before.yaml"
+        whole = before.model_validate(minimal(before)).model_dump(mode="json")
+        path.write_text(yaml.safe_dump({"section": whole}))
+        words = [f"section.{field}={value}" for field, value in minimal(after).items()]
+        loaded = load(holder, [str(path), f"section.kind={kind_of(after)}", *words])
+        assert type(loaded.section) is after  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
