@@ -98,6 +98,6 @@ def test_a_long_configuration_is_read_in_seconds() -> None:
 def test_damaged_json_is_one_line_that_names_the_file(text: str, tmp_path: Path) -> None:
     path = tmp_path / "owner.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match="owner.json: not valid JSON") as raised:
+    with pytest.raises(UserError, match=r"owner\.json: not valid JSON") as raised:
         read_json(path)
     assert len(str(raised.value).splitlines()) == 1

@@ -221,7 +221,7 @@ def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
     if best.exists() and read_json(best)["step"] > newer_than:
         best.unlink()
         for path in list_checkpoints(run_dir)[: -len(leaving) or None]:
-            loss = _field(path, "validation_loss")
+            loss = saved_field(path, "validation_loss")
             if loss is not None:
                 mark_best(run_dir, step_of(path), loss)
     for path in leaving:
@@ -263,11 +263,13 @@ def _candidates(run_dir: Path, step: int | None) -> list[Path]:
     committed = list_checkpoints(run_dir)
     if step is None:
         return committed
-    newer = [path for path in committed if step_of(path) > step and (_field(path, "config") or {}).get("resume_step") == step]
+    newer = [
+        path for path in committed if step_of(path) > step and (saved_field(path, "config") or {}).get("resume_step") == step
+    ]
     return [path for path in committed if step_of(path) == step] + newer
 
 
-def _field(path: Path, name: str) -> Any:
+def saved_field(path: Path, name: str) -> Any:
     """A field of a checkpoint's state.json; None if it cannot be read."""
     try:
         return read_json(path / "state.json")[name]

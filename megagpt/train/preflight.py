@@ -14,7 +14,7 @@ import torch
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
-from megagpt.data.open_data import Data
+from megagpt.data.loader.open_data import Data
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine.build import refuse_unsupported, whole_shapes
 from megagpt.engine.config import DeepSpeedConfig
@@ -24,7 +24,8 @@ from megagpt.files import write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import check_wandb
-from megagpt.tokenizer.open_tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece.open_tokenizer import open_tokenizer
+from megagpt.train.loop import cross_checks
 from megagpt.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -53,13 +54,14 @@ def check_run(config: TrainConfig, data: Data) -> None:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
     if config.continue_from is not None and not checkpoint.list_checkpoints(config.run_dir):
         checkpoint.require_checkpoint(config.continue_from)
+    cross_checks.refuse_contradictions(config, data)
     parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
     checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        for warning in filter(None, map(packing_warning, data.train.datasets)):
+        for warning in (*filter(None, map(packing_warning, data.train.datasets)), *cross_checks.warnings_of(config, data)):
             log.warning("%s", warning)
         log.info(
             "model: %s parameters; checkpoint: %.2f GB; step: %s tokens; run: %s tokens, %.2f epochs of %s samples",

@@ -35,6 +35,7 @@ def write_shards(root: Path) -> Path:
 def settings(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """A complete small run; `changes` replace top-level fields."""
     model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}
+    warmup_steps = min(4, changes.get("max_steps", STEPS) - 1)
     return {
         "run_dir": str(run_dir),
         "max_steps": STEPS,
@@ -43,7 +44,7 @@ def settings(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "precision": "fp32",
         "model": model,
         "data": {"seq_len": 32, "shuffle_block": 4, "sources": {"toy": {"path": str(shards)}}},
-        "optim": {"lr": 1e-3, "schedule": {"warmup_steps": 4}},
+        "optim": {"lr": 1e-3, "schedule": {"warmup_steps": warmup_steps}},
         "engine": {"zero_stage": 1},
         "monitor": {"log_every_steps": 1},
         "evaluate_every_steps": 8,
