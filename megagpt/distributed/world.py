@@ -119,17 +119,58 @@ class World:
         return values
 
 
-def place_from_environment(environment: dict[str, str]) -> Place:
-    """Rank and size from srun's, torchrun's or the deepspeed launcher's variables; alone without any of them.
+LAUNCHERS: dict[str, tuple[str, str, str]] = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpirun_rsh": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    "jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+"""Rank, size and local rank by launcher: torchrun and deepspeed, Open MPI, MVAPICH, Hydra (MPICH, Intel MPI), flux, jsrun,
+srun. The first whose variables are there started the process: what stands further down may start the daemons of those above."""
 
-    Raises UserError if a launcher's variables are there only in part or contradict each other.
+SIZELESS = ("PMI_RANK", "PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE")
+"""These say that a process is one of several, and not everything that must be known of the others."""
+
+
+def place_from_environment(environment: dict[str, str]) -> Place:
+    """Rank and size from the variables of one of LAUNCHERS; alone without any of them.
+
+    Raises UserError if a launcher's variables are there only in part, if another launcher has started more processes than the
+    first one knows of, or if this is one of several processes by a launcher that does not say how many: each would train alone.
     """
-    if "SLURM_STEP_NUM_TASKS" in environment and "TORCHELASTIC_RUN_ID" not in environment and "RANK" not in environment:
-        names, launcher = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun"
-    elif "RANK" in environment or "WORLD_SIZE" in environment:
-        names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun"
-    else:
+    places = [place for launcher in LAUNCHERS if (place := _place_by(launcher, environment)) is not None]
+    if not places:
+        for name in SIZELESS:
+            if name in environment:
+                raise UserError(
+                    f"environment: {name}={environment[name]!r} says that this is one of several processes, not of how many or "
+                    "which on its node: set RANK, WORLD_SIZE and LOCAL_RANK in the command that is launched"
+                )
         return Place(0, 1, 0, "none")
+    place, *others = places
+    known, said_by = place.size, LAUNCHERS[place.launcher][1]
+    if place.launcher == "torchrun" and "GROUP_WORLD_SIZE" in environment:  # there may be one torchrun per node
+        known, said_by = int(environment["GROUP_WORLD_SIZE"]), "GROUP_WORLD_SIZE"
+    for other in others:
+        if other.size > known:
+            raise UserError(
+                f"environment: {other.launcher} has started {other.size} processes ({LAUNCHERS[other.launcher][1]}), but "
+                f"{place.launcher} knows of {known} ({said_by}): each would train by itself"
+            )
+    return place
+
+
+def _place_by(launcher: str, environment: dict[str, str]) -> Place | None:
+    """What one launcher's variables say; None if this is not its process."""
+    names = LAUNCHERS[launcher]
+    rank_name, size_name, local_name = names
+    # A batch script has SLURM_PROCID without srun, srun sets PMI_RANK and PMI_SIZE too: the third name tells.
+    tell = {"srun": (size_name,), "mpiexec": (local_name,)}.get(launcher, (rank_name, size_name))
+    if not any(name in environment for name in tell):
+        return None
     missing = [name for name in names if name not in environment]
     if missing:
         raise UserError(f"environment: {launcher} sets {', '.join(names)} together, but {', '.join(missing)} is missing")
@@ -138,7 +179,7 @@ def place_from_environment(environment: dict[str, str]) -> Place:
     except ValueError:
         raise UserError(f"environment: {', '.join(f'{n}={environment[n]!r}' for n in names)}: whole numbers expected") from None
     if not 0 <= rank < size:
-        raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={size}")
+        raise UserError(f"environment: {rank_name}={rank} is not below {size_name}={size}")
     return Place(rank, size, local_rank, launcher)
 
 

@@ -14,8 +14,8 @@ import torch
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
-from megagpt.data.loader.open_data import Data
-from megagpt.distributed.world import World, utc_now
+from megagpt.data.open_data import Data
+from megagpt.distributed.world import World, place_from_environment, utc_now
 from megagpt.engine.build import refuse_unsupported, whole_shapes
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.engine.dtypes import declared_formats
@@ -24,8 +24,8 @@ from megagpt.files import write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import check_wandb
-from megagpt.tokenizer.sentencepiece.open_tokenizer import open_tokenizer
-from megagpt.train.loop import cross_checks
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
+from megagpt.train import cross_checks
 from megagpt.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if place_from_environment(dict(os.environ)).rank == 0:
         for warning in (*filter(None, map(packing_warning, data.train.datasets)), *cross_checks.warnings_of(config, data)):
             log.warning("%s", warning)
         log.info(

@@ -18,6 +18,12 @@ from megagpt.distributed.world import Place, StopRequest, World, place_from_envi
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1"}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
+FLUX = {"FLUX_TASK_RANK": "3", "FLUX_JOB_SIZE": "4", "FLUX_TASK_LOCAL_ID": "1"}
+DAEMON = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 FREED = """
@@ -67,6 +73,23 @@ def test_an_older_c_library_keeps_what_it_can(limit: int, kept: bool, monkeypatc
         (SRUN, Place(3, 4, 1, "srun")),
         (TORCHRUN, Place(3, 4, 1, "torchrun")),
         ({**SRUN, **TORCHRUN, "RANK": "2"}, Place(2, 4, 1, "torchrun")),
+        (OPEN_MPI, Place(3, 4, 1, "mpirun")),
+        (
+            {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1"},
+            Place(1, 2, 1, "mpirun_rsh"),
+        ),
+        (HYDRA, Place(3, 4, 1, "mpiexec")),
+        (FLUX, Place(3, 4, 1, "flux")),
+        ({"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_LOCAL_RANK": "1"}, Place(1, 2, 1, "jsrun")),
+        # Inside a SLURM job these start a daemon per node with srun, and flux sets PMI's variables.
+        ({**OPEN_MPI, **DAEMON, "PMIX_RANK": "3"}, Place(3, 4, 1, "mpirun")),
+        ({**HYDRA, **DAEMON}, Place(3, 4, 1, "mpiexec")),
+        ({**FLUX, **DAEMON, "PMI_RANK": "3", "PMI_SIZE": "4"}, Place(3, 4, 1, "flux")),
+        # srun --mpi=pmi2, --mpi=pmix
+        ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, Place(3, 4, 1, "srun")),
+        ({**SRUN, "PMIX_RANK": "3"}, Place(3, 4, 1, "srun")),
+        # srun starts one torchrun per node
+        ({**TORCHRUN, **DAEMON, "TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2"}, Place(3, 4, 1, "torchrun")),
         # A batch script's own variables, without srun: this process is alone.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place(0, 1, 0, "none")),
     ],
@@ -82,6 +105,19 @@ def test_place(environment: dict[str, str], place: Place) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2 is not below WORLD_SIZE=2"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='x'"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM_LOCALID is missing"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_LOCAL_RANK is missing"),
+        ({"FLUX_TASK_RANK": "0"}, "FLUX_JOB_SIZE, FLUX_TASK_LOCAL_ID is missing"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_RANK='1' says that this is one of several processes"),
+        ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "x"}, "PMIX_RANK='0' says that this is one of several processes"),
+        ({"PALS_RANKID": "0"}, "PALS_RANKID='0' says"),
+        ({**OPEN_MPI, **ALONE}, "mpirun has started 4 processes (OMPI_COMM_WORLD_SIZE), but torchrun knows of 1 (WORLD_SIZE)"),
+        ({**FLUX, **ALONE}, "flux has started 4 processes (FLUX_JOB_SIZE)"),
+        (
+            {**SRUN, **ALONE},
+            "srun has started 4 processes (SLURM_STEP_NUM_TASKS), but",
+        ),
+        # srun -N2 torchrun --nproc-per-node=4, without --nnodes
+        ({**DAEMON, **TORCHRUN, "TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1"}, "torchrun knows of 1 (GROUP_WORLD_SIZE)"),
     ],
 )
 def test_half_an_environment_is_refused(environment: dict[str, str], message: str) -> None:
