@@ -36,6 +36,7 @@ from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engi
 from bench.measure import RESULTS, write_results  # noqa: E402
 from bench.parity import MICRO_BATCH_SIZES, largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
+from megagpt.checkpoint.ownership import claim_run  # noqa: E402
 from megagpt.checkpoint.partitions import index_of, write_partitions  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
@@ -124,7 +125,7 @@ def rewrite(world: World, root: Path, names: list[str], losses: int, layouts: li
             engine, copy = build(world, variant, engine_name), root / variant_name / f"{engine_name}_{world.size}"
             restored = checkpoint.restore(root / variant_name / "reference", engine, world)
             assert restored is not None
-            incarnation = checkpoint.claim_run(copy, world)
+            incarnation = claim_run(copy, world)
             saver = checkpoint.Saver(copy, world, incarnation, background=world.size % 2 == 0)
             saver.save(engine, restored.state, {})
             assert engine.updates == TRAINED

@@ -38,6 +38,7 @@ from ranks import run_ranks  # noqa: E402
 
 from bench.measure import spread, write_results  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
+from megagpt.checkpoint.ownership import claim_run  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine.build import build_engine  # noqa: E402
@@ -138,7 +139,7 @@ def ours(world: World, engine: Any, root: Path) -> dict[str, Method]:
     """Both ways of saving; one Saver for all repetitions, as in a run."""
 
     def method(name: str, background: bool) -> Method:
-        saver = checkpoint.Saver(root / name, world, checkpoint.claim_run(root / name, world), background=background)
+        saver = checkpoint.Saver(root / name, world, claim_run(root / name, world), background=background)
 
         def save(folder: Path) -> Callable[[], Any]:
             saver.save(engine, TrainState(step=1), {})

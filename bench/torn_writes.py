@@ -42,6 +42,7 @@ from ranks import free_port  # noqa: E402
 
 from bench.measure import write_results  # noqa: E402
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
+from megagpt.checkpoint.ownership import claim_run  # noqa: E402
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
@@ -79,7 +80,7 @@ def save_until_killed(rank: int, port: int, run_dir: Path, mode: str, diary: Pat
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
     world = init_world(timeout_seconds=120)
-    incarnation = checkpoint.claim_run(run_dir, world)
+    incarnation = claim_run(run_dir, world)
     engine = build_engine(MODEL, OptimConfig(), FSDPConfig(), world, precision="fp32", micro_batch_size=1)
     loaded = load_and_compare(engine, world, run_dir, diary)
     if loaded == 0 and not first_start:
@@ -338,7 +339,7 @@ def fill_the_disk(folder: Path, times: int, seed: int) -> dict[str, Any]:
     world, rng, outcome = init_world(), random.Random(seed), Counter[str]()
     run_dir, filler = folder / "run", folder / "filler"
     engine = build_engine(MODEL, OptimConfig(), FSDPConfig(), world, precision="fp32", micro_batch_size=1)
-    incarnation, good, wrong = checkpoint.claim_run(run_dir, world), 0, []
+    incarnation, good, wrong = claim_run(run_dir, world), 0, []
     fill(engine, 1)
     checkpoint.Saver(run_dir, world, incarnation).save(engine, TrainState(step=1), {"version": 1})
     size = sum(file.stat().st_size for file in checkpoint.list_checkpoints(run_dir)[0].iterdir())

@@ -49,7 +49,7 @@ def remove_leftovers(folders: Iterable[Path]) -> None:
 
 def _writer() -> str:
     """Who writes: a hash of the machine's name, the process, and when it began."""
-    return f"{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}.{os.getpid()}.{_begun(os.getpid())}"
+    return f"{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}.{os.getpid()}.{process_begun(os.getpid())}"
 
 
 def _writer_is_dead(name: str) -> bool:
@@ -62,10 +62,10 @@ def _writer_is_dead(name: str) -> bool:
         return True
     except PermissionError:  # somebody else's, of which /proc may say nothing
         return False
-    return str(_begun(int(process[0]))) != process[1]
+    return str(process_begun(int(process[0]))) != process[1]
 
 
-def _begun(process: int) -> int:
+def process_begun(process: int) -> int:
     """When a process of this machine began, in ticks since the start of the system (proc(5)); -1 if it is gone or ending."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")

@@ -10,13 +10,12 @@ takes from any file what overlaps with what it holds. safetensors holds no code,
 
 All is written into `tmp_<incarnation>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
 without a manifest that verifies does not exist. The incarnation grows with each start of the run (owner.json) and is compared
-before the rename, so a rank left over from an earlier start cannot commit; between that look and the rename a window of
-microseconds stays open.
+before the rename, so a rank left over from an earlier start cannot commit (ownership.py); between that look and the rename a
+window of microseconds stays open.
 """
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
@@ -55,27 +55,6 @@ class Restored:
     """Newer checkpoints that were not good, each with the reason."""
 
 
-def claim_run(run_dir: Path, world: World) -> int:
-    """Take possession of a run directory: rank 0 raises the incarnation in owner.json; every rank gets the new one."""
-    incarnation = 0
-    if world.rank == 0:
-        path = run_dir / "owner.json"
-        incarnation = (read_json(path)["incarnation"] if path.exists() else 0) + 1
-        write_json(path, {"incarnation": incarnation, "host": os.uname().nodename, "pid": os.getpid(), "started": utc_now()})
-        for leftover in (run_dir / "checkpoints").glob("tmp_*"):
-            _, _, name = leftover.name.partition("_old_")
-            if name and not leftover.with_name(name).exists():  # it ended between the two renames of _replace
-                leftover.rename(leftover.with_name(name))
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-    return int(world.broadcast(incarnation))
-
-
-def still_owner(run_dir: Path, incarnation: int) -> bool:
-    """Whether no later start has claimed the run directory."""
-    return read_json(run_dir / "owner.json")["incarnation"] == incarnation
-
-
 class Saver:
     """Writes the checkpoints of one start of a run; in the background if asked, one at a time.
 
@@ -100,8 +79,8 @@ class Saver:
         """Save `run_dir/checkpoints/step_<step>`; all ranks call it together.
 
         `info` (JSON) goes into state.json beside the TrainState; `after(path)` runs on rank 0 once it is committed. Raises
-        CheckpointError on every rank if any rank could not write, or if another start has claimed the run; nothing that was
-        committed before is touched.
+        CheckpointError on every rank if any rank could not write, UserError if another start has taken the run over; nothing
+        that was committed before is touched.
         """
         self.wait()
         saved = {"format": FORMAT, "train_state": state.to_json(), "updates": engine.updates, **info}
@@ -140,6 +119,10 @@ class Saver:
     def _write(self, shares: Shares, step: int, saved: dict[str, Any], after: Callable[[Path], None] | None) -> Path:
         world, folder = self._world, self._run_dir / "checkpoints"
         final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._incarnation}_step_{step:08d}"
+        if world.broadcast(world.rank == 0 and not still_owner(self._run_dir, self._incarnation)):
+            raise UserError(
+                f"{self._run_dir}: a later start has taken this run over; attempt {self._incarnation} saves nothing"
+            )
         made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
         made = world.broadcast(made)
         outcomes = world.gather(made or _attempt(lambda: write_partitions(temporary, world.rank, shares)))

@@ -56,6 +56,10 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
+    def request(self, reason: str) -> None:
+        """Ask for a stop without a signal: the first reason counts."""
+        self.signal_name = self.signal_name or reason
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt

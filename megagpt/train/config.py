@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from megagpt.checkpoint.ownership import IfRunning
 from megagpt.config import Config
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.determinism import Determinism
@@ -96,6 +97,9 @@ class TrainConfig(Config):
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the checkpoint's although a resume refuses them: model (what keeps the weights' meaning),
     data, seed, micro_batch_size, optim.kind (the states of the new optimizer begin at zero)."""
+    if_running: IfRunning = "refuse"
+    """What a start does when another start of this run is alive: refuse (status 2), wait until it has ended, or take_over: the
+    older one ends within seconds. A requeued job never takes over, so that two cannot take a run from each other."""
     check: bool = False
     """Only check configuration, data, tokenizer and disk space, on one process, and end."""
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.config import UserError
-from megagpt.data.loader import Data, TokenDataset
-from megagpt.engine.optim import OptimConfig, lr_at
+from megagpt.data.dataset import TokenDataset
+from megagpt.data.open_data import Data
 from megagpt.data.shards import document_offsets
+from megagpt.engine.optim import OptimConfig, lr_at
 from megagpt.train.config import TrainConfig
 
 SHARDS_SEARCHED = 16

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.ownership import still_owner, take_run
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
 from megagpt.data.loader import Loader, MicroBatch
@@ -66,9 +67,12 @@ def train(config: TrainConfig) -> int:
     if config.determinism != "none":
         make_deterministic()
     world = init_world()
-    monitor = watchdog = None
+    monitor = watchdog = owned = None
     try:
-        incarnation = checkpoint.claim_run(config.run_dir, world)
+        owned = take_run(config.run_dir, world, config.if_running)
+        if owned is None:
+            return EXIT_STOPPED
+        incarnation = owned.attempt
         preflight.record_start(config, data, world, incarnation)
         monitor = open_monitor(config, world, incarnation)
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, incarnation)
@@ -80,6 +84,7 @@ def train(config: TrainConfig) -> int:
             state = restore_or_start(run)
         preflight.record_settings(config, data, world)
         status = loop(run, state)
+        owned.refuse_if_lost()
         if status == EXIT_STOPPED:
             world.stop.ignore()
         watchdog.close()
@@ -98,6 +103,8 @@ def train(config: TrainConfig) -> int:
             watchdog.close()
         if monitor is not None:
             monitor.close()
+        if owned is not None:
+            owned.close()
         close_world()
 
 
@@ -213,7 +220,7 @@ def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
     with run.monitor.clock("save"):
         run.saver.wait()  # before anything below may end the run: what was begun shall be committed
     # A rank left over from an earlier start must not leave samples out for the later one.
-    write = run.world.rank == 0 and checkpoint.still_owner(config.run_dir, run.incarnation)
+    write = run.world.rank == 0 and still_owner(config.run_dir, run.incarnation)
     window = run.guard.condemn(state, problem, global_batch_size=config.batch_size_at(state.step), write=write)
     run.world.barrier()
     with run.monitor.clock("load"):

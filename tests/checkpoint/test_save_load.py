@@ -16,6 +16,7 @@ from toy import MODEL, engines_on, make_engine
 from bench.checkpoint_matrix import matrix
 from bench.torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
 from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.ownership import claim_run
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions
 from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
@@ -78,9 +79,9 @@ def save_as_ghost(world: World, run_dir: Path) -> str:
     """A rank that was started before somebody else claimed the run."""
     engine = make_engine(world, "fsdp")
     draw_weights(engine, MODEL, seed=2)
-    incarnation = checkpoint.claim_run(run_dir, world)
+    incarnation = claim_run(run_dir, world)
     write_json(run_dir / "owner.json", {**read_json(run_dir / "owner.json"), "incarnation": incarnation + 1})
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises(UserError) as raised:
         Saver(run_dir, world, incarnation).save(engine, TrainState(step=9), {})
     return str(raised.value)
 
@@ -88,8 +89,18 @@ def save_as_ghost(world: World, run_dir: Path) -> str:
 @pytest.mark.slow
 def test_a_ghost_of_an_earlier_start_cannot_commit(tmp_path: Path) -> None:
     messages = run_ranks(save_as_ghost, 2, tmp_path / "ranks", tmp_path / "run")
-    assert all("a later start owns this run" in message for message in messages)
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert all("a later start has taken this run over" in message for message in messages)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_start_that_loses_the_run_while_it_writes_cannot_commit(tmp_path: Path) -> None:
+    incarnation, temporary = claim_run(tmp_path, ALONE), tmp_path / "checkpoints" / "tmp_1_step_00000001"
+    temporary.mkdir(parents=True)
+    claim_run(tmp_path, ALONE)
+    temporary.mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match="a later start owns this run"):
+        checkpoint._commit(tmp_path, temporary, temporary.with_name("step_00000001"), {}, {}, incarnation)
+    assert not temporary.with_name("step_00000001").exists()
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -120,7 +131,7 @@ def test_what_was_being_replaced_is_put_back(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step_00000005", folder / "tmp_1_step_00000005")
     (folder / "step_00000005").rename(folder / "tmp_1_old_step_00000005")
-    checkpoint.claim_run(tmp_path, ALONE)
+    claim_run(tmp_path, ALONE)
     assert [path.name for path in folder.iterdir()] == ["step_00000005"]
     assert load_whole(tmp_path) == (5, ())
 
@@ -151,7 +162,7 @@ def mark(run_dir: Path, step: int, **fields: Any) -> None:
 
 
 def restore(run_dir: Path, step: int | None = None) -> int:
-    incarnation = checkpoint.claim_run(run_dir, ALONE)
+    incarnation = claim_run(run_dir, ALONE)
     restored = checkpoint.restore(run_dir, Held(), ALONE, step=step, incarnation=incarnation)  # type: ignore[arg-type]
     assert restored is not None
     return restored.state.step

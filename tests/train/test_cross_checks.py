@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import settings, write_shards
+from small_run import settings, write_shards
 
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, dump, validate
-from megagpt.cross_checks import refuse_contradictions, warnings_of
-from megagpt.data.loader import open_data
+from megagpt.data.open_data import open_data
 from megagpt.files import write_json
-from megagpt.train.loop import train
 from megagpt.train.config import TrainConfig
+from megagpt.train.cross_checks import refuse_contradictions, warnings_of
+from megagpt.train.loop import train
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,29 @@ def test_under_a_launcher_it_is_the_same_run(
             process.wait(60)
     assert losses(run_dir) == losses(uninterrupted)
     assert_ledger_is_complete(values)
+
+
+@pytest.mark.slow
+def test_a_second_start_is_refused_and_one_that_takes_over_ends_the_first(
+    uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    values = settings(shards, tmp_path / "run")
+    first = start(project, tmp_path / "first", {**values, "max_steps": 100_000}, 2)
+    wait_until(lambda: len(list_checkpoints(tmp_path / "run")) > 0)
+    second = start(project, tmp_path / "second", values, 2)
+    assert second.wait(120) == [EXIT_USER_ERROR] * 2, second.output()
+    assert "attempt 1 (host" in second.output()
+    assert "is alive: end it first" in second.output()
+    assert not any(process.poll() for process in first.processes)
+    third = start(project, tmp_path / "third", {**values, "max_steps": 100_000}, 2, "if_running=take_over")
+    wait_until(lambda: (tmp_path / "run" / "owner.json").read_text().startswith('{\n "incarnation": 2'))
+    begun = time.monotonic()
+    assert first.wait(60) == [EXIT_USER_ERROR] * 2, first.output()
+    assert time.monotonic() - begun < 30
+    assert "Traceback" not in first.output() + first.output(1)
+    assert "a later start has taken this run over" in first.output(1)
+    third.send(signal.SIGTERM)
+    assert third.wait() == [EXIT_STOPPED] * 2, third.output()
 
 
 @pytest.mark.slow
