@@ -244,7 +244,7 @@ def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:
 def _find_near(work: _Work, indexed: Sequence[IndexedBlock], first_new: int) -> list[Path] | None:
     """The files of decisions on near duplicates, or None if a phase waits for other parts."""
     config, index, execution = work.config, work.index, work.execution
-    share = max(1 << 20, config.memory_bytes // execution.num_workers)
+    share = max(1 << 20, config.memory_bytes // execution.num_processes)
     pairs = [index / "pairs" / f"{band:03d}" for band in range(config.num_bands)]
     tasks: list[Task] = [
         (path, near_duplicates.pair_band, (indexed, band, config.num_bands, index / "same.i64", path, share))

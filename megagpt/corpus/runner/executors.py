@@ -1,4 +1,4 @@
-"""Tasks on worker processes: a pool on this machine, or Dask workers on several, both as concurrent.futures executors."""
+"""Tasks on worker processes: a pool on this machine, Dask workers on several (concurrent.futures executors), or inline."""
 
 import contextlib
 import logging
@@ -25,8 +25,9 @@ class Execution(Config):
     """Worker processes on this machine (executor=process). Default: the cores this process may use."""
     part: str = Field(default="0/1", pattern=r"^\d+/[1-9]\d*$")
     """i/n does every n-th block from the i-th (from 0): for job arrays. The part that ends last completes the files."""
-    executor: Literal["process", "dask"] = "process"
-    """process: a pool on this machine. dask: the workers of a running Dask scheduler (set scheduler_file)."""
+    executor: Literal["process", "dask", "inline"] = "process"
+    """process: a pool on this machine. dask: the workers of a running Dask scheduler (set scheduler_file).
+    inline: no workers, one block after the other in this process, for a debugger or a very small corpus."""
     scheduler_file: Path | None = None
     """The Dask scheduler's file, on a file system that all machines share."""
     block_bytes: int = Field(default=64 << 20, ge=1)
@@ -44,6 +45,11 @@ class Execution(Config):
         if self.overwrite and count > 1:
             raise ValueError("overwrite=true with part=i/n would let one part delete another's work")
         return self
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this machine that share its memory."""
+        return 1 if self.executor == "inline" else self.num_workers
 
     @property
     def part_of(self) -> tuple[int, int]:
@@ -65,8 +71,12 @@ def run_tasks(
     """Run (key, function, arguments) tasks on workers and hand `consume` each (key, result) as it comes, few in flight.
 
     Functions and arguments must pickle. The first error cancels the tasks not yet started and is raised; WorkerDiedError names
-    the tasks in flight (by `describe`) when a worker process was killed.
+    the tasks in flight (by `describe`) when a worker process was killed. executor=inline runs the tasks here, in their order.
     """
+    if execution.executor == "inline":
+        for key, function, arguments in tasks:
+            consume(key, function(*arguments))
+        return
     with _executor(execution) as (executor, width):
         flying: dict[Future[Any], K] = {}
         try:

@@ -1,12 +1,12 @@
-"""Compiled loops behind minhash.py. Importing this module imports numba: do it where it is used.
+"""Compiled loops behind shingles.py. Importing this module imports numba: do it where it is used.
 
-An entry is a character as minhash.plain_characters has it: above the 24 bits of its code point, what it is to the splitter.
+An entry is a character as characters.plain_characters has it: above the 24 bits of its code point, what it is to the splitter.
 """
 
 import numpy as np
 from numba import njit
 
-from megagpt.corpus.text.shingles import CLASS_SHIFT, DIGIT, HANGUL, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
+from megagpt.corpus.text.characters import CLASS_SHIFT, DIGIT, HANGUL, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
 
 _CODE_BITS = (1 << CLASS_SHIFT) - 1
 _HANGUL_FIRST, _HANGUL_END = HANGUL

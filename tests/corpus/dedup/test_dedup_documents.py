@@ -30,13 +30,13 @@ from megagpt.corpus.dedup.dedup_documents import DedupConfig, dedup_documents
 from megagpt.corpus.dedup.external_join import equal_key_pairs
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.text import shingle_kernels as minhash_kernels
+from megagpt.corpus.text import shingle_kernels
+from megagpt.corpus.text.characters import plain_characters
 from megagpt.corpus.text.shingles import (
     MinHashSettings,
     exact_digests,
     minhash,
     permutations,
-    plain_characters,
     shingle_set,
     shingles,
     shingles_of_texts,
@@ -147,9 +147,9 @@ def test_texts_are_hashed_alike_alone_and_among_others() -> None:
 def normalised_whole(text: str, size: int) -> list[int]:
     """Shingles of a text that Python's own functions lower and decompose."""
     data = np.frombuffer(unicodedata.normalize("NFD", text.lower()).encode("utf-8", "surrogatepass"), np.uint8)
-    entries, complete = minhash_kernels.characters(data, plain_characters())
+    entries, complete = shingle_kernels.characters(data, plain_characters())
     assert complete
-    return (minhash_kernels.shingles(entries, size) >> np.uint64(32)).tolist()
+    return (shingle_kernels.shingles(entries, size) >> np.uint64(32)).tolist()
 
 
 def test_every_character_alone_is_folded_as_in_its_text() -> None:
@@ -179,14 +179,14 @@ def test_any_text_is_folded_as_a_whole(text: str) -> None:
 )
 def test_white_space_is_that_of_str_split(text: str) -> None:
     data = np.frombuffer(text.encode(), np.uint8)
-    assert minhash_kernels.single_spaced(data).tobytes().decode() == " ".join(text.split())
+    assert shingle_kernels.single_spaced(data).tobytes().decode() == " ".join(text.split())
 
 
 def test_every_white_space_character_is_known() -> None:
     for code in (*range(0xD800), *range(0xE000, 0x110000)):
         if chr(code).isspace() or code < 0x3100:
             data = np.frombuffer(f"a{chr(code)}".encode(), np.uint8)
-            assert minhash_kernels.single_spaced(data).tobytes().decode() == f"a{chr(code)}".strip()
+            assert shingle_kernels.single_spaced(data).tobytes().decode() == f"a{chr(code)}".strip()
 
 
 def test_permutations_are_splitmix64() -> None:

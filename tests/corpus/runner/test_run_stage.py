@@ -557,3 +557,17 @@ def test_output_name(path: str, name: str) -> None:
 def test_wrong_execution(values: dict[str, object], rule: str) -> None:
     with pytest.raises(UserError, match=rule):
         validate(Execution, values, source="test")
+
+
+def test_inline_runs_in_this_process_in_order_and_changes_no_byte(
+    tmp_path: Path, reference: tuple[Path, dict[str, str]]
+) -> None:
+    def here(block: Block) -> Iterator[Outcome]:  # a function that no worker process could be given
+        seen.append((block.name, block.index, os.getpid()))
+        yield from numbers(block)
+
+    seen: list[tuple[str, int, int]] = []
+    blocks = make_blocks(reference[0])
+    run_stage("test", blocks, tmp_path / "out", here, config_hash="a", execution=Execution(executor="inline"))
+    assert seen == [(block.name, block.index, os.getpid()) for block in blocks]
+    assert tree(tmp_path / "out") == reference[1]
