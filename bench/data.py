@@ -47,7 +47,7 @@ class Inputs:
 
 def make_inputs(data_folder: Path, num_pages: int) -> Inputs:
     """Everything the stages read, made on first use."""
-    from megagpt.corpus.filters.page_filters import bundled_language_model
+    from megagpt.corpus.text.fasttext_models import bundled_language_model
 
     base = FOLDER / f"{num_pages}"
     warcs = make_warcs(data_folder, FOLDER, base / "warcs", num_pages=num_pages)

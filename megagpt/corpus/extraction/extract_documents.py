@@ -11,7 +11,6 @@ from pydantic import Field
 from megagpt.config import Config, fingerprint
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.html import main_text, parse_page, prose
-from megagpt.corpus.filters import page_filters
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import (
     Format,
@@ -30,6 +29,7 @@ from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
+from megagpt.corpus.text.fasttext_models import bundled_language_model, load_language_model
 from megagpt.documents import Document, JsonValue, Rejected
 
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
@@ -153,7 +153,7 @@ def _page_text(page: str, config: ExtractConfig) -> tuple[str, str, dict[str, Js
     """(main text, title, language) of an HTML page; language and score only for a page that is surely in an unwanted one."""
     parsed = parse_page(page) if config.languages or config.extractor == "fast" else None
     if parsed and config.languages and (sample := prose(parsed)):
-        label, score = page_filters.load_language_model(page_filters.bundled_language_model())(sample)
+        label, score = load_language_model(bundled_language_model())(sample)
         if label not in config.languages and score >= config.min_other_language_score:
             return sample, parsed.title, {"language": label, "language_score": round(score, 4)}
     if config.extractor == "fast" and parsed:

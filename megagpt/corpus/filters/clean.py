@@ -1,8 +1,13 @@
-"""Cleaning: pure str -> str functions that change how a text is written, never which document is kept."""
+"""Cleaning: rewrites how a text is written; no document is dropped but one of which nothing is left."""
 
 import re
 import unicodedata
 from typing import Literal, TypeAlias
+
+from megagpt.config import Config
+from megagpt.corpus.filters.spec import FilterSpec, thresholds_only, with_text
+from megagpt.corpus.text.languages import language_of
+from megagpt.documents import Document, Rejected
 
 UnicodeForm: TypeAlias = Literal["NFC", "NFKC", "none"]
 
@@ -12,6 +17,16 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff\ufff
 _LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
+
+
+class CleanConfig(Config):
+    """Rewrite texts: Unicode form, control characters, white space."""
+
+    unicode_form: UnicodeForm = "NFC"
+    """NFC changes no meaning; NFKC also folds ligatures, full-width forms and superscripts; none leaves all as it is."""
+    drop_boilerplate: bool = False
+    """Drop lines that are furniture of a page ("Read more", "Share on Facebook"), in languages that have patterns."""
+
 
 BOILERPLATE_LINES: dict[str, tuple[str, ...]] = {
     "en": (
@@ -35,12 +50,16 @@ BOILERPLATE_LINES: dict[str, tuple[str, ...]] = {
 """Whole lines, without case and outer punctuation, that are furniture of a page and no part of its text; by language."""
 
 
-def clean_text(
-    text: str, *, unicode_form: UnicodeForm = "NFC", drop_boilerplate: bool = False, language: str | None = "en"
-) -> str:
+def clean(document: Document, config: CleanConfig) -> Document | Rejected:
+    """Rewrite the text with clean_text; refuse a document of which nothing is left."""
+    text = clean_text(document.text, config, language=language_of(document))
+    return with_text(document, text) if text.strip() else Rejected(document, "clean:empty")
+
+
+def clean_text(text: str, config: CleanConfig, *, language: str | None) -> str:
     """Normalise Unicode, remove control characters, tidy white space and, if asked, drop boilerplate lines of `language`."""
-    text = remove_control_characters(normalize_unicode(text, unicode_form))
-    if drop_boilerplate:
+    text = remove_control_characters(normalize_unicode(text, config.unicode_form))
+    if config.drop_boilerplate:
         text = drop_boilerplate_lines(text, language=language)
     return normalize_whitespace(text)
 
@@ -72,3 +91,6 @@ def drop_boilerplate_lines(text: str, *, language: str | None) -> str:
 _BOILERPLATE = {
     language: re.compile(rf"\W*(?:{'|'.join(patterns)})\W*", re.IGNORECASE) for language, patterns in BOILERPLATE_LINES.items()
 }
+
+
+CLEAN = FilterSpec(CleanConfig, thresholds_only(clean))

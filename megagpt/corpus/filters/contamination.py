@@ -1,7 +1,7 @@
 """Decontamination: documents that contain passages of evaluation sets, found by equal n-grams of words.
 
-Words are those of minhash.py, so case, accents, punctuation, digits of numbers and white space hide nothing. An evaluation item
-is all text of its line; items with fewer than n words have no n-gram: they are counted, and not looked for.
+Words are those of shingles.py, so case, accents, punctuation, digits of numbers and white space hide nothing. An evaluation
+item is all text of its line; items with fewer than n words have no n-gram: they are counted, and not looked for.
 """
 
 import functools
@@ -13,12 +13,26 @@ from typing import Any
 
 import numpy as np
 import orjson
+from pydantic import Field
 
-from megagpt.config import UserError
+from megagpt.config import Config, UserError
+from megagpt.corpus.filters.spec import Filter, FilterSpec
 from megagpt.corpus.text.shingles import n_gram_hashes
+from megagpt.corpus.text.words import Splitter
 from megagpt.documents import Document, Rejected, open_lines
 
 log = logging.getLogger(__name__)
+
+
+class ContaminationConfig(Config):
+    """Refuse documents that contain passages of evaluation sets."""
+
+    files: tuple[Path, ...] = ()
+    """Evaluation sets: .jsonl (all strings of a line are one item) or text (one item a line)."""
+    words: int = Field(default=13, ge=4)
+    """So many consecutive words in common are a hit. GPT-3 (arXiv 2005.14165, appendix C): 13."""
+    min_hits: int = Field(default=1, ge=1)
+    """A document is refused from so many different hits on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +46,7 @@ class Passages:
     lines: np.ndarray
 
 
-def contamination(document: Document, *, passages: Passages, min_hits: int = 1) -> Document | Rejected:
+def contamination(document: Document, config: ContaminationConfig, *, passages: Passages) -> Document | Rejected:
     """Refuse a document that contains at least `min_hits` different n-grams of evaluation items.
 
     The reason names the evaluation set of the first hit, meta.contaminated_by the items.
@@ -40,7 +54,7 @@ def contamination(document: Document, *, passages: Passages, min_hits: int = 1) 
     hashes = n_gram_hashes(document.text, passages.size)
     places = np.minimum(np.searchsorted(passages.hashes, hashes), max(0, passages.hashes.size - 1))
     hits = np.unique(places[passages.hashes[places] == hashes]) if passages.hashes.size else places[:0]
-    if hits.size < max(1, min_hits):
+    if hits.size < config.min_hits:
         return document
     items = sorted({(passages.names[passages.files[hit]], int(passages.lines[hit])) for hit in hits})
     meta = {**document.meta, "contaminated_by": [f"{name}: line {line}" for name, line in items[:20]]}
@@ -99,3 +113,13 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
+
+
+def _bind(config: ContaminationConfig, _: Splitter) -> Filter:
+    if not config.files:
+        raise UserError("filter.contamination.files: required where order has contamination")
+    passages = load_passages(config.files, config.words)
+    return functools.partial(contamination, config=config, passages=passages)
+
+
+CONTAMINATION = FilterSpec(ContaminationConfig, _bind)

@@ -5,16 +5,18 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from megagpt.config import Config, fingerprint
-from megagpt.corpus.filters import page_filters, quality_rules
-from megagpt.corpus.filters.registry import FilterConfig, FilterName, apply_filters, build_filters
+from megagpt.corpus.filters.classifier import ClassifierConfig, score_of
+from megagpt.corpus.filters.language import LanguageConfig
+from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters, build_filters, rules_passed
 from megagpt.corpus.filters.score_quantile import score_of_top, write_scores
 from megagpt.corpus.runner.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
+from megagpt.corpus.text.fasttext_models import load_classifier
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json, sha256_file, write_json
 
@@ -38,16 +40,15 @@ def filter_documents(
     """
     build_filters(config)
     blocks = document_blocks(inputs)
-    if "classifier" in config.order and config.classifier.top_fraction is not None:
+    classifier = config.section(ClassifierConfig)
+    if "classifier" in config.order and classifier.top_fraction is not None:
         min_score = _find_min_score(config, blocks, output_dir, execution)
         if min_score is None:
             return None
-        log.info(
-            "classifier: the best %g of the documents have a score of at least %g", config.classifier.top_fraction, min_score
-        )
-        config = config.model_copy(update={"classifier": config.classifier.model_copy(update={"min_score": min_score})})
-    for code in config.language.labels if "language" in config.order else ():
-        names = [name for name in quality_rules.rules_passed(code) if name.partition(".")[0] in config.order]
+        log.info("classifier: the best %g of the documents have a score of at least %g", classifier.top_fraction, min_score)
+        config = config.model_copy(update={"classifier": classifier.model_copy(update={"min_score": min_score})})
+    for code in config.section(LanguageConfig).labels if "language" in config.order else ():
+        names = [name for name in rules_passed(code) if name.partition(".")[0] in config.order]
         if names:
             log.info("language %s passes the rules it has no word lists or no spaces for: %s", code, ", ".join(names))
     process = functools.partial(filter_block, config=config)
@@ -68,7 +69,7 @@ def _find_min_score(config: FilterConfig, blocks: Sequence[Block], output_dir: P
     if not run_phase("scores", tasks, execution, task_bytes=sizes, counted="documents", small_bytes=1 << 20):
         return None
     try:
-        min_score = score_of_top(paths, config.classifier.top_fraction or 1.0)
+        min_score = score_of_top(paths, config.section(ClassifierConfig).top_fraction or 1.0)
     except FileNotFoundError:  # another part was here first, and has removed the scores
         if answer.is_file() and (found := read_json(answer))["plan"] == plan:
             return found["min_score"]
@@ -87,9 +88,10 @@ def _score_block(block: Block, config: FilterConfig, path: Path) -> int:
     """Write the scores of a block's documents that reach the classifier; returns how many."""
     first = config.model_copy(update={"order": config.order[: config.order.index("classifier")]})
     filters = build_filters(first)
-    score = page_filters.load_classifier(config.classifier.model or Path(), config.classifier.label)
+    classifier = config.section(ClassifierConfig)
+    score = load_classifier(classifier.model or Path(), classifier.label)
     outcomes = (apply_filters(document, filters) for document in read_block(block))
-    return write_scores((page_filters.score_of(outcome, score) for outcome in outcomes if isinstance(outcome, Document)), path)
+    return write_scores((score_of(outcome, score) for outcome in outcomes if isinstance(outcome, Document)), path)
 
 
 def describe(summary: StageSummary | None, output_dir: Path) -> str:
@@ -107,7 +109,7 @@ def describe(summary: StageSummary | None, output_dir: Path) -> str:
 
 def config_hash(config: FilterConfig) -> str:
     """Fingerprint of what decides the result: the settings of the filters that run, not of the others."""
-    unused = {name: type(getattr(config, name))() for name in get_args(FilterName) if name not in config.order}
+    unused = {name: type(getattr(config, name))() for name in FILTERS if name not in config.order}
     used = config.model_copy(update={**unused, "inputs": ()})
     return fingerprint(_Settings(settings=fingerprint(used), files=tuple(map(sha256_file, sorted(_files(used.model_dump()))))))
 

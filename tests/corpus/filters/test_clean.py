@@ -3,6 +3,7 @@
 import pytest
 
 from megagpt.corpus.filters.clean import (
+    CleanConfig,
     clean_text,
     drop_boilerplate_lines,
     normalize_unicode,
@@ -53,6 +54,7 @@ def test_a_language_without_patterns_keeps_every_line() -> None:
 
 
 def test_clean_text_is_idempotent() -> None:
-    once = clean_text("Cafe\u0301\r\n\r\n\r\n\r\nRead more\n  x\x07y  ", drop_boilerplate=True)
+    settings = CleanConfig(drop_boilerplate=True)
+    once = clean_text("Cafe\u0301\r\n\r\n\r\n\r\nRead more\n  x\x07y  ", settings, language="en")
     assert once == "Café\n\nxy"
-    assert clean_text(once, drop_boilerplate=True) == once
+    assert clean_text(once, settings, language="en") == once

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,22 @@ import yaml
 from inline import inline
 
 from megagpt.config import UserError
-from megagpt.corpus.filters import page_filters, quality_rules
+from megagpt.corpus.filters.classifier import ClassifierConfig, classifier
 from megagpt.corpus.filters.filter_documents import config_hash, filter_documents
-from megagpt.corpus.filters.registry import FilterConfig, apply_filters, build_filters
+from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters, build_filters, rules_passed
 from megagpt.corpus.filters.score_quantile import score_of_top
+from megagpt.corpus.filters.spec import Filter
+from megagpt.corpus.filters.url import UrlConfig, UrlLists, url
 from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.text.words import Splitter, count_duplicates, count_repeated_n_grams, split_sentences, split_words
+from megagpt.corpus.text.fasttext_models import bundled_language_model, load_classifier, load_language_model
+from megagpt.corpus.text.words import (
+    DEFAULT_SPLITTER,
+    Splitter,
+    count_duplicates,
+    count_repeated_n_grams,
+    split_sentences,
+    split_words,
+)
 from megagpt.documents import Document, Rejected, read_documents, write_documents
 
 PROSE = (
@@ -39,31 +49,25 @@ def reason(outcome: Document | Rejected) -> str:
     return outcome.reason if isinstance(outcome, Rejected) else "kept"
 
 
-Rule = Callable[..., Document | Rejected]
+def rule(name: str, splitter: Splitter = DEFAULT_SPLITTER, **thresholds: object) -> Filter:
+    """A filter with its defaults but for these thresholds."""
+    spec = FILTERS[name]
+    return spec.bind(spec.config_class(**thresholds), splitter)
 
 
 @pytest.mark.parametrize(
-    "rule",
-    [
-        quality_rules.gopher_repetition,
-        quality_rules.gopher_quality,
-        quality_rules.c4,
-        quality_rules.fineweb,
-        quality_rules.refinedweb,
-        page_filters.min_length,
-        page_filters.personal_data,
-        page_filters.clean,
-    ],
+    "name",
+    ["gopher_repetition", "gopher_quality", "c4", "fineweb", "refinedweb", "min_length", "personal_data", "clean"],
 )
-def test_prose_passes_every_rule_unchanged(rule: Rule) -> None:
-    assert rule(document(PROSE)) == document(PROSE)
+def test_prose_passes_every_rule_unchanged(name: str) -> None:
+    assert rule(name)(document(PROSE)) == document(PROSE)
 
 
 LINES = PROSE.split("\n")
 
 
 @pytest.mark.parametrize(
-    ("rule", "text", "expected"),
+    ("name", "text", "expected"),
     [
         ("gopher_repetition", "", "empty"),
         ("gopher_repetition", "\n".join(LINES[:2] + LINES[:1] * 2), "duplicate_lines"),
@@ -104,9 +108,8 @@ LINES = PROSE.split("\n")
         ("min_length", "Short.", "characters"),
     ],
 )
-def test_reasons(rule: str, text: str, expected: str) -> None:
-    function: Rule = page_filters.min_length if rule == "min_length" else getattr(quality_rules, rule)
-    assert reason(function(document(text))) == (expected if expected == "kept" else f"{rule}:{expected}")
+def test_reasons(name: str, text: str, expected: str) -> None:
+    assert reason(rule(name)(document(text))) == (expected if expected == "kept" else f"{name}:{expected}")
 
 
 def test_c4_drops_lines_and_citations() -> None:
@@ -118,45 +121,44 @@ def test_c4_drops_lines_and_citations() -> None:
         "And so on...",
     ]
     text = "\n".join([*LINES[:3], *dropped, "As Smith wrote [12], it rained.[edit]", *LINES[3:]])
-    outcome = quality_rules.c4(document(text))
+    outcome = rule("c4")(document(text))
     assert isinstance(outcome, Document)
     assert outcome.text.split("\n") == [*LINES[:3], "As Smith wrote , it rained.", *LINES[3:]]
-    relaxed = quality_rules.c4(document(text), keep_only_terminal_punctuation=False)
+    relaxed = rule("c4", keep_only_terminal_punctuation=False)(document(text))
     assert isinstance(relaxed, Document)
     assert "No full stop here at all" in relaxed.text
     assert "javascript" not in relaxed.text.lower()
 
 
 def test_refinedweb_drops_lines() -> None:
-    outcome = quality_rules.refinedweb(document(f"{PROSE}\n1.2K views\n\nHOME"))
+    outcome = rule("refinedweb")(document(f"{PROSE}\n1.2K views\n\nHOME"))
     assert isinstance(outcome, Document)
     assert outcome.text == PROSE
 
 
 @pytest.mark.parametrize(
-    ("rule", "threshold"),
+    ("name", "threshold"),
     [("gopher_repetition", "max_duplicate_lines"), ("gopher_quality", "min_words"), ("fineweb", "max_short_lines")],
 )
-def test_null_switches_a_rule_off(rule: str, threshold: str) -> None:
+def test_null_switches_a_rule_off(name: str, threshold: str) -> None:
     text = "To be of use.\nTo be of use.\nWith that, to be."
-    function: Rule = getattr(quality_rules, rule)
-    before = reason(function(document(text)))
+    before = reason(rule(name)(document(text)))
     assert before != "kept"
-    assert reason(function(document(text), **{threshold: None})) != before
+    assert reason(rule(name, **{threshold: None})(document(text))) != before
 
 
 def test_languages_without_lists_pass_the_bound_rules_by_name() -> None:
     german = document(re.sub(r"\b(the|to|of|and|that|have|with|be)\b", "und", PROSE), language="de")
-    assert reason(quality_rules.gopher_quality(german)) == "kept"
-    assert "gopher_quality.min_stop_words" in quality_rules.rules_passed("de")
-    assert "gopher_quality.min_words" not in quality_rules.rules_passed("de")
-    assert "gopher_quality.min_words" in quality_rules.rules_passed("ja")
-    assert quality_rules.rules_passed("en") == []
+    assert reason(rule("gopher_quality")(german)) == "kept"
+    assert "gopher_quality.min_stop_words" in rules_passed("de")
+    assert "gopher_quality.min_words" not in rules_passed("de")
+    assert "gopher_quality.min_words" in rules_passed("ja")
+    assert rules_passed("en") == []
     japanese = document("昨日は雨が降りましたが、今日はよく晴れています。" * 3, language="ja")
-    assert reason(quality_rules.gopher_quality(japanese)) == "kept"
+    assert reason(rule("gopher_quality")(japanese)) == "kept"
 
 
-LISTS = page_filters.UrlLists(
+LISTS = UrlLists(
     domains=frozenset({"bad.example"}),
     urls=frozenset({"http://ok.example/one"}),
     words=frozenset({"porn"}),
@@ -166,7 +168,7 @@ LISTS = page_filters.UrlLists(
 
 
 @pytest.mark.parametrize(
-    ("url", "expected"),
+    ("address", "expected"),
     [
         (None, "kept"),
         ("https://good.example/essex/poker-history", "kept"),
@@ -180,8 +182,8 @@ LISTS = page_filters.UrlLists(
         ("http://[broken", "url:malformed"),
     ],
 )
-def test_url(url: str | None, expected: str) -> None:
-    assert reason(page_filters.url(Document("f:0", "text", "test", url), lists=LISTS)) == expected
+def test_url(address: str | None, expected: str) -> None:
+    assert reason(url(Document("f:0", "text", "test", address), UrlConfig(), lists=LISTS)) == expected
 
 
 def test_url_lists_come_from_files(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_language_with_the_bundled_model() -> None:
 
 @pytest.mark.realdata
 def test_language_on_real_sentences(shared_data: Path) -> None:
-    predict = page_filters.load_language_model(page_filters.bundled_language_model())
+    predict = load_language_model(bundled_language_model())
     for code, label in (("eng", "en"), ("deu", "de"), ("fra", "fr"), ("rus", "ru"), ("jpn", "ja"), ("hin", "hi")):
         sentences = (shared_data / "langid" / f"tatoeba.{code}.txt").read_text(encoding="utf-8").splitlines()
         chunks = [" ".join(sentences[i : i + 10]) for i in range(0, len(sentences), 10)]
@@ -229,14 +231,16 @@ def test_bad_words(tmp_path: Path) -> None:
 
 
 def test_classifier_notes_the_score_and_keeps_what_reaches_it() -> None:
-    score = page_filters.load_classifier(page_filters.bundled_language_model(), "en")
-    kept = page_filters.classifier(document(PROSE), score=score, min_score=0.5)
+    score = load_classifier(bundled_language_model(), "en")
+    kept = classifier(document(PROSE), ClassifierConfig(min_score=0.5), score=score)
     assert isinstance(kept, Document)
     assert kept.meta["quality_score"] == pytest.approx(score(" ".join(PROSE.split())), abs=1e-5)
-    dropped = page_filters.classifier(document("Der Hafen war still und niemand sprach mit ihnen."), score=score, min_score=0.5)
+    dropped = classifier(
+        document("Der Hafen war still und niemand sprach mit ihnen."), ClassifierConfig(min_score=0.5), score=score
+    )
     assert reason(dropped) == "classifier:quality_score"
     with pytest.raises(UserError, match="has no label 'hq'"):
-        page_filters.load_classifier(page_filters.bundled_language_model(), "hq")
+        load_classifier(bundled_language_model(), "hq")
 
 
 @pytest.mark.parametrize(
@@ -249,14 +253,14 @@ def test_classifier_notes_the_score_and_keeps_what_reaches_it() -> None:
     ],
 )
 def test_personal_data(text: str, expected: str) -> None:
-    outcome = page_filters.personal_data(document(text))
+    outcome = rule("personal_data")(document(text))
     assert isinstance(outcome, Document)
     assert outcome.text == expected
 
 
 def test_masking_email_takes_linear_time_on_hostile_text() -> None:
     text = "a." * 100_000
-    assert page_filters.personal_data(document(text + "@")) == document(text + "@")
+    assert rule("personal_data")(document(text + "@")) == document(text + "@")
 
 
 def slow_top(words: list[str], n: int) -> int | None:
@@ -324,7 +328,7 @@ def test_rules_count_with_the_splitter_they_are_given() -> None:
     config = FilterConfig(order=("gopher_quality",))
     (apply,) = build_filters(config, splitter=shouting)
     assert reason(apply(document(PROSE))) == "gopher_quality:words_too_long"
-    assert reason(quality_rules.c4(document(PROSE), splitter=shouting)) == "c4:too_few_sentences"
+    assert reason(rule("c4", shouting)(document(PROSE))) == "c4:too_few_sentences"
 
 
 def test_filters_run_in_order_and_stop_at_the_first_rejection() -> None:
@@ -401,7 +405,7 @@ def test_the_best_fraction_of_what_reaches_the_classifier_stays(tmp_path: Path) 
         items = [Document(f"{number}:{i}", text, "test") for i, text in enumerate(texts[number::2])]
         write_documents(tmp_path / f"{number}.jsonl.zst", items)
     inputs = sorted(tmp_path.glob("*.jsonl.zst"))
-    model = page_filters.bundled_language_model()
+    model = bundled_language_model()
     config = FilterConfig.model_validate(
         {
             "order": ["min_length", "classifier"],
@@ -412,7 +416,7 @@ def test_the_best_fraction_of_what_reaches_the_classifier_stays(tmp_path: Path) 
     for part in ("0/2", "1/2", "0/2"):
         summary = filter_documents(config, inputs, tmp_path / "out", Execution(num_workers=1, part=part))
         assert (summary is None) == (not (tmp_path / "out" / "min_score.json").is_file())
-    score = page_filters.load_classifier(model, "en")
+    score = load_classifier(model, "en")
     ranked = sorted((score(" ".join(text.split())) for text in texts if len(text) >= 10), reverse=True)
     best = {text for text in texts if len(text) >= 10 and score(" ".join(text.split())) >= ranked[17]}
     kept = [found.text for path in sorted((tmp_path / "out").glob("*.jsonl.zst")) for found in read_documents(path)]
