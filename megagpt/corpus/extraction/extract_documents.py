@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 from pydantic import Field
 
@@ -12,19 +12,9 @@ from megagpt.config import Config, fingerprint
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.html import main_text, parse_page, prose
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
-from megagpt.corpus.readers.inputs import (
-    Format,
-    TextUnit,
-    datasets_outcomes,
-    format_of,
-    input_blocks,
-    jsonl_outcomes,
-    list_inputs,
-    local_copy,
-    parquet_outcomes,
-    text_outcomes,
-)
+from megagpt.corpus.readers.inputs import Format, format_of, input_blocks, list_inputs, local_copy
 from megagpt.corpus.readers.mediawiki import wiki_outcomes
+from megagpt.corpus.readers.records import TextUnit, datasets_outcomes, jsonl_outcomes, parquet_outcomes, text_outcomes
 from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
@@ -91,6 +81,8 @@ def read_outcomes(block: Block, *, config: ExtractConfig) -> Iterator[Outcome]:
                 yield from text_outcomes(block, config.source, config.text_unit)
             case "parquet":
                 yield from parquet_outcomes(block, config.source, config.text_field)
+            case _:
+                assert_never(kind)
 
 
 def web_outcomes(block: Block, config: ExtractConfig) -> Iterator[Outcome]:

@@ -1,8 +1,10 @@
-"""Inputs of a corpus: which files there are, how each is split into blocks, and readers of files that hold text already."""
+"""Inputs of a corpus: which files there are, which format each has, and how each is split into blocks.
 
-import codecs
+To add a format: a name in SourceFormat, a row in FORMATS, a case in `_ranges` and in extract_documents.read_outcomes (the type
+checker names them), a reader beside this file, and an example in tests/corpus/readers/test_formats.py.
+"""
+
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -10,43 +12,46 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Literal, TypeAlias, assert_never
 
-import orjson
 import zstandard
 
 from megagpt.config import UserError
-from megagpt.corpus.readers.http import decode_text
 from megagpt.corpus.readers.mediawiki import split_dump
+from megagpt.corpus.readers.records import DATASETS
 from megagpt.corpus.readers.warc import split_gzip
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen, output_name
-from megagpt.documents import Document, Rejected, open_lines
+from megagpt.corpus.runner.blocks import Block, output_name
+from megagpt.documents import open_lines
 
-Format: TypeAlias = Literal["auto", "web", "wikipedia", "jsonl", "text", "parquet", "datasets"]
-TextUnit: TypeAlias = Literal["file", "paragraph", "line"]
+SourceFormat: TypeAlias = Literal["web", "wikipedia", "jsonl", "text", "parquet", "datasets"]
+Format: TypeAlias = Literal["auto", SourceFormat]
 
 DOWNLOAD_ATTEMPTS = 5
-_DATASETS = "datasets:"
-_ENDINGS: dict[str, tuple[str, ...]] = {
-    "web": (".warc", ".arc", ".wet", ".warc.bad"),
-    "wikipedia": (".xml",),
-    "jsonl": (".jsonl", ".ndjson"),
-    "text": (".txt", ".text", ".md"),
-    "parquet": (".parquet",),
-}
+COMPRESSIONS = (".gz", ".zst", ".bz2")
 
 
-_UNREAD: dict[str, tuple[str, ...]] = {
-    "web": (".bz2",),
-    "wikipedia": (".gz", ".zst"),
-    "jsonl": (".bz2",),
-    "text": (".bz2",),
-    "parquet": (".gz", ".bz2", ".zst"),
+@dataclass(frozen=True, slots=True)
+class FileNames:
+    """How the names of a format's files end."""
+
+    endings: tuple[str, ...]
+    """In lower case, without that of a compression."""
+    unread: tuple[str, ...] = ()
+    """Compressions that the format's reader does not know."""
+
+
+FORMATS: dict[SourceFormat, FileNames] = {
+    "web": FileNames((".warc", ".arc", ".wet", ".warc.bad"), unread=(".bz2",)),
+    "wikipedia": FileNames((".xml",), unread=(".gz", ".zst")),
+    "jsonl": FileNames((".jsonl", ".ndjson"), unread=(".bz2",)),
+    "text": FileNames((".txt", ".text", ".md"), unread=(".bz2",)),
+    "parquet": FileNames((".parquet",), unread=(".gz", ".bz2", ".zst")),
+    "datasets": FileNames(()),
 }
-"""Compressions that a format's reader does not know."""
+"""A name that ends in none of these needs extract.format; datasets are named `datasets:NAME`."""
 
 
 def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
@@ -92,28 +97,27 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def format_of(path: str, declared: Format) -> Format:
+def format_of(path: str, declared: Format) -> SourceFormat:
     """The format of an input: as declared, or by its name. Raises UserError if the name does not tell."""
-    if path.startswith(_DATASETS):
+    if path.startswith(DATASETS):
         return "datasets"
     if declared != "auto":
         return declared
     stem = path.lower()
-    for ending in (".gz", ".zst", ".bz2"):
+    for ending in COMPRESSIONS:
         stem = stem.removesuffix(ending)
-    for name, endings in _ENDINGS.items():
-        if stem.endswith(endings):
-            return name  # type: ignore[return-value]
-    raise UserError(
-        f"{path}: the name does not tell its format: set extract.format (one of web, wikipedia, jsonl, text, parquet)"
-    )
+    for name, file_names in FORMATS.items():
+        if stem.endswith(file_names.endings):
+            return name
+    names = ", ".join(name for name, file_names in FORMATS.items() if file_names.endings)
+    raise UserError(f"{path}: the name does not tell its format: set extract.format (one of {names})")
 
 
 def input_blocks(paths: list[str], declared: Format, block_bytes: int) -> list[Block]:
     """Blocks over all inputs. Raises UserError for a missing file or a format that cannot be told."""
     blocks: list[Block] = []
     for path in paths:
-        name = output_name(path.removeprefix(_DATASETS).replace("/", "_") if path.startswith(_DATASETS) else path)
+        name = output_name(path.removeprefix(DATASETS).replace("/", "_") if path.startswith(DATASETS) else path)
         blocks += [
             replace(Block(path, name, i), start=s, end=e) for i, (s, e) in enumerate(_ranges(path, declared, block_bytes))
         ]
@@ -144,150 +148,6 @@ def local_copy(path: str) -> Iterator[str]:
         yield str(local)
 
 
-# ---- readers of text
-
-
-def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outcome]:
-    """Documents of a .jsonl file (plain, gz, zst): the text in `text_field`, url if there is one, other fields under meta."""
-    name = Path(block.path).name
-    for offset, line in _lines(block, name):
-        if isinstance(line, Fault):
-            yield line
-            continue
-        if not line.strip():
-            continue
-        yield Seen("line")
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            yield Fault("line that is not JSON", f"{name}: offset {offset}")
-            continue
-        text = value.get(text_field) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            yield Fault(f"line without a text in {text_field!r}", f"{name}: offset {offset}")
-            continue
-        yield _from_fields(f"{name}:{offset}", value, text, source, text_field)
-
-
-def text_outcomes(block: Block, source: str, unit: TextUnit) -> Iterator[Outcome]:
-    """Documents of a text file: the file, or its paragraphs (between blank lines), or its lines."""
-    name = Path(block.path).name
-    pieces = [line for line in _lines(block, name) if not isinstance(line[1], Fault)]
-    yield from (line for _, line in _lines(block, name) if isinstance(line, Fault))
-    decoded = decode_text(b"".join(line for _, line in pieces if isinstance(line, bytes)), None)
-    for problem in decoded.problems:
-        yield Fault(problem, f"{name}: offset 0")
-    separators = {"file": None, "paragraph": "\n\n", "line": "\n"}
-    separator = separators[unit]
-    text = decoded.text.replace("\r\n", "\n")
-    offset = 0
-    for piece in [text] if separator is None else text.split(separator):
-        where = f"{name}:{offset}"
-        offset += len(piece.encode("utf-8", "replace")) + (len(separator) if separator else 0)
-        if piece.strip():
-            yield Seen(unit)
-            yield Document(where, piece.strip("\n"), source)
-        elif separator is None:
-            yield Seen(unit)
-            yield Rejected(Document(where, "", source), "source:empty")
-
-
-def parquet_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outcome]:
-    """Documents of the row groups of a Parquet file that begin in the block; id is the row's number."""
-    import pyarrow
-    import pyarrow.parquet
-
-    name = Path(block.path).name
-    try:
-        yield from _parquet_rows(pyarrow.parquet.ParquetFile(block.path), block, name, source, text_field)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield Fault("damaged Parquet file", f"{name}: {error}")
-
-
-def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field: str) -> Iterator[Outcome]:
-    with opened as file:
-        if text_field not in file.schema_arrow.names:
-            raise UserError(
-                f"{block.path}: has no column {text_field!r} (extract.text_field); it has {file.schema_arrow.names}"
-            )
-        row = 0
-        for group in range(file.num_row_groups):
-            metadata = file.metadata.row_group(group)
-            if block.start <= _group_offset(metadata) and (block.end is None or _group_offset(metadata) < block.end):
-                position = row
-                for batch in file.iter_batches(1024, row_groups=[group]):
-                    for value in batch.to_pylist():
-                        yield from _row(f"{name}:{position}", value, source, text_field)
-                        position += 1
-            row += metadata.num_rows
-
-
-def datasets_outcomes(block: Block, source: str, text_field: str, split: str) -> Iterator[Outcome]:
-    """Documents of a Hugging Face dataset: `datasets:` and a folder (saved, or with data files) or a name on the hub."""
-    import datasets
-
-    place = block.path.removeprefix(_DATASETS)
-    try:
-        if Path(place, "dataset_dict.json").is_file() or Path(place, "dataset_info.json").is_file():
-            loaded: Any = datasets.load_from_disk(place)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(place, split=split, streaming=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{block.path}: cannot be loaded (extract.split={split}): {error}") from None
-    for number, value in enumerate(rows):
-        yield from _row(f"{place}:{number}", value, source, text_field)
-
-
-def _row(where: str, value: Any, source: str, text_field: str) -> Iterator[Outcome]:
-    yield Seen("row")
-    text = value.get(text_field)
-    if isinstance(text, str) and text:
-        yield _from_fields(where, value, text, source, text_field)
-    elif text_field not in value:
-        raise UserError(f"{where}: has no field {text_field!r} (extract.text_field); it has {sorted(value)}")
-    else:
-        yield Rejected(Document(where, "", source, _text_or_none(value.get("url"))), "source:empty")
-
-
-def _from_fields(where: str, value: dict[str, Any], text: str, source: str, text_field: str) -> Document:
-    meta = value["meta"] if isinstance(value.get("meta"), dict) else {}
-    others = {key: item for key, item in value.items() if key not in (text_field, "url", "meta", "id", "source")}
-    if "id" in value:
-        others["original_id"] = value["id"]
-    simple = json.loads(json.dumps({**others, **meta}, default=str))
-    return Document(where, text, source, _text_or_none(value.get("url")), simple)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, Fault]]:
-    """(offset, line) of the lines that begin in a block; of a compressed file the offset is that of the plain text."""
-    with open_lines(Path(block.path)) as file:
-        offset = _first_line(file, block.start)
-        while block.end is None or offset < block.end:
-            try:
-                line = file.readline()
-            except (EOFError, zlib.error, zstandard.ZstdError) as error:
-                kind = "truncated file" if isinstance(error, EOFError) else "damaged compressed data"
-                yield offset, Fault(kind, f"{name}: offset {offset}")
-                return
-            if not line:
-                return
-            yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
-            offset += len(line)
-
-
-def _first_line(file: IO[bytes], start: int) -> int:
-    """Move to the first line that begins at or after `start`."""
-    if start == 0:
-        return 0
-    file.seek(start - 1)
-    return start - 1 + len(file.readline())
-
-
 # ---- listing and splitting
 
 
@@ -296,7 +156,7 @@ def _is_list(path: str) -> bool:
 
 
 def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith(_DATASETS)
+    return "://" in path or path.startswith(DATASETS)
 
 
 def _read_list(path: Path, root: str, shown: str = "") -> list[str]:
@@ -315,7 +175,7 @@ def _read_list(path: Path, root: str, shown: str = "") -> list[str]:
 
 def _ranges(path: str, declared: Format, block_bytes: int) -> list[tuple[int, int | None]]:
     kind = format_of(path, declared)
-    if not path.startswith(_DATASETS) and (ending := Path(path).suffix.lower()) in _UNREAD.get(kind, ()):
+    if not path.startswith(DATASETS) and (ending := Path(path).suffix.lower()) in FORMATS[kind].unread:
         raise UserError(f"{path}: {kind} is not read from {ending} files: decompress it first")
     if _is_remote(path):
         _check_protocol(path)
@@ -328,11 +188,15 @@ def _ranges(path: str, declared: Format, block_bytes: int) -> list[tuple[int, in
             return split_gzip(local, block_bytes)
         case "wikipedia":
             return split_dump(local, block_bytes)
-        case "jsonl" if local.suffix not in (".gz", ".zst"):
-            return _even_ranges(local.stat().st_size, block_bytes)
+        case "jsonl":
+            whole = local.suffix.lower() in COMPRESSIONS
+            return [(0, None)] if whole else _even_ranges(local.stat().st_size, block_bytes)
         case "parquet":
             return _even_ranges(local.stat().st_size, block_bytes)
-    return [(0, None)]
+        case "text" | "datasets":
+            return [(0, None)]
+        case _:
+            assert_never(kind)
 
 
 def _check_protocol(path: str) -> None:
@@ -350,8 +214,3 @@ def _check_protocol(path: str) -> None:
 def _even_ranges(size: int, block_bytes: int) -> list[tuple[int, int | None]]:
     starts = list(range(0, max(size, 1), block_bytes))
     return [(start, start + block_bytes if start != starts[-1] else None) for start in starts]
-
-
-def _group_offset(metadata: Any) -> int:
-    column = metadata.column(0)
-    return column.dictionary_page_offset or column.data_page_offset

@@ -1,0 +1,166 @@
+"""Readers of files that hold text already: jsonl, text, Parquet, Hugging Face datasets."""
+
+import codecs
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+import orjson
+import zstandard
+
+from megagpt.config import UserError
+from megagpt.corpus.readers.http import decode_text
+from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.documents import Document, Rejected, open_lines
+
+TextUnit: TypeAlias = Literal["file", "paragraph", "line"]
+DATASETS = "datasets:"
+"""What an input's name begins with that is a data set and no file."""
+
+
+def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outcome]:
+    """Documents of a .jsonl file (plain, gz, zst): the text in `text_field`, url if there is one, other fields under meta."""
+    name = Path(block.path).name
+    for offset, line in _lines(block, name):
+        if isinstance(line, Fault):
+            yield line
+            continue
+        if not line.strip():
+            continue
+        yield Seen("line")
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            yield Fault("line that is not JSON", f"{name}: offset {offset}")
+            continue
+        text = value.get(text_field) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            yield Fault(f"line without a text in {text_field!r}", f"{name}: offset {offset}")
+            continue
+        yield _from_fields(f"{name}:{offset}", value, text, source, text_field)
+
+
+def text_outcomes(block: Block, source: str, unit: TextUnit) -> Iterator[Outcome]:
+    """Documents of a text file: the file, or its paragraphs (between blank lines), or its lines."""
+    name = Path(block.path).name
+    pieces = [line for line in _lines(block, name) if not isinstance(line[1], Fault)]
+    yield from (line for _, line in _lines(block, name) if isinstance(line, Fault))
+    decoded = decode_text(b"".join(line for _, line in pieces if isinstance(line, bytes)), None)
+    for problem in decoded.problems:
+        yield Fault(problem, f"{name}: offset 0")
+    separators = {"file": None, "paragraph": "\n\n", "line": "\n"}
+    separator = separators[unit]
+    text = decoded.text.replace("\r\n", "\n")
+    offset = 0
+    for piece in [text] if separator is None else text.split(separator):
+        where = f"{name}:{offset}"
+        offset += len(piece.encode("utf-8", "replace")) + (len(separator) if separator else 0)
+        if piece.strip():
+            yield Seen(unit)
+            yield Document(where, piece.strip("\n"), source)
+        elif separator is None:
+            yield Seen(unit)
+            yield Rejected(Document(where, "", source), "source:empty")
+
+
+def parquet_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outcome]:
+    """Documents of the row groups of a Parquet file that begin in the block; id is the row's number."""
+    import pyarrow
+    import pyarrow.parquet
+
+    name = Path(block.path).name
+    try:
+        yield from _parquet_rows(pyarrow.parquet.ParquetFile(block.path), block, name, source, text_field)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Fault("damaged Parquet file", f"{name}: {error}")
+
+
+def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field: str) -> Iterator[Outcome]:
+    with opened as file:
+        if text_field not in file.schema_arrow.names:
+            raise UserError(
+                f"{block.path}: has no column {text_field!r} (extract.text_field); it has {file.schema_arrow.names}"
+            )
+        row = 0
+        for group in range(file.num_row_groups):
+            metadata = file.metadata.row_group(group)
+            if block.start <= _group_offset(metadata) and (block.end is None or _group_offset(metadata) < block.end):
+                position = row
+                for batch in file.iter_batches(1024, row_groups=[group]):
+                    for value in batch.to_pylist():
+                        yield from _row(f"{name}:{position}", value, source, text_field)
+                        position += 1
+            row += metadata.num_rows
+
+
+def datasets_outcomes(block: Block, source: str, text_field: str, split: str) -> Iterator[Outcome]:
+    """Documents of a Hugging Face dataset: `datasets:` and a folder (saved, or with data files) or a name on the hub."""
+    import datasets
+
+    place = block.path.removeprefix(DATASETS)
+    try:
+        if Path(place, "dataset_dict.json").is_file() or Path(place, "dataset_info.json").is_file():
+            loaded: Any = datasets.load_from_disk(place)
+            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            rows = datasets.load_dataset(place, split=split, streaming=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{block.path}: cannot be loaded (extract.split={split}): {error}") from None
+    for number, value in enumerate(rows):
+        yield from _row(f"{place}:{number}", value, source, text_field)
+
+
+def _row(where: str, value: Any, source: str, text_field: str) -> Iterator[Outcome]:
+    yield Seen("row")
+    text = value.get(text_field)
+    if isinstance(text, str) and text:
+        yield _from_fields(where, value, text, source, text_field)
+    elif text_field not in value:
+        raise UserError(f"{where}: has no field {text_field!r} (extract.text_field); it has {sorted(value)}")
+    else:
+        yield Rejected(Document(where, "", source, _text_or_none(value.get("url"))), "source:empty")
+
+
+def _from_fields(where: str, value: dict[str, Any], text: str, source: str, text_field: str) -> Document:
+    meta = value["meta"] if isinstance(value.get("meta"), dict) else {}
+    others = {key: item for key, item in value.items() if key not in (text_field, "url", "meta", "id", "source")}
+    if "id" in value:
+        others["original_id"] = value["id"]
+    simple = json.loads(json.dumps({**others, **meta}, default=str))
+    return Document(where, text, source, _text_or_none(value.get("url")), simple)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, Fault]]:
+    """(offset, line) of the lines that begin in a block; of a compressed file the offset is that of the plain text."""
+    with open_lines(Path(block.path)) as file:
+        offset = _first_line(file, block.start)
+        while block.end is None or offset < block.end:
+            try:
+                line = file.readline()
+            except (EOFError, zlib.error, zstandard.ZstdError) as error:
+                kind = "truncated file" if isinstance(error, EOFError) else "damaged compressed data"
+                yield offset, Fault(kind, f"{name}: offset {offset}")
+                return
+            if not line:
+                return
+            yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+            offset += len(line)
+
+
+def _first_line(file: IO[bytes], start: int) -> int:
+    """Move to the first line that begins at or after `start`."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+def _group_offset(metadata: Any) -> int:
+    column = metadata.column(0)
+    return column.dictionary_page_offset or column.data_page_offset
