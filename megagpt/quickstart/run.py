@@ -26,7 +26,7 @@ from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.quickstart.dumps import DemoConfig, Planted, build_demo_dumps
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"
 TRAIN_RECIPE = "configs/train/debug_cpu.yaml"
 STAGES = ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents")

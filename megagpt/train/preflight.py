@@ -174,7 +174,7 @@ def record_start(config: TrainConfig, data: Data, world: World, incarnation: int
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with `+changes` if the working tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
