@@ -1,0 +1,70 @@
+"""The structure of the library in figures: modules per folder, imports between folders, cycles, and the reach of imports.
+
+python tests/support/structure.py [PROJECT]     of this checkout, or of another one
+"""
+
+import ast
+import sys
+from collections import Counter
+from pathlib import Path
+
+
+def modules_of(project: Path) -> dict[str, Path]:
+    """Dotted names below megagpt, and `tools.x`, with their files."""
+    found = {}
+    for path in sorted([*(project / "megagpt").rglob("*.py"), *(project / "tools").glob("*.py")]):
+        parts = list(path.relative_to(project).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path, modules: dict[str, Path], *, at_import: bool) -> set[str]:
+    """The modules that a file imports; with `at_import` only those that are imported with it, not by a call later."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else str(node.module) for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        guarded = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not guarded and not (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            waiting += ast.iter_child_nodes(node)
+    return found & modules.keys()
+
+
+def reach(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """Everything below megagpt that importing `start` imports."""
+    seen, waiting = set(), [start]
+    while waiting:
+        new = graph[waiting.pop()] - seen
+        seen |= new
+        waiting += new
+    return seen - {start}
+
+
+def folder_of(name: str, modules: dict[str, Path]) -> str:
+    """The package of a module; the ground's modules stand for themselves together as `megagpt`."""
+    return name if modules[name].name == "__init__.py" else name.rpartition(".")[0]
+
+
+def main(project: Path) -> None:
+    """Print the figures."""
+    modules = modules_of(project)
+    graph = {name: imports_of(path, modules, at_import=True) for name, path in modules.items()}
+    folders = Counter(folder_of(name, modules) for name, path in modules.items() if path.name != "__init__.py")
+    print("modules per folder: " + ", ".join(f"{name} {count}" for name, count in sorted(folders.items())))
+    edges = {(folder_of(a, modules), folder_of(b, modules)) for a in modules for b in graph[a]}
+    print(f"imports between folders: {sum(a != b for a, b in edges)} pairs of folders")
+    cycles = [name for name in modules if name in {x for t in graph[name] for x in ({t} | reach(t, graph))}]
+    print(f"modules in an import cycle: {', '.join(cycles) or 'none'}")
+    for tool in ("train_model", "extract_documents", "filter_documents", "report_run"):
+        reached = reach(f"tools.{tool}", graph)
+        lines = sum(len(modules[name].read_text(encoding="utf-8").splitlines()) for name in reached)
+        print(f"tools/{tool}.py imports {sum(modules[n].name != '__init__.py' for n in reached)} modules, {lines:,} lines")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[2])
