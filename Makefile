@@ -36,12 +36,12 @@ format: $(VENV)/.installed ## Rewrite the sources in the project's format, and f
 	$(BIN)/ruff check --fix .
 
 bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against peers (environments are made first), under 30 minutes; docs/benchmarks.md
-	$(BIN)/python bench/training.py cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
-	$(BIN)/python bench/training_life.py repetitions=1
-	$(BIN)/python bench/generation.py repetitions=1
-	$(BIN)/python bench/scale.py parts=loader,ranks,checkpoint most=200000000
-	$(BIN)/python bench/pack.py
-	$(BIN)/python bench/document.py
+	$(BIN)/python -m bench.training.compare cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
+	$(BIN)/python -m bench.training.life repetitions=1
+	$(BIN)/python -m bench.generation.compare repetitions=1
+	$(BIN)/python -m bench.scale parts=loader,ranks,checkpoint most=200000000
+	$(BIN)/python -m bench.data.packing
+	$(BIN)/python -m bench.document
 
 clean: ## Remove what tests and tools leave in the working tree (not .venv, not runs)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist

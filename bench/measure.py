@@ -5,7 +5,6 @@ Times on shared cores mean nothing by themselves: compare only what ran in one `
 
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -14,15 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import IO, Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-RESULTS = PROJECT / "bench" / "results"
+from megagpt.measurement import PROJECT
+
 ENVIRONMENTS = PROJECT / "runs" / "bench" / "environments"
 """One virtual environment per peer (their pins exclude each other); ignored by git."""
 
@@ -103,11 +99,6 @@ def run_once(command: Sequence[str], *, environment: Mapping[str, str] | None = 
     return Run(wall_s, used["cpu_s"], int(found.get("peak_rss_bytes", used["peak_rss_bytes"])), found)
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of a few measurements with the smallest and the largest."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
 def peer_python(name: str, requirements: Sequence[str]) -> Path:
     """The Python of the peer's own environment, made on first use (needs a package index)."""
     folder = ENVIRONMENTS / name
@@ -126,53 +117,6 @@ def peer_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
     return json.loads(subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout)
 
 
-def write_results(
-    name: str, results: Mapping[str, Any], *, packages: Sequence[str] = (), peers: Mapping[str, str] | None = None
-) -> Path:
-    """Write bench/results/<name>.json: the results with date, machine, versions, commit and the command that made them.
-
-    bench/document.py makes docs/benchmarks.md of these files. It shows, of `results`:
-        title: heading of the section.   about: a paragraph: what is compared, on which data, what is good.
-        rows: a table: flat objects with the same keys; a key is words, the unit last: `save_blocked_s`, `ratio_to_peer`.
-        tables: further tables, a list of {"title", "about", "rows", "plot"}.
-        plot: {"x": key, "y": key, "by": key of the lines' names or null, "log": bool} draws the rows of its table.
-        lost: a paragraph on each number that a peer wins, with the reason; "" = none is lost.
-    Other keys (raw runs) stay in the file for those who look. Values: str, number, bool, null or spread().
-    """
-    document = {
-        "name": name,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *_relative(sys.argv)]),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": {package: version(package) for package in packages},
-        "peers": dict(peers or {}),
-        "results": results,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1, default=_jsonable) + "\n", encoding="utf-8")
-    print(f"results in {path.relative_to(PROJECT)}", flush=True)
-    return path
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on; no name of it."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    memory_kib = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory_kib / 2**20, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "load_1m": os.getloadavg()[0],
-    }
-
-
 def _text_file() -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8")
 
@@ -184,31 +128,3 @@ def _last_object(output: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _jsonable(value: Any) -> Any:
-    return asdict(value) if isinstance(value, Run) else str(value)
-
-
-def _relative(words: Sequence[str]) -> list[str]:
-    """Command words without this machine's folders: paths of the project are shortened, others become FOLDER."""
-    result = []
-    for word in words:
-        key, equals, value = word.rpartition("=")
-        path = Path(value).resolve()
-        if path.exists() and path.is_relative_to(PROJECT):
-            value = str(path.relative_to(PROJECT))
-        elif value.startswith(("/", "../")):
-            value = "FOLDER"
-        result.append(f"{key}{equals}{value}")
-    return result
-
-
-def commit() -> str:
-    """The commit that is checked out; empty outside a clone."""
-    words = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []

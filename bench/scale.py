@@ -1,8 +1,8 @@
 """How cost grows with size: loader start-up, deduplication, checkpoints, and what every rank does before and in a step.
 
-    python bench/scale.py                                   every part, about half an hour, 20 GiB of memory, 20 GB of disk
-    python bench/scale.py parts=loader,ranks,checkpoint most=200000000     sizes up to that: loader and checkpoint shorter
-    python bench/scale.py short=true                        the smallest two sizes of each part
+    python -m bench.scale                                   every part, about half an hour, 20 GiB of memory, 20 GB of disk
+    python -m bench.scale parts=loader,ranks,checkpoint most=200000000     sizes up to that: loader and checkpoint shorter
+    python -m bench.scale short=true                        the smallest two sizes of each part
 
 loader: a corpus of 10^6 to 10^9 documents (500 tokens each, in shards of 10^6; the files are sparse, as long as real ones) is
 opened by open_data and its first step read. dedup: exact and near duplicates over 10^5 and more documents of 60 words drawn
@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import commit, run_once, write_results
-from training import earlier_tables
-from training_clock import peak_resident_bytes
+
+from bench.measure import run_once
+from bench.training.clock import peak_resident_bytes
+from bench.training.compare import earlier_tables
+from megagpt.measurement import commit, write_results
 
 DOCUMENT_TOKENS = 500
 SHARD_DOCUMENTS = 1_000_000
@@ -68,18 +70,18 @@ def main(words: Sequence[str]) -> None:
     for part in parts:
         rows = []
         for size in [size for size in SIZES[part] if size <= most][: 2 if short else None]:
-            run = run_once([sys.executable, __file__, f"child={part}", f"size={size}"], environment={"OMP_NUM_THREADS": "1"})
+            run = run_once(
+                [sys.executable, "-m", "bench.scale", f"child={part}", f"size={size}"], environment={"OMP_NUM_THREADS": "1"}
+            )
             rows.append({UNITS[part]: size, **run.output, "measured": measured})
             print(part, json.dumps(rows[-1]), flush=True)
         earlier = {} if short else earlier_tables("scale")
         rows = with_earlier(rows, earlier[part]["rows"] if part in earlier else [], UNITS[part])
-        timed = next(name for name in rows[0] if name.endswith("cpu_s"))
-        plot = {"x": UNITS[part], "y": timed, "by": None, "log": True}
         limit = f" most={most}" if "most" in options and most < max(SIZES[part]) else ""
-        about = f"Measured by `python bench/scale.py parts={part}{limit}`."
+        about = f"Measured by `python -m bench.scale parts={part}{limit}`."
         tables = earlier
         tables[part] = {
-            "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]), "plot": plot,
+            "key": part, "title": TITLES[part], "about": about, "rows": with_slopes(rows, UNITS[part]),
         }  # fmt: skip
         if not short:
             write_tables([tables[part] for part in SIZES if part in tables])

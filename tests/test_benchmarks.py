@@ -1,4 +1,4 @@
-"""docs/benchmarks.md is what the results give, its tables say what the numbers are, and bench/gpu.py runs without a GPU."""
+"""docs/benchmarks.md is what the results give, its tables say what the numbers are, and bench/gpu/run.py runs without a GPU."""
 
 import importlib.util
 import json
@@ -20,14 +20,13 @@ def run(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_page_is_what_the_results_give() -> None:
-    done = run("bench/document.py", "check=true")
+    done = run("-m", "bench.document", "check=true")
     assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.fixture
-def document(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import document
+def document():
+    from bench import document
 
     return document
 
@@ -52,12 +51,11 @@ def test_every_result_says_when_where_and_how_it_was_measured() -> None:
     for path in (BENCH / "results").glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         assert {"name", "date", "command", "machine", "versions", "results"} <= result.keys(), path
-        assert result["command"].startswith("python bench/"), path
+        assert result["command"].startswith(("python bench/", "python -m bench.", "python tests/soak/")), path
 
 
-def test_slopes_are_those_of_one_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import scale
+def test_slopes_are_those_of_one_call_only() -> None:
+    from bench import scale
 
     earlier = [
         {"documents": 10, "open_cpu_s": 9.0, "open_slope": None},
@@ -77,9 +75,8 @@ def test_slopes_are_those_of_one_call_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert scale.with_slopes(scale.with_earlier(now, older, "documents"), "documents")[2]["open_slope"] is None
 
 
-def test_what_grows_faster_than_linearly_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import scale
+def test_what_grows_faster_than_linearly_is_said() -> None:
+    from bench import scale
 
     rows = [
         {"documents": 10, "sort_cpu_s": 90.0, "measured": "before"},  # of another call: in no slope
@@ -94,9 +91,8 @@ def test_what_grows_faster_than_linearly_is_said(monkeypatch: pytest.MonkeyPatch
     assert scale.explanation([flat]) == ""
 
 
-def test_what_a_peer_or_the_bare_loop_wins_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import training
+def test_what_a_peer_or_the_bare_loop_wins_is_said() -> None:
+    from bench.training import compare as training
 
     ratios = {"bare torch loop": 1.0, "megagpt, fsdp": 0.9, "megagpt, deepspeed ZeRO-1": 1.2, "Lightning": 1.1, "litgpt": 1.3}
     rows = [{"contender": name, "ratio_to_bare_loop": {"median": ratio}} for name, ratio in ratios.items()]
@@ -104,9 +100,8 @@ def test_what_a_peer_or_the_bare_loop_wins_is_said(monkeypatch: pytest.MonkeyPat
     assert training.losses_explained(rows) == said
 
 
-def test_programs_take_turns_and_one_that_fails_costs_only_its_own_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    from training_turns import Contender, run_turn_about
+def test_programs_take_turns_and_one_that_fails_costs_only_its_own_row(tmp_path: Path) -> None:
+    from bench.training.turns import Contender, run_turn_about
 
     ready = "import json, os; open(os.environ['BENCH_READY'], 'w').write(json.dumps({'cpu_s': 0.5, 'at': 0.0}));"
     good = ready + "open(os.environ['BENCH_OUT'], 'w').write(json.dumps({'step_ends_cpu_s': [1.0, 1.5, 2.5]}))"
@@ -120,10 +115,9 @@ def test_programs_take_turns_and_one_that_fails_costs_only_its_own_row(monkeypat
     assert "no such thing" in failures["bad"]
 
 
-def test_a_command_is_charged_with_its_own_memory_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_is_charged_with_its_own_memory_and_time() -> None:
     """A parent of 300 MB must not be seen in its child's peak."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    from measure import run_once
+    from bench.measure import run_once
 
     ours = bytearray(b"x") * 300_000_000
     small = run_once([sys.executable, "-c", "print('{\"found\": 1}')"])
@@ -141,7 +135,7 @@ GPU_PHASES = ("check", "matmul", "trace_124m", "fp8", "generation")
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
-    done = run("bench/gpu.py", f"out={tmp_path}", "dry=true", f"phases={','.join(GPU_PHASES)}", "only=fsdp,fsdp_rowwise")
+    done = run("-m", "bench.gpu.run", f"out={tmp_path}", "dry=true", f"phases={','.join(GPU_PHASES)}", "only=fsdp,fsdp_rowwise")
     assert done.returncode == 0, done.stderr
     check, _, traced, fp8, generation = (json.loads((tmp_path / f"{phase}.json").read_text()) for phase in GPU_PHASES)
     assert check["not_run"] == {}
@@ -157,6 +151,6 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> Non
         assert [row["share_of_equal_ids"] > 0.5 for row in generation["rows"]] == [True], generation
     else:
         assert generation["not_run"] == {"transformers": "not installed: transformers, accelerate"}
-    refused = run("bench/gpu.py", f"collect={tmp_path}")
+    refused = run("-m", "bench.gpu.run", f"collect={tmp_path}")
     assert refused.returncode == 1
     assert "dry runs" in refused.stderr

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_matrix import matrix
 from ranks import run_ranks
+from torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
 from toy import MODEL, engines_on, make_engine
 
-from bench.checkpoint_matrix import matrix
-from bench.torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.ownership import claim_run
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions
@@ -31,7 +31,7 @@ ALONE = lone_world(torch.device("cpu"))
 
 @pytest.mark.slow
 def test_every_layout_reads_what_every_layout_wrote(tmp_path: Path) -> None:
-    """The short form of bench/checkpoint_matrix.py, which has every engine on 1 to 4 ranks, each with each."""
+    """The short form of tests/soak/checkpoint_matrix.py, which has every engine on 1 to 4 ranks, each with each."""
     layouts = {1: ["zero0", "fsdp"], 2: engines_on(2), 3: ["zero2", "zero3", "fsdp"], 4: ["zero1", "hsdp"]}
     writers, readers = matrix(tmp_path, ["adamw_untied", "muon_tied"], 3, layouts, (2,))
     assert len(writers) == (2 + 7 + 3 + 2) + (2 + 4 + 1 + 1)
@@ -137,7 +137,7 @@ def test_what_was_being_replaced_is_put_back(tmp_path: Path) -> None:
 
 
 NORM = 256
-"""Elements of param.norm.weight in bench/torn_writes.py's model."""
+"""Elements of param.norm.weight in tests/soak/torn_writes.py's model."""
 
 
 class Held:

@@ -1,6 +1,6 @@
 """Every engine, stage and rank count gives the losses of a plain torch loop, and shards what it says it shards.
 
-The short form of bench/parity.py, whose loop and cells these are.
+The short form of tests/soak/parity.py, whose loop and cells these are.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import Cell, Weights, largest_difference, plain_loop, run_cells
 from ranks import run_ranks
 from toy import (
     ADAMW,
@@ -21,7 +22,6 @@ from toy import (
     train_steps,
 )
 
-from bench.parity import Cell, Weights, largest_difference, plain_loop, run_cells
 from megagpt.config import UserError
 from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.llama2c import read_llama2c
+from bench.generation.llama2c import read_llama2c
 from megagpt.checkpoint.load_model import LoadedModel
 from megagpt.generate.sampling import (
     SamplingConfig,

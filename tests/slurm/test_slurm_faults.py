@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import chaos
 import pytest
 import torch
 from ranks import Ranks, wait_until
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
-from bench import chaos
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.files import read_json
@@ -21,7 +21,7 @@ from megagpt.report.inspect_data import check_ledger
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]
-"""The six faults of the soak's short form: bench/chaos.py has more kinds, and more of each."""
+"""The six faults of the soak's short form: tests/soak/chaos.py has more kinds, and more of each."""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

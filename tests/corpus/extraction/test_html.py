@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from selectolax.lexbor import LexborHTMLParser
 
-from bench.extraction import body_pages, score_bodies, score_segments
+from bench.data.extraction import body_pages, score_bodies, score_segments
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.extract_documents import ExtractConfig, read_outcomes
 from megagpt.corpus.extraction.html import extract_html
@@ -37,7 +37,7 @@ def paragraphs(number: int) -> str:
 
 @pytest.mark.realdata
 def test_scores_match_trafilatura(shared_data: Path) -> None:
-    """trafilatura 2.3.1 with its defaults has .961 and .951 on these pages (bench/extraction.py prints both)."""
+    """trafilatura 2.3.1 with its defaults has .961 and .951 on these pages (bench/data/extraction.py prints both)."""
     body, *_ = score_bodies(shared_data, lambda page: extract_html(page).text)
     segments, *_ = score_segments(shared_data, lambda page: extract_html(page).text)
     assert body >= 0.960
