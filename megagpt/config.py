@@ -1,8 +1,6 @@
 """Configuration: one YAML file and key=value words, checked by pydantic before any work, frozen afterwards."""
 
 import difflib
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -84,11 +82,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, defaults included; `load` reads it back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def fingerprint(config: Config) -> str:
-    """sha256 (hex) of the resolved configuration: equal for equal settings, whatever file they came from."""
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def describe(config_class: type[Config], prefix: str = "") -> list[tuple[str, str, str]]:

@@ -9,7 +9,8 @@ import pytest
 from pydantic import Field, Tag
 
 from megagpt.command import EXIT_BROKEN_PIPE, EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR, run_words
-from megagpt.config import Config, Failure, UserError, by_kind, describe, dump, fingerprint, load, validate
+from megagpt.config import Config, Failure, UserError, by_kind, describe, dump, load, validate
+from megagpt.settings_record import fingerprint
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -11,13 +11,14 @@ import torch
 from pydantic import Field, model_validator
 
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
-from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, seal, verify
+from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, verify
 from megagpt.config import Config, UserError
 from megagpt.data.state import TrainState
 from megagpt.engine.base import Partition
 from megagpt.engine.build import whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig
+from megagpt.settings_record import read_settings
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
         problems = verify(path)
         if problems:
             raise CheckpointError("; ".join(problems))
-    saved = read_json(paths[-1] / "state.json")
-    shapes = whole_shapes(ModelConfig.model_validate(saved["model"]))
+    saved = read_state(paths[-1])
+    shapes = whole_shapes(read_settings(ModelConfig, saved["model"], source=str(paths[-1] / "state.json")))
     folder = output_dir / "checkpoints" / f"step_{max(steps):08d}"
     folder.mkdir(parents=True)
     means = {f"param.{name}": _mean(paths, f"param.{name}", shape.numel()) for name, shape in shapes.items()}

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions
-from megagpt.checkpoint.save_load import list_checkpoints, step_of, verify
-from megagpt.config import UserError, validate
+from megagpt.checkpoint.save_load import list_checkpoints, read_state, step_of, verify
+from megagpt.config import UserError
 from megagpt.engine.base import Partition
 from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.settings_record import read_settings
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
@@ -48,8 +49,8 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
         if problems:
             log.warning("passed over %s", "; ".join(problems))
             continue
-        saved = read_json(path / "state.json")
-        config = validate(ModelConfig, saved["model"], source=str(path / "state.json"))
+        saved = read_state(path)
+        config = read_settings(ModelConfig, saved["model"], source=str(path / "state.json"))
         model = GPT(config)
         views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
         read_partitions(path, {key: Partition(view, 0, view.numel()) for key, view in views.items()})

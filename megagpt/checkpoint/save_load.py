@@ -176,7 +176,7 @@ def restore_exactly(path: Path, engine: Engine, world: World, *, check: Check | 
 
 
 def _load(path: Path, engine: Engine, world: World, check: Check | None, passed_over: tuple[str, ...]) -> Restored:
-    saved = read_json(path / "state.json")
+    saved = read_state(path)
     if check is not None:
         check(path, saved)
     partitions = engine.state()
@@ -218,7 +218,7 @@ def load_weights(run_dir: Path, engine: Engine, world: World, *, check: Check | 
     if path is None:
         raise UserError(f"init_from={run_dir}: there is no checkpoint in it")
     if check is not None:
-        check(path, read_json(path / "state.json"))
+        check(path, read_state(path))
     read_partitions(path, {key: partition for key, partition in engine.state().items() if key.startswith("param.")}, world)
     engine.refresh(0)
     return path
@@ -250,6 +250,14 @@ def _candidates(run_dir: Path, step: int | None) -> list[Path]:
         path for path in committed if step_of(path) > step and (saved_field(path, "config") or {}).get("resume_step") == step
     ]
     return [path for path in committed if step_of(path) == step] + newer
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises UserError that names the file if it is of a later format than this release reads."""
+    saved = read_json(path / "state.json")
+    if saved.get("format", 1) > FORMAT:
+        raise UserError(f"{path / 'state.json'}: format {saved['format']} is of a later release; this one reads up to {FORMAT}")
+    return saved
 
 
 def saved_field(path: Path, name: str) -> Any:

@@ -13,6 +13,7 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.mixture import Mixture
 from megagpt.data.permutation import mix
 from megagpt.files import sha256_file
+from megagpt.settings_record import recorded
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
@@ -95,9 +96,8 @@ class Data:
 def open_data(config: DataConfig) -> Data:
     """Open every source and check that they fit together. Raises UserError before any token is read."""
     train, validation, digest = {}, {}, hashlib.sha256()
-    settings = {**config.model_dump(mode="json", exclude={"sources"}), "stride": config.stride or config.seq_len}
-    if not config.weight_changes:
-        del settings["weight_changes"]
+    settings = {**recorded(config), "stride": config.stride or config.seq_len}
+    sources = settings.pop("sources")
     digest.update(json.dumps(settings, sort_keys=True).encode())
     geometry: dict[str, Any] = {
         "seq_len": config.seq_len, "stride": config.stride, "shuffle_block": config.shuffle_block,
@@ -107,7 +107,9 @@ def open_data(config: DataConfig) -> Data:
         if len(train[name]) == 0:
             tokens = train[name].num_tokens
             raise UserError(f"{source.path / 'train'}: {tokens} tokens, one sample needs seq_len + 1 = {config.seq_len + 1}")
-        digest.update(f"{name} {source.weight!r} {sha256_file(source.path / 'train' / 'manifest.json')}".encode())
+        later = {key: value for key, value in sources[name].items() if key not in ("path", "weight")}
+        manifest_sha256 = sha256_file(source.path / "train" / "manifest.json")
+        digest.update(f"{name} {source.weight!r} {manifest_sha256}{json.dumps(later) if later else ''}".encode())
         if (source.path / "validation").is_dir():
             dataset = TokenDataset(source.path / "validation", seed=config.seed, **geometry)
             if dataset.num_windows() > 0:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from megagpt.checkpoint.load_model import LoadedModel, load_model
-from megagpt.config import Config, UserError, validate
+from megagpt.config import Config, UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.world import lone_world, pick_device
@@ -18,6 +18,7 @@ from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
 from megagpt.evaluate.loss import Score, combine, evaluate_sources
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.files import write_json
+from megagpt.settings_record import read_settings
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     questions = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}
     device = pick_device(config.device)
     loaded = load_model(config.run_dir, config.step, device=str(device))
-    data_config = validate(DataConfig, loaded.run_config["data"], source=f"{loaded.path}/state.json")
+    data_config = read_settings(DataConfig, loaded.run_config["data"], source=f"{loaded.path}/state.json")
     datasets = _datasets(config, loaded, data_config)
     sources = evaluate_sources(
         loaded.model,

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from megagpt.config import Config, UserError, read_yaml, validate
+from megagpt.config import Config, UserError, read_yaml
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import Data, DataConfig, open_data
 from megagpt.data.sample_hash import recompute_fed_hash
@@ -25,6 +25,7 @@ from megagpt.data.state import sample_indices
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.report.provenance import explain, show_record
+from megagpt.settings_record import read_settings
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 EXCERPT_CHARACTERS = 160
@@ -308,7 +309,7 @@ def _open_run(run_dir: Path) -> tuple[Data, list[Entry]]:
     entries = read_ledger(run_dir)
     if not entries:
         raise UserError(f"{run_dir}: no ledger, or an empty one: the run has made no step")
-    return open_data(validate(DataConfig, settings["data"], source=str(run_dir / "config.yaml"))), entries
+    return open_data(read_settings(DataConfig, settings["data"], source=str(run_dir / "config.yaml"))), entries
 
 
 def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:

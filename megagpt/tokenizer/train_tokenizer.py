@@ -5,16 +5,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 from pydantic import Field
 
-from megagpt.config import Config, UserError, fingerprint
+from megagpt.config import Config, UserError
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json, remove_leftovers, sha256_file, write_json
+from megagpt.settings_record import MadeWith, fingerprint
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.sentencepiece import train_sentencepiece
+
+FORMAT = 1
+"""Of the stage; it grows when the same settings give another tokenizer, or files of another form."""
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,9 @@ class TokenizerSummary:
     """File -> documents in the sample."""
     config_sha256: str
     sample_sha256: str
+    format: int = 1
+    settings: dict[str, Any] | None = None
+    """Those that config_sha256 was taken of; None: made before they were kept."""
 
 
 def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerConfig) -> TokenizerSummary:
@@ -73,14 +80,16 @@ def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerC
     digest = xxhash.xxh3_128()
     for document in documents:
         digest.update(f"{document.id}\x00{document.text}\x00".encode())
-    settings = fingerprint(config.model_copy(update={"inputs": ()}))
+    settings = config.model_copy(update={"inputs": ()})
+    made_with = MadeWith(fingerprint(settings), "tokenizer", settings, format=FORMAT)
     path = output_dir / "summary.json"
     if path.is_file() and (output_dir / "tokenizer.model").is_file():
         found = TokenizerSummary(**read_json(path))
-        same = (found.config_sha256, found.sample_sha256) == (settings, digest.hexdigest())
+        same = (found.config_sha256, found.sample_sha256) == (made_with.config_hash, digest.hexdigest())
         if same and found.sha256 == sha256_file(output_dir / "tokenizer.model"):
             log.info("%s: complete", output_dir)
             return found
+        log.info("%s: the tokenizer was made with %s: it is trained again", output_dir, made_with.other(asdict(found)))
     path.unlink(missing_ok=True)
     tokenizer = train_sentencepiece(
         (document.text for i, document in enumerate(documents) if i % HELD_OUT or len(documents) < HELD_OUT),
@@ -98,8 +107,10 @@ def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerC
         characters=sum(len(document.text) for document in documents),
         bytes_per_token=round(bytes_per_token(tokenizer, held_out), 4),
         inputs=files,
-        config_sha256=settings,
+        config_sha256=made_with.config_hash,
         sample_sha256=digest.hexdigest(),
+        format=FORMAT,
+        settings=settings.model_dump(mode="json"),
     )
     write_json(path, asdict(summary))
     return summary

@@ -24,6 +24,7 @@ from megagpt.files import write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import check_wandb
+from megagpt.settings_record import difference, filled, read_settings
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.train import cross_checks
 from megagpt.train.config import TrainConfig
@@ -94,15 +95,15 @@ def packing_warning(dataset: Dataset) -> str | None:
 
 def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:
     """Raise UserError if a checkpoint belongs to another model, data or seed; log every other setting that differs."""
-    before, now = saved["config"], config.model_dump(mode="json")
+    before, now = filled(TrainConfig, saved["config"]), config.model_dump(mode="json")
     differences = {
-        "model": _difference(before["model"], now["model"]),
-        "seed": _difference(before["seed"], now["seed"]),
-        "optim.kind": _difference(before["optim"]["kind"], now["optim"]["kind"]),
-        "data": "" if saved["data_fingerprint"] == data.fingerprint else _difference(before["data"], now["data"]) or "shards",
+        "model": difference(before["model"], now["model"]),
+        "seed": difference(before["seed"], now["seed"]),
+        "optim.kind": difference(before["optim"]["kind"], now["optim"]["kind"]),
+        "data": "" if saved["data_fingerprint"] == data.fingerprint else difference(before["data"], now["data"]) or "shards",
     }
     if config.determinism == "canonical":  # another size is another order of sums
-        differences["micro_batch_size"] = _difference(before["micro_batch_size"], now["micro_batch_size"])
+        differences["micro_batch_size"] = difference(before["micro_batch_size"], now["micro_batch_size"])
     refused = [f"{name} ({text})" for name, text in differences.items() if text and name not in config.allow_change]
     if refused:
         raise UserError(
@@ -110,7 +111,7 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
             f"allow_change=[{', '.join(name for name, text in differences.items() if text)}]"
         )
     check_weights(config, saved, where)
-    changed = _difference(before, now)
+    changed = difference(before, now)
     if changed:
         log.info("settings changed since the checkpoint: %s", changed)
 
@@ -120,7 +121,7 @@ def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path) -> No
 
     Partitions are read by their offset in the flattened parameters: a larger matrix would fill a smaller one without an error.
     """
-    other = ModelConfig.model_validate(saved["model"])
+    other = read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
     differences = [
         f"{name}: {getattr(other, name)} -> {getattr(config.model, name)}"
         for name in ("family", "num_heads", "kv_heads")
@@ -204,11 +205,3 @@ def _check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
             f"run_dir={run_dir}: {free / 1e9:.1f} GB are free on its disk, {keep_last + 2} checkpoints (keep_last={keep_last}, "
             f"the best, and one being written) need {needed / 1e9:.1f} GB more"
         )
-
-
-def _difference(before: Any, now: Any, prefix: str = "") -> str:
-    """`name: old -> new` of everything that differs in two JSON values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        parts = [_difference(before.get(key), now.get(key), f"{prefix}.{key}".lstrip(".")) for key in sorted({**before, **now})]
-        return ", ".join(part for part in parts if part)
-    return "" if before == now else f"{prefix}: {before} -> {now}".removeprefix(": ")

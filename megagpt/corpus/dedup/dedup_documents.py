@@ -28,7 +28,7 @@ import orjson
 import zstandard
 from pydantic import Field
 
-from megagpt.config import Config, UserError, fingerprint
+from megagpt.config import Config, UserError
 from megagpt.corpus.dedup import near_duplicates
 from megagpt.corpus.dedup.index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
 from megagpt.corpus.dedup.near_duplicates import Verification
@@ -38,10 +38,14 @@ from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.runner.run_phase import Task, run_phase
-from megagpt.corpus.runner.run_stage import StageSummary, clear, run_stage
+from megagpt.corpus.runner.run_stage import StageSummary, clear, is_finished, read_summary, run_stage
 from megagpt.corpus.text.shingles import MinHashSettings, load_kernels
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
+from megagpt.settings_record import MadeWith, fingerprint
+
+FORMAT = 1
+"""Of the stage and its index; it grows when the same settings give other results, or files of another form."""
 
 log = logging.getLogger(__name__)
 
@@ -121,16 +125,15 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     input is damaged.
     """
     blocks = document_blocks(inputs)
-    shared = {**asdict(config.minhash), "drop_repeated": config.drop_repeated}
-    if config.drop_repeated is None:
-        del shared["drop_repeated"]
-    known = tuple(open_known(work_dir, shared) for work_dir in config.against)
-    settings = fingerprint(config.model_copy(update={"inputs": (), "against": (), "memory_bytes": 2 << 30}))
-    plans = [plan_hash(settings, [block]) for block in blocks]
-    names = tuple(zip((block.name for block in blocks), plans, strict=True))
-    config_hash = fingerprint(_Plan(settings=settings, blocks=names, known=tuple(corpus.plan for corpus in known)))
-    claim = _claim(output_dir / "index", config_hash, overwrite=execution.overwrite)
-    work = _Work(config, claim, folder_of(output_dir / "index", config_hash), known, tuple(blocks), execution)
+    compared = (*asdict(config.minhash), *(("drop_repeated",) if config.drop_repeated else ()))
+    known = tuple(open_known(work_dir, config, compared) for work_dir in config.against)
+    made_with = _made_with(config, blocks, known)
+    marker = output_dir / "index" / "index.json"
+    _refuse_other_work(marker, made_with, overwrite=execution.overwrite)
+    if made_with.keeps(marker, finished=is_finished(output_dir), overwrite=execution.overwrite):
+        return read_summary(output_dir)
+    claim = take(marker, made_with.config_hash, **made_with.to_json())
+    work = _Work(config, claim, folder_of(marker.parent, claim.work), known, tuple(blocks), execution)
     remove_leftovers((output_dir / "index", work.index, output_dir / "duplicates"))
     with work_of(claim):
         indexed = _find_duplicates(work)
@@ -141,7 +144,7 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     firsts = first_parts(work.part_folders()) if config.drop_repeated else [0] * len(own)
     places = {(b.path, b.index): (i, first) for b, i, first in zip(blocks, own, firsts, strict=True)}
     process = functools.partial(dedup_block, places=places, index=work.index, kind=config.drop_repeated)
-    summary = run_stage("dedup", blocks, output_dir, process, config_hash=config_hash, execution=execution)
+    summary = run_stage("dedup", blocks, output_dir, process, made_with=made_with, execution=execution)
     if summary.complete:
         write_own(work.index, {**asdict(config.minhash), "drop_repeated": config.drop_repeated}, blocks, own)
         _report(work, indexed, output_dir)
@@ -197,18 +200,27 @@ class _Plan(Config):
     known: tuple[str, ...]
 
 
-def _claim(index: Path, config_hash: str, *, overwrite: bool) -> Claim:
-    marker = index / "index.json"
-    if is_of_other_work(marker, config_hash):
-        if not overwrite:
-            raise UserError(
-                f"{index.parent}: holds the work of other settings or other inputs: "
-                "choose another output directory, or overwrite=true to replace it"
-            )
-        clear(index.parent)  # the old result must not look complete while the new one is made
-        shutil.rmtree(index, ignore_errors=True)
-        shutil.rmtree(index.parent / "duplicates", ignore_errors=True)
-    return take(marker, config_hash)
+def _made_with(config: DedupConfig, blocks: Sequence[Block], known: Sequence[KnownCorpus]) -> MadeWith:
+    settings = config.model_copy(update={"inputs": (), "against": (), "memory_bytes": 2 << 30})
+    plans = ((block.name, plan_hash(fingerprint(settings), [block])) for block in blocks)
+    plan = _Plan(settings=fingerprint(settings), blocks=tuple(plans), known=tuple(corpus.plan for corpus in known))
+    return MadeWith(fingerprint(plan), "dedup", settings, format=FORMAT)
+
+
+def _refuse_other_work(marker: Path, made_with: MadeWith, *, overwrite: bool) -> None:
+    """Raise UserError over the work of other settings or inputs; with `overwrite` remove it."""
+    index, output_dir = marker.parent, marker.parent.parent
+    is_other = is_of_other_work(marker, made_with.config_hash)
+    if is_other and not overwrite:
+        what = made_with.other(read_json(marker))
+        raise UserError(
+            f"{output_dir}: holds the work of {what}: choose another output directory, or overwrite=true to replace it"
+        )
+    if not is_other and (not overwrite or made_with.fits(marker, finished=is_finished(output_dir))):
+        return
+    clear(output_dir)  # the old result must not look complete while the new one is made
+    shutil.rmtree(index, ignore_errors=True)
+    shutil.rmtree(output_dir / "duplicates", ignore_errors=True)
 
 
 def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:

@@ -4,18 +4,20 @@ Of an old corpus only what it kept is of interest. Its index is copied without t
 block are those of one frame of its output, where their texts are read again if a new document comes near to them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megagpt.config import UserError
+from megagpt.config import Config, UserError
 from megagpt.corpus.dedup.index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.ownership import folder_of
 from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.files import read_json, write_json
+from megagpt.settings_record import filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,18 @@ def write_own(index: Path, settings: dict[str, Any], blocks: list[Block], own: l
     write_json(index / "own.json", {"settings": settings, "blocks": places})
 
 
-def open_known(work_dir: Path, settings: dict[str, Any]) -> KnownCorpus:
-    """A finished deduplication below `work_dir`. Raises UserError if there is none, or its `settings` of the index differ."""
+def open_known(work_dir: Path, config: Config, compared: Sequence[str]) -> KnownCorpus:
+    """A finished deduplication below `work_dir`. Raises UserError if there is none, or `compared` settings differ."""
     output_dir = work_dir / "dedup"
     stage_outputs(output_dir)
     plan = read_json(output_dir / "index" / "index.json")["work"]
     index = folder_of(output_dir / "index", plan)
     own = read_json(index / "own.json")
-    for name, value in settings.items():
-        if own["settings"][name] != value:
+    before = filled(type(config), own["settings"])
+    for name in compared:
+        if before[name] != getattr(config, name):
             raise UserError(
-                f"dedup.against: {work_dir} was deduplicated with {name}={own['settings'][name]}, here it is {value}: "
+                f"dedup.against: {work_dir} was deduplicated with {name}={before[name]}, here it is {getattr(config, name)}: "
                 "documents can be compared only if both are equal"
             )
     frames = {name: read_json(output_dir / f"{name}.done.json")["frames"] for name, _, _ in own["blocks"]}

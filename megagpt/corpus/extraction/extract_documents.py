@@ -8,7 +8,7 @@ from typing import Literal, assert_never
 
 from pydantic import Field
 
-from megagpt.config import Config, fingerprint
+from megagpt.config import Config
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.html import main_text, parse_page, prose
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
@@ -21,9 +21,13 @@ from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.corpus.text.fasttext_models import bundled_language_model, load_language_model
 from megagpt.documents import Document, JsonValue, Rejected
+from megagpt.settings_record import MadeWith, fingerprint
 
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
 MAX_UNREADABLE = 0.05
+
+FORMAT = 1
+"""Of the stage; it grows when the same settings give other results, or files of another form."""
 
 
 class ExtractConfig(Config):
@@ -59,7 +63,8 @@ def extract_documents(config: ExtractConfig, output_dir: Path, execution: Execut
     blocks = input_blocks(list_inputs(config.inputs, config.inputs_root), config.format, execution.block_bytes)
     settings = config.model_copy(update={"inputs": (), "inputs_root": ""})
     process = functools.partial(read_outcomes, config=config)
-    return run_stage("extract", blocks, output_dir, process, config_hash=fingerprint(settings), execution=execution)
+    made_with = MadeWith(fingerprint(settings), "extract", settings, format=FORMAT)
+    return run_stage("extract", blocks, output_dir, process, made_with=made_with, execution=execution)
 
 
 def read_outcomes(block: Block, *, config: ExtractConfig) -> Iterator[Outcome]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.config import Config, fingerprint
+from megagpt.config import Config
 from megagpt.corpus.filters.classifier import ClassifierConfig, score_of
 from megagpt.corpus.filters.language import LanguageConfig
 from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters, build_filters, rules_passed
@@ -19,6 +19,10 @@ from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.corpus.text.fasttext_models import load_classifier
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json, sha256_file, write_json
+from megagpt.settings_record import MadeWith, fingerprint, first_defaults, hash_of, recorded
+
+FORMAT = 1
+"""Of the stage; it grows when the same settings give other results, or files of another form."""
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +56,12 @@ def filter_documents(
         if names:
             log.info("language %s passes the rules it has no word lists or no spaces for: %s", code, ", ".join(names))
     process = functools.partial(filter_block, config=config)
-    return run_stage("filter", blocks, output_dir, process, config_hash=config_hash(config), execution=execution)
+    return run_stage("filter", blocks, output_dir, process, made_with=made_with(config), execution=execution)
 
 
 def _find_min_score(config: FilterConfig, blocks: Sequence[Block], output_dir: Path, execution: Execution) -> float | None:
     """The score of `top_fraction`, from all documents that reach the classifier; None while other parts score theirs."""
-    settings = config_hash(config)
+    settings = made_with(config).config_hash
     plan = fingerprint(_ScorePlan(blocks=tuple(plan_hash(settings, [block]) for block in blocks)))
     answer, folder = output_dir / "min_score.json", output_dir / f".scores-{plan[:16]}"
     if answer.is_file() and (found := read_json(answer))["plan"] == plan:
@@ -107,11 +111,16 @@ def describe(summary: StageSummary | None, output_dir: Path) -> str:
     return "\n".join(lines + [f"  {count:>10,}  {reason}" for reason, count in ranked])
 
 
-def config_hash(config: FilterConfig) -> str:
-    """Fingerprint of what decides the result: the settings of the filters that run, not of the others."""
+def made_with(config: FilterConfig) -> MadeWith:
+    """What decides the result: the settings of the filters that run, not of the others, and the files that they name."""
     unused = {name: type(getattr(config, name))() for name in FILTERS if name not in config.order}
     used = config.model_copy(update={**unused, "inputs": ()})
-    return fingerprint(_Settings(settings=fingerprint(used), files=tuple(map(sha256_file, sorted(_files(used.model_dump()))))))
+    # An unused section counts as it did in the first release, whatever its fields and defaults are today.
+    first = {name: first_defaults(type(section)) for name, section in unused.items()}
+    settings = {name: first.get(name, value) for name, value in recorded(used).items() if first.get(name, True)}
+    contents = {str(path): sha256_file(path) for path in sorted(_files(used.model_dump()))}
+    config_hash = fingerprint(_Settings(settings=hash_of(settings), files=tuple(contents.values())))
+    return MadeWith(config_hash, "filter", used, contents, FORMAT)
 
 
 class _Settings(Config):

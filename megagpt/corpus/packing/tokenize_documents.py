@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megagpt.config import UserError, fingerprint
+from megagpt.config import UserError
 from megagpt.corpus.packing.best_fit import best_fit_order
 from megagpt.corpus.packing.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
@@ -40,9 +40,13 @@ from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
 from megagpt.files import atomic_path, read_json, write_json
+from megagpt.settings_record import MadeWith, fingerprint
 from megagpt.tokenizer.base import Tokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
+
+FORMAT = 1
+"""Of the stage; it grows when the same settings give other shards, or files of another form."""
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +82,10 @@ def pack_documents(
             )
     if not blocks:
         raise UserError(f"{output_dir}: no input documents")
-    claim = _claim(output_dir, _plan(blocks, tokenizer, config), overwrite=execution.overwrite)
+    made_with = MadeWith(
+        _plan(blocks, tokenizer, config), "tokenize", _shaping(config), {"tokenizer": tokenizer.fingerprint}, FORMAT
+    )
+    claim = _claim(output_dir, made_with, overwrite=execution.overwrite)
     if (output_dir / "summary.json").is_file():
         log.info("%s: complete", output_dir)
         _sweep(output_dir)
@@ -116,20 +123,23 @@ def _plan(blocks: Sequence[Block], tokenizer: Tokenizer, config: TokenizeConfig)
     for block in blocks:
         files.setdefault(block.path, []).append(block)
     content = [plan_hash("", group) for group in files.values()]
-    return hashlib.sha256(json.dumps([_settings_hash(config), tokenizer.fingerprint, content]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([fingerprint(_shaping(config)), tokenizer.fingerprint, content]).encode()).hexdigest()
 
 
-def _settings_hash(config: TokenizeConfig) -> str:
-    """Of the settings that shape the shards: not where inputs and tokenizer lie (their contents are hashed apart)."""
-    return fingerprint(config.model_copy(update={"inputs": (), "tokenizer": None, "encoder": "tiktoken"}))
+def _shaping(config: TokenizeConfig) -> TokenizeConfig:
+    """The settings that shape the shards: not where inputs and tokenizer lie (their contents are hashed apart)."""
+    return config.model_copy(update={"inputs": (), "tokenizer": None, "encoder": "tiktoken"})
 
 
-def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> Claim:
+def _claim(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Claim:
     marker = output_dir / "stage.json"
-    if is_of_other_work(marker, plan):
-        if not overwrite:
-            what = "holds shards made from other documents, with another tokenizer or other settings"
-            raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace them")
+    finished, is_other = (output_dir / "summary.json").is_file(), is_of_other_work(marker, made_with.config_hash)
+    if is_other and not overwrite:
+        what = f"holds shards made with {made_with.other(read_json(marker))}"
+        raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace them")
+    if not is_other and made_with.keeps(marker, finished=finished, overwrite=overwrite):
+        return Claim(marker, made_with.config_hash)
+    if is_other or not made_with.fits(marker, finished=finished):
         (output_dir / "summary.json").unlink(missing_ok=True)
         for manifest in [*output_dir.glob("*/manifest.json"), *output_dir.glob("*/*/manifest.json")]:
             manifest.unlink()
@@ -137,7 +147,7 @@ def _claim(output_dir: Path, plan: str, *, overwrite: bool) -> Claim:
             shutil.rmtree(index.parent, ignore_errors=True)  # also those of a run that ended before its manifests
         shutil.rmtree(output_dir / ".segments", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
-    return take(marker, plan, stage="shards")
+    return take(marker, made_with.config_hash, stage="shards", **made_with.to_json())
 
 
 # ---- merge into shards
@@ -259,6 +269,7 @@ def _finish(
     records: list[dict[str, Any]],
 ) -> PackSummary:
     config, dtype, splits = job.config, token_dtype(tokenizer.vocab_size).name, {}
+    settings_hash = fingerprint(_shaping(config))
     for source, folder in folders.items():
         refuse_left_over(job.claim)
         tokenizer.save(output_dir / folder / "tokenizer")
@@ -266,7 +277,7 @@ def _finish(
             infos, directory = tuple(shards[source, split]), output_dir / folder / split
             directory.mkdir(parents=True, exist_ok=True)
             manifest = Manifest(
-                split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, _settings_hash(config), infos,
+                split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, settings_hash, infos,
                 pack_seq_len=config.pack_seq_len,
             )  # fmt: skip
             write_manifest(directory, manifest)

@@ -29,6 +29,7 @@ from megagpt.corpus.runner.executors import Execution, run_tasks
 from megagpt.corpus.runner.ownership import Claim, refuse_left_over, take, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.files import read_json, remove_leftovers, write_json
+from megagpt.settings_record import MadeWith
 
 __all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
 
@@ -58,17 +59,23 @@ class StageSummary:
 
 
 def run_stage(
-    name: str, blocks: Sequence[Block], output_dir: Path, process: Process, *, config_hash: str, execution: Execution
+    name: str, blocks: Sequence[Block], output_dir: Path, process: Process, *, made_with: MadeWith, execution: Execution
 ) -> StageSummary:
     """Run `process`, a picklable pure function, over `blocks` and commit its outcomes under `output_dir`.
 
-    Raises UserError if output_dir was made with another config_hash, holds outputs of inputs no longer given, or two inputs
-    share an output name, or another start has claimed output_dir for other work meanwhile; WorkerDiedError naming the blocks in
-    flight if a worker was killed; OSError if the disk is full.
+    A finished output of an earlier format is kept as it is. Raises UserError if output_dir was made with other settings, holds
+    outputs of inputs no longer given or an unfinished output of an earlier format, or two inputs share an output name, or
+    another start has claimed output_dir for other work meanwhile; WorkerDiedError naming the blocks in flight if a worker was
+    killed; OSError if the disk is full.
     """
     files = _group_by_file(blocks)
+    config_hash = made_with.config_hash
     plans = {file: plan_hash(config_hash, file_blocks) for file, file_blocks in files.items()}
-    claim = _claim(output_dir, name, config_hash, plans, overwrite=execution.overwrite)
+    _refuse_other_work(output_dir, name, made_with, plans, overwrite=execution.overwrite)
+    finished = is_finished(output_dir) and all(is_done(output_dir, file, plan) for file, plan in plans.items())
+    if made_with.keeps(output_dir / "stage.json", finished=finished, overwrite=execution.overwrite):
+        return read_summary(output_dir)
+    claim = _claim(output_dir, name, made_with, plans)
     remove_leftovers((output_dir, output_dir / "dropped", output_dir / "rejected"))
     index, count = execution.part_of
     _drop_outdated(output_dir, plans)
@@ -134,22 +141,33 @@ def _group_by_file(blocks: Sequence[Block]) -> dict[str, list[Block]]:
     return files
 
 
-def _claim(output_dir: Path, name: str, config_hash: str, plans: dict[str, str], *, overwrite: bool) -> Claim:
+def _refuse_other_work(output_dir: Path, name: str, made_with: MadeWith, plans: dict[str, str], *, overwrite: bool) -> None:
+    """Raise UserError over results of another stage, other settings or other inputs; with `overwrite` remove them."""
     marker = output_dir / "stage.json"
-    if marker.is_file():
-        found = read_json(marker)
-        stale = [path.name for path in output_dir.glob("*.done.json") if path.name.removesuffix(".done.json") not in plans]
-        changed = (found["stage"], found["config_hash"]) != (name, config_hash)
-        if (changed or stale) and not overwrite:
-            what = f"was made by {found['stage']} with other settings" if changed else f"holds {stale[0]}, whose input is gone"
-            raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace it")
-        if changed or stale:
-            clear(output_dir)
+    if not marker.is_file():
+        return
+    found = read_json(marker)
+    stale = [path.name for path in output_dir.glob("*.done.json") if path.name.removesuffix(".done.json") not in plans]
+    changed = (found["stage"], found["config_hash"]) != (name, made_with.config_hash)
+    if (changed or stale) and not overwrite:
+        what = f"was made by {found['stage']} with {made_with.other(found)}"
+        what = what if changed else f"holds {stale[0]}, whose input is gone"
+        raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace it")
+    if changed or stale or (overwrite and not made_with.fits(marker, finished=is_finished(output_dir))):
+        clear(output_dir)
+
+
+def _claim(output_dir: Path, name: str, made_with: MadeWith, plans: dict[str, str]) -> Claim:
     output_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise UserError(f"{output_dir}: not writable")
-    work = hashlib.sha256(json.dumps([name, config_hash, sorted(plans.items())]).encode()).hexdigest()
-    return take(marker, work, stage=name, config_hash=config_hash)
+    work = hashlib.sha256(json.dumps([name, made_with.config_hash, sorted(plans.items())]).encode()).hexdigest()
+    return take(output_dir / "stage.json", work, stage=name, **made_with.to_json())
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether a stage has finished all its files here."""
+    return (output_dir / "summary.json").is_file() and read_summary(output_dir).complete
 
 
 def clear(output_dir: Path) -> None:

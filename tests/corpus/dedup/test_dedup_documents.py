@@ -506,7 +506,7 @@ def test_other_settings_are_refused_or_replace(tmp_path: Path) -> None:
     files = {"1.jsonl.zst": [a, writer.edit(a, 5)]}
     output = run(tmp_path, files)
     assert len(kept(output)) == 2
-    with pytest.raises(UserError, match="holds the work of other settings or other inputs"):
+    with pytest.raises(UserError, match=r"holds the work of other settings \(dedup.threshold: 0.8 -> 0.5\)"):
         run(tmp_path, files, threshold=0.5)
     assert len(kept(run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5))) == 1
 

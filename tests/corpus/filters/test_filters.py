@@ -14,7 +14,7 @@ from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus.filters.classifier import ClassifierConfig, classifier
-from megagpt.corpus.filters.filter_documents import config_hash, filter_documents
+from megagpt.corpus.filters.filter_documents import filter_documents, made_with
 from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters, build_filters, rules_passed
 from megagpt.corpus.filters.score_quantile import score_of_top
 from megagpt.corpus.filters.spec import Filter
@@ -342,10 +342,10 @@ def test_a_list_that_has_changed_is_another_setting(tmp_path: Path) -> None:
     path = tmp_path / "domains.txt"
     path.write_text("a.com\n")
     config = FilterConfig.model_validate({"order": ["url"], "url": {"domains": [str(path)]}})
-    before = config_hash(config)
-    assert config_hash(config) == before
+    before = made_with(config).config_hash
+    assert made_with(config).config_hash == before
     path.write_text("a.com\nb.com\n")
-    assert config_hash(config) != before
+    assert made_with(config).config_hash != before
 
 
 def test_a_mebibyte_without_a_space_is_split_in_no_time() -> None:
@@ -356,10 +356,10 @@ def test_a_mebibyte_without_a_space_is_split_in_no_time() -> None:
 
 def test_config_hash_ignores_filters_that_do_not_run() -> None:
     plain = FilterConfig(order=("c4",))
-    assert config_hash(plain) == config_hash(
-        FilterConfig.model_validate({"order": ["c4"], "fineweb": {"max_short_lines": 0.5}})
-    )
-    assert config_hash(plain) != config_hash(FilterConfig.model_validate({"order": ["c4"], "c4": {"min_sentences": 3}}))
+    other = FilterConfig.model_validate({"order": ["c4"], "fineweb": {"max_short_lines": 0.5}})
+    assert made_with(plain).config_hash == made_with(other).config_hash
+    changed = FilterConfig.model_validate({"order": ["c4"], "c4": {"min_sentences": 3}})
+    assert made_with(plain).config_hash != made_with(changed).config_hash
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -28,6 +28,7 @@ from megagpt.corpus.runner import blocks
 from megagpt.corpus.runner.executors import Execution
 from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents, write_documents
+from megagpt.settings_record import MadeWith
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.train_tokenizer import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
@@ -205,7 +206,7 @@ def test_a_start_that_was_left_over_commits_no_shard(
     output, write = tmp_path / "shards", ShardWriter.add_many
 
     def add_many(writer: ShardWriter, *arguments: Any) -> None:
-        pack._claim(output, "of other settings", overwrite=True)
+        pack._claim(output, MadeWith("of other settings"), overwrite=True)
         write(writer, *arguments)
 
     monkeypatch.setattr(ShardWriter, "add_many", add_many)
@@ -268,8 +269,9 @@ def test_a_finished_output_is_kept_and_another_one_refused(corpus: list[Path], t
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.bin")}
     assert run(corpus[:1], tmp_path / "s") == summary
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.bin")} == times
-    for inputs, seed in ((corpus[:2], 0), (corpus[:1], 5)):
-        with pytest.raises(UserError, match="holds shards made from other documents"):
+    changes = ((corpus[:2], 0, "other inputs"), (corpus[:1], 5, r"other settings \(tokenize.seed: 0 -> 5\)"))
+    for inputs, seed, what in changes:
+        with pytest.raises(UserError, match=f"holds shards made with {what}"):
             run(inputs, tmp_path / "s", seed=seed)
     again = run(corpus[:2], tmp_path / "s", overwrite=True)
     run(corpus[:2], tmp_path / "fresh")

@@ -26,6 +26,7 @@ from megagpt.corpus.runner.executors import Execution, WorkerDiedError
 from megagpt.corpus.runner.run_stage import read_summary, run_stage, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
 from megagpt.files import atomic_path, remove_leftovers
+from megagpt.settings_record import MadeWith
 
 DOCUMENTS_PER_BLOCK = 60
 
@@ -86,7 +87,7 @@ def tree(folder: Path) -> dict[str, str]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("reference")
     output = folder / "out"
-    run_stage("test", make_blocks(folder / "in"), output, numbers, config_hash="a", execution=Execution(num_workers=1))
+    run_stage("test", make_blocks(folder / "in"), output, numbers, made_with=MadeWith("a"), execution=Execution(num_workers=1))
     return folder / "in", tree(output)
 
 
@@ -101,10 +102,10 @@ def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
     (output / "dropped").mkdir(parents=True)
     for name in (living, dead, elsewhere, f"dropped/{dead}"):
         (output / name).write_text("torn")
-    run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1, part="0/2"))
+    run_stage("test", blocks, output, numbers, made_with=MadeWith("a"), execution=Execution(num_workers=1, part="0/2"))
     assert [name for name in (living, dead, elsewhere, f"dropped/{dead}") if (output / name).exists()] == [living, elsewhere]
     os.utime(output / elsewhere, (0, 0))
-    run_stage("test", blocks, output, numbers, config_hash="a", execution=Execution(num_workers=1))
+    run_stage("test", blocks, output, numbers, made_with=MadeWith("a"), execution=Execution(num_workers=1))
     assert not (output / elsewhere).exists()
 
 
@@ -122,7 +123,7 @@ def test_a_flipped_byte_in_a_result_is_seen_wherever_it_is(reference: tuple[Path
 
 def test_counts_and_files(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in")
-    summary = run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=Execution(num_workers=2))
+    summary = run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=Execution(num_workers=2))
     assert (summary.documents_in, summary.kept, summary.rejected) == (900, 600, {"test:0": 150, "test:1": 150})
     assert summary.faults == {"bad line": 15}
     assert len(summary.fault_examples["bad line"]) == 10
@@ -147,7 +148,7 @@ def test_counts_and_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [2, 4])
 def test_workers_change_no_byte(tmp_path: Path, reference: tuple[Path, dict[str, str]], num_workers: int) -> None:
     blocks = make_blocks(reference[0])
-    run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=Execution(num_workers=num_workers))
+    run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=Execution(num_workers=num_workers))
     assert tree(tmp_path / "out") == reference[1]
 
 
@@ -155,7 +156,7 @@ def test_parts_give_the_bytes_of_one_run(tmp_path: Path, reference: tuple[Path, 
     blocks = make_blocks(reference[0])
     for part in ("1/2", "0/2"):
         execution = Execution(num_workers=1, part=part)
-        summary = run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=execution)
+        summary = run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution)
         assert summary.complete == (part == "0/2")
         if not summary.complete:
             with pytest.raises(UserError, match="0 of 3 files"):
@@ -166,19 +167,19 @@ def test_parts_give_the_bytes_of_one_run(tmp_path: Path, reference: tuple[Path, 
 def test_rerun_does_nothing(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in")
     execution = Execution(num_workers=1)
-    first = run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=execution)
+    first = run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("in*")}
-    assert run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=execution) == first
+    assert run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("in*")} == times
 
 
 def test_changed_input_is_made_again(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in")
     execution = Execution(num_workers=1)
-    run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=execution)
+    run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution)
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.done.json")}
     (tmp_path / "in/in1.jsonl").write_text("other content")
-    run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=execution)
+    run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.done.json")}
     assert {name for name in times if times[name] != after[name]} == {"in1.jsonl.zst.done.json"}
 
@@ -195,14 +196,14 @@ def test_no_part_of_an_old_input_is_used(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in", num_files=1)
     execution = Execution(num_workers=1)
     with pytest.raises(ValueError, match="old content"):
-        run_stage("test", blocks, tmp_path / "out", fails_on_old_content, config_hash="a", execution=execution)
+        run_stage("test", blocks, tmp_path / "out", fails_on_old_content, made_with=MadeWith("a"), execution=execution)
     assert num_committed(tmp_path / "out") >= 3  # the last block may have been on its way
     (tmp_path / "in/in0.jsonl").write_text("new")
-    run_stage("test", blocks, tmp_path / "out", fails_on_old_content, config_hash="a", execution=execution)
+    run_stage("test", blocks, tmp_path / "out", fails_on_old_content, made_with=MadeWith("a"), execution=execution)
     assert [document.text for document in read_documents(tmp_path / "out/in0.jsonl.zst")] == ["new"] * 5
     (tmp_path / "in/in0.jsonl").write_text("content again")
     with pytest.raises(ValueError, match="old content"):
-        run_stage("test", blocks, tmp_path / "out", fails_on_old_content, config_hash="a", execution=execution)
+        run_stage("test", blocks, tmp_path / "out", fails_on_old_content, made_with=MadeWith("a"), execution=execution)
     assert not (tmp_path / "out/in0.jsonl.zst.done.json").exists()
     with pytest.raises(UserError, match="no finished stage"):
         stage_outputs(tmp_path / "out")
@@ -211,7 +212,7 @@ def test_no_part_of_an_old_input_is_used(tmp_path: Path) -> None:
 def test_what_killed_runs_leave_is_swept(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in", num_files=1)
     for _ in range(2):
-        run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=Execution(num_workers=1))
+        run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=Execution(num_workers=1))
         left = [
             tmp_path / "out" / name for name in (".tmp-in0.jsonl.zst-x1", "dropped/.tmp-in0.jsonl.zst-x2", ".parts/in0/0.kept")
         ]
@@ -253,16 +254,16 @@ def sleeps(block: Block) -> Iterator[Outcome]:
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path / "in")
     execution = Execution(num_workers=1)
-    run_stage("test", blocks, tmp_path / "out", numbers, config_hash="a", execution=execution)
+    run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution)
     before = tree(tmp_path / "out")
     with pytest.raises(UserError, match=r"other settings.*overwrite=true"):
-        run_stage("test", blocks, tmp_path / "out", numbers, config_hash="b", execution=execution)
+        run_stage("test", blocks, tmp_path / "out", numbers, made_with=MadeWith("b"), execution=execution)
     with pytest.raises(UserError, match=r"in2.jsonl.zst.done.json.*input is gone"):
-        run_stage("test", blocks[:10], tmp_path / "out", numbers, config_hash="a", execution=execution)
+        run_stage("test", blocks[:10], tmp_path / "out", numbers, made_with=MadeWith("a"), execution=execution)
     assert tree(tmp_path / "out") == before
     replaced = execution.model_copy(update={"overwrite": True})
     (tmp_path / "out/mine.txt").write_text("not the stage's")
-    run_stage("test", blocks[:10], tmp_path / "out", numbers, config_hash="b", execution=replaced)
+    run_stage("test", blocks[:10], tmp_path / "out", numbers, made_with=MadeWith("b"), execution=replaced)
     assert [path.name for path in stage_outputs(tmp_path / "out")] == ["in0.jsonl.zst", "in1.jsonl.zst"]
     assert (tmp_path / "out/mine.txt").read_text() == "not the stage's"
 
@@ -281,7 +282,7 @@ def test_a_start_that_was_left_over_commits_nothing(tmp_path: Path, monkeypatch:
     def second_start() -> None:
         inside[0] = True
         replace = Execution(num_workers=1, overwrite=True)
-        run_stage("test", blocks[:2], output, other_numbers, config_hash="b", execution=replace)
+        run_stage("test", blocks[:2], output, other_numbers, made_with=MadeWith("b"), execution=replace)
         inside[0] = False
 
     def left_over(block: Block) -> Iterator[Outcome]:
@@ -298,9 +299,11 @@ def test_a_start_that_was_left_over_commits_nothing(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(commit, "_merge", merge_late)
     with inline(), pytest.raises(UserError, match="a later start makes something else here: this one ends"):
-        run_stage("test", blocks, output, left_over, config_hash="a", execution=Execution(num_workers=1))
+        run_stage("test", blocks, output, left_over, made_with=MadeWith("a"), execution=Execution(num_workers=1))
     with inline():
-        run_stage("test", blocks[:2], tmp_path / "b", other_numbers, config_hash="b", execution=Execution(num_workers=1))
+        run_stage(
+            "test", blocks[:2], tmp_path / "b", other_numbers, made_with=MadeWith("b"), execution=Execution(num_workers=1)
+        )
     assert {name: digest for name, digest in tree(output).items() if "/.parts" not in f"/{name}"} == tree(tmp_path / "b")
 
 
@@ -316,14 +319,14 @@ def test_a_block_of_a_left_over_worker_is_not_used(tmp_path: Path) -> None:
 
     for folder, process in ((output, with_left_over), (tmp_path / "b", other_numbers)):
         with inline():
-            run_stage("test", blocks, folder, process, config_hash="b", execution=Execution(num_workers=1))
+            run_stage("test", blocks, folder, process, made_with=MadeWith("b"), execution=Execution(num_workers=1))
     assert tree(output) == tree(tmp_path / "b")
 
 
 def test_names_must_not_collide(tmp_path: Path) -> None:
     blocks = [Block("a/x.warc.gz", "x.warc.jsonl.zst"), Block("b/x.warc.gz", "x.warc.jsonl.zst")]
     with pytest.raises(UserError, match=r"a/x\.warc\.gz and b/x\.warc\.gz"):
-        run_stage("test", blocks, tmp_path, numbers, config_hash="a", execution=Execution())
+        run_stage("test", blocks, tmp_path, numbers, made_with=MadeWith("a"), execution=Execution())
 
 
 @pytest.mark.slow
@@ -333,12 +336,13 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         """
         import sys
         from pathlib import Path
-        sys.path[:0] = sys.argv[1].split(":")
-        from test_run_stage import make_blocks, slow_numbers
+        sys.path.insert(0, sys.argv[1])
+        from test_stage import make_blocks, slow_numbers
         from megagpt.corpus.runner.executors import Execution
         from megagpt.corpus.runner.run_stage import run_stage
+        from megagpt.settings_record import MadeWith
         if __name__ == "__main__":
-            run_stage("test", make_blocks(Path(sys.argv[2])), Path(sys.argv[3]), slow_numbers, config_hash="a",
+            run_stage("test", make_blocks(Path(sys.argv[2])), Path(sys.argv[3]), slow_numbers, made_with=MadeWith("a"),
                       execution=Execution(num_workers=2))
             print("done")
         """
@@ -375,9 +379,10 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
 def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     """Also in the middle of a long block."""
     code = (
-        "import sys; from pathlib import Path; from test_run_stage import make_blocks, sleeps;"
+        "import sys; from pathlib import Path; from test_stage import make_blocks, sleeps;"
         "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
-        "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, config_hash='a',"
+        "from megagpt.settings_record import MadeWith;"
+        "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, made_with=MadeWith('a'),"
         "execution=Execution(num_workers=2))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
@@ -458,9 +463,9 @@ def test_killed_worker_is_named_and_a_rerun_completes(tmp_path: Path, reference:
     blocks = make_blocks(tmp_path / "in", num_files=1)
     execution = Execution(num_workers=2)
     with pytest.raises(WorkerDiedError, match=r"in0.jsonl from byte 300"):
-        run_stage("test", blocks, tmp_path / "out", dies_once, config_hash="a", execution=execution)
+        run_stage("test", blocks, tmp_path / "out", dies_once, made_with=MadeWith("a"), execution=execution)
     assert num_committed(tmp_path / "out") >= 1
-    run_stage("test", blocks, tmp_path / "out", dies_once, config_hash="a", execution=execution)
+    run_stage("test", blocks, tmp_path / "out", dies_once, made_with=MadeWith("a"), execution=execution)
     expected = {name: digest for name, digest in reference[1].items() if "in0" in name}
     assert {name: digest for name, digest in tree(tmp_path / "out").items() if "in0" in name} == expected
 
@@ -471,15 +476,15 @@ def test_full_disk_is_a_clear_error_and_a_rerun_completes(tmp_path: Path, small_
     small, one = small_disk.path, Execution(num_workers=1)
     small_disk.resize(7 << 10)
     with pytest.raises(OSError) as caught:
-        run_stage("test", blocks, small / "out", fills_the_disk, config_hash="a", execution=one)
+        run_stage("test", blocks, small / "out", fills_the_disk, made_with=MadeWith("a"), execution=one)
     assert caught.value.errno == errno.ENOSPC
     assert str(small) in str(caught.value.filename)
     done = list((small / "out").glob("*.done.json"))
     assert 1 <= len(done) < 4
     small_disk.resize(64 << 10)
-    summary = run_stage("test", blocks, small / "out", fills_the_disk, config_hash="a", execution=one)
+    summary = run_stage("test", blocks, small / "out", fills_the_disk, made_with=MadeWith("a"), execution=one)
     assert (summary.complete, summary.kept) == (True, 16000)
-    run_stage("test", blocks, tmp_path / "out", fills_the_disk, config_hash="a", execution=one)
+    run_stage("test", blocks, tmp_path / "out", fills_the_disk, made_with=MadeWith("a"), execution=one)
     assert tree(small / "out") == tree(tmp_path / "out")
 
 
@@ -500,9 +505,10 @@ def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[s
         while not scheduler_file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         code = (
-            "import sys; from pathlib import Path; from test_run_stage import make_blocks, numbers;"
+            "import sys; from pathlib import Path; from test_stage import make_blocks, numbers;"
             "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
-            "run_stage('test', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), numbers, config_hash='a',"
+            "from megagpt.settings_record import MadeWith;"
+            "run_stage('test', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), numbers, made_with=MadeWith('a'),"
             "execution=Execution(executor='dask', scheduler_file=Path(sys.argv[3])))"
         )
         command = [sys.executable, "-c", code, str(reference[0]), str(tmp_path / "out"), str(scheduler_file)]
@@ -516,7 +522,12 @@ def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[s
 
 def test_outputs_are_read_back_by_blocks(tmp_path: Path) -> None:
     run_stage(
-        "t", make_blocks(tmp_path / "in", 1), tmp_path / "out", numbers, config_hash="a", execution=Execution(num_workers=1)
+        "t",
+        make_blocks(tmp_path / "in", 1),
+        tmp_path / "out",
+        numbers,
+        made_with=MadeWith("a"),
+        execution=Execution(num_workers=1),
     )
     paths = stage_outputs(tmp_path / "out")
     blocks = document_blocks(paths, min_bytes=1)
@@ -568,6 +579,6 @@ def test_inline_runs_in_this_process_in_order_and_changes_no_byte(
 
     seen: list[tuple[str, int, int]] = []
     blocks = make_blocks(reference[0])
-    run_stage("test", blocks, tmp_path / "out", here, config_hash="a", execution=Execution(executor="inline"))
+    run_stage("test", blocks, tmp_path / "out", here, made_with=MadeWith("a"), execution=Execution(executor="inline"))
     assert seen == [(block.name, block.index, os.getpid()) for block in blocks]
     assert tree(tmp_path / "out") == reference[1]
