@@ -6,7 +6,7 @@ from megagpt.config import UserError
 from megagpt.distributed.world import World
 from megagpt.engine.base import Engine
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
-from megagpt.engine.optim import OptimConfig
+from megagpt.engine.optim import OPTIMIZERS, OptimConfig
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initial_value
 
@@ -60,14 +60,11 @@ def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Prec
     stage = f"engine.zero_stage={engine.zero_stage}"
     if precision == "bf16" and engine.zero_stage == 0:
         raise UserError(f"{stage} with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3")
-    if optim.kind == "muon" and engine.zero_stage > 0:
-        raise UserError(
-            f"optim.kind=muon with {stage}: Muon needs whole matrices, ZeRO cuts them; use engine.kind=fsdp or zero_stage=0"
-        )
-    if optim.kind == "adabelief" and engine.zero_stage == 3:
-        raise UserError(
-            f"optim.kind=adabelief with {stage}: its step count lies in the groups, which stage 3 empties; use 0 to 2 or fsdp"
-        )
+    optimizer, name = OPTIMIZERS[optim.kind], f"optim.kind={optim.kind}"
+    if optimizer.matrices_only and engine.zero_stage > 0:
+        raise UserError(f"{name} with {stage}: it needs whole matrices, ZeRO cuts them; use engine.kind=fsdp or zero_stage=0")
+    if optimizer.updates_in == "group" and engine.zero_stage == 3:
+        raise UserError(f"{name} with {stage}: its step count is in the groups, which stage 3 empties; use 0 to 2 or fsdp")
 
 
 def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
@@ -82,8 +79,10 @@ def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
         raise UserError("determinism=canonical with engine.cpu_offload=true is not covered")
     if engine.reduce_dtype != "fp32":
         raise UserError(f"determinism=canonical with engine.reduce_dtype={engine.reduce_dtype}: it adds in fp32")
-    if optim.kind == "muon":
-        raise UserError("determinism=canonical with optim.kind=muon: its matrix products depend on how matrices are cut")
+    if OPTIMIZERS[optim.kind].matrices_only:
+        raise UserError(
+            f"determinism=canonical with optim.kind={optim.kind}: its matrix products depend on how matrices are cut"
+        )
 
 
 def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:

@@ -1,14 +1,79 @@
-"""Parameter groups, optimizers, and the learning rate as a pure function of the step."""
+"""Optimizers, parameter groups, and the learning rate as a pure function of the step.
+
+To add an optimizer: a function that builds it and its row in OPTIMIZERS. The tests then step it, save and load it, and ask for
+its settings in tests/support/toy.py and its name in docs/training.md.
+"""
 
 import math
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megagpt.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """What the engines and checkpoints know of an optimizer."""
+
+    about: str
+    """For the help of `optim.kind`."""
+    build: Callable[..., torch.optim.Optimizer]
+    """(parameter groups, settings) -> optimizer"""
+    states: tuple[str, ...]
+    """Its per-element states, by their names in torch's state dict: what the checkpoint keeps. Any other state (but the
+    number of updates) would be lost."""
+    updates_in: Literal["parameter", "group", "nowhere"] = "nowhere"
+    """Where it keeps the number of its updates, as `step`: in the state of each parameter, in the group, or it needs none."""
+    matrices_only: bool = False
+    """It updates the matrices of the blocks as wholes, and adamw the rest."""
+
+
+def _adamw(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def _sgd(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1)
+
+
+def _muon(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
+    """Keller Jordan et al. 2024; updates scaled to AdamW's size (arXiv 2502.16982), so that both share a learning rate."""
+    return torch.optim.Muon(groups, lr=config.lr, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
+
+
+def _adabelief(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
+    from pytorch_optimizer import AdaBelief
+
+    return AdaBelief(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec("adamw (arXiv 1711.05101)", _adamw, ("exp_avg", "exp_avg_sq"), "parameter"),
+    "sgd": OptimizerSpec("sgd", _sgd, ("momentum_buffer",)),
+    "muon": OptimizerSpec(
+        "muon (hidden matrices orthogonalised, adamw for the rest; it needs whole matrices: engine fsdp, or zero_stage 0)",
+        _muon,
+        ("momentum_buffer",),
+        matrices_only=True,
+    ),
+    "adabelief": OptimizerSpec(
+        "adabelief (arXiv 2010.07468; not with zero_stage 3)", _adabelief, ("exp_avg", "exp_avg_var"), "group"
+    ),
+}
+"""Value of `optim.kind` -> the optimizer."""
+STATES: dict[str, tuple[str, ...]] = {kind: spec.states for kind, spec in OPTIMIZERS.items()}
+"""The per-element states of a group's kind."""
+_KINDS: str = ", ".join(spec.about for spec in OPTIMIZERS.values()) + "."
+
+if TYPE_CHECKING:
+    OptimizerKind: TypeAlias = str
+else:
+    OptimizerKind = Literal[tuple(OPTIMIZERS)]
 
 
 class ScheduleConfig(Config):
@@ -27,9 +92,7 @@ class ScheduleConfig(Config):
 class OptimConfig(Config):
     """Optimizer, learning rate, weight decay and clipping."""
 
-    kind: Literal["adamw", "sgd", "muon", "adabelief"] = "adamw"
-    """adamw (arXiv 1711.05101), sgd, muon (hidden matrices orthogonalised, adamw for the rest; it needs whole matrices: engine
-    fsdp, or zero_stage 0), or adabelief (arXiv 2010.07468; not with zero_stage 3)."""
+    kind: OptimizerKind = Field(default="adamw", description=_KINDS)
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -82,9 +145,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Groups of parameters in the model's order: decayed (two dimensions or more) and not decayed; for muon the matrices of the
     blocks are a group of their own. Shapes are read before sharding. `kind` in a group says which optimizer updates it.
     """
-    kind = "adamw" if config.kind == "muon" else config.kind
+    whole = OPTIMIZERS[config.kind].matrices_only
+    kind = "adamw" if whole else config.kind
     groups: dict[str, dict[str, Any]] = {
-        "matrices": {"params": [], "weight_decay": config.weight_decay, "kind": "muon"},
+        "matrices": {"params": [], "weight_decay": config.weight_decay, "kind": config.kind},
         "decayed": {"params": [], "weight_decay": config.weight_decay, "kind": kind},
         "plain": {"params": [], "weight_decay": 0.0, "kind": kind},
     }
@@ -92,16 +156,18 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         if _ndim(parameter) < 2:
             group = "plain"
         else:
-            group = "matrices" if config.kind == "muon" and name.startswith("blocks.") else "decayed"
+            group = "matrices" if whole and name.startswith("blocks.") else "decayed"
         groups[group]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "Optimizer":
     """The optimizer that `config` names, over `groups`."""
-    if config.kind == "muon":
-        return Together([_BUILDERS[kind]([g for g in groups if g["kind"] == kind], config) for kind in ("muon", "adamw")])
-    return _BUILDERS[config.kind](groups, config)
+    spec = OPTIMIZERS[config.kind]
+    if spec.matrices_only:
+        kinds = (config.kind, "adamw")
+        return Together([OPTIMIZERS[kind].build([g for g in groups if g["kind"] == kind], config) for kind in kinds])
+    return spec.build(groups, config)
 
 
 class Optimizer(Protocol):
@@ -153,7 +219,7 @@ def create_states(optimizer: Optimizer, parameters: Iterable[tuple[Tensor, str]]
     for parameter, kind in parameters:
         state = state_of[parameter]
         state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in STATES[kind]})
-        if kind == "adamw":
+        if OPTIMIZERS[kind].updates_in == "parameter":
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
@@ -163,44 +229,8 @@ def set_updates(optimizer: Optimizer, updates: int) -> None:
         if "step" in state:
             state["step"].fill_(updates)
     for group in optimizer.param_groups:
-        if group.get("kind") == "adabelief":
+        if "kind" in group and OPTIMIZERS[group["kind"]].updates_in == "group":
             group["step"] = updates
-
-
-STATES: dict[str, tuple[str, ...]] = {
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "sgd": ("momentum_buffer",),
-    "muon": ("momentum_buffer",),
-    "adabelief": ("exp_avg", "exp_avg_var"),
-}
-"""The per-element states of a group's kind, by their names in torch's state dict; what the checkpoint keeps."""
-
-
-def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1)
-
-
-def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Keller Jordan et al. 2024; updates scaled to AdamW's size (arXiv 2502.16982), so that both share a learning rate."""
-    return torch.optim.Muon(groups, lr=config.lr, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
-
-
-def _adabelief(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    from pytorch_optimizer import AdaBelief
-
-    return AdaBelief(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
-
-
-_BUILDERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "sgd": _sgd,
-    "muon": _muon,
-    "adabelief": _adabelief,
-}
 
 
 def _ndim(parameter: nn.Parameter) -> int:

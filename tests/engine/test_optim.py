@@ -1,14 +1,19 @@
 """Learning rates at known steps, and which parameters are decayed by what."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+import test_parity
 import torch
+import toy
 
-from megagpt.config import UserError, validate
+from megagpt.config import UserError, describe, validate
 from megagpt.engine.build import refuse_unsupported
 from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
 from megagpt.engine.optim import (
+    OPTIMIZERS,
     STATES,
     OptimConfig,
     ScheduleConfig,
@@ -17,6 +22,7 @@ from megagpt.engine.optim import (
     create_states,
     lr_at,
     parameter_groups,
+    set_updates,
 )
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 
@@ -68,25 +74,73 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
     assert "embedding.weight" in by_kind["adamw"]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon", "adabelief"])
+def stepped(kind: str, steps: int, early: bool = False) -> tuple[GPT, Any]:
+    """A small model and its optimizer after some updates."""
+    model = GPT(MODEL)
+    initialise(model, seed=0)
+    config = OptimConfig.model_validate({"kind": kind, "lr": 0.01})
+    optimizer = build_optimizer(parameter_groups(model, config), config)
+    if early:
+        create_states(optimizer, kinds_of(optimizer))
+    for _ in range(steps):
+        update(model, optimizer)
+    return model, optimizer
+
+
+def update(model: GPT, optimizer: Any) -> None:
+    ids = torch.arange(8)[None] % 16
+    model(ids, ids.flip(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def kinds_of(optimizer: Any) -> list[tuple[torch.Tensor, str]]:
+    return [(p, group["kind"]) for group in optimizer.param_groups for p in group["params"]]
+
+
+def assert_same(first: GPT, second: GPT) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_states_made_before_the_first_step_change_nothing(kind: str) -> None:
     """torch makes them in the first step; a checkpoint needs them before."""
-    results = []
-    for early in (False, True):
-        model = GPT(MODEL)
-        initialise(model, seed=0)
-        config = OptimConfig.model_validate({"kind": kind, "lr": 0.01})
-        optimizer = build_optimizer(parameter_groups(model, config), config)
-        if early:
-            kinds = [(p, group["kind"]) for group in optimizer.param_groups for p in group["params"]]
-            create_states(optimizer, kinds)
-        for _ in range(3):
-            ids = torch.arange(8)[None] % 16
-            model(ids, ids.flip(1)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([parameter.detach().clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same(stepped(kind, 3)[0], stepped(kind, 3, early=True)[0])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_checkpoint_keeps_every_state_of_every_optimizer(kind: str) -> None:
+    model, optimizer = stepped(kind, 2)
+    for parameter, group_kind in kinds_of(optimizer):
+        spec, state = OPTIMIZERS[group_kind], optimizer.state[parameter]
+        counted = {"step"} if spec.updates_in == "parameter" else set()
+        tensors = {key for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape}
+        assert {*state} == {*spec.states} | counted, f"optim.py: states of {group_kind}: a checkpoint would lose the others"
+        assert tensors == {*spec.states}, f"optim.py: states of {group_kind}: one is no per-element tensor"
+    other, restored = stepped(kind, 0, early=True)
+    other.load_state_dict(model.state_dict())
+    for (old, group_kind), (new, _) in zip(kinds_of(optimizer), kinds_of(restored), strict=True):
+        for key in OPTIMIZERS[group_kind].states:
+            restored.state[new][key].copy_(optimizer.state[old][key])
+    set_updates(restored, 2)
+    update(model, optimizer)
+    update(other, restored)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_is_documented_and_in_the_parity_tests(kind: str, project: Path) -> None:
+    assert f"`{kind}`" in (project / "docs" / "training.md").read_text(encoding="utf-8"), f"docs/training.md: no {kind}"
+    assert kind in toy.OPTIMIZERS, f"tests/support/toy.py: OPTIMIZERS has no settings for {kind}"
+    cells = [cell for some in test_parity.CELLS.values() for cell in some]
+    assert any(cell.optimizer == kind for cell in cells), f"test_parity.py: CELLS has none with {kind}"
+
+
+def test_the_help_names_every_optimizer() -> None:
+    (row,) = (row for row in describe(OptimConfig) if row[0] == "kind")
+    assert all(kind in row[2] for kind in OPTIMIZERS)
+    with pytest.raises(UserError, match=r"kind='adam': input should be 'adamw', 'sgd', 'muon' or 'adabelief'"):
+        validate(OptimConfig, {"kind": "adam"}, source="test")
 
 
 @pytest.mark.parametrize(("kind", "refused"), [("adamw", ()), ("sgd", ()), ("muon", (1, 2, 3)), ("adabelief", (3,))])
