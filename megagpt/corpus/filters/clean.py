@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from megagpt.config import Config
 from megagpt.corpus.filters.spec import FilterSpec, thresholds_only, with_text
+from megagpt.corpus.text.code import code_lines, may_hold_code
 from megagpt.corpus.text.languages import language_of
 from megagpt.documents import Document, Rejected
 
@@ -75,9 +76,23 @@ def remove_control_characters(text: str) -> str:
 
 
 def normalize_whitespace(text: str) -> str:
-    """Runs of blanks become one space, lines lose outer blanks, more than one empty line becomes one."""
-    lines = _SPACES.sub(" ", text).split("\n")
-    return _BLANK_LINES.sub("\n\n", "\n".join(line.strip(" ") for line in lines)).strip("\n")
+    """Runs of blanks become one space, lines lose outer blanks, more than one empty line becomes one.
+
+    Lines of code keep their blanks, and their indentation below the line that their block begins with.
+    """
+    if may_hold_code(text):
+        lines = text.split("\n")
+        lines = [_tidy(line, base) for line, base in zip(lines, code_lines(lines), strict=True)]
+    else:
+        lines = [line.strip(" ") for line in _SPACES.sub(" ", text).split("\n")]
+    return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip("\n")
+
+
+def _tidy(line: str, base: int | None) -> str:
+    """A line without needless blanks; one of code from the indentation of its block on."""
+    if base is None:
+        return _SPACES.sub(" ", line).strip(" ")
+    return line[base:].replace("\u00a0", " ").rstrip()
 
 
 def drop_boilerplate_lines(text: str, *, language: str | None) -> str:

@@ -73,7 +73,10 @@ _LINES = re.compile(r"\n+")
 def gopher_repetition(
     document: Document, config: GopherRepetitionConfig, *, splitter: Splitter = DEFAULT_SPLITTER
 ) -> Document | Rejected:
-    """Repetition within a document (arXiv 2112.11446, Table A1). Shares of characters are of the whole text."""
+    """Repetition within a document (arXiv 2112.11446, Table A1). Shares of characters are of the whole text.
+
+    Languages written without spaces pass the rules on n-grams: between their spaces are clauses, not words.
+    """
     text = document.text
     if not text:
         return Rejected(document, "gopher_repetition:empty")
@@ -86,6 +89,8 @@ def gopher_repetition(
             return Rejected(document, f"gopher_repetition:duplicate_{what}s")
         if above(characters / len(text), max_chars):
             return Rejected(document, f"gopher_repetition:duplicate_{what}_chars")
+    if language_of(document) in UNSPACED_LANGUAGES:
+        return document
     counts = analyse(text, splitter).repeated_n_grams
     for n, limit in sorted(config.max_top_n_gram_chars.items()):
         if counts.top.get(n, 0) / len(text) > limit:
@@ -164,7 +169,11 @@ def _letters_and_symbols(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return has_letter, is_solid
 
 
-GOPHER_REPETITION = FilterSpec(GopherRepetitionConfig, thresholds_and_splitter(gopher_repetition))
+GOPHER_REPETITION = FilterSpec(
+    GopherRepetitionConfig,
+    thresholds_and_splitter(gopher_repetition),
+    spaced_only=("max_top_n_gram_chars", "max_duplicate_n_gram_chars"),
+)
 
 
 GOPHER_QUALITY = FilterSpec(

@@ -46,7 +46,8 @@ def refinedweb(document: Document, config: RefinedWebConfig) -> Document | Rejec
     kept, num_words, num_removed = [], 0, 0
     for line in document.text.split("\n"):
         words = len(line.split())
-        num_words += words
+        size = words if spaced else len(line.strip())
+        num_words += size
         bad = words > 0 and (
             above(sum(map(str.isupper, line)) / len(line), config.max_uppercase)
             or above(sum(map(str.isdigit, line)) / len(line), config.max_numeric)
@@ -54,7 +55,7 @@ def refinedweb(document: Document, config: RefinedWebConfig) -> Document | Rejec
             or (spaced and config.min_words_per_line is not None and words < config.min_words_per_line)
         )
         if bad:
-            num_removed += words
+            num_removed += size
         else:
             kept.append(line)
     if num_words == num_removed:

@@ -22,7 +22,7 @@ from megagpt.corpus.filters.refinedweb import REFINEDWEB
 from megagpt.corpus.filters.simple import BAD_WORDS, MIN_LENGTH
 from megagpt.corpus.filters.spec import Filter, FilterSpec
 from megagpt.corpus.filters.url import URL
-from megagpt.corpus.text.languages import UNSPACED_LANGUAGES
+from megagpt.corpus.text.languages import UNPUNCTUATED_LANGUAGES, UNSPACED_LANGUAGES
 from megagpt.corpus.text.words import DEFAULT_SPLITTER, Splitter
 from megagpt.documents import Document, Rejected
 
@@ -108,8 +108,12 @@ def apply_filters(document: Document, filters: Sequence[Filter]) -> Document | R
 
 
 def rules_passed(language: str) -> list[str]:
-    """Names of the rules that let every document of `language` pass: it has no word lists for them, or no spaces."""
+    """Names of the rules that let every document of `language` pass: it has no word lists for them, no spaces,
+    or no marks at the ends of sentences."""
     without_words = [f"{n}.{t}" for n, spec in FILTERS.items() for t, lists in spec.word_lists.items() if language not in lists]
-    if language not in UNSPACED_LANGUAGES:
-        return without_words
-    return without_words + [f"{name}.{threshold}" for name, spec in FILTERS.items() for threshold in spec.spaced_only]
+    found = without_words
+    if language in UNSPACED_LANGUAGES:
+        found += [f"{name}.{threshold}" for name, spec in FILTERS.items() for threshold in spec.spaced_only]
+    if language in UNPUNCTUATED_LANGUAGES:
+        found += [f"{name}.{threshold}" for name, spec in FILTERS.items() for threshold in spec.punctuated_only]
+    return found

@@ -33,6 +33,8 @@ class FilterSpec(Generic[C]):
     """Threshold -> languages that its rule has words for; documents in others pass the rule."""
     spaced_only: tuple[str, ...] = ()
     """Thresholds whose rules pass documents in languages that are written without spaces."""
+    punctuated_only: tuple[str, ...] = ()
+    """Thresholds whose rules pass documents in languages whose sentences end without a mark."""
 
 
 def thresholds_only(function: Callable[..., Document | Rejected]) -> Callable[[Config, Splitter], Filter]:

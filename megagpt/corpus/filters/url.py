@@ -27,7 +27,8 @@ class UrlConfig(Config):
     urls: tuple[Path, ...] = ()
     """Files of full URLs."""
     words: tuple[Path, ...] = ()
-    """Files of words of which one is enough. A word is a run of letters and digits in the URL."""
+    """Files of words of which one is enough. A word is a run of letters and digits in the URL; in a host name also a part of it, if
+    the rest is made of listed words and of common ones (free, online, club, tube, …)."""
     soft_words: tuple[Path, ...] = ()
     """Files of words of which `min_soft_words` different ones are needed."""
     substrings: tuple[Path, ...] = ()
@@ -50,6 +51,21 @@ SPAM_WORDS = frozenset(
     }
 )  # fmt: skip
 """A URL with `min_soft_words` of these words is refused."""
+DISTINCTIVE_WORDS = frozenset({"porn", "porntube", "xvideos", "xhamster", "hentai", "camgirl", "livesex", "blowjob", "bdsm"})
+"""Of ADULT_WORDS those that are in no ordinary word: they are found anywhere in a host name."""
+ORDINARY = re.compile("pornic(?:het)?")
+"""Names that contain such a word: two towns."""
+COMPANIONS = frozenset(
+    {
+        "a", "all", "and", "asian", "best", "big", "bonus", "box", "cam", "cams", "chat", "city", "club", "date", "dating",
+        "dream", "fans", "fast", "film", "films", "forum", "free", "fun", "gay", "girl", "girls", "gold", "hd", "home", "hot",
+        "hub", "king", "land", "life", "live", "love", "map", "mobile", "movie", "movies", "my", "net", "new", "now", "of",
+        "on", "online", "only", "party", "pic", "pics", "place", "play", "pro", "real", "red", "room", "shop", "show", "site",
+        "spot", "star", "stars", "stream", "teen", "the", "time", "top", "tube", "tv", "vid", "video", "videos", "vip", "web",
+        "world", "you", "your", "zone",
+    }
+)  # fmt: skip
+"""Words that stand beside listed ones in host names: a part of a host name is taken apart if it is made of these alone."""
 _URL_WORD = re.compile(r"[^a-zA-Z0-9]+")
 
 
@@ -78,7 +94,7 @@ def url(document: Document, config: UrlConfig, *, lists: UrlLists) -> Document |
         return Rejected(document, "url:domain")
     if address in lists.urls:
         return Rejected(document, "url:address")
-    words = set(_URL_WORD.split(address.lower()))
+    words = {*_URL_WORD.split(address.lower()), *_words_in_host(host, lists)}
     if not words.isdisjoint(lists.words):
         return Rejected(document, "url:word")
     if config.min_soft_words is not None and len(words & lists.soft_words) >= config.min_soft_words:
@@ -86,6 +102,34 @@ def url(document: Document, config: UrlConfig, *, lists: UrlLists) -> Document |
     if lists.substrings is not None and lists.substrings.search(_URL_WORD.sub("", address).lower()):
         return Rejected(document, "url:substring")
     return document
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _words_in_host(host: str, lists: UrlLists) -> frozenset[str]:
+    """Listed words inside the parts of a host name, but for its last one: of youpornhub.example porn."""
+    found: set[str] = set()
+    listed = lists.words | lists.soft_words
+    for part in {part for label in host.split(".")[:-1] for part in _URL_WORD.split(label.lower())}:
+        found |= _made_of(part.strip("0123456789"), listed)
+        if lists.words >= DISTINCTIVE_WORDS:
+            plain = ORDINARY.sub(" ", part)
+            found.update(word for word in DISTINCTIVE_WORDS if word in plain)
+    return frozenset(found)
+
+
+def _made_of(part: str, listed: AbstractSet[str]) -> set[str]:
+    """The listed words that a string is made of, together with companions and digits; none if anything is left over."""
+    longest = max((*map(len, listed), *map(len, COMPANIONS)))
+    parsed: list[set[str] | None] = [set(), *[None] * len(part)]
+    for end in range(1, len(part) + 1):
+        for start in range(max(0, end - longest), end):
+            before, word = parsed[start], part[start:end]
+            if before is None or not (word in listed or word in COMPANIONS or word.isdigit()):
+                continue
+            words = before | ({word} & listed)
+            if (best := parsed[end]) is None or len(words) > len(best):
+                parsed[end] = words
+    return parsed[-1] or set()
 
 
 @functools.cache

@@ -35,7 +35,7 @@ _WORDS = r"""
     | --+ | ==+ | \*\*+ | __+ | \#\#+            # so is a rule
     | [^\w\s]
     """
-_SENTENCE_END = re.compile(r"(?:(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)|[。！？｡．।॥۔؟፧።៕]+)\s*")
+_SENTENCE_END = re.compile(r"(?:(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)|[。！？｡．।॥۔؟፧።។៕။]+)\s*")
 
 
 def split_words(text: str) -> list[str]:
