@@ -27,8 +27,8 @@ class UrlConfig(Config):
     urls: tuple[Path, ...] = ()
     """Files of full URLs."""
     words: tuple[Path, ...] = ()
-    """Files of words of which one is enough. A word is a run of letters and digits in the URL; in a host name also a part of it, if
-    the rest is made of listed words and of common ones (free, online, club, tube, …)."""
+    """Files of words of which one is enough. A word is a run of letters and digits in the URL; in a host name also a part of it,
+    if the rest is made of listed words and of common ones (free, online, club, tube, …)."""
     soft_words: tuple[Path, ...] = ()
     """Files of words of which `min_soft_words` different ones are needed."""
     substrings: tuple[Path, ...] = ()
