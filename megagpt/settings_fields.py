@@ -7,6 +7,7 @@ the field's default. A test names what is missing here; settings_record.py says 
 from typing import Any
 
 LATER: dict[str, dict[str, Any]] = {
+    "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": []},
     "TrainConfig": {"if_running": "refuse"},
 }

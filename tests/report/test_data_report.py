@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from inline import inline
 
 from megagpt.config import UserError, validate
 from megagpt.corpus.config import CorpusConfig
@@ -43,14 +42,13 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {
         "work_dir": str(folder),
         "filter": {"order": ["min_length"]},
-        "num_workers": 1,
+        "executor": "inline",
         "tokenize": {"tokenizer": "bytes", "validation_fraction": 0.2, "shard_tokens": 4000},
     }
     config = validate(CorpusConfig, values, source="test")
-    with inline():
-        filter_documents(config.filter, [folder / "d.jsonl.zst"], folder / "filter", config)
-        dedup_documents(config.dedup, config.inputs("dedup"), folder / "dedup", config)
-        pack_documents(config.inputs("shards"), folder / "shards", "bytes", config.tokenize, config)
+    filter_documents(config.filter, [folder / "d.jsonl.zst"], folder / "filter", config)
+    dedup_documents(config.dedup, config.inputs("dedup"), folder / "dedup", config)
+    pack_documents(config.inputs("shards"), folder / "shards", "bytes", config.tokenize, config)
     return folder
 
 

@@ -12,13 +12,16 @@ import extract_documents
 import filter_documents
 import tokenize_documents
 import train_tokenizer
-from inline import inline
 from pydantic.fields import FieldInfo
 
 import megagpt
 from megagpt.checkpoint.save_load import list_checkpoints
 from megagpt.config import Config, load
 from megagpt.corpus.config import CorpusConfig
+from megagpt.corpus.dedup import dedup_documents as dedup
+from megagpt.corpus.extraction import extract_documents as extraction
+from megagpt.corpus.filters import filter_documents as filtering
+from megagpt.corpus.packing import tokenize_documents as packing
 from megagpt.data.open_data import open_data
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run
 from megagpt.files import read_json
@@ -55,15 +58,16 @@ def add_fields() -> int:
 def main() -> None:
     """Raises whatever is refused."""
     number = add_fields()
+    for module in (extraction, filtering, dedup, packing):
+        module.FORMAT = 1  # that of the fixtures: of another one unfinished results are refused
     stages = (extract_documents, filter_documents, dedup_documents, train_tokenizer, tokenize_documents)
     config = load(CorpusConfig, ["corpus.yaml"])
     assert config.filter.min_length.model_dump()["new_switch"] is False
     for stage in stages:
         stage.run(config)
-    with inline():
-        for stage in stages:
-            if stage is not train_tokenizer:
-                stage.run(load(CorpusConfig, ["unfinished.yaml"]))
+    for stage in stages:
+        if stage is not train_tokenizer:
+            stage.run(load(CorpusConfig, ["unfinished.yaml", "executor=inline"]))
     for name in ("lines", "later"):
         dedup_documents.run(load(CorpusConfig, [f"{name}.yaml"]))
     for engine in ("deepspeed", "fsdp"):

@@ -21,7 +21,7 @@ from megagpt.documents import Document, Rejected
 from megagpt.files import read_json, sha256_file, write_json
 from megagpt.settings_record import MadeWith, fingerprint, first_defaults, hash_of, recorded
 
-FORMAT = 1
+FORMAT = 2
 """Of the stage; it grows when the same settings give other results, or files of another form."""
 
 log = logging.getLogger(__name__)

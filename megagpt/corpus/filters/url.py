@@ -27,7 +27,7 @@ class UrlConfig(Config):
     urls: tuple[Path, ...] = ()
     """Files of full URLs."""
     words: tuple[Path, ...] = ()
-    """Files of words of which one is enough. A word is a run of letters and digits in the URL; in a host name also a part of it,
+    """Files of words of which one is enough. A word is a run of letters and digits in the URL; in a host name also a part,
     if the rest is made of listed words and of common ones (free, online, club, tube, …)."""
     soft_words: tuple[Path, ...] = ()
     """Files of words of which `min_soft_words` different ones are needed."""

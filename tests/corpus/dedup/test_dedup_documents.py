@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import xxhash
 from conftest import SmallDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus.dedup import dedup_documents as dedup
@@ -44,14 +43,7 @@ from megagpt.corpus.text.shingles import (
 from megagpt.documents import Document, open_lines, read_documents, write_documents
 from megagpt.files import read_json
 
-ONE = Execution(num_workers=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_workers() -> Iterator[None]:
-    """Tests about workers set more than one."""
-    with inline():
-        yield
+ONE = Execution(executor="inline")
 
 
 SETTINGS = MinHashSettings(words_per_shingle=5, num_bands=14, rows_per_band=8, seed=1)
@@ -407,7 +399,7 @@ def test_workers_and_memory_change_no_byte(corpus: dict[str, list[str]], referen
 def test_parts_change_no_byte(corpus: dict[str, list[str]], reference: dict[str, bytes], tmp_path: Path) -> None:
     for _ in range(6):
         for part in ("0/2", "1/2"):
-            output = run(tmp_path, corpus, Execution(num_workers=1, part=part))
+            output = run(tmp_path, corpus, Execution(executor="inline", part=part))
         if (output / "dedup.json").is_file():
             break
     assert contents(output) == reference
@@ -508,7 +500,7 @@ def test_other_settings_are_refused_or_replace(tmp_path: Path) -> None:
     assert len(kept(output)) == 2
     with pytest.raises(UserError, match=r"holds the work of other settings \(dedup.threshold: 0.8 -> 0.5\)"):
         run(tmp_path, files, threshold=0.5)
-    assert len(kept(run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5))) == 1
+    assert len(kept(run(tmp_path, files, Execution(executor="inline", overwrite=True), threshold=0.5))) == 1
 
 
 def test_an_overwrite_that_was_killed_does_not_look_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +513,7 @@ def test_an_overwrite_that_was_killed_does_not_look_complete(tmp_path: Path, mon
 
     monkeypatch.setattr(dedup, "index_block", die)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5)
+        run(tmp_path, files, Execution(executor="inline", overwrite=True), threshold=0.5)
     assert not (output / "summary.json").exists()
     assert not list(output.glob("*.jsonl.zst"))
 
@@ -537,7 +529,7 @@ def test_a_start_that_was_left_over_changes_nothing(tmp_path: Path, monkeypatch:
     def index_block(*arguments: Any) -> int:
         if not begun:
             begun.append(1)
-            run(tmp_path, files, Execution(num_workers=1, overwrite=True), threshold=0.5)
+            run(tmp_path, files, Execution(executor="inline", overwrite=True), threshold=0.5)
         return index_one(*arguments)
 
     monkeypatch.setattr(dedup, "index_block", index_block)
@@ -567,7 +559,7 @@ def test_what_a_left_over_worker_indexed_is_not_used(tmp_path: Path, monkeypatch
         return index_one(block, folder, settings)
 
     monkeypatch.setattr(dedup, "index_block", after_left_over)
-    output = run(tmp_path, {"1.jsonl.zst": texts}, Execution(num_workers=1, overwrite=True))
+    output = run(tmp_path, {"1.jsonl.zst": texts}, Execution(executor="inline", overwrite=True))
     assert contents(output) == fresh
     assert not folders[0].exists()
 

@@ -4,13 +4,11 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus.filters.classifier import ClassifierConfig, classifier
@@ -362,18 +360,11 @@ def test_config_hash_ignores_filters_that_do_not_run() -> None:
     assert made_with(plain).config_hash != made_with(changed).config_hash
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_workers() -> Iterator[None]:
-    """Starting a worker takes longer than filtering."""
-    with inline():
-        yield
-
-
 def test_filter_stage_counts_reasons(tmp_path: Path) -> None:
     texts = [PROSE, "Too short.", PROSE.replace(".", "!"), PROSE + "\nlorem ipsum dolor sit amet."]
     write_documents(tmp_path / "in.jsonl.zst", [Document(f"in:{i}", text, "test") for i, text in enumerate(texts)])
     config = FilterConfig(order=("gopher_quality", "c4"))
-    summary = filter_documents(config, [tmp_path / "in.jsonl.zst"], tmp_path / "out", Execution(num_workers=1))
+    summary = filter_documents(config, [tmp_path / "in.jsonl.zst"], tmp_path / "out", Execution(executor="inline"))
     assert summary is not None
     assert summary.rejected == {"c4:lorem_ipsum": 1, "gopher_quality:too_few_words": 1}
     assert [found.id for found in read_documents(tmp_path / "out" / "in.jsonl.zst")] == ["in:0", "in:2"]
@@ -414,7 +405,7 @@ def test_the_best_fraction_of_what_reaches_the_classifier_stays(tmp_path: Path) 
         }
     )
     for part in ("0/2", "1/2", "0/2"):
-        summary = filter_documents(config, inputs, tmp_path / "out", Execution(num_workers=1, part=part))
+        summary = filter_documents(config, inputs, tmp_path / "out", Execution(executor="inline", part=part))
         assert (summary is None) == (not (tmp_path / "out" / "min_score.json").is_file())
     score = load_classifier(model, "en")
     ranked = sorted((score(" ".join(text.split())) for text in texts if len(text) >= 10), reverse=True)
@@ -429,13 +420,13 @@ def test_the_best_fraction_of_what_reaches_the_classifier_stays(tmp_path: Path) 
     for name in ("2", "3"):
         write_documents(tmp_path / f"{name}.jsonl.zst", [Document(f"{name}:0", texts[0], "test")])
     more = sorted(tmp_path.glob("*.jsonl.zst"))
-    assert filter_documents(config, more, tmp_path / "out", Execution(num_workers=1, part="0/2")) is None
+    assert filter_documents(config, more, tmp_path / "out", Execution(executor="inline", part="0/2")) is None
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_a_classifier_without_a_model_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"filter\.classifier\.model: required"):
-        filter_documents(FilterConfig(order=("classifier",)), [], tmp_path / "out", Execution(num_workers=1))
+        filter_documents(FilterConfig(order=("classifier",)), [], tmp_path / "out", Execution(executor="inline"))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,5 @@
 """Packing: every document once, in the order of keys; the same bytes for any workers, parts, blocks and kills."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 from conftest import SmallDisk
-from inline import inline
 
 from megagpt.config import UserError
 from megagpt.corpus.packing import best_fit, segments
@@ -75,9 +73,9 @@ def run(inputs: list[Path], output: Path, tokenizer: str = "bytes", workers: int
     """Pack with a pool of workers, or in this process (workers=0), which spares the seconds a pool takes to start."""
     overwrite = values.pop("overwrite", False)
     config = TokenizeConfig(**{"validation_fraction": 0.1, "leak_threshold": None, **values})
-    execution = Execution(num_workers=max(workers, 1), part=part, overwrite=overwrite)
-    with inline() if workers == 0 else contextlib.nullcontext():
-        return pack_documents(inputs, output, tokenizer, config, execution)
+    executor = "process" if workers else "inline"
+    execution = Execution(executor=executor, num_workers=max(workers, 1), part=part, overwrite=overwrite)
+    return pack_documents(inputs, output, tokenizer, config, execution)
 
 
 def read_split(directory: Path, tokenizer: Tokenizer) -> list[dict]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from conftest import SmallDisk
-from inline import inline
 
 from megagpt.config import UserError, validate
 from megagpt.corpus.runner import commit
@@ -298,12 +297,11 @@ def test_a_start_that_was_left_over_commits_nothing(tmp_path: Path, monkeypatch:
         return merge(*arguments)
 
     monkeypatch.setattr(commit, "_merge", merge_late)
-    with inline(), pytest.raises(UserError, match="a later start makes something else here: this one ends"):
-        run_stage("test", blocks, output, left_over, made_with=MadeWith("a"), execution=Execution(num_workers=1))
-    with inline():
-        run_stage(
-            "test", blocks[:2], tmp_path / "b", other_numbers, made_with=MadeWith("b"), execution=Execution(num_workers=1)
-        )
+    with pytest.raises(UserError, match="a later start makes something else here: this one ends"):
+        run_stage("test", blocks, output, left_over, made_with=MadeWith("a"), execution=Execution(executor="inline"))
+    run_stage(
+        "test", blocks[:2], tmp_path / "b", other_numbers, made_with=MadeWith("b"), execution=Execution(executor="inline")
+    )
     assert {name: digest for name, digest in tree(output).items() if "/.parts" not in f"/{name}"} == tree(tmp_path / "b")
 
 
@@ -318,8 +316,7 @@ def test_a_block_of_a_left_over_worker_is_not_used(tmp_path: Path) -> None:
         yield from other_numbers(block)
 
     for folder, process in ((output, with_left_over), (tmp_path / "b", other_numbers)):
-        with inline():
-            run_stage("test", blocks, folder, process, made_with=MadeWith("b"), execution=Execution(num_workers=1))
+        run_stage("test", blocks, folder, process, made_with=MadeWith("b"), execution=Execution(executor="inline"))
     assert tree(output) == tree(tmp_path / "b")
 
 
