@@ -6,23 +6,30 @@ or an earlier place in the same file. A block's folder appears whole (it is rena
 
 import contextlib
 import errno
+import hashlib
 import itertools
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.runner.blocks import Block, batches, read_block
 from megagpt.corpus.text.shingles import MinHashSettings, exact_digests, minhash
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, sync, write_json
 
 DOCUMENTS_PER_CHUNK = 65_536
+MAX_BATCH_CPU_SECONDS = 60.0
+"""CPU time of the index of 1 Mi characters, or of one longer document."""
+log = logging.getLogger(__name__)
+
 _COLUMNS = ("exact.bin", "shingles.u32", "keys.u64", "ids.bin", "id_ends.u64")
 
 
@@ -47,7 +54,7 @@ def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
         documents = read_block(block)
         while True:
             chunk = batches(itertools.islice(documents, DOCUMENTS_PER_CHUNK), lambda document: len(document.text))
-            found = [_index_batch(batch, settings) for batch in chunk]
+            found = [part for batch in chunk for part in _within_limit(batch, settings)]
             if not found:
                 break
             ids = [name for batch in found for name in batch.ids]
@@ -68,6 +75,20 @@ class _IndexedBatch(NamedTuple):
     sizes: np.ndarray
     keys: np.ndarray
     ids: list[bytes]
+
+
+def _within_limit(documents: Sequence[Document], settings: MinHashSettings) -> list[_IndexedBatch]:
+    """The index of documents. One that takes too much CPU time is taken for a copy of none."""
+    try:
+        with cpu_limit(MAX_BATCH_CPU_SECONDS, f"{len(documents)} from {documents[0].id}"):
+            return [_index_batch(documents, settings)]
+    except CpuLimitExceededError:
+        if len(documents) > 1:
+            return [part for document in documents for part in _within_limit([document], settings)]
+        log.warning("dedup: %s takes more than %g s of CPU time: it is not compared", documents[0].id, MAX_BATCH_CPU_SECONDS)
+        empty = _index_batch([replace(documents[0], text="")], settings)
+        digest = hashlib.sha256(f"not compared: {documents[0].id}".encode("utf-8", "replace")).digest()
+        return [empty._replace(digests=digest[: len(empty.digests)])]
 
 
 def _index_batch(documents: Sequence[Document], settings: MinHashSettings) -> _IndexedBatch:

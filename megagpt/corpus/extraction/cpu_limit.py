@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megagpt.corpus.runner import hard_limit
+
 
 class CpuLimitExceededError(Exception):
     """The work used more CPU time than it may."""
@@ -27,11 +29,24 @@ _POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise CpuLimitExceededError in the body once its thread has used `seconds` of CPU time.
+def cpu_limit(seconds: float, name: str | None = None) -> Iterator[None]:
+    """Raise CpuLimitExceededError in the body once its thread has used `seconds` of CPU time. Does not nest.
 
-    Only Python code is interrupted: a single long call into C ends first. Does not nest.
+    Python code is interrupted. A long call into C is not: in a worker the kernel then ends the process, and the exception
+    is raised here, before the body, when the block is read again (hard_limit.py). So both ways give the same result. `name`
+    tells what the work is on, where the order of work is not the same at every start.
     """
+    if not hard_limit.enter(seconds, name):
+        raise CpuLimitExceededError(f"more than {seconds:g} s of CPU time")
+    try:
+        with _interrupted(seconds):
+            yield
+    finally:
+        hard_limit.leave()
+
+
+@contextlib.contextmanager
+def _interrupted(seconds: float) -> Iterator[None]:
     thread = threading.get_ident()
     with _WATCHED.lock:
         _WATCHED.fired.discard(thread)  # left there if the exception came between the end of a body and the lock below

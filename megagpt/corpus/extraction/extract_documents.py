@@ -79,7 +79,7 @@ def read_outcomes(block: Block, *, config: ExtractConfig) -> Iterator[Outcome]:
             case "web":
                 yield from web_outcomes(block, config)
             case "wikipedia":
-                yield from wiki_outcomes(block, config.source)
+                yield from wiki_outcomes(block, config.source, config.max_page_cpu_seconds)
             case "jsonl":
                 yield from jsonl_outcomes(block, config.source, config.text_field)
             case "text":

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import Config
+from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.filters.classifier import ClassifierConfig, score_of
 from megagpt.corpus.filters.language import LanguageConfig
 from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters, build_filters, rules_passed
 from megagpt.corpus.filters.score_quantile import score_of_top, write_scores
+from megagpt.corpus.filters.spec import Filter
 from megagpt.corpus.runner.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_phase import Task, run_phase
@@ -24,6 +26,9 @@ from megagpt.settings_record import MadeWith, fingerprint, first_defaults, hash_
 FORMAT = 2
 """Of the stage; it grows when the same settings give other results, or files of another form."""
 
+MAX_DOCUMENT_CPU_SECONDS = 20.0
+"""CPU time of all filters and cleaners on one document; beyond it the document is rejected as filter:cpu_limit."""
+
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +36,15 @@ def filter_block(block: Block, *, config: FilterConfig) -> Iterator[Document | R
     """The process of the filter stage."""
     filters = build_filters(config)
     for document in read_block(block):
-        yield apply_filters(document, filters)
+        yield _within_limit(document, filters)
+
+
+def _within_limit(document: Document, filters: Sequence[Filter]) -> Document | Rejected:
+    try:
+        with cpu_limit(MAX_DOCUMENT_CPU_SECONDS):
+            return apply_filters(document, filters)
+    except CpuLimitExceededError:
+        return Rejected(document, "filter:cpu_limit")
 
 
 def filter_documents(
@@ -94,7 +107,7 @@ def _score_block(block: Block, config: FilterConfig, path: Path) -> int:
     filters = build_filters(first)
     classifier = config.section(ClassifierConfig)
     score = load_classifier(classifier.model or Path(), classifier.label)
-    outcomes = (apply_filters(document, filters) for document in read_block(block))
+    outcomes = (_within_limit(document, filters) for document in read_block(block))
     return write_scores((score_of(outcome, score) for outcome in outcomes if isinstance(outcome, Document)), path)
 
 

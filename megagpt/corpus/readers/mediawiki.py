@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.wiki_sites import Site, site_of
 from megagpt.corpus.extraction.wikitext import is_redirect, read_wikitext
 from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Outcome, Seen
@@ -49,7 +50,7 @@ class Page:
     deleted: bool = False
 
 
-def wiki_outcomes(block: Block, source: str) -> Iterator[Outcome]:
+def wiki_outcomes(block: Block, source: str, max_page_cpu_seconds: float = 20.0) -> Iterator[Outcome]:
     """Articles of a block as documents; redirects, other namespaces, deleted and empty pages rejected.
 
     Of several revisions of a page the newest counts. Templates whose text is missing in a sentence are counted by name.
@@ -69,7 +70,13 @@ def wiki_outcomes(block: Block, source: str) -> Iterator[Outcome]:
         url = base[1] + urllib.parse.quote(page.title.replace(" ", "_"), safe="/:(),'!*;@&=$~") if base else None
         meta = {"title": page.title, "page_id": page.page_id, "date": page.date}
         reason = _reason_against(page)
-        article = None if reason else read_wikitext(page.text, site, page.title)
+        article = None
+        if reason is None:
+            try:
+                with cpu_limit(max_page_cpu_seconds):
+                    article = read_wikitext(page.text, site, page.title)
+            except CpuLimitExceededError:
+                reason = "source:cpu_limit"
         text = article.text if article else ""
         document = Document(page.where, f"{page.title}\n{text}" if text else "", source, url, meta)
         if article and text:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from megagpt.config import Config
+from megagpt.corpus.runner.supervised import ChildDiedError, die_with_parent, supervise
 
 K = TypeVar("K")
 
@@ -70,6 +71,7 @@ def run_tasks(
 ) -> None:
     """Run (key, function, arguments) tasks on workers and hand `consume` each (key, result) as it comes, few in flight.
 
+    Each worker runs them in a child process, which is ended and replaced when a record is over its CPU limit (supervised.py).
     Functions and arguments must pickle. The first error cancels the tasks not yet started and is raised; WorkerDiedError names
     the tasks in flight (by `describe`) when a worker process was killed. executor=inline runs the tasks here, in their order.
     """
@@ -81,12 +83,12 @@ def run_tasks(
         flying: dict[Future[Any], K] = {}
         try:
             for key, function, arguments in tasks:
-                flying[executor.submit(function, *arguments)] = key
+                flying[executor.submit(supervise, function, arguments, fork=execution.executor == "process")] = key
                 if len(flying) > width:
                     _collect(flying, consume)
             while flying:
                 _collect(flying, consume)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, ChildDiedError):
             names = sorted(describe(key) for key in flying.values())
             raise WorkerDiedError(
                 "a worker process was killed (out of memory, or a crash in a library); it was at work on one of these:\n  "
@@ -131,9 +133,10 @@ def _num_threads() -> int:
 
 
 def _begin_worker() -> None:
-    """End this worker when its parent is gone: a pool's workers otherwise outlive a parent that was killed. Only warnings of
-    libraries are shown, as in a process of its own."""
+    """End this worker when its parent is gone: a pool's workers otherwise outlive a parent that was killed. The kernel does it
+    on Linux; a thread elsewhere, and where the parent was gone before. Only warnings of libraries are shown."""
     logging.getLogger().setLevel(logging.WARNING)
+    die_with_parent()
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
