@@ -13,6 +13,9 @@ import zstandard
 from megagpt.config import UserError
 from megagpt.files import atomic_path
 
+INPUT_BYTES = 4096
+"""Compressed bytes that are decompressed at once: at most 128 MiB of zstd, 4 MiB of gzip."""
+
 JsonValue: TypeAlias = Any
 """What JSON can hold; spelled Any because a recursive alias helps no reader."""
 IGNORE = -100
@@ -117,8 +120,10 @@ def decompressed(raw: IO[bytes], ending: str) -> Iterator[bytes]:
             if not data:
                 continue
             decoder = zlib.decompressobj(wbits=31) if ending == ".gz" else zstandard.ZstdDecompressor().decompressobj()
-        plain = decoder.decompress(data)
-        data, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
+        # A zstd block of 4 bytes may hold 128 KiB, a byte of gzip 1 KiB: what comes out at once is bounded by what goes in.
+        now, later = data[:INPUT_BYTES], data[INPUT_BYTES:]
+        plain = decoder.decompress(now)
+        data, decoder = (decoder.unused_data + later, None) if decoder.eof else (later, decoder)
         if plain:
             yield plain
     if decoder is not None:

@@ -138,6 +138,7 @@ def read_pages(block: Block) -> Iterator[Page | Fault]:
             if len(buffer) > MAX_PAGE_BYTES:
                 yield Fault("page longer than 64 MiB", _readable(_locate(places, base, name)))
                 base, buffer = base + len(buffer), b""
+                places = places[-1:]
         if _PAGE in buffer:
             yield Fault("truncated page", _readable(_locate(places, base + buffer.index(_PAGE), name)))
 
@@ -178,17 +179,18 @@ def _bz2_pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iter
         file.seek(offset)
         damaged = False
         while not decoder.eof and not damaged:
-            data = file.read(1 << 16)
+            data = file.read(1 << 16) if decoder.needs_input else b""
             position += len(data)
+            cut_off = decoder.needs_input and not data
             try:
-                plain = decoder.decompress(data)
+                plain = decoder.decompress(data, CHUNK_BYTES)  # 6 KB of bz2 may hold 4.8 GB
             except OSError:
                 damaged, plain = True, b""
                 yield Fault("damaged bz2 stream", f"{name}: offset {offset}")
             if plain:
                 yield f"{name}:{offset}+", inside, plain, end is None or offset < end
                 inside += len(plain)
-            if not data and not decoder.eof:
+            if cut_off and not decoder.eof:
                 yield Fault("truncated bz2 stream", f"{name}: offset {offset}")
                 return
         following = offset + 1 if damaged else position - len(decoder.unused_data)

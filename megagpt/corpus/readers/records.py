@@ -15,6 +15,9 @@ from megagpt.corpus.readers.http import decode_text
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.documents import Document, Rejected, open_lines
 
+MAX_LINE_BYTES = 64 << 20
+MAX_TEXT_BYTES = 1 << 30
+"""What of a text file is read; the rest is left, and a Fault says so."""
 TextUnit: TypeAlias = Literal["file", "paragraph", "line"]
 DATASETS = "datasets:"
 """What an input's name begins with that is a data set and no file."""
@@ -45,9 +48,17 @@ def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outco
 def text_outcomes(block: Block, source: str, unit: TextUnit) -> Iterator[Outcome]:
     """Documents of a text file: the file, or its paragraphs (between blank lines), or its lines."""
     name = Path(block.path).name
-    pieces = [line for line in _lines(block, name) if not isinstance(line[1], Fault)]
-    yield from (line for _, line in _lines(block, name) if isinstance(line, Fault))
-    decoded = decode_text(b"".join(line for _, line in pieces if isinstance(line, bytes)), None)
+    lines, size = list[bytes](), 0
+    for offset, line in _lines(block, name):
+        if isinstance(line, Fault):
+            yield line
+            continue
+        size += len(line)
+        if size > MAX_TEXT_BYTES:
+            yield Fault("text file longer than 1 GiB", f"{name}: offset {offset}")
+            break
+        lines.append(line)
+    decoded = decode_text(b"".join(lines), None)
     for problem in decoded.problems:
         yield Fault(problem, f"{name}: offset 0")
     separators = {"file": None, "paragraph": "\n\n", "line": "\n"}
@@ -137,20 +148,29 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, Fault]]:
-    """(offset, line) of the lines that begin in a block; of a compressed file the offset is that of the plain text."""
+    """(offset, line) of the lines that begin in a block; of a compressed file the offset is that of the plain text.
+
+    A line longer than MAX_LINE_BYTES is passed over, and a Fault says so.
+    """
     with open_lines(Path(block.path)) as file:
         offset = _first_line(file, block.start)
         while block.end is None or offset < block.end:
             try:
-                line = file.readline()
+                line = file.readline(MAX_LINE_BYTES + 1)
+                size = len(line)
+                if size > MAX_LINE_BYTES:
+                    size += _rest_of_line(file) if not line.endswith(b"\n") else 0
             except (EOFError, zlib.error, zstandard.ZstdError) as error:
                 kind = "truncated file" if isinstance(error, EOFError) else "damaged compressed data"
                 yield offset, Fault(kind, f"{name}: offset {offset}")
                 return
             if not line:
                 return
-            yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
-            offset += len(line)
+            if size > MAX_LINE_BYTES:
+                yield offset, Fault("line longer than 64 MiB", f"{name}: offset {offset}")
+            else:
+                yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+            offset += size
 
 
 def _first_line(file: IO[bytes], start: int) -> int:
@@ -158,7 +178,17 @@ def _first_line(file: IO[bytes], start: int) -> int:
     if start == 0:
         return 0
     file.seek(start - 1)
-    return start - 1 + len(file.readline())
+    return start - 1 + _rest_of_line(file)
+
+
+def _rest_of_line(file: IO[bytes]) -> int:
+    """Pass over the rest of a line; returns its length."""
+    size = 0
+    while piece := file.readline(1 << 20):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
 
 
 def _group_offset(metadata: Any) -> int:
