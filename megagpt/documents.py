@@ -114,7 +114,7 @@ def decompressed(raw: IO[bytes], ending: str) -> Iterator[bytes]:
     """
     decoder: Any = None
     data = b""
-    while data := data or raw.read(1 << 16):
+    while data := data or raw.read(4 * INPUT_BYTES):
         if decoder is None:
             data = data.lstrip(b"\0") if ending == ".gz" else data  # tape padding between gzip members
             if not data:
