@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megagpt.corpus.readers import inputs
-from megagpt.corpus.readers.inputs import jsonl_outcomes, text_outcomes
+from megagpt.corpus.readers import records
 from megagpt.corpus.readers.mediawiki import CHUNK_BYTES, read_pages
+from megagpt.corpus.readers.records import jsonl_outcomes, text_outcomes
 from megagpt.corpus.runner.blocks import Block, Fault
 from megagpt.documents import Document, decompressed
 
@@ -73,7 +73,7 @@ def write_lines(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_line_beyond_the_limit_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(inputs, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     write_lines(tmp_path / name)
     items = list(jsonl_outcomes(Block(str(tmp_path / name), "x"), "s", "text"))
     assert [item.text for item in items if isinstance(item, Document)] == ["one", "two", "z" * 80, "three"]
@@ -87,7 +87,7 @@ def test_a_line_beyond_the_limit_costs_itself(tmp_path: Path, monkeypatch: pytes
 def test_blocks_that_begin_in_a_long_line_cover_every_line_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
 ) -> None:
-    monkeypatch.setattr(inputs, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     write_lines(tmp_path / "a.jsonl")
     path = str(tmp_path / "a.jsonl")
     whole = list(jsonl_outcomes(Block(path, "x"), "s", "text"))
@@ -99,7 +99,7 @@ def test_blocks_that_begin_in_a_long_line_cover_every_line_once(
 
 
 def test_a_text_file_beyond_the_limit_is_cut_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "MAX_TEXT_BYTES", 20)
+    monkeypatch.setattr(records, "MAX_TEXT_BYTES", 20)
     (tmp_path / "a.txt").write_text("first line\nsecond\nthird line\n")
     items = list(text_outcomes(Block(str(tmp_path / "a.txt"), "x"), "s", "line"))
     assert [item.text for item in items if isinstance(item, Document)] == ["first line", "second"]
