@@ -334,7 +334,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        from test_stage import make_blocks, slow_numbers
+        from test_run_stage import make_blocks, slow_numbers
         from megagpt.corpus.runner.executors import Execution
         from megagpt.corpus.runner.run_stage import run_stage
         from megagpt.settings_record import MadeWith
@@ -376,7 +376,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
 def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     """Also in the middle of a long block."""
     code = (
-        "import sys; from pathlib import Path; from test_stage import make_blocks, sleeps;"
+        "import sys; from pathlib import Path; from test_run_stage import make_blocks, sleeps;"
         "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
         "from megagpt.settings_record import MadeWith;"
         "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, made_with=MadeWith('a'),"
@@ -502,7 +502,7 @@ def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[s
         while not scheduler_file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         code = (
-            "import sys; from pathlib import Path; from test_stage import make_blocks, numbers;"
+            "import sys; from pathlib import Path; from test_run_stage import make_blocks, numbers;"
             "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
             "from megagpt.settings_record import MadeWith;"
             "run_stage('test', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), numbers, made_with=MadeWith('a'),"

@@ -18,6 +18,7 @@ from megagpt.corpus.runner.blocks import Block, Outcome
 from megagpt.corpus.runner.executors import Execution, WorkerDiedError, run_tasks
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.documents import Document, Rejected
+from megagpt.settings_record import MadeWith
 
 CATASTROPHIC = re.compile(r"(?:a+)+$")
 """Backtracks for longer than the universe lives on what `HANGS` is, holding the interpreter's lock all the while."""
@@ -46,7 +47,7 @@ def write_blocks(folder: Path, files: list[list[str]]) -> list[Block]:
 
 def run(blocks: list[Block], output: Path, execution: Execution, *, by_name: bool = False) -> StageSummary:
     process = functools.partial(match_lines, by_name=by_name)
-    return run_stage("test", blocks, output, process, config_hash="a", execution=execution)
+    return run_stage("test", blocks, output, process, made_with=MadeWith("a"), execution=execution)
 
 
 def test_a_record_that_hangs_in_c_costs_itself_only(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_a_worker_inside_a_pattern_ends_with_its_parent(tmp_path: Path, project:
     code = (
         "import sys; from test_supervised import *; from megagpt.corpus.runner.run_stage import run_stage;"
         f"run_stage('t', [Block({str(tmp_path / 'in/in0.txt')!r}, 'in0.jsonl.zst')], Path({str(tmp_path / 'out')!r}), hangs,"
-        "config_hash='a', execution=Execution(num_workers=1))"
+        "made_with=MadeWith('a'), execution=Execution(num_workers=1))"
     )
     environment = {**os.environ, "PYTHONPATH": import_path(project)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=project, start_new_session=True)
