@@ -18,7 +18,7 @@ LAYERS = (
     ("engine", "monitor", "watchdog"),
     ("model", "data"),
     ("tokenizer", "distributed"),
-    ("config", "strict_yaml", "terminal", "files", "documents", "command", "settings_record", "settings_fields"),
+    ("config", "strict_yaml", "terminal", "files", "documents", "command", "settings_record", "settings_fields", "output_list"),
 )
 TORCH_FREE = ("config", "strict_yaml", "terminal", "files", "documents", "command", "tokenizer", "corpus", "data")
 """Folders of which no module names torch, but for NEEDS_TORCH."""

@@ -25,7 +25,7 @@ from megagpt.corpus.packing import tokenize_documents as packing
 from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.data.open_data import open_data
 from megagpt.documents import read_documents
-from megagpt.files import read_json
+from megagpt.files import read_json, write_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger, find_splits, verify_splits
 from megagpt.train.config import TrainConfig
@@ -125,6 +125,15 @@ def test_a_checkpoint_is_accepted(release: Path, engine: str) -> None:
     assert verify(path) == []
     config = load(TrainConfig, [f"trained/{engine}/config.yaml"])
     check_resume(config, open_data(config.data), read_json(path / "state.json"), path)
+
+
+def test_what_is_loaded_of_a_checkpoint_is_in_its_manifest(release: Path) -> None:
+    (path,) = list_checkpoints(Path("trained") / "fsdp")
+    files = read_json(path / "manifest.json")["files"]
+    write_json(path / "manifest.json", {"files": {name: entry for name, entry in files.items() if name != "state.json"}})
+    assert verify(path) == [f"{path}/state.json: is not in the manifest"]
+    write_json(path / "manifest.json", {"files": {**files, "../owner.json": {"size": 1, "sha256": ""}}})
+    assert verify(path) == [f"{path}/manifest.json: names '../owner.json', which is not a file of the checkpoint's folder"]
 
 
 @pytest.mark.slow

@@ -292,7 +292,12 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
         items = sorted((str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items())
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"{manifest_path}: {error}"]
-    extra = sorted(file.name for file in path.glob("pieces_*") if file.name not in files) if rank == 0 else []
+    outside = [name for name, _, _ in items if Path(name).name != name]
+    if outside:
+        return [f"{manifest_path}: names {outside[0]!r}, which is not a file of the checkpoint's folder"]
+    # What is loaded must be summed: an altered state would feed samples twice.
+    there = [*(file.name for file in path.glob("pieces_*")), "state.json"]
+    extra = sorted(name for name in there if name not in files) if rank == 0 else []
     with ThreadPoolExecutor(max_workers=4) as threads:  # hashing lets go of the interpreter
         found = threads.map(lambda item: _problem_of(path / item[0], item[1], item[2]), items[rank::size])
         return [f"{path / name}: is not in the manifest" for name in extra] + [problem for problem in found if problem]

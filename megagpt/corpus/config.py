@@ -49,7 +49,7 @@ class CorpusConfig(Execution):
         """
         if given:
             return match_paths(given, f"{_SECTIONS.get(stage, stage)}.inputs")
-        return stage_outputs(self.directory(_PREVIOUS[stage]))
+        return stage_outputs(self.directory(_PREVIOUS[stage]), verify=self.verify)
 
 
 def match_paths(patterns: tuple[str, ...], field: str) -> list[Path]:

@@ -13,6 +13,7 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.mixture import Mixture
 from megagpt.data.permutation import mix
 from megagpt.files import sha256_file
+from megagpt.output_list import refuse_lost_splits
 from megagpt.settings_record import recorded
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
@@ -103,6 +104,7 @@ def open_data(config: DataConfig) -> Data:
         "seq_len": config.seq_len, "stride": config.stride, "shuffle_block": config.shuffle_block,
     }  # fmt: skip
     for number, (name, source) in enumerate(config.sources.items()):
+        refuse_lost_splits(source.path)
         train[name] = TokenDataset(source.path / "train", seed=mix(config.seed, number), **geometry)
         if len(train[name]) == 0:
             tokens = train[name].num_tokens

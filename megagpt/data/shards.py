@@ -99,20 +99,28 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def read_manifest(directory: Path) -> Manifest:
     """Read manifest.json and check the size of every file it names. Raises ShardError naming the file."""
-    path = directory / "manifest.json"
+    manifest = parse_manifest(directory / "manifest.json")
+    for info in manifest.shards:
+        _check_sizes(directory, info, np.dtype(manifest.dtype))
+    return manifest
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """What a manifest.json says, whatever has become of the files it names. Raises ShardError naming it."""
     if not path.is_file():
         hint = "no manifest.json here: a folder of finished shards has one (tools/tokenize_documents.py writes it last)"
-        raise ShardError(f"{directory}: {hint}")
-    values = read_json(path)
+        raise ShardError(f"{path.parent}: {hint}")
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise ShardError(str(error)) from None
     try:
         if values["format"] != FORMAT:
             raise ShardError(f"{path}: format={values['format']}, this version reads format {FORMAT}")
         manifest = Manifest(**{**values, "shards": tuple(ShardInfo(**shard) for shard in values["shards"])})
-        dtype = np.dtype(manifest.dtype)
+        np.dtype(manifest.dtype)
     except (KeyError, TypeError) as error:
         raise ShardError(f"{path}: not a shard manifest ({error})") from None
-    for info in manifest.shards:
-        _check_sizes(directory, info, dtype)
     return manifest
 
 

@@ -44,16 +44,22 @@ class Metrics:
 
 
 def read_metrics(run_dir: Path) -> Metrics:
-    """Read run_dir/metrics.jsonl. Lines torn by a kill are counted and left out. Raises UserError if there is no file."""
+    """Read run_dir/metrics.jsonl. Raises UserError if there is no file.
+
+    Lines that are torn by a kill, lack a field, have one of a wrong type or name a start that there never was are counted as
+    torn and left out: one of them would hide the rows of other starts.
+    """
     path = run_dir / METRICS_FILE
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: not the directory of a run that has started") from None
     rows, torn = [], 0
+    numbers = [int(file.stem) for file in (run_dir / "starts").glob("*") if file.stem.isdecimal()]
+    last_start = max(numbers, default=math.inf)
     for line in filter(None, lines):
         row = _parse(line)
-        if row is None:
+        if row is None or row["incarnation"] > last_start:
             torn += 1
         else:
             rows.append(row)
@@ -112,6 +118,9 @@ def _parse(line: bytes) -> Row | None:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    if not isinstance(row, dict) or not {"kind", "step", "time", "incarnation"} <= row.keys():
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return None
+    step, start, time = (row.get(name) for name in ("step", "incarnation", "time"))
+    if type(step) is not int or type(start) is not int or type(time) not in (int, float):
         return None
     return {key: _NON_FINITE.get(item, item) if isinstance(item, str) else item for key, item in row.items()}

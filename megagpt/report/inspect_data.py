@@ -5,6 +5,7 @@ Every function yields lines of text. No torch, so it runs on data nodes too.
 
 import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from megagpt.config import Config, UserError, read_yaml
+from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import Data, DataConfig, open_data
 from megagpt.data.sample_hash import recompute_fed_hash
@@ -24,9 +26,12 @@ from megagpt.data.shards import Manifest, ShardError, open_shard, read_manifest,
 from megagpt.data.state import sample_indices
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
+from megagpt.output_list import LIST_FILE, problem_of, read_list
 from megagpt.report.provenance import explain, show_record
 from megagpt.settings_record import read_settings
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
+
+log = logging.getLogger(__name__)
 
 EXCERPT_CHARACTERS = 160
 CHUNK_TOKENS = 4 << 20
@@ -38,7 +43,8 @@ class InspectConfig(Config):
     shards: Path | None = None
     """A split (a folder with manifest.json), or a folder with splits somewhere below it. Alone: statistics."""
     verify: bool = False
-    """With shards: check every byte against the manifests, and that end-of-text ends documents and stands nowhere else."""
+    """With shards: check every byte against the manifests and the list of outputs, and that end-of-text ends documents and
+    stands nowhere else. With stage: check every byte against the list of outputs."""
     token: int | None = Field(default=None, ge=0)
     """With shards: say which documents the tokens from this one on come from."""
     num_tokens: int = Field(default=1, ge=1)
@@ -78,6 +84,8 @@ class InspectConfig(Config):
 
 def inspect(config: InspectConfig) -> Iterator[str]:
     """What the settings ask for. Raises UserError; also at the end of a verification that found faults."""
+    if config.stage is not None and config.verify:
+        return verify_stage(config.stage)
     if config.stage is not None:
         return show_rejected(config.stage, reason=config.reason, num_examples=config.num_examples)
     if config.run_dir is not None and config.step is None:
@@ -92,7 +100,14 @@ def inspect(config: InspectConfig) -> Iterator[str]:
         if len(named) != 1:
             raise UserError(f"shards={config.shards}: {len(named)} splits are below it, token= needs one: name its folder")
         return show_tokens(named[0], config.token, config.num_tokens, config.dumps)
-    return verify_splits(splits) if config.verify else show_statistics(splits)
+    if not config.verify:
+        return show_statistics(splits)
+    listed = list_of(config.shards or Path())
+    if listed is None:
+        log.warning(
+            "shards=%s: an earlier release made them and kept no list of outputs: no lost split can be seen", config.shards
+        )
+    return verify_splits(splits, listed)
 
 
 def find_splits(folder: Path) -> list[Path]:
@@ -132,9 +147,27 @@ def show_statistics(splits: Sequence[Path]) -> Iterator[str]:
             yield f"  {2 ** max(power - 1, 0):>9,} to {2**power - 1:>9,} tokens: {sizes[power]:,} documents"
 
 
-def verify_splits(splits: Sequence[Path]) -> Iterator[str]:
-    """Check every shard of every split. Raises ShardError that lists all faults, after the sound ones were named."""
+def list_of(folder: Path) -> Path | None:
+    """The folder with the list of outputs that `folder` belongs to, None if there is none at it or above it."""
+    return next((path for path in (folder, *folder.absolute().parents[:2]) if (path / LIST_FILE).is_file()), None)
+
+
+def verify_stage(stage: Path) -> Iterator[str]:
+    """Check every byte that a stage wrote. Raises UserError that names what is missing or differs."""
+    outputs = stage_outputs(stage, verify=True)
+    yield f"{stage}: sound, {len(outputs)} files"
+
+
+def verify_splits(splits: Sequence[Path], listed: Path | None = None) -> Iterator[str]:
+    """Check every shard of every split, and what else is listed in the folder `listed`.
+
+    Raises ShardError that lists all faults, after the sound ones were named.
+    """
     faults: list[str] = []
+    if listed is not None:
+        entries = read_list(listed) or {}
+        problems = (problem_of(listed / name, entry, verify="shard_" not in name) for name, entry in entries.items())
+        faults += [problem for problem in problems if problem]
     total = sum(read_manifest(directory).tokens for directory in splits)
     with tqdm(total=total, unit="token", unit_scale=True, desc="verify", disable=None) as bar:
         for directory in splits:
@@ -151,8 +184,12 @@ def verify_splits(splits: Sequence[Path]) -> Iterator[str]:
 
 
 def check_tokenizer(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """One message if the tokenizer beside a split is not the one that its shards were made with."""
-    tokenizer = open_tokenizer(directory.parent / "tokenizer")
+    """One message if the tokenizer beside a split is lost, or not the one that its shards were made with."""
+    try:
+        tokenizer = open_tokenizer(directory.parent / "tokenizer")
+    except UserError as error:
+        yield str(error)
+        return
     if tokenizer.fingerprint != manifest.tokenizer_sha256:
         yield f"{directory.parent / 'tokenizer'}: sha256 {tokenizer.fingerprint} is not the shards' {manifest.tokenizer_sha256}"
 

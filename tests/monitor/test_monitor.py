@@ -169,6 +169,29 @@ def test_a_torn_last_line_is_healed_and_counted(tmp_path: Path) -> None:
     assert metrics.torn_lines == 1
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": "3"},
+        {"step": None},
+        {"incarnation": "1"},
+        {"incarnation": True},
+        {"time": "now"},
+        {"kind": 3},
+        {"incarnation": 9},
+    ],
+)
+def test_a_row_of_wrong_type_or_of_no_start_hides_nothing(tmp_path: Path, damage: dict[str, Any]) -> None:
+    path, row = tmp_path / METRICS_FILE, {"kind": "start", "step": 0, "time": 1.0, "incarnation": 1}
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "0002.claim").touch()
+    rows = [row, {**row, **damage}, {**row, "kind": "train", "step": 1}, {**row, "incarnation": 2, "step": 1}]
+    path.write_text("".join(json.dumps(value) + "\n" for value in rows))
+    metrics = read_metrics(tmp_path)
+    assert [(value["kind"], value["step"]) for value in metrics.rows] == [("start", 0), ("train", 1), ("start", 1)]
+    assert metrics.torn_lines == 1
+
+
 @pytest.mark.parametrize("damage", [b'{"kind":"train"}\n', b"\x00\x00\x00\n", b"\xff\xfe\n", b"[1]\n"])
 def test_lines_that_are_no_rows_are_counted(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / METRICS_FILE).write_bytes(damage)

@@ -42,6 +42,7 @@ from megagpt.corpus.runner.run_stage import StageSummary, clear, is_finished, re
 from megagpt.corpus.text.shingles import MinHashSettings, load_kernels
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
+from megagpt.output_list import DONE, forget_list, list_or_none, problem_of
 from megagpt.settings_record import MadeWith, fingerprint
 
 FORMAT = 1
@@ -135,6 +136,7 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     claim = take(marker, made_with.config_hash, **made_with.to_json())
     work = _Work(config, claim, folder_of(marker.parent, claim.work), known, tuple(blocks), execution)
     remove_leftovers((output_dir / "index", work.index, output_dir / "duplicates"))
+    _drop_damaged(output_dir, verify=execution.verify)
     with work_of(claim):
         indexed = _find_duplicates(work)
         if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
@@ -144,11 +146,15 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     firsts = first_parts(work.part_folders()) if config.drop_repeated else [0] * len(own)
     places = {(b.path, b.index): (i, first) for b, i, first in zip(blocks, own, firsts, strict=True)}
     process = functools.partial(dedup_block, places=places, index=work.index, kind=config.drop_repeated)
-    summary = run_stage("dedup", blocks, output_dir, process, made_with=made_with, execution=execution)
-    if summary.complete:
+
+    def finish() -> dict[Path, bool]:
         write_own(work.index, {**asdict(config.minhash), "drop_repeated": config.drop_repeated}, blocks, own)
         _report(work, indexed, output_dir)
-    return summary
+        arrays = (path for path in work.index.rglob("*") if path.is_file() and path.parent.name != "decisions")
+        reports = [output_dir / "dedup.json", *(output_dir / "duplicates" / block.name for block in blocks)]
+        return {**dict.fromkeys(arrays, False), **dict.fromkeys([*reports, work.index / "own.json"], True)}
+
+    return run_stage("dedup", blocks, output_dir, process, made_with=made_with, execution=execution, finish=finish)
 
 
 def dedup_block(
@@ -223,13 +229,34 @@ def _refuse_other_work(marker: Path, made_with: MadeWith, *, overwrite: bool) ->
     shutil.rmtree(output_dir / "duplicates", ignore_errors=True)
 
 
+def _drop_damaged(output_dir: Path, *, verify: bool) -> None:
+    """Remove what is listed of the index and the reports and is not as it was written: the phases make it again."""
+    listed = list_or_none(output_dir) or {}
+    problems = {
+        output_dir / name: problem
+        for name, entry in listed.items()
+        if not name.endswith(DONE) and (problem := problem_of(output_dir / name, entry, verify=verify))
+    }
+    if problems:
+        forget_list(output_dir)
+    for path, problem in problems.items():
+        log.warning("%s: it is made again", problem)
+        path.unlink(missing_ok=True)
+        if path.parent.parent.name in ("blocks", "known", "parts"):  # committed as one folder
+            shutil.rmtree(path.parent, ignore_errors=True)
+        if "index" in path.relative_to(output_dir).parts:
+            for answer in output_dir.glob("index/*/*"):
+                if answer.name in ("kept_by.i64", "emptied.u8"):  # what is there of these is taken for the end of all phases
+                    answer.unlink()
+
+
 def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:
     """Run the phases that are not done. Returns the blocks of the index, or None if a phase waits for other parts."""
     config, index, known = work.config, work.index, work.known_blocks
     folders = [index / "known" / f"{i:06d}" for i in range(len(known))]
     tasks: list[Task] = [(path, copy_kept, (old, path, config.num_bands)) for old, path in zip(known, folders, strict=True)]
     own = [index / "blocks" / f"{i:06d}" for i in range(len(work.blocks))]
-    if (index / "kept_by.i64").is_file():
+    if (index / "kept_by.i64").is_file() and all(folder.is_dir() for folder in (*folders, *own)):
         return open_blocks([*folders, *own])
     load_kernels()
     if not run_phase("dedup: known", tasks, work.execution, task_bytes=[num_bytes(block.output) for block in known]):

@@ -13,7 +13,8 @@ How it works. Every document gets a key, a hash of its id.
     output_dir/validation/   the same
     output_dir/tokenizer/    a copy of the tokenizer, so that the folder is whole by itself
     output_dir/leaks.jsonl   training documents that were left out, each with the validation document it resembles
-    output_dir/summary.json  what there is
+    output_dir/outputs.json  size and sha256 of all of these, and the manifests once more (output_list.py)
+    output_dir/summary.json  what there is, and the sum of outputs.json; written last
 With separate_sources each source has such a folder below output_dir.
 """
 
@@ -38,8 +39,19 @@ from megagpt.corpus.runner.executors import Execution, run_tasks
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
-from megagpt.data.shards import Manifest, ShardInfo, ShardWriter, token_dtype, write_manifest
+from megagpt.data.shards import (
+    Manifest,
+    ShardError,
+    ShardInfo,
+    ShardWriter,
+    parse_manifest,
+    read_manifest,
+    token_dtype,
+    verify_shard,
+    write_manifest,
+)
 from megagpt.files import atomic_path, read_json, write_json
+from megagpt.output_list import describe_file, forget_list, list_or_none, problem_of, write_list
 from megagpt.settings_record import MadeWith, fingerprint
 from megagpt.tokenizer.base import Tokenizer
 
@@ -61,13 +73,16 @@ class PackSummary:
     empty_documents: int = 0
     leaked_documents: int = 0
     """Training documents that were left out for their likeness to a validation document; leaks.jsonl lists them."""
+    outputs: dict[str, Any] | None = None
+    """Size and sha256 of outputs.json; None: unfinished, or made by an earlier release."""
 
 
 def pack_documents(
     inputs: Sequence[Path], output_dir: Path, tokenizer_path: str | Path, config: TokenizeConfig, execution: Execution
 ) -> PackSummary:
-    """Tokenize document files into shards under `output_dir`. A rerun goes on where the last one stopped.
+    """Tokenize document files into shards under `output_dir`. A rerun resumes where the last one stopped.
 
+    Of finished shards what is missing or damaged is made again, and only that: sizes are compared, with execution.verify sums.
     Raises UserError if output_dir holds shards of other inputs or settings (unless overwrite), or the tokenizer does not suit.
     """
     tokenizer = cached_tokenizer(str(tokenizer_path), config.encoder)
@@ -86,7 +101,7 @@ def pack_documents(
         _plan(blocks, tokenizer, config), "tokenize", _shaping(config), {"tokenizer": tokenizer.fingerprint}, FORMAT
     )
     claim = _claim(output_dir, made_with, overwrite=execution.overwrite)
-    if (output_dir / "summary.json").is_file():
+    if (output_dir / "summary.json").is_file() and _is_whole(output_dir, tokenizer, verify=execution.verify):
         log.info("%s: complete", output_dir)
         _sweep(output_dir)
         return PackSummary(**read_json(output_dir / "summary.json"))
@@ -102,7 +117,8 @@ def pack_documents(
             records = tokenize_blocks(blocks, job, execution)
             if records is not None:
                 folders = _folders(records, config)
-                shards = _write_shards(records, folders, output_dir, job, execution)
+                kept = _sound_shards(output_dir, tokenizer, config)
+                shards = _write_shards(records, folders, output_dir, job, execution, kept)
                 return _finish(output_dir, tokenizer, job, folders, shards, records)
     except (FileNotFoundError, UserError):
         if is_of_other_work(claim.marker, claim.work):
@@ -140,7 +156,7 @@ def _claim(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Claim:
     if not is_other and made_with.keeps(marker, finished=finished, overwrite=overwrite):
         return Claim(marker, made_with.config_hash)
     if is_other or not made_with.fits(marker, finished=finished):
-        (output_dir / "summary.json").unlink(missing_ok=True)
+        forget_list(output_dir)
         for manifest in [*output_dir.glob("*/manifest.json"), *output_dir.glob("*/*/manifest.json")]:
             manifest.unlink()
         for index in [*output_dir.glob("*/shard_*.idx"), *output_dir.glob("*/*/shard_*.idx")]:
@@ -148,6 +164,54 @@ def _claim(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Claim:
         shutil.rmtree(output_dir / ".segments", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     return take(marker, made_with.config_hash, stage="shards", **made_with.to_json())
+
+
+def _is_whole(output_dir: Path, tokenizer: Tokenizer, *, verify: bool) -> bool:
+    """Whether finished shards are as they were written. Lost manifests and tokenizers are put back; what else is missing is
+    named, and the folder is no longer finished."""
+    listed = list_or_none(output_dir)
+    if not (output_dir / "summary.json").is_file():
+        return False
+    for name, entry in (listed or {}).items():
+        if problem_of(output_dir / name, entry, verify=True) if "content" in entry or "/tokenizer/" in f"/{name}" else "":
+            log.warning("%s: it is written again", output_dir / name)
+            if "content" in entry:
+                write_json(output_dir / name, entry["content"])
+            else:
+                tokenizer.save((output_dir / name).parent)
+    problems = shard_problems(output_dir, listed, verify=verify)
+    if problems:
+        forget_list(output_dir)
+    for problem in problems:
+        log.warning("%s: it is made again", problem)
+    return not problems
+
+
+def shard_problems(output_dir: Path, listed: dict[str, dict[str, Any]] | None, *, verify: bool) -> list[str]:
+    """What is missing of finished shards or differs from what was written; without a list as far as the manifests tell."""
+    found = [problem_of(output_dir / name, entry, verify=verify) for name, entry in (listed or {}).items()]
+    for split in read_json(output_dir / "summary.json")["splits"]:
+        try:
+            manifest = read_manifest(output_dir / split)
+            shards = manifest.shards if verify else ()
+            found += [text for info in shards for text in verify_shard(output_dir / split, info, manifest.dtype)]
+        except ShardError as error:
+            found.append(str(error))
+    return [problem for problem in dict.fromkeys(found) if problem]
+
+
+def _sound_shards(output_dir: Path, tokenizer: Tokenizer, config: TokenizeConfig) -> dict[Path, ShardInfo]:
+    """The shards of these settings that manifests know and that are as they were written, by path without ending."""
+    sound, settings = {}, fingerprint(_shaping(config))
+    for path in [*output_dir.glob("*/manifest.json"), *output_dir.glob("*/*/manifest.json")]:
+        try:
+            manifest = parse_manifest(path)
+        except ShardError:
+            continue
+        if (manifest.config_sha256, manifest.tokenizer_sha256) == (settings, tokenizer.fingerprint):
+            infos = (info for info in manifest.shards if not any(verify_shard(path.parent, info, manifest.dtype)))
+            sound.update({path.parent / info.name: info for info in infos})
+    return sound
 
 
 # ---- merge into shards
@@ -165,7 +229,12 @@ def _folders(records: list[dict[str, Any]], config: TokenizeConfig) -> dict[str,
 
 
 def _write_shards(
-    records: list[dict[str, Any]], folders: dict[str, str], output_dir: Path, job: Job, execution: Execution
+    records: list[dict[str, Any]],
+    folders: dict[str, str],
+    output_dir: Path,
+    job: Job,
+    execution: Execution,
+    kept: dict[Path, ShardInfo],
 ) -> dict[tuple[str, str], list[ShardInfo]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {(source, split): [] for source in folders for split in SPLITS}
     for record in records:
@@ -182,8 +251,9 @@ def _write_shards(
     index, parts = execution.part_of
     # Parts that come here together begin at different shards; one that is there already is not written again.
     order = sorted(range(len(tasks)), key=lambda i: ((i - index) % parts, i))
-    todo = [(tasks[i][0], _write_shard, tasks[i][1]) for i in order]
-    found: dict[tuple[str, str, int], ShardInfo] = {}
+    sound = {key: kept.get(directory / f"shard_{k:05d}") for key, (directory, k, *_) in tasks}
+    todo = [(tasks[i][0], _write_shard, tasks[i][1]) for i in order if sound[tasks[i][0]] is None]
+    found = {key: info for key, info in sound.items() if info is not None}
     size = sum(segment["tokens"] for segments in groups.values() for segment in segments) * np.dtype(job.dtype).itemsize
     with Progress("shards", size) as progress:
 
@@ -269,6 +339,7 @@ def _finish(
     records: list[dict[str, Any]],
 ) -> PackSummary:
     config, dtype, splits = job.config, token_dtype(tokenizer.vocab_size).name, {}
+    outputs: dict[str, dict[str, Any]] = {}
     settings_hash = fingerprint(_shaping(config))
     for source, folder in folders.items():
         refuse_left_over(job.claim)
@@ -281,16 +352,32 @@ def _finish(
                 pack_seq_len=config.pack_seq_len,
             )  # fmt: skip
             write_manifest(directory, manifest)
+            outputs |= _listed(directory, manifest, output_dir)
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,
             }  # fmt: skip
     refuse_left_over(job.claim)
     _write_leaks(records, output_dir)
     empty, leaked = (sum(record["empty"] for record in records), sum(len(record["leaks"]) for record in records))
-    summary = PackSummary(True, splits, empty, leaked)
+    paths = [output_dir / "leaks.jsonl", *(p for f in folders.values() for p in (output_dir / f / "tokenizer").iterdir())]
+    outputs |= {str(path.relative_to(output_dir)): describe_file(path) for path in paths}
+    refuse_left_over(job.claim)
+    summary = PackSummary(True, splits, empty, leaked, write_list(output_dir, outputs))
     write_json(output_dir / "summary.json", asdict(summary))
     _sweep(output_dir)
     return summary
+
+
+def _listed(directory: Path, manifest: Manifest, output_dir: Path) -> dict[str, dict[str, Any]]:
+    """What outputs.json says of a split. Tokens are summed in the manifest, block by block; it is kept, so that it can be put
+    back without tokenizing."""
+    folder = directory.relative_to(output_dir)
+    entries = {f"{folder}/manifest.json": {**describe_file(directory / "manifest.json"), "content": asdict(manifest)}}
+    for info in manifest.shards:
+        entries[f"{folder}/{info.name}.bin"] = {"bytes": info.bin_bytes, "sha256": None}
+        entries[f"{folder}/{info.name}.idx"] = {"bytes": info.idx_bytes, "sha256": info.idx_sha256}
+        entries[f"{folder}/{info.name}.docs.parquet"] = {"bytes": info.docs_bytes, "sha256": info.docs_sha256}
+    return entries
 
 
 def _write_leaks(records: list[dict[str, Any]], output_dir: Path) -> None:

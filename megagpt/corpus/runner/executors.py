@@ -35,6 +35,8 @@ class Execution(Config):
     """Large input files are split into blocks of about this size; a killed worker redoes at most one block."""
     overwrite: bool = False
     """Replace an output that was made with other settings, instead of refusing to."""
+    verify: bool = False
+    """Compare the sha256 of every file, of the stage before and of what this one has finished, and not its size alone."""
 
     @model_validator(mode="after")
     def _check(self) -> "Execution":

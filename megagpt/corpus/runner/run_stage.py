@@ -9,7 +9,8 @@ and blocks. No byte of a result depends on the number of workers, on `part=i/n` 
     output_dir/<name>             kept documents           output_dir/<name>.done.json   counts, sizes, sha256
     output_dir/dropped/<name>     id, url, reason of every rejected document
     output_dir/rejected/<name>    a sample of rejected documents per reason, to be read (reason in meta.rejected)
-    output_dir/summary.json       the sum over all finished files
+    output_dir/outputs.json       all of these with size and sha256, once every file is finished (output_list.py)
+    output_dir/summary.json       the sum over all finished files, and that of outputs.json; written last
 """
 
 import hashlib
@@ -17,8 +18,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megagpt.corpus.runner.executors import Execution, run_tasks
 from megagpt.corpus.runner.ownership import Claim, refuse_left_over, take, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.files import read_json, remove_leftovers, write_json
+from megagpt.output_list import check_outputs, describe_file, forget_list, list_or_none, problems_of_file, write_list
 from megagpt.settings_record import MadeWith
 
 __all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
@@ -56,14 +58,25 @@ class StageSummary:
     records: dict[str, int] = field(default_factory=dict)
     dropped_templates: dict[str, int] = field(default_factory=dict)
     """Templates of a wiki that left a hole in a sentence, with how many; the most frequent MAX_TEMPLATE_NAMES of them."""
+    outputs: dict[str, Any] | None = None
+    """Size and sha256 of outputs.json; None: unfinished, or made by an earlier release."""
 
 
 def run_stage(
-    name: str, blocks: Sequence[Block], output_dir: Path, process: Process, *, made_with: MadeWith, execution: Execution
+    name: str,
+    blocks: Sequence[Block],
+    output_dir: Path,
+    process: Process,
+    *,
+    made_with: MadeWith,
+    execution: Execution,
+    finish: Callable[[], Mapping[Path, bool]] = dict,
 ) -> StageSummary:
     """Run `process`, a picklable pure function, over `blocks` and commit its outcomes under `output_dir`.
 
-    A finished output of an earlier format is kept as it is. Raises UserError if output_dir was made with other settings, holds
+    Of a finished output what is missing or damaged is made again, and only that: sizes are compared (execution.verify: sums).
+    `finish` runs when every file is there; what it has written is listed, too (path -> whether with its sum). A finished output
+    of an earlier format is kept as it is. Raises UserError if output_dir was made with other settings, holds
     outputs of inputs no longer given or an unfinished output of an earlier format, or two inputs share an output name, or
     another start has claimed output_dir for other work meanwhile; WorkerDiedError naming the blocks in flight if a worker was
     killed; OSError if the disk is full.
@@ -78,10 +91,11 @@ def run_stage(
     claim = _claim(output_dir, name, made_with, plans)
     remove_leftovers((output_dir, output_dir / "dropped", output_dir / "rejected"))
     index, count = execution.part_of
-    _drop_outdated(output_dir, plans)
+    unlisted = finished and read_summary(output_dir).outputs is None
+    _drop_outdated(output_dir, plans, verify=execution.verify)
     pending = [file for file in files if not is_done(output_dir, file, plans[file])]
     if pending:
-        (output_dir / "summary.json").unlink(missing_ok=True)
+        forget_list(output_dir)
     mine = set(blocks[index::count])
     todo = [
         block
@@ -101,7 +115,8 @@ def run_stage(
             run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
     for file in pending:
         finish_file(name, output_dir, config_hash, plans[file], files[file], claim)
-    summary = _write_summary(name, output_dir, config_hash, files, claim)
+    list_outputs = None if unlisted and not pending else finish
+    summary = _write_summary(name, output_dir, config_hash, files, claim, list_outputs)
     if summary.complete:
         _sweep(output_dir)
     return summary
@@ -112,8 +127,12 @@ def read_summary(output_dir: Path) -> StageSummary:
     return StageSummary(**read_json(output_dir / "summary.json"))
 
 
-def stage_outputs(output_dir: Path) -> list[Path]:
-    """The document files of a complete stage, sorted. Raises UserError if the stage has not run, or not to its end."""
+def stage_outputs(output_dir: Path, *, verify: bool = False) -> list[Path]:
+    """The document files of a complete stage, sorted.
+
+    Raises UserError if the stage has not run, or not to its end, or if a file is missing or has another size (with `verify`:
+    another sha256) than was written.
+    """
     if not (output_dir / "summary.json").is_file():
         raise UserError(f"{output_dir}: no finished stage here (summary.json is missing): run the stage that writes it first")
     summary = read_summary(output_dir)
@@ -122,7 +141,7 @@ def stage_outputs(output_dir: Path) -> list[Path]:
             f"{output_dir}: {summary.stage} has finished {summary.files} of {summary.files_total} files: "
             "run the same command again (or the other parts) first"
         )
-    return sorted(path.with_name(path.name.removesuffix(".done.json")) for path in output_dir.glob("*.done.json"))
+    return [path.with_name(path.name.removesuffix(".done.json")) for path in check_outputs(output_dir, verify=verify)]
 
 
 # ---- what is done already
@@ -172,7 +191,7 @@ def is_finished(output_dir: Path) -> bool:
 
 def clear(output_dir: Path) -> None:
     """Remove a stage's output and nothing else; the done files first, so that no moment looks complete."""
-    (output_dir / "summary.json").unlink(missing_ok=True)
+    forget_list(output_dir)
     for done in list(output_dir.glob("*.done.json")):
         done.unlink()
         done.with_name(done.name.removesuffix(".done.json")).unlink(missing_ok=True)
@@ -180,13 +199,21 @@ def clear(output_dir: Path) -> None:
         shutil.rmtree(output_dir / folder, ignore_errors=True)
 
 
-def _drop_outdated(output_dir: Path, plans: dict[str, str]) -> None:
-    """Forget outputs whose input has changed since; they are made again."""
+def _drop_outdated(output_dir: Path, plans: dict[str, str], *, verify: bool) -> None:
+    """Forget outputs whose input has changed since, or that are not as they were written; they are made again."""
+    outdated: dict[Path, str] = {}
+    listed = list_or_none(output_dir)
     for name, plan in plans.items():
         path = output_dir / f"{name}.done.json"
-        if path.is_file() and read_json(path)["plan"] != plan:
-            log.info("%s: its input or its blocks have changed: it is made again", name)
-            path.unlink()
+        if path.is_file():
+            problem = problems_of_file(path, listed, verify=verify)
+            if problem or read_json(path)["plan"] != plan:
+                outdated[path] = problem or f"{name}: its input or its blocks have changed"
+    if outdated:
+        forget_list(output_dir)  # before anything goes: no moment looks complete
+    for path, problem in outdated.items():
+        log.warning("%s: it is made again", problem)
+        path.unlink()
 
 
 def _sweep(output_dir: Path) -> None:
@@ -197,7 +224,14 @@ def _sweep(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[str, list[Block]], claim: Claim) -> StageSummary:
+def _write_summary(
+    stage: str,
+    output_dir: Path,
+    config_hash: str,
+    files: dict[str, list[Block]],
+    claim: Claim,
+    finish: Callable[[], Mapping[Path, bool]] | None,
+) -> StageSummary:
     """Sum the done files; again if another part finished files meanwhile, so that the last writer has seen them all."""
     while True:
         names = [name for name in files if (output_dir / f"{name}.done.json").is_file()]
@@ -208,12 +242,20 @@ def _write_summary(stage: str, output_dir: Path, config_hash: str, files: dict[s
         total["dropped_templates"] = dict(frequent)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
         refuse_left_over(claim)
-        written = asdict(summary)
-        if not summary.dropped_templates:  # absent, so that the summary of an older version's output stays as it is
-            del written["dropped_templates"]
+        if complete and finish is not None:
+            records = {output_dir / f"{name}.done.json": True for name in files}
+            summary = replace(summary, outputs=_write_list(output_dir, {**records, **finish()}))
+            refuse_left_over(claim)
+        # What an older version's summary lacks is absent, so that it stays as it is.
+        absent = {"outputs": summary.outputs is None, "dropped_templates": not summary.dropped_templates}
+        written = {name: value for name, value in asdict(summary).items() if not absent.get(name)}
         write_json(output_dir / "summary.json", written)
         if len(names) == sum((output_dir / f"{name}.done.json").is_file() for name in files):
             break
     if not complete:
         log.info("%s: %d of %d files are complete; the other parts remain", stage, len(names), len(files))
     return summary
+
+
+def _write_list(output_dir: Path, paths: Mapping[Path, bool]) -> dict[str, Any]:
+    return write_list(output_dir, {str(p.relative_to(output_dir)): describe_file(p, summed=s) for p, s in paths.items()})

@@ -628,7 +628,7 @@ def test_known_documents_that_are_near_to_nothing_new_are_not_read(tmp_path: Pat
     files = crawls()
     a = work_dir(tmp_path / "a", files["a"], num_bands=56, rows_per_band=2)
     for path in (a / "dedup").glob("*.jsonl.zst"):
-        path.write_bytes(b"damaged")  # what was kept is similar among itself (many bands), but nothing new is
+        path.write_bytes(bytes(path.stat().st_size))  # what was kept is similar among itself (many bands), but nothing new is
     writer = Writer(99)
     new = {"new.jsonl.zst": [writer.text() for _ in range(20)]}
     b = work_dir(tmp_path / "b", new, against=[a], num_bands=56, rows_per_band=2)
