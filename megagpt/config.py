@@ -37,20 +37,27 @@ C = TypeVar("C", bound=Config)
 def load(config_class: type[C], words: Sequence[str]) -> C:
     """Read a configuration from command-line words: at most one YAML file, then `key=value` (dots reach into sections).
 
-    Values are YAML, except that a text field takes what is not in quotes as it stands (null, where it may be null). A word that
-    sets another `kind` of a section drops what the file says there and the new kind does not have. Raises UserError that lists
-    every wrong field at once, with the file it came from.
+    A word that holds `=` is the file if it does not begin with a setting's name and is a path. Values are YAML, except that a
+    text field takes what is not in quotes as it stands (null, where it may be null). A word that sets another `kind` of a
+    section drops what the file says there and the new kind does not have. Raises UserError that lists every wrong field at
+    once, with the file it came from.
     """
-    files = [word for word in words if "=" not in word]
+    files = [word for word in words if _is_file(config_class, word)]
     if len(files) > 1:
         raise UserError(f"one configuration file is expected, {len(files)} were given: {' '.join(files)}")
     values = read_yaml(Path(files[0])) if files else {}
     for word in words:
-        if "=" in word:
+        if word not in files:
             key, _, text = word.partition("=")
             _assign(values, key, _parse_value(config_class, key, text))
             _follow_kind(config_class, values, key)
     return validate(config_class, values, source=files[0] if files else "command line")
+
+
+def _is_file(config_class: type[Config], word: str) -> bool:
+    """Whether a word of the command line is the configuration file: `runs/lr=0.1/a.yaml` is, `run_dir=runs/a` is not."""
+    key, equals, _ = word.partition("=")
+    return not equals or (key.split(".")[0] not in config_class.model_fields and ("/" in key or Path(word).is_file()))
 
 
 def validate(config_class: type[C], values: dict[str, Any], *, source: str) -> C:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, progress: Callable[[], object] | None = None) -> str:
+    """sha256 (hex) of a file's bytes; `progress` is called for every 16 MiB."""
+    digest, buffer, reads = hashlib.sha256(), memoryview(bytearray(1 << 18)), 0
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            reads += 1
+            if progress is not None and reads % 64 == 0:
+                progress()
+    return digest.hexdigest()
 
 
 def _umask() -> int:

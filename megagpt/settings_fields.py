@@ -9,6 +9,7 @@ from typing import Any
 LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": []},
+    "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "TrainConfig": {"if_running": "refuse"},
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""

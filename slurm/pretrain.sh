@@ -12,7 +12,7 @@
 # The same command runs at every start; the trainer goes on from its newest good checkpoint. What becomes of the job:
 #   0   the run is complete
 #   2   a mistake in the settings or the data: ends, is not started again
-#   75  stopped on request (time limit, preemption) with a checkpoint: starts again
+#   75  stopped on request (time limit, preemption), with a checkpoint if there was an update to save: starts again
 #   76  ended by the watchdog: starts again
 #   else  a crash: starts again, until max_starts_without_progress starts in a row brought no newer checkpoint
 # Before its first start and after a failure the nodes are checked; if some are bad, a successor without them is submitted.

@@ -54,6 +54,24 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
+def test_a_file_whose_path_holds_an_equals_sign_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders named by what was varied are common: runs/lr=0.1/config.yaml."""
+    folder = tmp_path / "lr=0.1,steps=5"
+    folder.mkdir()
+    path = write(folder, "name: a\n")
+    assert load(Toy, [path, "steps=7"]).steps == 7
+    monkeypatch.chdir(folder)
+    (folder / "lr=0.1.yaml").write_text("name: b\n")
+    assert load(Toy, ["lr=0.1.yaml"]).name == "b"
+    (folder / "steps=3").write_text("name: c\n")  # a setting's name wins; ./steps=3 is the file
+    assert load(Toy, ["toy.yaml", "steps=3"]).steps == 3
+    assert load(Toy, ["./steps=3"]).name == "c"
+    with pytest.raises(UserError, match="cannot read the configuration file"):
+        load(Toy, ["runs/lr=0.2/none.yaml"])
+    with pytest.raises(UserError, match="stepps"):
+        load(Toy, ["toy.yaml", "stepps=3"])
+
+
 def test_words_override_the_file_and_dump_reads_back(tmp_path: Path) -> None:
     path = write(tmp_path, "name: a\ninner:\n  lr: 3e-4\n")
     config = load(Toy, [path, "inner.lr=1e-3", "steps=1e3"])

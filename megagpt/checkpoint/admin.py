@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
 from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, verify
+from megagpt.checkpoint.scores import validation_loss
 from megagpt.config import Config, UserError
 from megagpt.data.state import TrainState
 from megagpt.engine.base import Partition
@@ -139,4 +140,4 @@ def _look_at(path: Path, best_step: int | None, read_all: bool) -> CheckpointInf
     problems = tuple(verify(path)) if read_all else manifest_problems
     aside, step = path.name.startswith("aside_"), int(path.name.rpartition("_")[2])
     best = step == best_step and not aside
-    return CheckpointInfo(path, step, size, saved.get("saved_at", "?"), saved.get("validation_loss"), best, aside, problems)
+    return CheckpointInfo(path, step, size, saved.get("saved_at", "?"), validation_loss(path), best, aside, problems)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -61,14 +61,18 @@ def read_partitions(path: Path, partitions: Mapping[str, Partition], world: Worl
                     last = min(run.start + run.length, partition.start + len(partition.data))
                     source = file.get_slice(key)[first - run.start : last - run.start]
                     partition.data[first - partition.start : last - partition.start].copy_(source)
+                    if world is not None:
+                        world.progress()
 
 
-def write_partitions(folder: Path, rank: int, shares: Shares) -> tuple[str, dict[str, Any]]:
-    """This rank's file; returns its name and its entry in the manifest."""
+def write_partitions(
+    folder: Path, rank: int, shares: Shares, progress: Callable[[], object] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """This rank's file; returns its name and its entry in the manifest. `progress` is called for every slice written."""
     name = f"pieces_{rank:05d}.safetensors"
     tensors = {key: data for key, (_, data) in shares.items() if len(data)}
     starts = {key: str(start) for key, (start, data) in shares.items() if len(data)}
-    size, digest = write_safetensors(folder / name, tensors, starts)
+    size, digest = write_safetensors(folder / name, tensors, starts, progress)
     return name, {"size": size, "sha256": digest}
 
 
@@ -79,7 +83,9 @@ def own_share(partition: Partition) -> tuple[int, Tensor]:
     return partition.start + first, partition.data[first:last]
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], progress: Callable[[], object] | None = None
+) -> tuple[int, str]:
     """Write 1-D fp32 tensors tensor by tensor, fsync; returns (bytes, sha256). https://huggingface.co/docs/safetensors.
 
     The library's own writer needs all of them as bytes in memory at once and a second read for the checksum.
@@ -99,6 +105,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             _write_all(file, data)
             os.posix_fadvise(file.fileno(), size, len(data), os.POSIX_FADV_DONTNEED)  # the disk begins now, not at the fsync
             size += len(data)
+            if progress is not None:
+                progress()
             if len(hashing) > HASHED_LATER:
                 hashing.popleft().result()
         os.fsync(file.fileno())

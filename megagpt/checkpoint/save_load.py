@@ -7,6 +7,7 @@ takes from any file what overlaps with what it holds. safetensors holds no code,
     step_00001000/  pieces_00000.safetensors ...  one file per rank; its header says where each run begins
                     state.json                    TrainState, config, data fingerprint, the start that wrote it
                     manifest.json                 size and sha256 of every file above; written last
+                    scores.json                   what evaluations of this step found, by validation set; added afterwards
 
 All is written into `tmp_<incarnation>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
 without a manifest that verifies does not exist. The incarnation grows with each start of the run (owner.json) and is compared
@@ -15,7 +16,6 @@ window of microseconds stays open.
 """
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
+from megagpt.checkpoint.scores import mark_best, validation_loss
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
@@ -90,6 +91,16 @@ class Saver:
             return
         self._pending = self._thread.submit(self._write, self._copy(shares), state.step, saved, after)
 
+    def then(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0 once what was begun is committed; not if it was not. It may raise nothing."""
+        pending = self._pending
+        if self._world.rank != 0:
+            return
+        if self._thread is None or pending is None:
+            action()
+        else:  # the thread is one: by then `pending` has ended
+            self._thread.submit(lambda: None if pending.exception() else action())
+
     def wait(self) -> None:
         """Until what was begun is committed. Raises CheckpointError as `save` does."""
         pending, self._pending = self._pending, None
@@ -112,6 +123,7 @@ class Saver:
             if host is None or len(host) != len(data):
                 host = self._host[key] = torch.empty(len(data), dtype=data.dtype, pin_memory=data.is_cuda)
             copies[key] = (start, host.copy_(data, non_blocking=True))
+            self._world.progress()
         if any(data.is_cuda for _, data in shares.values()):
             torch.cuda.synchronize()
         return copies
@@ -125,7 +137,7 @@ class Saver:
             )
         made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
         made = world.broadcast(made)
-        outcomes = world.gather(made or _attempt(lambda: write_partitions(temporary, world.rank, shares)))
+        outcomes = world.gather(made or _attempt(lambda: write_partitions(temporary, world.rank, shares, world.progress)))
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
         if not failures and world.rank == 0:
             files: dict[str, Any] = dict(outcomes)
@@ -169,7 +181,7 @@ def restore(
 
 def restore_exactly(path: Path, engine: Engine, world: World, *, check: Check | None = None) -> Restored:
     """Load this one checkpoint, of any run. Raises CheckpointError if it is not good."""
-    problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
+    problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size, world.progress))) if text]
     if problems:
         raise CheckpointError("; ".join(problems))
     return _load(path, engine, world, check, ())
@@ -201,12 +213,13 @@ def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
     """Rename newer checkpoints to `aside_<incarnation>_step_*`: damaged ones, and those of a course that is given up."""
     leaving = [path for path in list_checkpoints(run_dir) if step_of(path) > newer_than]
     best = run_dir / "checkpoints" / "best.json"
-    if best.exists() and read_json(best)["step"] > newer_than:
+    of_best: dict[str, Any] = read_json(best) if best.exists() else {"step": -1}
+    if of_best["step"] > newer_than:
         best.unlink()
         for path in list_checkpoints(run_dir)[: -len(leaving) or None]:
-            loss = saved_field(path, "validation_loss")
+            loss = validation_loss(path, of_best.get("validation_set"))
             if loss is not None:
-                mark_best(run_dir, step_of(path), loss)
+                mark_best(run_dir, step_of(path), loss, of_best.get("validation_set"))
     for path in leaving:
         path.rename(path.with_name(f"aside_{incarnation}_{path.name}"))
         log.warning("%s is not used and was set aside as aside_%d_%s", path, incarnation, path.name)
@@ -232,7 +245,7 @@ def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tupl
     if step is not None and not candidates:
         raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint of step {step}")
     for path in reversed(candidates):
-        problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size))) if text]
+        problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size, world.progress))) if text]
         if not problems:
             return path, tuple(passed_over)
         passed_over.append("; ".join(problems))
@@ -284,8 +297,11 @@ def require_checkpoint(path: Path) -> None:
         raise UserError(f"{path}: not a checkpoint; run_dir/checkpoints/step_<number> is expected")
 
 
-def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read."""
+def verify(path: Path, rank: int = 0, size: int = 1, progress: Callable[[], object] | None = None) -> list[str]:
+    """What is wrong with a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read.
+
+    `progress` is called as the files are read.
+    """
     manifest_path = path / "manifest.json"
     try:
         files = read_json(manifest_path)["files"]
@@ -299,30 +315,19 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> list[str]:
     there = [*(file.name for file in path.glob("pieces_*")), "state.json"]
     extra = sorted(name for name in there if name not in files) if rank == 0 else []
     with ThreadPoolExecutor(max_workers=4) as threads:  # hashing lets go of the interpreter
-        found = threads.map(lambda item: _problem_of(path / item[0], item[1], item[2]), items[rank::size])
+        found = threads.map(lambda item: _problem_of(path / item[0], item[1], item[2], progress), items[rank::size])
         return [f"{path / name}: is not in the manifest" for name in extra] + [problem for problem in found if problem]
 
 
-def _problem_of(file: Path, size: int, sha256: str) -> str:
+def _problem_of(file: Path, size: int, sha256: str, progress: Callable[[], object] | None) -> str:
     """What is wrong with one file; empty if nothing."""
     if not file.is_file():
         return f"{file}: missing"
     if file.stat().st_size != size:
         return f"{file}: {file.stat().st_size} bytes, the manifest says {size}"
-    if sha256_file(file) != sha256:
+    if sha256_file(file, progress) != sha256:
         return f"{file}: its sha256 is not the manifest's: bytes changed since it was written"
     return ""
-
-
-def mark_best(run_dir: Path, step: int, loss: float) -> bool:
-    """Record a committed step as the best if its validation loss is lower than the best one's; returns whether it is."""
-    path = run_dir / "checkpoints" / "best.json"
-    if not math.isfinite(loss):
-        return False
-    if path.exists() and read_json(path)["validation_loss"] <= loss:
-        return False
-    write_json(path, {"step": step, "validation_loss": loss})
-    return True
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[Path]:

@@ -1,11 +1,13 @@
 """This process among its peers: rank, size, device, agreement over small integers, and requests to stop."""
 
+import contextlib
 import logging
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.config import UserError
+from megagpt.command import EXIT_STOPPED
+from megagpt.config import Failure, UserError
 from megagpt.distributed.malloc import keep_freed_memory
 from megagpt.distributed.ports import free_port
 
@@ -39,16 +42,57 @@ class Place:
     launcher: str
 
 
+class Stopped(Exception):  # noqa: N818 (it is what happened, an error is a program's)
+    """A stop signal has reached some rank; raised on all of them at the same place."""
+
+
 class StopRequest:
-    """Remembers the first stop signal; the loop asks for it between steps. A second SIGINT interrupts at once."""
+    """Remembers the first stop signal; the loop, evaluation and sampling ask for it. A second SIGINT interrupts at once.
+
+    While there is nothing to save (`end_at_once`), the signal itself ends the process: a thread hears it through Python's
+    wakeup descriptor even while the main thread is inside a library, loading, joining a process group or compiling.
+    """
 
     def __init__(self) -> None:
         self.signal_name = ""
+        self._ends_at_once, self._last_words = False, _nothing
+        self._thread: threading.Thread | None = None
 
     def install(self) -> None:
         """Handle STOP_SIGNALS from now on (main thread only)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+
+    def end_at_once(self, last_words: "Callable[[str], None] | None" = None) -> None:
+        """From here on there is nothing to save: a stop signal ends the process with EXIT_STOPPED (main thread only).
+
+        `last_words` gets the signal's name before that; nothing it does may wait for long.
+        """
+        self._last_words, self._ends_at_once = last_words or _nothing, True
+        if self._thread is None:
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._listen, args=(reader,), name="stop signals", daemon=True)
+            self._thread.start()
+        if self.signal_name:
+            self._end(self.signal_name)
+
+    def remember(self) -> None:
+        """From here on there is something to save: a stop signal is remembered until it is asked for."""
+        self._ends_at_once = False
+
+    def _listen(self, reader: int) -> None:
+        while True:
+            for number in os.read(reader, 64):
+                if number in STOP_SIGNALS and self._ends_at_once:
+                    self._end(signal.Signals(number).name)
+
+    def _end(self, name: str) -> None:
+        os.write(2, f"{name}: nothing is to be saved yet, the process ends with status {EXIT_STOPPED}\n".encode())
+        with contextlib.suppress(Exception):
+            self._last_words(name)
+        os._exit(EXIT_STOPPED)
 
     def ignore(self) -> None:
         """Ignore STOP_SIGNALS for good: when a rank has ended with a status, srun sends SIGTERM to those that are about to, and
@@ -66,6 +110,22 @@ class StopRequest:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
 
+def _nothing(*_: object) -> None:
+    pass
+
+
+class Progress:
+    """Counts what gets done inside long activities: a batch evaluated, a slice written, a file read. The watchdog judges by the
+    time since it moved."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        """Something more is done."""
+        self.count += 1
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """The ranks of one run. Collectives here are on CPU over their own gloo group, so they never wait for a GPU."""
@@ -77,6 +137,7 @@ class World:
     launcher: str
     control: Any
     stop: StopRequest = field(default_factory=StopRequest)
+    progress: Progress = field(default_factory=Progress)
 
     def with_own_group(self) -> "World":
         """The same ranks with a gloo group of their own, for collectives in another thread."""
@@ -100,6 +161,20 @@ class World:
     def any(self, claim: bool) -> bool:
         """Whether the claim holds on some rank."""
         return self.sum([int(claim)])[0] > 0
+
+    def agree(self, problem: Exception | None = None) -> None:
+        """Go on only if every rank can; all ranks call it together, each with its `problem` if it has one.
+
+        Raises on all of them: Failure (UserError if that is what it is) if some rank has a problem, else Stopped if some rank
+        was told to stop.
+        """
+        failed, stopped = self.sum([problem is not None, bool(self.stop.signal_name)])
+        if failed:
+            texts = self.gather(None if problem is None else (isinstance(problem, UserError), str(problem)))
+            is_usage, text = next(text for text in texts if text is not None)
+            raise (UserError if is_usage else Failure)(text) from problem
+        if stopped:
+            raise Stopped
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -187,13 +262,13 @@ def _place_by(launcher: str, environment: dict[str, str]) -> Place | None:
     return Place(rank, size, local_rank, launcher)
 
 
-def init_world(*, timeout_seconds: float = 1800.0) -> World:
-    """Join the process group (NCCL where there are GPUs, else gloo) and answer stop signals from here on.
+def init_world(*, timeout_seconds: float = 1800.0, stop: StopRequest | None = None) -> World:
+    """Join the process group (NCCL where there are GPUs, else gloo) and answer stop signals from here on, with `stop`'s answer.
 
     Also sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which libraries read. Raises UserError if the
     rendezvous address is not given or not reachable.
     """
-    stop = StopRequest()
+    stop = stop or StopRequest()
     stop.install()
     place = place_from_environment(dict(os.environ))
     if place.size == 1:

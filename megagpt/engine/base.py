@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from megagpt.model.gpt import GPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Engine(Protocol):
     """A model spread over ranks."""
 
     model: Callable[..., Tensor]
-    module: nn.Module
+    module: GPT
     updates: int
     formats: dict[str, str]
     """What the tensors of the first update were, see megagpt.engine.dtypes; filled by then."""

@@ -1,5 +1,7 @@
 """Builds the engine that a configuration names; refuses what no engine computes rightly."""
 
+from collections.abc import Callable
+
 import torch
 
 from megagpt.config import UserError
@@ -85,8 +87,8 @@ def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
         )
 
 
-def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:
-    """Fill the engine with initial weights that depend on `seed` only, not on the layout."""
+def draw_weights(engine: Engine, config: ModelConfig, seed: int, progress: Callable[[], object] | None = None) -> None:
+    """Fill the engine with initial weights that depend on `seed` only, not on the layout. `progress` is called for each."""
     shapes = whole_shapes(config)
     with torch.no_grad():
         for key, partition in engine.state().items():
@@ -96,6 +98,8 @@ def draw_weights(engine: Engine, config: ModelConfig, seed: int) -> None:
                 partition.data.copy_(full[partition.start : partition.start + len(partition.data)])
             else:
                 partition.data.zero_()
+            if progress is not None:
+                progress()
     engine.refresh(0)
 
 

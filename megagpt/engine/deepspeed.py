@@ -63,7 +63,7 @@ class DeepSpeedEngine:
             theirs = optimizer.parts[0] if isinstance(optimizer, Together) else optimizer  # stage 0 is stepped here
             self._deepspeed: Any = deepspeed.initialize(model=module, optimizer=theirs, config=settings)[0]
         self.model: Callable[..., Tensor] = computing_in_bf16(self._deepspeed) if cast else self._deepspeed
-        self.module: nn.Module = module
+        self.module: GPT = module
         self.updates = 0
         self._stage, self._world = config.zero_stage, world
         self._zero: Any = self._deepspeed.optimizer

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -70,7 +70,7 @@ class FSDPEngine:
             module.head.weight = module.embedding.weight  # which to_empty parts, but for sharded parameters
         cast = precision == "bf16" and not self._shards
         self.model: Callable[..., Tensor] = computing_in_bf16(module) if cast else module
-        self.module: nn.Module = module
+        self.module: GPT = module
         self.updates, self._world, self._mesh = 0, world, mesh
         self._optimizer = build_optimizer(parameter_groups(module, optim), optim)
         groups = self._optimizer.param_groups

@@ -15,9 +15,10 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.world import lone_world, pick_device
 from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
-from megagpt.evaluate.loss import Score, combine, evaluate_sources
+from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
+from megagpt.evaluate.results import keep_result
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
-from megagpt.files import write_json
+from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Evaluation:
 
 
 def evaluate_run(config: EvaluateConfig) -> Evaluation:
-    """Load a checkpoint, evaluate it, and write run_dir/evaluations/step_<step>.json.
+    """Load a checkpoint, evaluate it, and add the result to run_dir/evaluations/step_<step>.json (see evaluate/results.py).
 
     Raises UserError if run, checkpoint, shards or tasks are missing or do not fit, before the model is loaded where possible.
     """
@@ -80,7 +81,13 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     tasks = {name: score_task(log_likelihood, items) for name, items in questions.items()}
     path = config.run_dir / "evaluations" / f"step_{loaded.step:08d}.json"
     result = Evaluation(path, loaded.step, combine(sources.values()), sources, entropies, tasks)
-    write_json(path, to_json(result, config))
+    measured = {
+        "checkpoint": sha256_file(loaded.path / "manifest.json"),
+        "validation_set": validation_set(datasets, max_samples=config.max_samples, mask_documents=data_config.mask_documents),
+        "tasks": {name: sha256_file(path) for name, path in config.tasks.items()},
+        "max_samples": config.max_samples,
+    }
+    keep_result(path, {**to_json(result, config), "measured": measured})
     return result
 
 

@@ -1,5 +1,7 @@
 """Loss, perplexity and bits per byte on validation data; what the training loop calls."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megagpt.config import Failure, UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.loader import MicroBatch, eval_batches
 from megagpt.distributed.world import World
+from megagpt.files import sha256_file
 from megagpt.tokenizer.base import Tokenizer, token_lengths
 
 
@@ -57,7 +61,7 @@ def evaluate_sources(
     max_samples: int | None = None,
     mask_documents: bool = False,
 ) -> dict[str, Score]:
-    """The score of each source; all ranks call it together and all get the same.
+    """The score of each source; all ranks call it together and all get the same. Raises as `evaluate` does.
 
     `model(ids, targets, doc_lengths)` gives the summed loss; `module` is what is behind it, put into evaluation mode meanwhile.
     """
@@ -80,14 +84,44 @@ def evaluate_sources(
 
 @torch.no_grad()
 def evaluate(model: Callable[..., Tensor], batches: Iterable[MicroBatch], world: World) -> Score:
-    """Sum the loss over the batches of all ranks. The loss is summed in fp64 and fetched from the device once, at the end."""
+    """Sum the loss over the batches of all ranks. The loss is summed in fp64 and fetched from the device once, at the end.
+
+    Raises Stopped on all ranks before the next batch once one was told to stop, and what was wrong with a rank's data on all.
+    """
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = text_bytes = 0
-    for batch in batches:
+    for batch in _together(batches, world):
         lengths = None if batch.doc_lengths is None else batch.doc_lengths.to(world.device)
         nats += model(batch.ids.to(world.device), batch.targets.to(world.device), lengths)
         tokens, text_bytes = tokens + batch.num_targets, text_bytes + batch.num_bytes
     return combine(Score(*sums) for sums in world.gather((float(nats), tokens, text_bytes)))
+
+
+def _together(batches: Iterable[MicroBatch], world: World) -> Iterator[MicroBatch]:
+    """The batches, each once all ranks have theirs: a forward pass may need all of them."""
+    remaining = iter(batches)
+    while True:
+        batch, problem = None, None
+        try:
+            batch = next(remaining, None)
+        except (UserError, Failure, OSError) as error:
+            problem = error
+        world.agree(problem)
+        world.progress()
+        if batch is None:
+            return
+        yield batch
+
+
+def validation_set(datasets: Mapping[str, TokenDataset], *, max_samples: int | None, mask_documents: bool) -> str:
+    """A name for what evaluate_sources measures on, 16 hex digits: losses are comparable if it is the same."""
+    measured = {
+        "sources": {name: sha256_file(dataset.directory / "manifest.json") for name, dataset in datasets.items()},
+        "seq_lens": {name: dataset.seq_len for name, dataset in datasets.items()},
+        "max_samples": max_samples,
+        "mask_documents": mask_documents,
+    }
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def combine(scores: Iterable[Score]) -> Score:

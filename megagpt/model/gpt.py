@@ -6,8 +6,9 @@ B sequences, T tokens, V vocabulary, D hidden size, H query heads, K key/value h
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megagpt.config import Config
 from megagpt.model.attention import Mask, attend, attention_mask
-from megagpt.model.loss import summed_cross_entropy
+from megagpt.model.loss import summed_loss_terms
 from megagpt.model.rope import RopeScaling, rope_table, rotate
 
 
@@ -186,14 +187,17 @@ class Head(nn.Linear):
     """Final projection onto the vocabulary: logits, or with targets the summed loss without ever holding the logits."""
 
     compile_loss = False
+    loss_terms: Mapping[str, Tensor] = MappingProxyType({})
+    """Of the last forward with targets, where it gave more than the loss: its terms, without gradient (see loss.py)."""
 
     def forward(self, x_btd: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor:  # type: ignore[override]
         """x [B, T, D] -> logits [B, T, V]; with targets [B, T] the fp32 scalar sum of losses (see loss.py)."""
         if targets is None:
             return F.linear(x_btd, self.weight)
-        return summed_cross_entropy(
+        total, self.loss_terms = summed_loss_terms(
             x_btd.flatten(0, 1), self.weight, targets.flatten(), z_loss=z_loss, compiled=self.compile_loss
         )
+        return total
 
 
 class GPT(nn.Module):
@@ -255,6 +259,11 @@ class GPT(nn.Module):
         if cache is not None:
             x_btd = x_btd[:, -1:]
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats, and what training
+        adds to it (`z_loss`). {} where it was the loss alone."""
+        return dict(self.head.loss_terms)
 
     def new_cache(self) -> list[KeyValues]:
         """An empty cache for `forward(..., cache=)`."""

@@ -26,15 +26,26 @@ def summed_cross_entropy(
     `z_loss` adds z_loss * logsumexp^2 per counted token (arXiv 2204.02311). Gradients flow to hidden and weight. `compiled`
     uses torch.compile for what lies between the matrix products; on CPUs it would be slower and is not.
     """
+    return summed_loss_terms(hidden_nd, weight_vd, targets_n, z_loss=z_loss, compiled=compiled)[0]
+
+
+def summed_loss_terms(
+    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, *, z_loss: float = 0.0, compiled: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `summed_cross_entropy` gives, and its terms without gradient: `loss` in nats and `z_loss`; {} without z-loss."""
     if not torch.is_grad_enabled():  # needs_input_grad is true in no_grad as well
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
-    return _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled)  # type: ignore[return-value]
+    total, nats, added = _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled)  # type: ignore[misc]
+    return total, {"loss": nats, "z_loss": added} if z_loss else {}
 
 
-def loss_and_gradient(logits_nv: Tensor, targets_n: Tensor, z_loss: float, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """(summed loss, its gradient with respect to the logits, in their dtype), computed in fp32; `logits_nv` may be overwritten.
+def loss_and_gradient(
+    logits_nv: Tensor, targets_n: Tensor, z_loss: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss, summed z-loss, the gradient of their sum with respect to the logits, in their dtype), computed in fp32;
+    `logits_nv` may be overwritten.
 
-    Without `wants_gradient` the second result means nothing.
+    Without `wants_gradient` the last result means nothing.
     """
     counted_n1 = (targets_n != IGNORE)[:, None]
     index_n1 = targets_n.clamp(min=0)[:, None]
@@ -46,8 +57,8 @@ def loss_and_gradient(logits_nv: Tensor, targets_n: Tensor, z_loss: float, wants
     sum_n1 = values_nv.sum(dim=-1, keepdim=True)
     log_sum_n1 = sum_n1.log()
     log_z_n1 = log_sum_n1 + largest_n1
-    loss_n1 = log_sum_n1 - target_n1 + z_loss * log_z_n1.square()
-    total = loss_n1.masked_fill(~counted_n1, 0.0).sum()
+    nats = (log_sum_n1 - target_n1).masked_fill(~counted_n1, 0.0).sum()
+    added = (z_loss * log_z_n1.square()).masked_fill(~counted_n1, 0.0).sum() if z_loss else torch.zeros_like(nats)
     if wants_gradient:
         values_nv *= ((1 + 2 * z_loss * log_z_n1) / sum_n1).masked_fill(~counted_n1, 0.0)
         if torch.compiler.is_compiling():  # a comparison is fused with the rest, a scatter would be a pass of its own
@@ -55,36 +66,39 @@ def loss_and_gradient(logits_nv: Tensor, targets_n: Tensor, z_loss: float, wants
             values_nv = values_nv - hits_nv.to(values_nv.dtype)
         else:
             values_nv.scatter_add_(1, index_n1, -counted_n1.to(values_nv.dtype))
-    return total, values_nv.to(logits_nv.dtype)
+    return nats, added, values_nv.to(logits_nv.dtype)
 
 
 @cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(loss_and_gradient)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, z_loss: float, compiled: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, z_loss: float, compiled: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         between = _compiled() if compiled and hidden_nd.is_cuda else loss_and_gradient
-        total = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
+        nats = added = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
         grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants_grad else None
         chunk = max(1, (CHUNK_ELEMENTS_GPU if hidden_nd.is_cuda else CHUNK_ELEMENTS) // weight_vd.shape[0])
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
-            loss, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
-            total += loss
+            chunk_nats, chunk_added, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
+            nats, added = nats + chunk_nats, added + chunk_added
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[start : start + chunk] = grad @ weight_vd
                 grad_weight += grad.T @ hidden
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_vd.dtype))
-        return total
+        ctx.mark_non_differentiable(nats, added)
+        return nats + added, nats, added
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        (scale,) = grads
+        scale, *_ = grads
         return grad_hidden * scale, grad_weight * scale, None, None, None

@@ -49,6 +49,12 @@ class Stopwatch:
         self._charge()
         return dict(self._seconds)
 
+    def so_far(self) -> dict[str, float]:
+        """`seconds` for another thread: nothing is charged."""
+        seconds, activity = dict(self._seconds), self._stack[-1]
+        seconds[activity] = seconds.get(activity, 0.0) + self._now() - self._since
+        return seconds
+
     def peek(self) -> dict[str, float]:
         """Seconds per activity up to the last switch."""
         return dict(self._seconds)
@@ -84,9 +90,9 @@ def job_times(environment: Mapping[str, str] = os.environ) -> dict[str, float]:
 class Ledger:
     """Seconds of a run by activity, from the first submission to the last line logged; they sum to `wall_seconds`.
 
-    Besides the stopwatch's activities: "repeated" is training that a restart or rewind did again; between two starts lie "down"
-    (from the last line of one to the next one's being queued, a hang included), "queue" and "launch" (the job's checks and
-    srun). Without a job's times all of that is "down".
+    Besides the stopwatch's activities: "repeated" is training that a restart or rewind did again; "hang" is the time without
+    progress before the watchdog ended a start; between two starts lie "down" (from the last line of one to the next one's being
+    queued), "queue" and "launch" (the job's checks and srun). Without a job's times all of that is "down".
     """
 
     seconds: dict[str, float]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,24 @@ def superseded(rows: list[Row]) -> list[bool]:
             writer = last_writer.setdefault((row["kind"], row["step"]), row["incarnation"])
             result[i] = row["step"] > went_on_from or row["incarnation"] < writer
     return result
+
+
+def interrupted_at(rows: Sequence[Row], step: int) -> tuple[str, ...]:
+    """The kinds of rows (`evaluate`, `sample`) that a stop signal cut short at `step` and that no start since has done.
+
+    `rows` of the starts before this one. What a start has tried in vain, ended by nobody's wish, is not tried again.
+    """
+    left: tuple[str, ...] = ()
+    tried = False
+    for row in rows:
+        here = row["step"] == step
+        if row["kind"] == "stop":
+            left, tried = tuple(row["interrupted"]) if here and row.get("interrupted") else left, False
+        elif row["kind"] == "start" and left:
+            left, tried = () if tried else left, here
+        elif here:
+            left = tuple(kind for kind in left if kind != row["kind"])
+    return () if tried else left
 
 
 def format_row(row: Mapping[str, Any]) -> bytes:

@@ -138,6 +138,13 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.log(kind, step, values | {"seconds": seconds})
 
+    def log_from_a_thread(self, kind: str, step: int, **values: Any) -> None:
+        """Write one row to metrics.jsonl and nowhere else, when the process is about to end and its main thread cannot."""
+        if self._file is not None:
+            seconds = {activity: round(spent, 3) for activity, spent in self.clock.so_far().items()}
+            head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.incarnation}
+            _write(self._file, format_row(head | values | {"seconds": seconds}))
+
     def close(self) -> None:
         """Finish W&B and close the file. Safe to call twice."""
         if self._bar is not None:

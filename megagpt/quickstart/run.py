@@ -22,6 +22,7 @@ from pydantic import Field
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 from megagpt.config import Config, UserError
 from megagpt.distributed.ports import free_port
+from megagpt.evaluate.results import read_results
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.quickstart.dumps import DemoConfig, Planted, build_demo_dumps
@@ -213,7 +214,7 @@ def check_run(run_dir: Path, max_steps: int) -> list[Check]:
     metrics = read_metrics(run_dir)
     starts = [row for row in metrics.all_rows if row["kind"] == "start"]
     resumed = [row["step"] for row in starts if row.get("resumed")]
-    evaluation: dict[str, Any] = read_json(max((run_dir / "evaluations").glob("step_*.json")))
+    evaluation: dict[str, Any] = read_results(max((run_dir / "evaluations").glob("step_*.json")))[-1]
     loss, entropy = evaluation["loss"], evaluation["sources"]["main"]["unigram_entropy"]
     return [
         Check(

@@ -10,6 +10,7 @@ from typing import Any
 
 from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.config import Config
+from megagpt.evaluate.results import read_results
 from megagpt.files import read_json, write_text
 from megagpt.monitor.goodput import Ledger, advise_checkpoints, goodput_ledger
 from megagpt.monitor.metrics import Metrics, Row, read_metrics
@@ -42,7 +43,7 @@ class Facts:
     checkpoints: list[dict[str, Any]]
     """step, bytes, best."""
     evaluations: list[dict[str, Any]]
-    """evaluations/*.json, oldest step first."""
+    """The results of evaluations/*.json, oldest step first."""
     funnels: dict[str, list[dict[str, Any]]]
     """By corpus: the summaries of its stages, and of its shards."""
     settings: str
@@ -73,7 +74,7 @@ def read_facts(config: ReportConfig) -> Facts:
         ledger=goodput_ledger(metrics),
         starts=starts,
         checkpoints=_read_checkpoints(run_dir),
-        evaluations=[read_json(path) for path in sorted((run_dir / "evaluations").glob("step_*.json"))],
+        evaluations=[found for path in sorted((run_dir / "evaluations").glob("step_*.json")) for found in read_results(path)],
         funnels={name: funnel for name, work_dir in corpora.items() if (funnel := read_funnel(work_dir))},
         settings=settings.read_text(encoding="utf-8") if settings.exists() else "",
     )
@@ -114,6 +115,8 @@ def _status(facts: Facts) -> str:
         text = f"finished at step {last['step']:,}"
     elif last["kind"] == "stop":
         text = f"stopped on request at step {last['step']:,} ({last.get('reason', 'no reason given')})"
+    elif last["kind"] == "watchdog":
+        text = f"ended by the watchdog at step {last['step']:,} ({_hang(last)})"
     else:
         text = f"last word at step {last['step']:,}, {_clock(last['time'])}"
     return f'<span class="status">{escape(text)}</span>'
@@ -225,7 +228,7 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 def _goodput(ledger: Ledger) -> str:
     total = ledger.wall_seconds
     rows = sorted(ledger.seconds.items(), key=lambda item: -item[1])
-    colours = {"train": 3, "repeated": 2, "down": 2, "queue": 2, "launch": 2}
+    colours = {"train": 3, "repeated": 2, "hang": 2, "down": 2, "queue": 2, "launch": 2}
     return bars(
         [(name, s / total, f"{_span(s)} · {s / total:.1%}", colours.get(name, 1)) for name, s in rows if total and s > 0]
     )
@@ -246,18 +249,32 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> str:
             f"{score['perplexity']:.4g}",
             None if score["bits_per_byte"] is None else f"{score['bits_per_byte']:.4f}",
             f"{score['tokens']:,}",
+            _limit(found),
         )
         for found in evaluations
         for name, score in found["sources"].items()
     ]
     tasks = [
-        (f"{found['step']:,}", name, f"{task['accuracy']:.3f} ± {task['standard_error']:.3f}", f"{task['chance']:.3f}")
+        (
+            f"{found['step']:,}",
+            name,
+            f"{task['accuracy']:.3f} ± {task['standard_error']:.3f}",
+            f"{task['chance']:.3f}",
+            _limit(found),
+        )
         for found in evaluations
         for name, task in found["tasks"].items()
     ]
-    head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "tokens")
-    html = table(head, rows, numbers=(0, 2, 3, 4, 5, 6)) if rows else ""
-    return html + (table(("step", "task", "accuracy", "chance"), tasks, numbers=(0, 2, 3)) if tasks else "")
+    head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "tokens", "samples")
+    html = table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7)) if rows else ""
+    head = ("step", "task", "accuracy", "chance", "samples")
+    return html + (table(head, tasks, numbers=(0, 2, 3, 4)) if tasks else "")
+
+
+def _limit(evaluation: dict[str, Any]) -> str:
+    """Of how many samples a result is, at most."""
+    most = evaluation.get("config", {}).get("max_samples")
+    return "all" if most is None else f"≤ {most:,}"
 
 
 def _samples(rows: list[Row]) -> str:
@@ -280,7 +297,8 @@ def _starts(facts: Facts) -> str:
     for start in facts.starts:
         number = start["incarnation"]
         began, end = first.get(number), ends.get(number)
-        how = "–" if end is None else {"done": "done", "stop": f"stop: {end.get('reason')}"}.get(end["kind"], "no last word")
+        words = {} if end is None else {"done": "done", "stop": f"stop: {end.get('reason')}", "watchdog": _hang(end)}
+        how = "–" if end is None else words.get(end["kind"], "no last word")
         rows.append(
             (
                 number,
@@ -296,6 +314,12 @@ def _starts(facts: Facts) -> str:
         )
     head = ("start", "time", "host", "launcher", "ranks", "commit", "from step", "to step", "end")
     return table(head, rows, numbers=(4, 6, 7)) if rows else ""
+
+
+def _hang(row: Row) -> str:
+    """Who was missing when the watchdog ended a start."""
+    who = "no rank" if row.get("rank") is None else f"rank {row['rank']}"
+    return f"hang in {row.get('activity')}: {row.get('cause')}, {who}"
 
 
 def _slow_ranks(train: Sequence[Row]) -> str:

@@ -1,8 +1,10 @@
 """Training: the one loop, and what happens between its steps."""
 
 import gc
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,24 +15,26 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint import save_load as checkpoint
-from megagpt.checkpoint.ownership import still_owner, take_run
+from megagpt.checkpoint import scores
+from megagpt.checkpoint.ownership import Ownership, still_owner, take_run
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
-from megagpt.config import UserError
+from megagpt.config import Failure, UserError
 from megagpt.data.loader import Loader, MicroBatch
 from megagpt.data.open_data import Data, open_data
 from megagpt.data.permutation import mix
 from megagpt.data.sample_hash import HASH_MASK
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
-from megagpt.data.state import TrainState
+from megagpt.data.state import TrainState, sample_indices
 from megagpt.distributed.determinism import make_deterministic
-from megagpt.distributed.world import World, close_world, init_world
+from megagpt.distributed.world import Stopped, StopRequest, World, close_world, init_world
 from megagpt.engine.base import Engine
 from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
-from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode
+from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode, validation_set
 from megagpt.generate.sampling import SamplingConfig, generate_ids
 from megagpt.model.flops import flops_per_token
+from megagpt.monitor.metrics import interrupted_at, read_metrics
 from megagpt.monitor.monitor import Monitor
 from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
@@ -53,6 +57,8 @@ class Run:
     guard: Guard
     incarnation: int
     saver: checkpoint.Saver
+    settings: dict[str, str]
+    """See digest_settings."""
 
 
 def train(config: TrainConfig) -> int:
@@ -66,7 +72,10 @@ def train(config: TrainConfig) -> int:
         return EXIT_DONE
     if config.determinism != "none":
         make_deterministic()
-    world = init_world()
+    stop = StopRequest()
+    stop.install()
+    stop.end_at_once()
+    world = init_world(stop=stop)
     monitor = watchdog = owned = None
     try:
         owned = take_run(config.run_dir, world, config.if_running)
@@ -75,12 +84,14 @@ def train(config: TrainConfig) -> int:
         incarnation = owned.attempt
         preflight.record_start(config, data, world, incarnation)
         monitor = open_monitor(config, world, incarnation)
+        stop.end_at_once(partial(last_words, owned, monitor))
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, incarnation)
         with monitor.clock("load"):
             engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, incarnation, background=config.save_in_background)
-            run = Run(config, data, world, engine, monitor, watchdog, guard, incarnation, saver)
+            settings = digest_settings(config, data)
+            run = Run(config, data, world, engine, monitor, watchdog, guard, incarnation, saver, settings)
             state = restore_or_start(run)
         preflight.record_settings(config, data, world)
         status = loop(run, state)
@@ -97,6 +108,9 @@ def train(config: TrainConfig) -> int:
     except Exception:
         if watchdog is not None:
             watchdog.end_if_judged()
+        if monitor is not None and owned is not None and stop_mark(owned).exists():  # another rank has ended at once
+            last_words(owned, monitor, "another rank was told to stop")
+            return EXIT_STOPPED
         raise
     finally:
         if watchdog is not None:
@@ -120,42 +134,46 @@ def loop(run: Run, state: TrainState) -> int:
         mask_documents=config.data.mask_documents,
     )
     ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
-    checked, evaluated_loss, saved_step = False, None, state.step if state.step > 0 else None
+    checked, saved_step = False, state.step  # at its beginning a run has nothing to save either
+    watchdog.beat(state.step)
+    score, interrupted = evaluate_and_sample(run, state, left_by_a_stop(run, state), saved_step)
     with collecting_garbage_together() as collect_garbage:
-        while state.step < config.max_steps:
+        while state.step < config.max_steps and not interrupted:
             batch_size = config.batch_size_at(state.step)
             with monitor.clock("data_wait"):
                 batches = loader.step(state)  # pure in TrainState: a rewind is only another state
             stop = bool(world.stop.signal_name)
             num_targets, stopping, fed_hash = world.sum([batches.num_targets, stop, batches.fed_hash])
             if stopping:
-                if state.step != saved_step:
-                    save(run, state, evaluated_loss)
-                with monitor.clock("save"):
-                    run.saver.close()
-                monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop")
-                return EXIT_STOPPED
+                break
 
             with monitor.clock("train"):
-                losses, lr = [], lr_at(config.optim, state.step, config.max_steps)
+                losses, added, lr = [], [], lr_at(config.optim, state.step, config.max_steps)
                 for i, batch in enumerate(batches.micro_batches):
                     watchdog.beat(state.step)
                     seed_dropout(config, state.step, batch)
                     with watchdog.forward():
                         micro_loss = engine.model(*inputs(batch, world.device)) / num_targets  # never a mean of means
+                    terms = {name: term / num_targets for name, term in engine.module.loss_terms().items()}
                     engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
-                    losses.append(micro_loss.detach())
+                    losses.append(terms.pop("loss", micro_loss.detach()))  # without what only training adds
+                    added.append(terms)
                 result = engine.step(lr, config.optim.max_grad_norm)
 
             if ledger is not None:
                 ledger.write(entry_of(state, batch_size, fed_hash, run.incarnation))
             loss = world.exact_sum(torch.stack(losses))
+            world.stop.remember()  # from here on there is an update to save
+            planned = run.guard.enter(state.step, regime_at(run, state))
+            if planned:
+                monitor.log("planned", state.step, change=planned)
             problem = run.guard.look(loss, result.grad_norm)
             if problem:
-                state, evaluated_loss = rewind(run, state, problem), None
-                saved_step = state.step if state.step > 0 else None
+                state, score = rewind(run, state, problem), None
+                saved_step = state.step
                 continue
-            state, evaluated_loss = state.advance(batch_size, num_targets), None
+            state = state.advance(batch_size, num_targets)
+            watchdog.beat(state.step)
             if not checked and result.applied:
                 check_formats(
                     declared_formats(config.precision, config.engine), engine.formats | {"loss": name_of(losses[0].dtype)}
@@ -164,21 +182,80 @@ def loop(run: Run, state: TrainState) -> int:
             if not result.applied:
                 monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
             if monitor.due(state.step):
-                ranks = watchdog.ranks()
-                monitor.log("train", state.step, loss=loss, lr=lr, grad_norm=result.grad_norm, tokens=state.tokens, **ranks)
-            if due(config.evaluate_every_steps, state.step) or state.step == config.max_steps:
-                evaluated_loss = evaluate(run, state)
-            if due(config.sample_every_steps, state.step):
-                sample(run, state)
+                terms = {name: world.exact_sum(torch.stack([part[name] for part in added])) for name in added[0]}
+                facts = {"lr": lr, "grad_norm": result.grad_norm, "tokens": state.tokens, **watchdog.ranks()}
+                monitor.log("train", state.step, loss=loss, **terms, **facts)
             if due(config.save_every_steps, state.step) or state.step == config.max_steps:
-                save(run, state, evaluated_loss)
+                save(run, state)  # before anything that is not needed and takes long
                 saved_step = state.step
+            score, interrupted = evaluate_and_sample(run, state, due_at(config, state.step), saved_step)
             collect_garbage(state.step)
+    stopped = bool(interrupted) or state.step < config.max_steps
+    if state.step != saved_step:
+        save(run, state, score)
     loader.close()
     with monitor.clock("save"):
         run.saver.close()
+    if stopped:
+        more = {"interrupted": interrupted} if interrupted else {}
+        monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop", **more)
+        return EXIT_STOPPED
     monitor.log("done", state.step, tokens=state.tokens)
     return EXIT_DONE
+
+
+def due_at(config: TrainConfig, step: int) -> tuple[str, ...]:
+    """What is done after this step besides saving, in order."""
+    evaluates = due(config.evaluate_every_steps, step) or step == config.max_steps
+    return ("evaluate",) * evaluates + ("sample",) * due(config.sample_every_steps, step)
+
+
+def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
+    """What an earlier start of this run was stopped in at this step."""
+    rows = read_metrics(run.config.run_dir).all_rows if run.world.rank == 0 else ()
+    return run.world.broadcast(interrupted_at([row for row in rows if row["incarnation"] < run.incarnation], state.step))
+
+
+def evaluate_and_sample(
+    run: Run, state: TrainState, kinds: Sequence[str], saved_step: int
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Do `kinds` in order; (the evaluation's score, the kinds that a stop signal has cut short or left out).
+
+    Where an evaluation fails, by a damaged shard say, this step is saved before that ends the run.
+    """
+    score = None
+    for number, kind in enumerate(kinds):
+        try:
+            if kind == "evaluate":
+                score = evaluate(run, state)
+                if score is not None and saved_step == state.step:
+                    keep_score(run, state, score)
+            else:
+                sample(run, state)
+        except Stopped:
+            return score, tuple(kinds[number:])
+        except (UserError, Failure):
+            if state.step != saved_step:
+                save(run, state)
+            with run.monitor.clock("save"):
+                run.saver.close()
+            raise
+    return score, ()
+
+
+def regime_at(run: Run, state: TrainState) -> dict[str, Any]:
+    """What the loss of the step at `state` depends on by plan; the guard does not take a change of it for a fault."""
+    batch_size = run.config.batch_size_at(state.step)
+    last_sample = sample_indices(state, batch_size)[-1]
+    phase = sum(change.from_sample <= last_sample for change in run.config.data.weight_changes)
+    return {**run.settings, "data.weight_changes": phase, "batch_size": batch_size}
+
+
+def digest_settings(config: TrainConfig, data: Data) -> dict[str, str]:
+    """A short digest of each setting that a resume may change and the loss depends on."""
+    values = config.model_dump(mode="json", include={"model", "optim", "max_steps", "precision", "float8"})
+    values |= {"data": data.fingerprint}
+    return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8] for name, value in values.items()}
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -202,20 +279,25 @@ def restore_or_start(run: Run) -> TrainState:
     """The state of the newest good checkpoint, loaded into the engine, or fresh weights; says what it passed over."""
     state, restored = load_newest(run, run.config.resume_step)
     precision = declared_formats(run.config.precision, run.config.engine)
+    left_out = run.guard.summary()
+    if left_out and run.world.rank == 0:
+        log.warning("left out of training: %s, guard.enabled=%s", left_out, str(run.config.guard.enabled).lower())
+    facts = {"precision": precision, **({"left_out": left_out} if left_out else {})}
     if restored is None:
         origin = None if run.config.init_from is None else str(run.config.init_from)
-        run.monitor.log("start", 0, tokens=0, resumed=False, init_from=origin, precision=precision)
+        run.monitor.log("start", 0, tokens=0, resumed=False, init_from=origin, **facts)
         return state
     if state.step > run.config.max_steps:
         raise UserError(f"max_steps={run.config.max_steps}: {restored.path} is further already")
     for reason in restored.passed_over:
         run.monitor.log("damaged", state.step, reason=reason)
-    run.monitor.log("start", state.step, tokens=state.tokens, resumed=True, checkpoint=str(restored.path), precision=precision)
+    run.monitor.log("start", state.step, tokens=state.tokens, resumed=True, checkpoint=str(restored.path), **facts)
     return state
 
 
 def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
-    """Leave out the samples from the step at `state` on, in which the guard saw a problem, and go on from before it."""
+    """Leave out the samples from the step at `state` on, in which the guard saw a problem, and go on from before it; or, if the
+    guard takes back what it said of this step, use all samples."""
     config = run.config
     with run.monitor.clock("save"):
         run.saver.wait()  # before anything below may end the run: what was begun shall be committed
@@ -225,8 +307,9 @@ def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
     run.world.barrier()
     with run.monitor.clock("load"):
         before, _ = load_newest(run, config.resume_step)
-    skipped = {"start": window.start, "count": window.count}
-    run.monitor.log("rewind", before.step, tokens=before.tokens, bad_step=state.step, reason=problem, skipped=skipped)
+    skipped = None if window is None else {"start": window.start, "count": window.count}
+    facts = {"tokens": before.tokens, "bad_step": state.step, "reason": problem, "skipped": skipped}
+    run.monitor.log("rewind", before.step, **facts, taken_back=window is None)
     return before
 
 
@@ -242,7 +325,7 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     if restored is None and config.continue_from is not None:
         restored = checkpoint.restore_exactly(config.continue_from, engine, world, check=check)
     if restored is None:
-        draw_weights(engine, config.model, config.seed)
+        draw_weights(engine, config.model, config.seed, world.progress)
         if config.init_from is not None:
             weights_fit = partial(preflight.check_weights, config)
             checkpoint.load_weights(config.init_from, engine, world, check=lambda path, saved: weights_fit(saved, path))
@@ -250,13 +333,13 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     return run.guard.apply(restored.state if restored is not None else TrainState()), restored
 
 
-def evaluate(run: Run, state: TrainState) -> float | None:
-    """Validation loss per source and over all, logged; None without validation data."""
+def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
+    """Validation loss per source and over all, logged; None without validation data. Raises as evaluate.evaluate does."""
     config = run.config
     if not run.data.validation:
         return None
     with run.monitor.clock("evaluate"):
-        scores = evaluate_sources(
+        found = evaluate_sources(
             run.engine.model,
             run.engine.module,
             run.data.validation,
@@ -266,10 +349,24 @@ def evaluate(run: Run, state: TrainState) -> float | None:
             max_samples=config.evaluate_max_samples,
             mask_documents=config.data.mask_documents,
         )
-    total = combine(scores.values())
-    sources = {name: score.summary() for name, score in scores.items()}
-    run.monitor.log("evaluate", state.step, **total.summary(), sources=sources)
-    return total.loss
+    score = {**combine(found.values()).summary(), "sources": {name: part.summary() for name, part in found.items()}}
+    run.monitor.log("evaluate", state.step, **score)
+    return score
+
+
+def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
+    """Put the score beside this step's checkpoint, once that is committed."""
+    config = run.config
+    path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
+    measured = validation_set(
+        run.data.validation, max_samples=config.evaluate_max_samples, mask_documents=config.data.mask_documents
+    )
+
+    def keep() -> None:
+        if still_owner(config.run_dir, run.incarnation):
+            scores.keep_score(path, state.step, measured, score)
+
+    run.saver.then(keep)
 
 
 def sample(run: Run, state: TrainState) -> None:
@@ -279,24 +376,26 @@ def sample(run: Run, state: TrainState) -> None:
     with run.monitor.clock("generate"), evaluation_mode(run.engine.module):
         ids = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.eot_id]], device=run.world.device)
         steps = generate_ids(run.engine.model, config.model, ids, sampling, vocab_size=tokenizer.vocab_size)
-        text = tokenizer.decode([token for tokens in steps for token in tokens if token is not None])
+        found = []
+        for tokens in steps:
+            run.world.agree()
+            run.world.progress()
+            found += [token for token in tokens if token is not None]
+        text = tokenizer.decode(found)
     run.monitor.log("sample", state.step, prompt=config.sample_prompt, text=text)
 
 
-def save(run: Run, state: TrainState, evaluated_loss: float | None) -> None:
-    """Begin a checkpoint of this step; once it is committed mark it if it is the best, and delete old ones."""
+def save(run: Run, state: TrainState, score: dict[str, Any] | None = None) -> None:
+    """Begin a checkpoint of this step; once it is committed delete old ones, and keep its score if it has one already."""
     config = run.config
     info = {
         "config": config.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
         "data_fingerprint": run.data.fingerprint,
-        "validation_loss": evaluated_loss,
         "guard": run.guard.to_json(),
     }
 
     def tidy(path: Path) -> None:
-        if evaluated_loss is not None:
-            checkpoint.mark_best(config.run_dir, state.step, evaluated_loss)
         try:
             checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
         except OSError as error:  # somebody else deletes there, or has a file open on a network disk: the next save tries again
@@ -305,6 +404,21 @@ def save(run: Run, state: TrainState, evaluated_loss: float | None) -> None:
     with run.monitor.clock("save"):
         run.saver.save(run.engine, state, info, after=tidy)
     run.monitor.log("save", state.step, background=config.save_in_background)
+    if score is not None:
+        keep_score(run, state, score)
+
+
+def stop_mark(owned: Ownership) -> Path:
+    """The file by which a rank that ends at once tells the others of its attempt."""
+    return owned.run_dir / "starts" / f"{owned.attempt:04d}.stopped"
+
+
+def last_words(owned: Ownership, monitor: Monitor, reason: str) -> None:
+    """Of a start that is told to stop before its first update: in metrics.jsonl (rank 0), and for the other ranks."""
+    stop_mark(owned).touch()
+    step = max((checkpoint.step_of(path) for path in checkpoint.list_checkpoints(owned.run_dir)), default=0)
+    monitor.log_from_a_thread("stop", step, reason=reason)
+    owned.close()  # the next start need not watch a heartbeat that has ended
 
 
 def open_monitor(config: TrainConfig, world: World, incarnation: int) -> Monitor:

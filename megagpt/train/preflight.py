@@ -39,11 +39,16 @@ FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind", "micro_batch_size")
 `micro_batch_size` is fixed with determinism=canonical only."""
 
 
+BROKEN_DROPOUT = ("2.13",)
+"""Releases of torch whose compiled dropout on CUDA draws wrong masks (https://github.com/pytorch/pytorch/issues/198333)."""
+
+
 def check_run(config: TrainConfig, data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
     canonical = config.determinism == "canonical"
     refuse_unsupported(config.engine, config.optim, config.precision, canonical=canonical)
     refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=config.data.seq_len)
+    refuse_compiled_dropout(config, torch.__version__, on_gpu=torch.cuda.is_available())
     check_wandb(config.monitor)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -80,6 +85,20 @@ def check_run(config: TrainConfig, data: Data) -> None:
             if not torch.cuda.is_available():
                 log.warning("float8=%s on a CPU is emulated: the rounding is that of a GPU, the speed is not", config.float8)
         log.info("precision: %s", ", ".join(f"{key} {name}" for key, name in formats.items()))
+
+
+def refuse_compiled_dropout(config: TrainConfig, torch_version: str, *, on_gpu: bool) -> None:
+    """Raise UserError where compiled blocks would drop out wrongly; a machine without a GPU warns that one would refuse."""
+    release = ".".join(torch_version.split(".")[:2])
+    if not config.compile or config.model.dropout == 0 or release not in BROKEN_DROPOUT:
+        return
+    message = (
+        f"compile=true with model.dropout={config.model.dropout}: torch {torch_version} compiles dropout to wrong masks on "
+        f"CUDA (pytorch issue 198333); set compile=false or model.dropout=0"
+    )
+    if on_gpu:
+        raise UserError(message)
+    log.warning("a GPU would refuse: %s", message)
 
 
 def packing_warning(dataset: Dataset) -> str | None:

@@ -40,7 +40,7 @@ _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 _INNERMOST = 4
 """Frames among which a collective's own are looked for."""
 _LOCK_WORDS = re.compile(r"\bwith\b.*(lock|mutex|semaphore|condition)\w*\b|\.(acquire|wait|join|result)\(", re.IGNORECASE)
-_OWN_THREADS = ("watchdog",)
+_OWN_THREADS = ("watchdog", "stop signals")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Thread:
 
 
 def threads() -> list[Thread]:
-    """All Python threads of this process but the watchdog's own, the main thread first."""
+    """All Python threads of this process but those that wait for nothing of the run, the main thread first."""
     frames = sys._current_frames()
     main = threading.main_thread()
     known = sorted(threading.enumerate(), key=lambda thread: thread is not main)

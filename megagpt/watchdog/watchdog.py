@@ -6,6 +6,9 @@ rank has not moved for too long, the missing one is the one that is behind the o
 place of the loop, with fewer collectives begun, or in the same place but not inside a collective. The verdict goes to the
 job's log, to run_dir/watchdog/ and metrics.jsonl, and all ranks end with status 76, so that the job starts again.
 
+What is judged is the time since a rank last got on, not how long an activity takes: an evaluation gets on with every batch, a
+save with every slice it writes, a load with every piece it reads, torch.compile with every graph and kernel (World.progress).
+
 The loop pays a microsecond per micro-batch; everything else happens in three threads per rank. A rank that holds the
 interpreter's lock for ever is silent: faulthandler, which needs no lock, prints its stack to its stderr and ends it.
 """
@@ -14,6 +17,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +54,8 @@ class WatchdogConfig(Config):
     stall_seconds: float = Field(default=300.0, gt=0)
     """A rank that has not got through one micro-batch or wait of a step in this time is stuck."""
     long_seconds: float = Field(default=1500.0, gt=0)
-    """The same for the first step, loading, saving, evaluating and generating."""
+    """The same in the first step, and while loading, saving, evaluating and generating. They may take longer as long as they
+    get on: by a batch, a token, a slice of a file, a compiled graph."""
     slow_ratio: float = Field(default=1.5, gt=1)
     """A rank is named as slow if its data wait, its forward passes, or all that it does by itself (own_work: a step without
     data wait and without waiting in collectives) take this many times the median of all ranks."""
@@ -63,6 +68,7 @@ class Verdict:
     rank: int | None
     host: str
     step: int
+    """Updates done."""
     activity: str
     cause: str
     what: str
@@ -87,7 +93,7 @@ class Watchdog:
         self._forward = ForwardTimer(world.device)
         self._sampler = collectives.WaitSampler(world.device, lambda: clock.activity not in LONG_ACTIVITIES)
         self._progress: Progress = {"steps": -1}
-        self._position, self._since = (0, 0), time.monotonic()
+        self._marks, self._since = (0, 0, 0, 0), time.monotonic()
         self._number, self._first_step = 0, None
         self._reports: dict[int, Report] = {}
         self._heard: dict[int, float] = {}
@@ -117,7 +123,7 @@ class Watchdog:
     # ---- called by the loop
 
     def beat(self, step: int) -> None:
-        """This rank has got on: `step` updates are done."""
+        """This rank has got on: `step` updates are done. Before the first step, for every micro-batch, after each update."""
         if step != self._step:
             looked = {"collective": self._sampler.seconds, "looks": self._sampler.looks, "forward": self._forward.seconds}
             self._progress = {"steps": step, **self._clock.peek(), **looked}
@@ -190,8 +196,9 @@ class Watchdog:
     def report(self) -> Report:
         """This rank's report of this moment."""
         position = (self._beats, self._clock.switches - self._switches)
-        if position != self._position:
-            self._position, self._since = position, time.monotonic()
+        marks = (*position, self.world.progress.count, _compiled())
+        if marks != self._marks:
+            self._marks, self._since = marks, time.monotonic()
         activity = self._clock.activity
         stuck, limit = time.monotonic() - self._since, self._limit(activity)
         self._number += 1
@@ -262,9 +269,14 @@ class Watchdog:
             self._store.set("verdict", json.dumps(_fields(verdict)))
 
     def _record(self, verdict: Verdict) -> None:
-        record = _fields(verdict) | {"time": round(time.time(), 3), "incarnation": self.incarnation}
+        report = self.report()
+        seconds, activity = self._clock.so_far(), report["activity"]
+        stuck = min(report["stuck_seconds"], seconds.get(activity, 0.0))
+        seconds |= {activity: seconds.get(activity, 0.0) - stuck, "hang": stuck}
+        seconds = {name: round(spent, 3) for name, spent in seconds.items()}
+        record = _fields(verdict) | {"time": round(time.time(), 3), "incarnation": self.incarnation, "seconds": seconds}
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        reports = {**self._reports, self.world.rank: self.report()}
+        reports = {**self._reports, self.world.rank: report}
         path = self.run_dir / "watchdog" / f"{stamp}_{self.incarnation:04d}_rank{self.world.rank}.json"
         write_json(path, record | {"seen_by_rank": self.world.rank, "reports": [reports[rank] for rank in sorted(reports)]})
         with (self.run_dir / METRICS_FILE).open("ab", buffering=0) as file:
@@ -329,6 +341,15 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
     fewer, *more = sorted(places.values(), key=len)
     elsewhere = "; ".join(f"ranks {[r['rank'] for r in group[:4]]} {group[0].get('what', '')}" for group in more)
     return (fewer, elsewhere) if more and len(fewer) < len(more[-1]) else (behind, elsewhere)
+
+
+def _compiled() -> int:
+    """How much torch.compile has done in this process: frames, graphs, kernels; 0 where nothing is compiled. Read from another
+    thread, without importing anything."""
+    dynamo, inductor = sys.modules.get("torch._dynamo.utils"), sys.modules.get("torch._inductor.metrics")
+    counters = getattr(dynamo, "counters", {})
+    counts = [*counters.get("frames", {}).values(), *counters.get("inductor", {}).values(), *counters.get("stats", {}).values()]
+    return sum(counts) + getattr(inductor, "generated_kernel_count", 0)
 
 
 def _store(address: str, port: int, *, is_master: bool) -> Any:

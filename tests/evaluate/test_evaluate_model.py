@@ -25,6 +25,7 @@ from megagpt.engine.base import Partition
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
 from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
 from megagpt.evaluate.loss import Score, combine, evaluate_sources
+from megagpt.evaluate.results import read_results
 from megagpt.evaluate.tasks import Question, read_task, score_task
 from megagpt.generate.generate_text import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise
@@ -316,10 +317,18 @@ def test_evaluate_run_writes_what_it_found(run_dir: Path, source: Path, tmp_path
     assert found.total == combine([found.sources["toy"]])
     assert found.total.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.tasks["pairs"].questions == 1
-    written = json.loads((run_dir / "evaluations" / "step_00000007.json").read_text())
+    path = run_dir / "evaluations" / "step_00000007.json"
+    (written,) = read_results(path)
     assert written["loss"] == found.total.loss
     assert written["sources"]["toy"]["unigram_entropy"] == unigram_entropy(dataset)
     assert written["tasks"]["pairs"]["chance"] == 0.5
+
+    # Fewer samples and no task are another measurement: it takes the place of none. The same one again is one result.
+    evaluate_run(config.model_copy(update={"tasks": {}, "max_samples": 1}))
+    evaluate_run(config)
+    short, whole = read_results(path)
+    assert (short["tokens"], short["tasks"]) == (32, {})
+    assert whole == written
 
 
 def test_the_tools_run_on_the_checkpoint(run_dir: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,20 @@ def test_z_loss_counts_in_training_only() -> None:
         assert float(model.train()(ids(), ids(seed=1))) > evaluated + 1
 
 
+def test_the_loss_is_told_apart_from_what_training_adds_to_it() -> None:
+    _, plain = small()
+    _, model = small(z_loss=0.1)
+    model.load_state_dict(plain.state_dict())
+    total, nats = model.train()(ids(), ids(seed=1)), plain.train()(ids(), ids(seed=1))
+    terms = model.loss_terms()
+    assert terms["loss"].item() == nats.item(), "not one bit of the loss comes from z_loss"
+    log_z = plain.eval()(ids()).logsumexp(-1)
+    torch.testing.assert_close(terms["z_loss"], 0.1 * log_z.square().sum(), rtol=1e-5, atol=0)  # fp32 sums in another order
+    assert float(total.detach()) == float(terms["loss"] + terms["z_loss"])
+    assert not any(term.requires_grad for term in terms.values())
+    assert plain.loss_terms() == {}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_tokens_one_by_one_through_the_cache_give_the_same_logits(family: str) -> None:
     _, model = small(family=family)

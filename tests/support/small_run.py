@@ -16,13 +16,13 @@ STARTED: list[Ranks] = []
 """What start() started; a test's fixture ends it."""
 
 
-def write_shards(root: Path) -> Path:
+def write_shards(root: Path, letters: tuple[str, ...] = ("ab", "ba", " ")) -> Path:
     """A source of two-letter text that a tiny model can learn, tokenized as bytes, with train/, validation/, tokenizer/."""
     tokenizer, rng = open_tokenizer("bytes"), np.random.default_rng(0)
     for split, documents in (("train", 60), ("validation", 6)):
         with ShardWriter(root / split, "shard_00000", np.dtype("uint16")) as writer:
             for i in range(documents):
-                text = "".join(rng.choice(["ab", "ba", " "], 60))
+                text = "".join(rng.choice(letters, 60))
                 tokens = np.array([*tokenizer.encode(text), tokenizer.eot_id], dtype=np.uint32)
                 writer.add(tokens, id=f"doc:{i}", source="toy", text_bytes=len(text))
             info = writer.close()

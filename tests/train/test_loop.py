@@ -1,5 +1,7 @@
 """The training loop as a user runs it: stop, kill, resume, another layout, damage, and what is refused."""
 
+import contextlib
+import json
 import os
 import random
 import re
@@ -7,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,7 +21,7 @@ from ranks import free_port, run_ranks, wait_until
 from small_run import STARTED, STEPS, losses, settings, start, write_shards
 
 from megagpt.checkpoint.load_model import load_model
-from megagpt.checkpoint.save_load import list_checkpoints
+from megagpt.checkpoint.save_load import list_checkpoints, step_of
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
 from megagpt.data.open_data import DataConfig, open_data
@@ -28,8 +31,11 @@ from megagpt.data.state import TrainState
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
+from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
 from megagpt.train.loop import train
+
+FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,28 @@ def test_a_run_learns_evaluates_and_keeps_its_ledger(uninterrupted: Path, shards
     evaluations = read_metrics(uninterrupted).of_kind("evaluate")
     assert [row["step"] for row in evaluations] == [8, 16, 24]
     best = read_json(uninterrupted / "checkpoints" / "best.json")
-    assert best["validation_loss"] == min(row["loss"] for row in evaluations)
+    lowest = min(evaluations, key=lambda row: row["loss"])
+    assert (best["step"], best["validation_loss"]) == (lowest["step"], lowest["loss"])
+    (score,) = read_json(uninterrupted / "checkpoints" / "step_00000024" / "scores.json").items()
+    assert score[0] == best["validation_set"]
+    assert score[1]["loss"] == evaluations[-1]["loss"]
+    assert "validation_loss" not in read_json(uninterrupted / "checkpoints" / "step_00000024" / "state.json")
     assert_ledger_is_complete(settings(shards, uninterrupted))
+
+
+@pytest.mark.slow
+def test_the_logged_loss_is_the_loss_and_z_loss_a_row_of_its_own(
+    uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
+) -> None:
+    values = settings(shards, tmp_path / "run", max_steps=2, evaluate_every_steps=0)
+    values["model"] = {**values["model"], "z_loss": 0.1}
+    ranks = start(project, tmp_path, values)
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    rows = read_metrics(tmp_path / "run").of_kind("train")
+    plain = read_metrics(uninterrupted).of_kind("train")
+    assert rows[0]["loss"] == plain[0]["loss"], "the same weights and samples: not one bit of it comes from z_loss"
+    assert rows[0]["z_loss"] == pytest.approx(0.1 * np.log(257) ** 2, rel=0.05)  # fresh weights know nothing
+    assert "z_loss" not in plain[0]
 
 
 @pytest.mark.slow
@@ -238,6 +264,99 @@ def test_a_mistake_is_one_clear_error(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Put a fault of tests/faults into the ranks started from here on; a file that appears when it has begun."""
+
+    def put(kind: str, **values: Any) -> Path:
+        monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+        monkeypatch.setenv("FAULTS", json.dumps([{"kind": kind, "mark": str(tmp_path / kind), **values}]))
+        return tmp_path / kind
+
+    return put
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "row"), [("slow_evaluation", "evaluate"), ("slow_sampling", "sample")])
+@pytest.mark.parametrize("at", [8, STEPS])
+def test_told_to_stop_in_an_evaluation_it_ends_within_seconds_and_does_it_again(
+    kind: str,
+    row: str,
+    at: int,
+    uninterrupted: Path,
+    shards: Path,
+    project: Path,
+    tmp_path: Path,
+    fault: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also in the last step. Preemption kills after 30 seconds; here the evaluation would take a minute and more."""
+    mark = fault(kind, seconds=4.0)
+    values = settings(shards, tmp_path / "run", save_every_steps=6, sample_tokens=20)
+    values |= {"evaluate_every_steps": 8 * (row == "evaluate" and at == 8), "sample_every_steps": at * (row == "sample")}
+    if (row, at) == ("sample", STEPS):
+        values["evaluate_max_samples"] = 1
+    ranks = start(project, tmp_path, values)
+    wait_until(lambda: mark.exists() or any(process.poll() is not None for process in ranks.processes))
+    ranks.send(signal.SIGTERM, [1])
+    told = time.time()
+    assert ranks.wait() == [EXIT_STOPPED] * 2, ranks.output()
+    stop = read_metrics(tmp_path / "run").all_rows[-1]
+    assert stop["time"] - told < 25
+    assert (stop["kind"], stop["step"], stop["interrupted"]) == ("stop", at, [row])
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step_{at:08d}"
+    assert (checkpoint / "manifest.json").is_file(), "no step is lost"
+    assert not (checkpoint / "scores.json").exists() or row == "sample"
+    monkeypatch.setenv("FAULTS", "[]")
+    ranks = start(project, tmp_path, values)
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    rows = read_metrics(tmp_path / "run").of_kind(row)
+    assert [found["step"] for found in rows].count(at) == 1
+    assert rows[0]["step"] == at
+    if row == "evaluate":
+        expected = {found["step"]: found["loss"] for found in read_metrics(uninterrupted).of_kind("evaluate")}
+        assert rows[0]["loss"] == expected[at]
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "told"), [("slow_load", [0, 1]), ("slow_first_forward", [0, 1]), ("slow_first_forward", [1])])
+def test_told_to_stop_before_the_first_update_it_ends_at_once(
+    kind: str, told: list[int], shards: Path, project: Path, tmp_path: Path, fault: Callable[..., Path]
+) -> None:
+    """Inside C code, where Python's handlers do not run; there is nothing to save."""
+    mark = fault(kind, seconds=60)
+    ranks = start(project, tmp_path, settings(shards, tmp_path / "run"))
+    wait_until(mark.exists)
+    time.sleep(1.0)
+    began = time.monotonic()
+    ranks.send(signal.SIGTERM, told)
+    assert [ranks.processes[rank].wait(20) for rank in told] == [EXIT_STOPPED] * len(told), ranks.output()
+    assert time.monotonic() - began < 10
+    assert ranks.wait(100) == [EXIT_STOPPED] * 2, ranks.output()
+    (stop,) = read_metrics(tmp_path / "run").of_kind("stop")
+    assert (stop["step"], "seconds" in stop) == (0, True)
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_a_damaged_validation_shard_costs_no_step(uninterrupted: Path, project: Path, tmp_path: Path) -> None:
+    """Named, with status 2 on every rank; the step is saved, though no save was due; repaired, the run ends as ever."""
+    copy = write_shards(tmp_path / "corpus")
+    path = copy / "validation" / "shard_00000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    values = settings(copy, tmp_path / "run", save_every_steps=100)
+    ranks = start(project, tmp_path, values)
+    assert ranks.wait() == [EXIT_USER_ERROR] * 2, ranks.output()
+    assert all(f"error: {path}" in ranks.output(rank) for rank in (0, 1))
+    assert [step_of(found) for found in list_checkpoints(tmp_path / "run")] == [8]
+    path.write_bytes(whole)
+    ranks = start(project, tmp_path, values)
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
 @pytest.mark.slow
 def test_another_model_does_not_go_on_from_a_checkpoint(
     uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
@@ -350,6 +469,27 @@ def test_activation_checkpointing_reaches_the_engine(setting: Any, every: int, s
     options = TrainConfig.model_validate(values).engine_options
     assert (options["checkpoint_every"], options["checkpoint_selectively"]) == (every, selectively)
     assert options["compile_blocks"] is True
+
+
+@pytest.mark.parametrize(
+    ("compiled", "dropout", "version", "on_gpu", "refused"),
+    [
+        (True, 0.1, "2.13.0+cu130", True, True),
+        (True, 0.1, "2.13.1", True, True),
+        (True, 0.1, "2.13.0", False, False),
+        (True, 0.1, "2.12.1", True, False),
+        (True, 0.0, "2.13.0", True, False),
+        (False, 0.1, "2.13.0", True, False),
+    ],
+)
+def test_compiled_dropout_is_refused_where_torch_computes_it_wrongly(
+    compiled: bool, dropout: float, version: str, on_gpu: bool, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = settings(Path("x"), Path("y"), compile=compiled)
+    config = TrainConfig.model_validate({**values, "model": {**values["model"], "dropout": dropout}})
+    with pytest.raises(UserError, match="198333") if refused else contextlib.nullcontext():
+        preflight.refuse_compiled_dropout(config, version, on_gpu=on_gpu)
+    assert ("a GPU would refuse" in caplog.text) == (compiled and dropout > 0 and not on_gpu)
 
 
 @pytest.mark.slow

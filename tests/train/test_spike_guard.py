@@ -70,10 +70,94 @@ def test_it_goes_on_where_a_checkpoint_was(tmp_path: Path) -> None:
 
 def test_the_samples_to_leave_out_grow_when_it_comes_again() -> None:
     state = TrainState(step=10, samples=80)
-    assert window_to_skip(state, (), 2, 8) == Window(80, 16)
+    assert window_to_skip(state, 0, 2, 8) == Window(80, 16)
     again = TrainState(step=10, samples=96, skipped=(Window(80, 16),))
-    assert window_to_skip(again, (Window(80, 16),), 2, 8) == Window(88, 40)
-    assert window_to_skip(TrainState(step=50, samples=400), (Window(80, 16),), 2, 8) == Window(400, 16)
+    assert window_to_skip(again, 1, 2, 8) == Window(88, 40)
+
+
+def feed(guard: Guard, losses: Sequence[float], *, start: int, regime: dict[str, Any]) -> list[str]:
+    """What a guard says of steps from `start` on."""
+    found = []
+    for number, loss in enumerate(losses):
+        guard.enter(start + number, regime)
+        found.append(guard.look(loss, 1.0))
+    return found
+
+
+def noisy(level: float, count: int, *, seed: int = 0) -> list[float]:
+    return [level + 0.02 * float(x) for x in np.random.default_rng(seed).normal(size=count)]
+
+
+@pytest.mark.parametrize("jump", [-1.5, 0.0, 0.6, 2.0, 6.0])
+def test_a_planned_change_is_no_spike_and_damage_after_it_is(jump: float, tmp_path: Path) -> None:
+    guard = Guard(CONFIG, tmp_path)
+    assert not any(feed(guard, noisy(3.0, 40), start=0, regime={"data": 0}))
+    unplanned = Guard(CONFIG, tmp_path)
+    unplanned.restore(guard.to_json())
+    assert any(feed(unplanned, noisy(3.0 + jump, 40), start=40, regime={"data": 0})) == (jump > 0.5)
+    assert not any(feed(guard, noisy(3.0 + jump, 6), start=40, regime={"data": 1}))
+    for at in (6, 10, 20, 40):  # within min_steps of the change, and later
+        copy = Guard(CONFIG, tmp_path)
+        copy.restore(json.loads(json.dumps(guard.to_json())))
+        assert not any(feed(copy, noisy(3.0 + jump, at - 6), start=46, regime={"data": 1}))
+        copy.enter(40 + at, {"data": 1})
+        assert copy.look(3.0 + jump + 7.0, 1.0).startswith("loss spike")
+
+
+def test_a_checkpoint_of_another_release_or_with_other_settings_begins_anew(tmp_path: Path) -> None:
+    guard = Guard(CONFIG, tmp_path)
+    feed(guard, noisy(3.0, 40), start=0, regime={"optim": "a"})
+    saved = guard.to_json()
+    assert guard.enter(40, {"optim": "a"}) == ""
+    assert guard.enter(40, {"optim": "b"}) == "optim: a -> b"
+    old = Guard(CONFIG, tmp_path)
+    old.restore({name: saved[name] for name in ("non_finite_in_row", "loss", "grad_norm")})
+    assert not any(feed(old, noisy(5.0, 40), start=40, regime={"optim": "a"}))
+
+
+def test_a_verdict_that_comes_again_on_other_samples_is_taken_back(tmp_path: Path) -> None:
+    """All samples are used after all, each once, and what comes from there on is what is usual."""
+    guard = Guard(GuardConfig(window_steps=32, min_steps=16, skip_steps=2, max_rewinds=3), tmp_path)
+    state = TrainState(step=40, samples=320)
+    for count in (16, 40):  # the second begins a batch earlier and is twice as long
+        window = guard.condemn(state, "loss spike: 9.0", global_batch_size=8, write=True)
+        assert window is not None
+        assert window.count == count
+        state = guard.apply(TrainState(step=40, samples=320))
+    assert state.samples == 320 + 16 + 32
+    assert guard.condemn(state, "loss spike: 9.1", global_batch_size=8, write=True) is None
+    assert guard.windows == ()
+    assert guard.apply(state).samples == 320, "those that were passed over come back"
+    again = Guard(guard.config, tmp_path)
+    feed(again, noisy(3.0, 40), start=0, regime={"data": 0})
+    assert not any(feed(again, noisy(9.0, 40), start=40, regime={"data": 0}))
+    assert "3 entries were taken back" in again.summary()
+    assert again.condemn(TrainState(step=90, samples=900), "loss spike: 8", global_batch_size=8, write=False) is not None
+
+
+def test_samples_used_before_a_checkpoint_are_never_used_again(tmp_path: Path) -> None:
+    """A window may reach back over samples that were used; when it is taken back they stay used."""
+    guard = Guard(CONFIG, tmp_path)
+    write_json(tmp_path / "skipped.json", [{"start": 72, "count": 24, "step": 9, "reason": "loss spike: 9"}])
+    guard = Guard(CONFIG, tmp_path)
+    passed = guard.apply(TrainState(step=10, samples=80))
+    assert passed == TrainState(step=10, samples=96, skipped=(Window(80, 16),))
+    cleared = Guard(CONFIG.model_copy(update={"cleared_windows": 1}), tmp_path)
+    assert cleared.apply(passed).samples == 80
+
+
+def test_what_is_left_out_is_told_and_can_be_cleared(tmp_path: Path) -> None:
+    entries = [{"start": 80 * n, "count": 16, "step": 10 * n, "reason": "loss spike: 9"} for n in (1, 2)]
+    write_json(tmp_path / "skipped.json", entries)
+    off = GuardConfig(enabled=False)
+    assert Guard(off, tmp_path).summary() == "32 samples in 2 windows, skipped.json"
+    assert Guard(off, tmp_path).windows == (Window(80, 16), Window(160, 16))
+    cleared = Guard(GuardConfig(cleared_windows=1), tmp_path)
+    assert cleared.windows == (Window(160, 16),)
+    assert "1 entries are cleared" in cleared.summary()
+    with pytest.raises(UserError, match=r"cleared_windows=3: .*skipped.json has 2 entries"):
+        Guard(GuardConfig(cleared_windows=3), tmp_path)
+    assert Guard(GuardConfig(), tmp_path / "nothing").summary() == ""
 
 
 @pytest.mark.parametrize(
@@ -162,3 +246,28 @@ def test_poisoned_windows_and_a_nan_cost_little(
     given = run(project, shards, tmp_path / "given")
     assert read_metrics(given).of_kind("rewind") == []
     assert losses(given) == losses(poisoned)
+
+
+@pytest.mark.slow
+def test_another_language_by_plan_is_no_spike_but_noise_in_it_is(
+    project: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At step 50 two fifths of the samples come from text in other letters; in step 70 the data are noise."""
+    other = write_shards(tmp_path / "other", letters=("xy", "yx", "-"))
+    sources = {"toy": {"path": str(shards)}, "other": {"path": str(other), "weight": 1e-9}}
+    change = {"from_sample": 50 * 8, "weights": {"toy": 0.6, "other": 0.4}}
+    data = {"seq_len": 32, "shuffle_block": 4, "sources": sources, "weight_changes": [change]}
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
+    monkeypatch.setenv("FAULTS", "[]")
+    plain = run(project, shards, tmp_path / "plain", data=data)
+    metrics = read_metrics(plain)
+    assert [(row["step"], row["change"]) for row in metrics.of_kind("planned")] == [(50, "data.weight_changes: 0 -> 1")]
+    rise = losses(plain)[51] - losses(plain)[50]
+    assert rise > 0.5, "without the plan it would be a spike"
+    assert metrics.of_kind("rewind") == []
+    faults = [{"kind": "poisoned", "windows": [[62, 63]], "batch": 8}]  # of source `toy`: those of about step 70
+    monkeypatch.setenv("FAULTS", json.dumps(faults))
+    poisoned = read_metrics(run(project, shards, tmp_path / "poisoned", data=data))
+    (rewind,) = poisoned.of_kind("rewind")
+    assert rewind["reason"].startswith("loss spike")
+    assert 66 <= rewind["bad_step"] <= 75

@@ -13,6 +13,7 @@ from ranks import Ranks, run_ranks
 from small_run import settings, write_shards
 
 from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
+from megagpt.data.sample_ledger import read_ledger
 from megagpt.distributed.world import World
 from megagpt.files import read_json
 from megagpt.monitor.goodput import Stopwatch
@@ -107,6 +108,7 @@ HANGS = {
     "loader_file": ("file system", "data_wait", "block_on_fifo"),
     "loader_dead": ("loader", "data_wait", "never comes"),
     "save_file": ("file system", "save", "block_on_fifo"),
+    "evaluation": ("code", "evaluate", "time.sleep(3600)"),
 }
 """Fault: the cause, the activity, and a part of the explanation."""
 
@@ -120,9 +122,10 @@ def hang(kind: str, shards: Path, project: Path, folder: Path) -> dict[str, Any]
     from the hang to its end."""
     fault = {"kind": kind, "rank": 1, "step": 8, "batch": 8, "once": str(folder / "happened")}
     # Time enough for a loaded machine; the save has the longer limit.
-    limits = {"stall_seconds": 6.0, "long_seconds": 12.0 if kind == "save_file" else 60.0}
+    limits = {"stall_seconds": 6.0, "long_seconds": 12.0 if kind in ("save_file", "evaluation") else 60.0}
     values = settings(shards, folder / "run", watchdog=limits, max_steps=2000, engine={"kind": "fsdp"})
-    values |= {"evaluate_every_steps": 0, "save_every_steps": 8 if kind == "save_file" else 1000}
+    values |= {"evaluate_every_steps": 0, "save_every_steps": 8 if kind in ("save_file", "evaluation") else 1000}
+    values |= {"evaluate_every_steps": 8} if kind == "evaluation" else {}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     size = 3 if kind == "collective" else 2  # who is in another collective than the others needs a majority
     with pytest.MonkeyPatch.context() as patch:
@@ -148,13 +151,37 @@ def test_a_hang_is_named_and_ended(kind: str, shards: Path, project: Path, tmp_p
     assert (verdict["rank"], verdict["cause"], verdict["activity"]) == (1, cause, activity), verdict
     assert words in verdict["what"]
     assert f"rank 1 on {os.uname().nodename} is missing" in verdict["output"]
-    assert read_metrics(tmp_path / "run").of_kind("watchdog")[0]["cause"] == cause
+    (row,) = read_metrics(tmp_path / "run").of_kind("watchdog")
+    assert row["cause"] == cause
+    assert 5 < row["seconds"]["hang"] < 60, "of its seconds the wait is told apart"
+    done = read_ledger(tmp_path / "run")[-1].step + 1
+    assert row["step"] == done, "the updates done"
+    if kind == "evaluation":
+        assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "manifest.json").is_file()
     # What was found fast enough shows in seconds; the machine may be loaded.
     assert verdict["seconds_to_end"] < 60
     if kind == "collective":
         assert "gloo:all_reduce [7] Float" in verdict["collectives"]
     dumps = {file.name for file in (tmp_path / "run" / "watchdog" / "collectives_0001").iterdir()}
     assert dumps == {f"rank_{rank}" for rank in range(verdict["size"]) if rank == 0 or kind not in LEFT_TO_THEMSELVES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["slow_evaluation", "slow_save"])
+def test_what_takes_longer_than_the_limit_but_gets_on_is_no_hang(
+    kind: str, shards: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of six windows a rank, and a save of some sixty slices: each takes longer than long_seconds."""
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+    seconds = {"slow_evaluation": 3.0, "slow_save": 0.4}[kind]
+    monkeypatch.setenv("FAULTS", json.dumps([{"kind": kind, "seconds": seconds, "mark": str(tmp_path / "mark")}]))
+    limits = {"stall_seconds": 10.0, "long_seconds": 12.0}
+    values = settings(shards, tmp_path / "run", max_steps=2, watchdog=limits, engine={"kind": "fsdp"}, save_in_background=False)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    ranks = Ranks([str(project / "tools" / "train_model.py"), str(tmp_path / "run.yaml")], 2, tmp_path / "logs")
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    spent = read_metrics(tmp_path / "run").of_kind("done")[0]["seconds"]
+    assert spent["evaluate" if kind == "slow_evaluation" else "save"] > 14
 
 
 def healthy(world: Any, run_dir: str, steps: int) -> tuple[int, float]:

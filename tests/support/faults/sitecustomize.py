@@ -149,6 +149,90 @@ def disk_full(train, fault) -> None:
     train.checkpoint.write_partitions = write
 
 
+def evaluation(train, fault) -> None:
+    """The thread that evaluates waits for ever for validation data."""
+    each_validation_window(fault, lambda: time.sleep(3600))
+
+
+def slow_evaluation(train, fault) -> None:
+    """Each window of validation data takes `seconds`; the file `mark` says that an evaluation has begun."""
+
+    def action():
+        with open(fault["mark"], "a"):
+            pass
+        time.sleep(fault["seconds"])
+
+    each_validation_window({"always": True, **fault}, action)
+
+
+def each_validation_window(fault, action) -> None:
+    from megagpt.data import dataset as samples
+
+    original = samples.TokenDataset.window
+
+    def window(self, index):
+        if fault.get("always") or due(fault, fault["step"]):
+            action()
+        return original(self, index)
+
+    samples.TokenDataset.window = window
+
+
+def slow_sampling(train, fault) -> None:
+    """Each token of generated text takes `seconds`."""
+    original = train.generate_ids
+
+    def generate_ids(*arguments, **options):
+        for tokens in original(*arguments, **options):
+            with open(fault["mark"], "a"):
+                pass
+            time.sleep(fault["seconds"])
+            yield tokens
+
+    train.generate_ids = generate_ids
+
+
+def slow_save(train, fault) -> None:
+    """The disk takes `seconds` for each slice of a checkpoint."""
+    from megagpt.checkpoint import partitions as pieces
+
+    original = pieces._write_all
+
+    def write_all(file, data):
+        time.sleep(fault["seconds"])
+        original(file, data)
+
+    pieces._write_all = write_all
+
+
+def slow_load(train, fault) -> None:
+    """Drawing the first weights takes `seconds`, inside C code that no signal interrupts."""
+    original = train.draw_weights
+
+    def draw_weights(*arguments):
+        with open(fault["mark"], "a"):
+            pass
+        ctypes.CDLL(None).sleep(fault["seconds"])
+        original(*arguments)
+
+    train.draw_weights = draw_weights
+
+
+def slow_first_forward(train, fault) -> None:
+    """The first forward pass takes `seconds`, as one that is compiled does."""
+    original = train.inputs
+
+    def inputs(*arguments):
+        if not os.path.exists(f"{fault['mark']}_{rank()}"):
+            for path in (f"{fault['mark']}_{rank()}", fault["mark"]):
+                with open(path, "a"):
+                    pass
+            ctypes.CDLL(None).sleep(fault["seconds"])
+        return original(*arguments)
+
+    train.inputs = inputs
+
+
 def slow(train, fault) -> None:
     """One rank's forward passes take longer."""
     original = train.inputs

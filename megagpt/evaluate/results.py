@@ -1,0 +1,31 @@
+"""The file of a checkpoint's evaluations, run_dir/evaluations/step_<step>.json: one result for each thing that was measured.
+
+A result is kept under a digest of what it was measured on (`measured`: checkpoint, validation set, task files, samples). The
+same measurement replaces its result; any other one stands beside it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megagpt.files import read_json, write_json
+
+FORMAT = 2
+
+
+def keep_result(path: Path, result: dict[str, Any]) -> None:
+    """Add a result, with `step` and `measured`, to the file, or replace that of the same measurement."""
+    key = hashlib.sha256(json.dumps(result["measured"], sort_keys=True).encode()).hexdigest()[:16]
+    others = {name: found for name, found in _read(path).items() if name != key}
+    write_json(path, {"format": FORMAT, "step": result["step"], "results": {**others, key: result}})
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results in a file, the last written one last; [] if there is no file. Release 0.1 wrote one, without `measured`."""
+    return list(_read(path).values())
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    value = read_json(path) if path.exists() else {"results": {}}
+    return value.get("results", {"release 0.1": value})
