@@ -1,0 +1,49 @@
+"""Scores of checkpoints: kept beside what was committed, by validation set, and what is best of each."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from megagpt.checkpoint.scores import keep_score, mark_best, read_scores, validation_loss
+from megagpt.files import read_json, write_json
+
+
+def committed(run_dir: Path, step: int, **state: object) -> Path:
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    write_json(path / "state.json", state)
+    write_json(path / "manifest.json", {"files": {}})
+    return path
+
+
+def test_a_score_belongs_to_a_validation_set_and_best_begins_anew_with_another(tmp_path: Path) -> None:
+    best = tmp_path / "checkpoints" / "best.json"
+    for step, name, loss in ((2, "a", 2.0), (4, "a", 3.0), (6, "b", 5.0), (8, "b", 6.0), (8, "a", 1.0)):
+        keep_score(committed(tmp_path, step), step, name, {"loss": loss, "tokens": 7})
+        if step == 4:
+            assert read_json(best) == {"step": 2, "validation_loss": 2.0, "validation_set": "a"}
+        if step == 8 and name == "b":
+            assert read_json(best) == {"step": 6, "validation_loss": 5.0, "validation_set": "b"}
+    eighth = tmp_path / "checkpoints" / "step_00000008"
+    assert read_scores(eighth) == {"b": {"loss": 6.0, "tokens": 7}, "a": {"loss": 1.0, "tokens": 7}}
+    assert (validation_loss(eighth), validation_loss(eighth, "b"), validation_loss(eighth, "c")) == (1.0, 6.0, None)
+
+
+def test_the_score_that_release_0_1_kept_in_state_json_is_read(tmp_path: Path) -> None:
+    path = committed(tmp_path, 2, validation_loss=2.5)
+    assert (validation_loss(path), validation_loss(path, "a")) == (2.5, 2.5)
+    write_json(tmp_path / "checkpoints" / "best.json", {"step": 2, "validation_loss": 2.5})
+    assert not mark_best(tmp_path, 4, 2.6, "a"), "an old file does not say of which set it is"
+    assert mark_best(tmp_path, 4, 2.4, "a")
+
+
+def test_what_is_not_committed_has_no_score_and_a_full_disk_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_score(tmp_path / "checkpoints" / "step_00000002", 2, "a", {"loss": 1.0})
+    assert not (tmp_path / "checkpoints").exists()
+    path = committed(tmp_path, 4)
+    (path / "scores.json").mkdir()  # nothing can be written there
+    with caplog.at_level(logging.WARNING):
+        keep_score(path, 4, "a", {"loss": 1.0})
+    assert "the score of step 4 is not kept" in caplog.text
