@@ -7,7 +7,8 @@ place of the loop, with fewer collectives begun, or in the same place but not in
 job's log, to run_dir/watchdog/ and metrics.jsonl, and all ranks end with status 76, so that the job starts again.
 
 What is judged is the time since a rank last got on, not how long an activity takes: an evaluation gets on with every batch, a
-save with every slice it writes, a load with every piece it reads, torch.compile with every graph and kernel (World.progress).
+save with every slice it writes, a load with every piece it reads (World.progress), a start with every module it imports,
+torch.compile with every graph and kernel.
 
 The loop pays a microsecond per micro-batch; everything else happens in three threads per rank. A rank that holds the
 interpreter's lock for ever is silent: faulthandler, which needs no lock, prints its stack to its stderr and ends it.
@@ -196,7 +197,7 @@ class Watchdog:
     def report(self) -> Report:
         """This rank's report of this moment."""
         position = (self._beats, self._clock.switches - self._switches)
-        marks = (*position, self.world.progress.count, _compiled())
+        marks = (*position, self.world.progress.count, _imported_and_compiled())
         if marks != self._marks:
             self._marks, self._since = marks, time.monotonic()
         activity = self._clock.activity
@@ -343,13 +344,13 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
     return (fewer, elsewhere) if more and len(fewer) < len(more[-1]) else (behind, elsewhere)
 
 
-def _compiled() -> int:
-    """How much torch.compile has done in this process: frames, graphs, kernels; 0 where nothing is compiled. Read from another
-    thread, without importing anything."""
+def _imported_and_compiled() -> int:
+    """How many modules this process has imported, and how much torch.compile has done in it: frames, graphs, kernels. Read from
+    another thread, without importing anything."""
     dynamo, inductor = sys.modules.get("torch._dynamo.utils"), sys.modules.get("torch._inductor.metrics")
     counters = getattr(dynamo, "counters", {})
     counts = [*counters.get("frames", {}).values(), *counters.get("inductor", {}).values(), *counters.get("stats", {}).values()]
-    return sum(counts) + getattr(inductor, "generated_kernel_count", 0)
+    return len(sys.modules) + sum(counts) + getattr(inductor, "generated_kernel_count", 0)
 
 
 def _store(address: str, port: int, *, is_master: bool) -> Any:

@@ -20,7 +20,7 @@ from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
 
 PROJECT = Path(__file__).resolve().parents[2]
-SHORT = ["stop_soon", "torn_checkpoint", "node_down", "rank_stopped", "preempt", "not_a_number"]
+SHORT = ["stop_in_evaluation", "torn_checkpoint", "long_evaluation", "rank_stopped", "preempt", "evaluation"]
 """The six faults of the soak's short form: tests/soak/chaos.py has more kinds, and more of each."""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -38,15 +38,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chaos.make_shards(tmp_path_factory.mktemp("corpus"))
 
 
-def test_faults_in_a_row_change_no_bit(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    soak = chaos.soak_run(cluster, tmp_path, shards, SHORT)
-    found = chaos.compare(soak, tmp_path / "clean", shards)
+def test_faults_in_a_row_change_no_bit(cluster: Cluster, tmp_path: Path) -> None:
+    sources = chaos.make_sources(tmp_path / "corpus")
+    soak = chaos.soak_run(cluster, tmp_path, sources, SHORT)
+    found = chaos.compare(soak, tmp_path / "clean", sources)
     assert found["weights_equal"]
     assert found["losses_equal"]
     assert "all as in the shards" in found["ledger"][0]
     assert not any("used twice" in line for line in found["ledger"])
     verdicts = {outcome.fault: outcome.verdict for outcome in soak.table}
-    assert verdicts["stop_soon"] == "stop: SIGUSR1"
+    assert verdicts["stop_in_evaluation"] == "stop: SIGUSR1, in ['evaluate']"
+    assert verdicts["evaluation"].startswith("watchdog: code, rank ")
+    rewinds = read_metrics(soak.run_dir).of_kind("rewind")
+    assert rewinds, "there is noise in the data"
+    assert all(row["bad_step"] % chaos.PHASE > 50 for row in rewinds), "no planned change is taken for noise"
     assert verdicts["rank_stopped"].startswith("watchdog: silent, rank ")
     assert "ended with status 76" in soak.log()
     assert soak.log().count("passing SIGUSR1 on to the ranks") == 1

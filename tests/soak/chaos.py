@@ -2,13 +2,15 @@
 
     python tests/soak/chaos.py FOLDER [NUM_FAULTS [SEED]]     (50 faults take about three quarters of an hour on two cores)
 
-Three nodes, a job of two of them through slurm/pretrain.sh. The faults are those of KINDS, in random order; also in the data
-lie windows of noise, which the guard has to leave out. At the end the weights must be bitwise those of an uninterrupted run
+Three nodes, a job of two of them through slurm/pretrain.sh. The faults are those of KINDS, in random order; the data change by
+plan to text in other letters and back every PHASE steps, and there are windows of noise in them, which the guard has to leave
+out without taking the changes for noise. At the end the weights must be bitwise those of an uninterrupted run
 with the same samples left out, and the ledger must show every other sample once. FOLDER is made and keeps the run, its log and
 a line per fault; the results go to bench/results/chaos.json.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -36,13 +38,19 @@ from megagpt.monitor.metrics import METRICS_FILE, read_metrics  # noqa: E402
 from megagpt.report.inspect_data import check_ledger  # noqa: E402
 
 SAVE_EVERY, BATCH = 50, 4
-STEPS_PER_FAULT = 150
+STEPS_PER_FAULT, PHASE = 150, 300
+LONG_SECONDS, SECONDS_PER_WINDOW = 40, 11
+"""The watchdog's limit for an evaluation without progress; four windows a rank of a long evaluation take more."""
 DESCRIPTIONS = {
     "loader": "The thread that reads data sleeps for ever.",
     "loader_dead": "The thread that reads data is gone; the batch never comes.",
     "disk_full": "The disk is full in the middle of a save.",
     "not_a_number": "The loss is NaN in two steps that follow each other.",
+    "evaluation": "A rank waits for ever for validation data.",
+    "long_evaluation": "An evaluation takes longer than the watchdog's limit, but gets on.",
 }
+ENDS_NOTHING = ("not_a_number", "long_evaluation")
+"""Faults after which the same start goes on."""
 TRIGGERED = tuple(DESCRIPTIONS)
 """Faults inside a rank, by tests/support/faults; the trainer's code knows nothing of them."""
 
@@ -165,6 +173,14 @@ def torn_metrics(soak: Soak) -> None:
             file.write(b'{"kind":"train","st')
 
 
+def stop_in_evaluation(soak: Soak) -> None:
+    """The time limit is near, in the middle of a long evaluation."""
+    path = soak.triggers / f"long_evaluation_{soak.rng.randrange(2)}"
+    path.touch()
+    wait_until(lambda: Path(f"{path}.done").exists(), 120, soak)
+    stop_soon(soak)
+
+
 def trigger(name: str) -> Callable[[Soak], None]:
     """A fault of tests/support/faults in one rank."""
 
@@ -185,11 +201,12 @@ KINDS: dict[str, Callable[[Soak], None]] = {
     "step_daemon_killed": step_daemon_killed,
     "torn_checkpoint": torn_checkpoint,
     "torn_metrics": torn_metrics,
+    "stop_in_evaluation": stop_in_evaluation,
     **{name: trigger(name) for name in TRIGGERED},
 }
 
 
-def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *, seed: int = 0) -> Soak:
+def soak_run(cluster: Cluster, folder: Path, shards: dict[str, Path], faults: list[str], *, seed: int = 0) -> Soak:
     """Run to the end under `faults`, one after the other. Raises AssertionError if it does not end."""
     site = make_site(folder / "project", PROJECT)
     soak = Soak(cluster, site, folder / "run", "", folder / "triggers", random.Random(seed))
@@ -200,15 +217,17 @@ def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *,
     soak.job_id = cluster.submit(site, "slurm/pretrain.sh", *words, **environment)
     for name in faults:
         incarnation = wait_for_progress(soak)
-        rewinds, began = count_rewinds(soak), time.monotonic()
+        before, began = {count: count(soak) for count in (count_rewinds, count_long_evaluations)}, time.monotonic()
         KINDS[name](soak)
         ends = soak.log().count("ranks ended with status")
 
         def noticed(before: int = incarnation, ends: int = ends) -> bool:
             return soak.incarnation() > before or soak.log().count("ranks ended with status") > ends
 
-        if name == "not_a_number":
-            wait_until(lambda rewinds=rewinds: count_rewinds(soak) > rewinds, 120)
+        if name in ENDS_NOTHING:
+            count = count_rewinds if name == "not_a_number" else count_long_evaluations
+            wait_until(lambda count=count, before=before[count]: count(soak) > before, 240, soak)
+            assert soak.incarnation() == incarnation, soak.log()[-4000:]
             detected = recovered = time.monotonic() - began
         else:
             wait_until(noticed, 240, soak)
@@ -224,7 +243,7 @@ def soak_run(cluster: Cluster, folder: Path, shards: Path, faults: list[str], *,
     return soak
 
 
-def compare(soak: Soak, folder: Path, shards: Path) -> dict[str, Any]:
+def compare(soak: Soak, folder: Path, shards: dict[str, Path]) -> dict[str, Any]:
     """The same run, uninterrupted, with the same samples left out from the beginning: whether weights and losses are equal."""
     import torch
 
@@ -247,28 +266,37 @@ def compare(soak: Soak, folder: Path, shards: Path) -> dict[str, Any]:
     }
 
 
-def settings(run_dir: Path, shards: Path, max_steps: int) -> list[str]:
-    """The words of a tiny run that takes minutes, with a watchdog and a guard that act soon."""
+def settings(run_dir: Path, shards: Path | dict[str, Path], max_steps: int) -> list[str]:
+    """The words of a tiny run that takes minutes, with a watchdog and a guard that act soon. Of two sources, `main` and
+    `other`, one after the other is used, for PHASE steps each."""
+    sources = shards if isinstance(shards, dict) else {"main": shards}
+    words = [f"data.sources.{name}.path={path}" for name, path in sources.items()]
+    if len(sources) > 1:
+        phases = [(start * BATCH, start // PHASE % 2) for start in range(PHASE, 4 * max_steps, PHASE)]
+        changes = [f"{{from_sample: {start}, weights: {{main: {1 - late}, other: {late}}}}}" for start, late in phases]
+        words += ["data.sources.other.weight=1e-9", f"data.weight_changes=[{', '.join(changes)}]"]
     return [
         "configs/train/debug_cpu.yaml",
         f"run_dir={run_dir}",
-        f"data.sources.main.path={shards}",
+        *words,
         f"max_steps={max_steps}",
         "model.vocab_size=257", "model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.seq_len=32",
         "model.dropout=0.1", "data.seq_len=32", f"global_batch_size={BATCH}", "micro_batch_size=1",
-        "engine={kind: fsdp}", "monitor.log_every_steps=1", "evaluate_every_steps=0", "evaluate_max_samples=4",
+        "engine={kind: fsdp}", "monitor.log_every_steps=1", f"evaluate_every_steps={SAVE_EVERY}",
+        "evaluate_max_samples=4",
         "sample_every_steps=0", f"save_every_steps={SAVE_EVERY}", "keep_last=3",
-        "watchdog.stall_seconds=10", "watchdog.long_seconds=60",
+        "watchdog.stall_seconds=10", f"watchdog.long_seconds={LONG_SECONDS}",
         "guard.window_steps=64", "guard.min_steps=32", "guard.max_non_finite_steps=1", "guard.loss_z=6",
         "guard.max_rewinds=1000", "optim.schedule.kind=constant", "optim.lr=1e-3",
     ]  # fmt: skip
 
 
 def injected(triggers: Path, num_faults: int) -> list[dict[str, Any]]:
-    """What tests/support/faults has to do: the triggered kinds on both ranks, and noise in the data every 300 steps or so."""
-    more = {"save_every": SAVE_EVERY, "count": 2}
+    """What tests/support/faults has to do: the triggered kinds on both ranks, and noise in each source's data every 300 of its
+    steps or so, well inside a phase."""
+    more = {"save_every": SAVE_EVERY, "count": 2, "seconds": SECONDS_PER_WINDOW, "windows": 4}
     listed = [{"kind": n, "rank": r, "trigger": str(triggers / f"{n}_{r}"), **more} for n in TRIGGERED for r in (0, 1)]
-    windows = [[step, step + 1] for step in range(220, (num_faults + 2) * STEPS_PER_FAULT, 330)]
+    windows = [[step, step + 1] for step in range(220, (num_faults + 2) * STEPS_PER_FAULT, PHASE)]
     return [*listed, {"kind": "poisoned", "batch": BATCH, "windows": windows}]
 
 
@@ -295,10 +323,13 @@ def verdict(soak: Soak, name: str) -> str:
     last_status = [line for line in soak.log().splitlines() if "ranks ended with status" in line][-1:]
     if name == "not_a_number":
         return str(metrics.of_kind("rewind")[-1]["reason"])
+    if name == "long_evaluation":
+        return f"evaluated, although for longer than {LONG_SECONDS} s"
     rows = [r for r in metrics.all_rows if r["kind"] in ("stop", "watchdog") and r["incarnation"] == soak.incarnation() - 1]
     if rows:
         row = rows[-1]
-        return f"{row['kind']}: {row.get('reason') or row.get('cause')}" + (f", rank {row['rank']}" if "rank" in row else "")
+        more = f", rank {row['rank']}" if "rank" in row else f", in {row['interrupted']}" if row.get("interrupted") else ""
+        return f"{row['kind']}: {row.get('reason') or row.get('cause')}{more}"
     return last_status[0].partition("pretrain.sh: ")[2].partition(",")[0] if last_status else "ended by SLURM"
 
 
@@ -308,6 +339,13 @@ def count_rewinds(soak: Soak) -> int:
     with contextlib.suppress(OSError, ValueError):
         return len(json.loads(path.read_text()))
     return 0
+
+
+def count_long_evaluations(soak: Soak) -> int:
+    """How many evaluations took longer than the watchdog would wait for one without progress."""
+    rows = read_metrics(soak.run_dir).all_rows
+    pairs = itertools.pairwise(rows)
+    return sum(later["kind"] == "evaluate" and later["time"] - earlier["time"] > LONG_SECONDS for earlier, later in pairs)
 
 
 def nodes_of(soak: Soak) -> list[str]:
@@ -335,11 +373,22 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float, soak: Soak
         time.sleep(0.2)
 
 
-def make_shards(folder: Path, files: Sequence[Path] | None = None) -> Path:
-    """Shards of bytes made from text files; by default the project's documentation."""
+OTHER_LETTERS = str.maketrans({chr(ord("a") + i): chr(0x430 + i) for i in range(26)})
+"""Latin letters as Cyrillic ones: other bytes, which a model has to learn anew."""
+
+
+def make_sources(folder: Path) -> dict[str, Path]:
+    """Two sources of bytes: the project's documentation, and the same in other letters."""
+    return {"main": make_shards(folder / "main"), "other": make_shards(folder / "other", letters=OTHER_LETTERS)}
+
+
+def make_shards(folder: Path, files: Sequence[Path] | None = None, *, letters: dict[int, str] | None = None) -> Path:
+    """Shards of bytes made from text files; by default the project's documentation. `letters` takes the place of others."""
     from megagpt.documents import Document, write_documents
 
-    texts = [path.read_text(encoding="utf-8") for path in files or sorted((PROJECT / "docs").glob("*.md"))]
+    texts = [
+        path.read_text(encoding="utf-8").translate(letters or {}) for path in files or sorted((PROJECT / "docs").glob("*.md"))
+    ]
     write_documents(folder / "in" / "text.jsonl.zst", [Document(f"text:{i}", text, "text") for i, text in enumerate(texts)])
     words = [f"work_dir={folder}", f"tokenize.inputs=[{folder}/in/*.zst]", "tokenize.tokenizer=bytes"]
     words += ["tokenize.validation_fraction=0.2", "num_workers=1"]
@@ -375,7 +424,7 @@ def main() -> None:
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     faults = [name for _ in range(-(-num_faults // len(KINDS))) for name in rng.sample(sorted(KINDS), len(KINDS))][:num_faults]
-    shards = make_shards(folder / "corpus")
+    shards = make_sources(folder / "corpus")
     began = time.monotonic()
     with running_cluster(folder / "slurm", num_nodes=3) as cluster:
         slurm = cluster.command("sbatch", "--version").split()[-1]
@@ -386,7 +435,8 @@ def main() -> None:
     windows = len(injected(soak.triggers, len(faults))[-1]["windows"])
     about = (
         f"One run of {found['steps']:,} steps on a real SLURM of three nodes, two of them in the job, under {len(faults)} "
-        f"faults and with {windows} windows of noise in its data. It took {seconds:,} s and {soak.incarnation()} starts; the "
+        f"faults, with planned changes of its data every {PHASE} steps and {windows} windows of noise in each source. It took "
+        f"{seconds:,} s and {soak.incarnation()} starts; the "
         f"guard went back {count_rewinds(soak)} times. Against an uninterrupted run with the same samples left out: weights "
         f"bitwise equal: {found['weights_equal']}; losses equal: {found['losses_equal']}. The ledger: "
         f"{found['ledger'][0]}. Detected: until the run had noticed and ended or gone back."

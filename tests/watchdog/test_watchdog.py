@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,21 @@ def test_a_connection_lost_to_a_rank_that_judged_and_ended_is_no_failure_of_its_
     with pytest.raises(SystemExit, match=str(EXIT_WATCHDOG)):
         first.end_if_judged()
     assert f"rank 1 ends: {verdict.line()}" in capfd.readouterr().err
+
+
+def test_what_gets_done_inside_an_activity_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch evaluated, a slice written, a module imported: each begins the time without progress anew."""
+    world, clock = World(0, 1, 0, torch.device("cpu"), "none", None), Stopwatch()
+    watchdog = Watchdog(WatchdogConfig(enabled=False), world, tmp_path, clock, 1)
+    imports = lambda: monkeypatch.setitem(sys.modules, "a_module_that_was_imported", sys)  # noqa: E731
+    with clock("evaluate"):
+        for get_on in (world.progress, imports):
+            watchdog.report()
+            time.sleep(0.05)
+            assert watchdog.report()["stuck_seconds"] >= 0.05
+            get_on()
+            assert watchdog.report()["stuck_seconds"] < 0.05
+        assert watchdog.report()["position"] == [0, 1], "by which ranks are compared"
 
 
 # ---- real hangs

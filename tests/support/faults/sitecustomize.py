@@ -171,11 +171,25 @@ def each_validation_window(fault, action) -> None:
     original = samples.TokenDataset.window
 
     def window(self, index):
-        if fault.get("always") or due(fault, fault["step"]):
+        if fault.get("always") or due(fault, fault.get("step", 0)):
             action()
         return original(self, index)
 
     samples.TokenDataset.window = window
+
+
+def long_evaluation(train, fault) -> None:
+    """Once it is triggered, the next `windows` windows of validation data take `seconds` each."""
+    left = [0]
+
+    def action():
+        if due(fault, 0):
+            left[0] = fault["windows"]
+        if left[0] > 0:
+            left[0] -= 1
+            time.sleep(fault["seconds"])
+
+    each_validation_window({**fault, "always": True}, action)
 
 
 def slow_sampling(train, fault) -> None:
