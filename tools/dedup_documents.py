@@ -1,10 +1,10 @@
-"""Drop exact copies and verified near duplicates; the earliest document stays (section `dedup` of a corpus's recipe).
+"""Drop exact copies and verified near duplicates; the earliest document stays (section `dedup` of a corpus config).
 
     python tools/dedup_documents.py configs/corpus/common_crawl.yaml work_dir=/data/crawl
     python tools/dedup_documents.py work_dir=/data/news dedup.inputs=[news/*.jsonl] dedup.threshold=0.7
 
-A document is dropped only if it is that similar to one that stays; dedup/duplicates/ says to which, and how similar.
-Memory is bounded by dedup.memory_bytes. A run that ended before goes on where it was; neither the number of workers nor
+A document is dropped only if it is that similar to a kept one; dedup/duplicates/ names the kept one and the similarity.
+Memory is bounded by dedup.memory_bytes. A rerun resumes where the last one stopped; neither the number of workers nor
 part=i/n changes a byte of the result.
 """
 

@@ -3,7 +3,7 @@
     python tools/extract_documents.py configs/corpus/common_crawl.yaml work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
 
 Writes documents to work_dir/extract/*.jsonl.zst, with counts in summary.json, what was dropped and why in dropped/, and samples
-of it in rejected/. A rerun goes on where the last one ended.
+of it in rejected/. A rerun resumes where the last one stopped.
 """
 
 from megagpt.command import main

@@ -1,4 +1,4 @@
-"""Keep the documents that pass the filters, and clean their text (section `filter` of a corpus's recipe).
+"""Keep the documents that pass the filters, and clean their text (section `filter` of a corpus config).
 
     python tools/filter_documents.py configs/corpus/common_crawl.yaml work_dir=/data/crawl
     python tools/filter_documents.py work_dir=/data/news filter.inputs=[news/*.jsonl] filter.language.labels=[de,fr]
@@ -13,7 +13,7 @@ from megagpt.corpus.filters.filter_documents import describe, filter_documents
 
 
 def run(config: CorpusConfig) -> None:
-    """Filter, and say what was dropped and why."""
+    """Filter, and print what was dropped and why."""
     output_dir = config.directory("filter")
     summary = filter_documents(config.filter, config.inputs("filter", config.filter.inputs), output_dir, config)
     print(describe(summary, output_dir))

@@ -1,4 +1,4 @@
-"""Let a trained model go on from a prompt; the text streams to standard output.
+"""Generate text from a prompt with a trained model; the text streams to standard output.
 
 python tools/generate_text.py run_dir=runs/plays prompt=ROMEO max_tokens=200 temperature=0.8 seed=1
 """

@@ -4,7 +4,7 @@
     python tools/inspect_data.py shards=DIR verify=true         check every byte
     python tools/inspect_data.py shards=DIR token=N             which record of which dump a token comes from
     python tools/inspect_data.py shards=DIR token=N dumps=DIR   and that record's headers
-    python tools/inspect_data.py stage=DIR [reason=...]         what a stage rejected, with examples
+    python tools/inspect_data.py stage=DIR [reason=...]         documents that a stage dropped, with examples
     python tools/inspect_data.py work_dir=DIR url=URL           why a page was kept or dropped
     python tools/inspect_data.py run_dir=DIR                    compare the run's ledger with the shards
     python tools/inspect_data.py run_dir=DIR step=N [rank=R]    which documents were in a batch
@@ -17,7 +17,7 @@ from megagpt.report.inspect_data import InspectConfig, inspect
 
 
 def run(config: InspectConfig) -> None:
-    """Print what is found."""
+    """Print the findings."""
     for line in inspect(config):
         print(line)
 

@@ -8,7 +8,7 @@ from megagpt.report.data_report import DataReportConfig, report_data
 
 
 def run(config: DataReportConfig) -> None:
-    """Write the page, and say where it is."""
+    """Write the page, and print its path."""
     print(report_data(config))
 
 

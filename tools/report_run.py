@@ -8,7 +8,7 @@ from megagpt.report.run_report import ReportConfig, report_run
 
 
 def run(config: ReportConfig) -> None:
-    """Write the page, and say where it is."""
+    """Write the page, and print its path."""
     print(report_run(config))
 
 

@@ -1,4 +1,4 @@
-"""Split a corpus into train and validation, tokenize, shuffle, and write shards (section `tokenize` of its recipe).
+"""Split a corpus into train and validation, tokenize, shuffle, and write shards (section `tokenize` of its config).
 
     python tools/tokenize_documents.py configs/corpus/common_crawl.yaml work_dir=/data/crawl
     python tools/tokenize_documents.py work_dir=/data/plays tokenize.inputs=[plays.jsonl] tokenize.tokenizer=bytes

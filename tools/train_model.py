@@ -1,4 +1,4 @@
-"""Train a GPT, or go on with a run: the same command starts it and, after any stop, resumes it from its newest good checkpoint.
+"""Start or resume a training run: the same command starts it and, after any stop, resumes it from the newest good checkpoint.
 
     python tools/train_model.py configs/train/debug_cpu.yaml data.sources.main.path=/data/crawl/shards
     torchrun --nproc-per-node 8 tools/train_model.py configs/train/gpt_124m.yaml run_dir=runs/first

@@ -1,4 +1,4 @@
-"""glibc's heap on a CPU that trains: every step asks for the same large blocks again."""
+"""Settings of glibc's malloc for training on a CPU, where every step allocates the same large blocks."""
 
 import ctypes
 
@@ -11,7 +11,7 @@ THRESHOLDS = 1 << 30, 1 << 25
 def keep_freed_memory() -> bool:
     """Keep what is freed for the next allocation; whether the C library took it (musl has no mallopt).
 
-    By default glibc hands large freed blocks back to the kernel, which then gives every page anew, filled with zeros: tens of
+    By default glibc returns large freed blocks to the kernel, which then maps and zeroes every page again: tens of
     thousands of page faults per step of a small model, 3 to 18 % of its time. The process stays as large as it ever was, and
     grows more for blocks that fit nowhere: peaks 5 to 24 % higher were seen.
     """

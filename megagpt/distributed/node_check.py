@@ -1,7 +1,7 @@
 """Is this node fit for training: GPUs, their memory, clocks and arithmetic, disks, and an all-reduce over all nodes.
 
-Run as one task per node; every node says `check_node: NAME good` or `check_node: NAME bad: reasons` on a line of its own, which
-slurm/pretrain.sh reads. A node that says nothing in time is bad as well.
+Run one task per node. Each node prints one line, `check_node: NAME good` or `check_node: NAME bad: reasons`, which
+slurm/pretrain.sh reads. A node that prints nothing in time counts as bad.
 """
 
 import os
@@ -29,7 +29,7 @@ class CheckNodeConfig(Config):
     run_dir: Path | None = None
     """Folder on the shared disk in which a file is written, synced and read back; null = not looked at."""
     num_gpus: int | None = Field(default=None, ge=0)
-    """GPUs that the node must have; null = what SLURM says of this job (SLURM_GPUS_ON_NODE), else any number."""
+    """GPUs that the node must have; null = SLURM_GPUS_ON_NODE of this job, or any number without it."""
     max_temperature_celsius: float = Field(default=90.0, gt=0)
     """A GPU that is hotter than this before any work is badly cooled."""
     min_tmp_gib: float = Field(default=1.0, ge=0)
@@ -60,7 +60,7 @@ def node_name() -> str:
 
 
 def check_gpus(config: CheckNodeConfig) -> Iterator[str]:
-    """Number, arithmetic, and what NVML says: memory errors, rows to be remapped, heat, clocks held down by the hardware."""
+    """Number, arithmetic, and NVML's reports: memory errors, rows to be remapped, heat, clocks held down by the hardware."""
     wanted = config.num_gpus if config.num_gpus is not None else _slurm_gpus()
     found = torch.cuda.device_count()
     if wanted is not None and found != wanted and (wanted > 0) == torch.cuda.is_available():
@@ -89,7 +89,7 @@ def check_gpus(config: CheckNodeConfig) -> Iterator[str]:
 
 
 def nvml_problems(nvml: Any, handle: Any, max_temperature_celsius: float) -> Iterator[str]:
-    """Faults that NVML knows of; what a GPU does not report is no fault."""
+    """Defects that NVML reports; a field that a GPU does not report is no defect."""
 
     def ask(question: Callable[[], Any]) -> Any:
         try:

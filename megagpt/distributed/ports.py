@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def free_ports(count: int, *, part: int = 0, parts: int = 1) -> list[int]:
-    """Ports that nobody listens on. They lie below those that the kernel gives to outgoing connections, so that none of these,
+    """Ports that nobody listens on. They are below those that the kernel gives to outgoing connections, so that none of these,
     which come and go by the thousand, takes one before it is bound, and around those of slurm/pretrain.sh. Of `parts` programs
     that choose at the same time, number `part` is given none that another one is given."""
     path = Path("/proc/sys/net/ipv4/ip_local_port_range")

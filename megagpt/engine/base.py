@@ -46,7 +46,7 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float, max_norm: float) -> StepResult:
-        """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is not applied, and says so."""
+        """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is reported, not applied."""
         ...
 
     def state(self) -> dict[str, Partition]:

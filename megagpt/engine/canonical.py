@@ -80,7 +80,7 @@ class BlockNorm:
     """
 
     def __init__(self, extents: Sequence[Extent], numels: Iterable[int], parameters: Sequence[int], world: World) -> None:
-        """`numels` of all parameters, in the same order on all ranks; extents[i] lies in parameter number parameters[i]."""
+        """`numels` of all parameters, in the same order on all ranks; extents[i] is in parameter number parameters[i]."""
         first_blocks = [0]
         for numel in numels:
             first_blocks.append(first_blocks[-1] - (-numel // BLOCK))

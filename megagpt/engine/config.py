@@ -17,21 +17,21 @@ class DeepSpeedConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
     reduce_bucket_elements: int = Field(default=50_000_000, gt=0)
-    """Gradients reduced at a time."""
+    """Reduce bucket size in elements."""
     allgather_bucket_elements: int = Field(default=500_000_000, gt=0, multiple_of=2)
-    """Weights gathered at a time (stages 1 and 2); an even number."""
+    """All-gather bucket size in elements (stages 1 and 2); must be even."""
     overlap_comm: bool = False
     """Whether to reduce gradients during the backward pass (stages 2 and 3)."""
     stage3_prefetch_elements: int = Field(default=50_000_000, ge=0)
-    """Stage 3: weights fetched ahead."""
+    """Stage 3: elements to prefetch."""
     stage3_max_live_elements: int = Field(default=1_000_000_000, ge=0)
-    """Stage 3: gathered weights kept at a time."""
+    """Stage 3: at most this many gathered elements at a time."""
     stage3_persistence_elements: int = Field(default=100_000, ge=0)
-    """Stage 3: parameters up to this size stay whole on every rank."""
+    """Stage 3: parameters up to this many elements are not sharded."""
     offload_optimizer: bool = False
     """Keep fp32 weights and optimizer states in host memory and update there (stages 1 to 3, arXiv 2101.06840)."""
     offload_parameters: bool = False
-    """Stage 3: keep the working weights in host memory too, but for those in use (arXiv 2104.07857)."""
+    """Stage 3: keep the working weights in host memory too, except those in use (arXiv 2104.07857)."""
     reduce_dtype: ReduceType = "fp32"
     """The type in which gradients are added across ranks. bf16 halves the traffic and rounds the sums."""
     hpz_partition_size: int = Field(default=1, ge=1)
@@ -68,7 +68,7 @@ class FSDPConfig(Config):
 EngineConfig: TypeAlias = Annotated[
     Annotated[DeepSpeedConfig, Tag("deepspeed")] | Annotated[FSDPConfig, Tag("fsdp")], by_kind("deepspeed")
 ]
-"""Which engine shards the model, and how; told apart by `kind`."""
+"""Which engine shards the model, and how; `kind` selects it."""
 
 
 Precision = Literal["fp32", "bf16"]

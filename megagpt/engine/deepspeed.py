@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO behind the Engine protocol. The only module that imports deepspeed.
 
-It leans on DeepSpeed's internals for two things that its API does not give: where each rank's fp32 weights and moments lie
+It uses DeepSpeed's internals for two things that its API does not offer: where each rank's fp32 weights and moments are
 inside the flattened parameters (`state`), and rebuilding the working weights from them (`refresh`). The tested range of
-versions is pinned, and tests/test_engine_parity.py and tests/test_checkpoint.py guard what is used here:
+versions is pinned, and tests/engine/test_parity.py and tests/checkpoint guard what is used here:
 stages 1 and 2 `single_partition_of_fp32_groups`, `_hp_mapping`; bf16 stage 1 `fp32_groups_flat_partition`; stage 3
 `fp32_partitioned_groups_flat`, `grad_position`, `fp16_partitioned_groups_flat`, `persistent_parameters`.
 """
@@ -75,7 +75,7 @@ class DeepSpeedEngine:
         self.formats["reductions"] = name_of(self._deepspeed.communication_data_type)
         self._canonical = _CanonicalZero1(self._zero, module, self._flat_partitions(), world) if canonical else None
         if self._canonical is not None:
-            self.model = module  # the forward pass without what DeepSpeed hangs on it for its own reduction
+            self.model = module  # the forward pass without the hooks that DeepSpeed adds for its own reduction
             without_fused_kernels(self._torch_optimizer)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -158,7 +158,7 @@ class DeepSpeedEngine:
     def _fragments(self) -> Iterator[tuple[str, Tensor, int, Partition]]:
         """(parameter name, flat partition, offset in it, fp32 weight partition) of everything this rank holds."""
         partitions = self._flat_partitions()
-        parameter: Any  # DeepSpeed hangs its own attributes on parameters
+        parameter: Any  # DeepSpeed sets attributes of its own on parameters
         for name, parameter in self.module.named_parameters():
             if self._stage == 0:
                 partition = Partition(parameter.data.flatten(), 0, parameter.numel(), self._world.rank, self._world.size)
@@ -230,12 +230,12 @@ class _CanonicalZero1:
 
 
 def _place_in(flats: list[Tensor], parameter: Tensor) -> tuple[int, int]:
-    """(number, offset in elements) of the flat tensor in whose memory a parameter lies."""
+    """(number, offset in elements) of the flat tensor whose memory holds a parameter."""
     for number, flat in enumerate(flats):
         offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         if 0 <= offset < flat.numel():
             return number, offset
-    raise AssertionError("a parameter lies outside of DeepSpeed's flat groups")
+    raise AssertionError("a parameter is outside of DeepSpeed's flat groups")
 
 
 def deepspeed_settings(

@@ -1,4 +1,4 @@
-"""In which number format what is kept and added up: declared by the settings, compared with what the tensors are."""
+"""The data types of weights, gradients, reductions and optimizer states: as declared, and as found in the tensors."""
 
 from typing import Any, TypeAlias
 

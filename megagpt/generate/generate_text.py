@@ -12,7 +12,7 @@ from megagpt.generate.sampling import SamplingConfig, stream_texts
 
 
 class GenerateConfig(SamplingConfig):
-    """A run's model goes on from a prompt."""
+    """Continue a prompt with the model of a run."""
 
     run_dir: Path
     """The run whose checkpoint is used."""

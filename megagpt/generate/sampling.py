@@ -80,8 +80,8 @@ def generate_ids(
 
     `vocab_size`: ids from there on (padding of the embedding) are never drawn. `streams`: number of each row's random stream;
     None = 0, 1, …. With eot_id None every call makes exactly max_tokens forwards, which ranks that share a model need. When
-    the model's seq_len is full, generation goes on from the last half of it, positions counted anew. The model is used as it
-    is: put it into evaluation mode first.
+    the model's seq_len is full, generation continues from its last half, with positions counted from 0 again. Put the model in
+    evaluation mode first.
     """
     generators = [torch.Generator().manual_seed(mix(sampling.seed, i) >> 1) for i in streams or range(len(ids_bt))]
     cache = [KeyValues() for _ in range(config.num_layers)]
@@ -137,14 +137,14 @@ def keep_top_p(probabilities_bv: Tensor, p: float) -> Tensor:
 
 
 def pick(weights_bv: Tensor, draws_b: Tensor) -> Tensor:
-    """For each row the id whose stretch of the cumulated weights holds draw x total: id i with probability weight i / total."""
+    """For each row the id whose interval of the cumulated weights holds draw x total: id i has probability weight i / total."""
     cumulated = weights_bv.double().cumsum(dim=-1)
     index = torch.searchsorted(cumulated, draws_b[:, None] * cumulated[:, -1:], right=True)
     return index[:, 0].clamp(max=weights_bv.shape[-1] - 1)
 
 
 class StreamDecoder:
-    """Tokens to text, one at a time: a character comes out when its last byte is there, bytes that are no UTF-8 as U+FFFD."""
+    """Tokens to text, one at a time: a character is returned when its last byte is known; invalid UTF-8 becomes U+FFFD."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._pieces = tokenizer.token_bytes()

@@ -33,7 +33,7 @@ def attention_mask(
 ) -> Mask:
     """Where `length` tokens behind `start` others may look: [T, start + T], with documents [B, 1, T, T]; None = plain causal.
 
-    `blockwise` with documents: a BlockMask instead (arXiv 2412.05496), which skips what lies between documents and holds no
+    `blockwise` with documents: a BlockMask instead (arXiv 2412.05496), which skips pairs of different documents and holds no
     [T, T] array; it needs a GPU for the backward pass.
     """
     if doc_lengths is None:

@@ -24,20 +24,20 @@ CAPABILITY = (8, 9)
 """The first CUDA compute capability with float8 products (Ada; Hopper has 9.0)."""
 
 
-def refuse_float8(recipe: Float8, model: ModelConfig, precision: str, *, canonical: bool, seq_len: int | None = None) -> None:
+def refuse_float8(kind: Float8, model: ModelConfig, precision: str, *, canonical: bool, seq_len: int | None = None) -> None:
     """Raise UserError where float8 products cannot be made: beside these settings, of these sizes, here.
 
     `seq_len`: tokens per sample, where known. A weight's gradient is summed over the tokens of a micro-batch, and the last
     micro-batch of a step may be of any number of samples.
     """
-    if recipe == "none":
+    if kind == "none":
         return
     if precision != "bf16":
-        raise UserError(f"float8={recipe} with precision={precision}: precision=bf16 is needed")
+        raise UserError(f"float8={kind} with precision={precision}: precision=bf16 is needed")
     if canonical:
-        raise UserError(f"float8={recipe} with determinism=canonical is not covered")
+        raise UserError(f"float8={kind} with determinism=canonical is not covered")
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(f"float8={recipe} needs torchao: pip install 'megagpt[float8]'")
+        raise UserError(f"float8={kind} needs torchao: pip install 'megagpt[float8]'")
     sizes = {
         "model.hidden_size": model.hidden_size,
         "model.mlp_size": model.mlp_width,
@@ -47,16 +47,16 @@ def refuse_float8(recipe: Float8, model: ModelConfig, precision: str, *, canonic
     }
     for name, size in sizes.items():
         if size % MULTIPLE:
-            raise UserError(f"float8={recipe}: {name} is {size}, a multiple of {MULTIPLE} is needed")
+            raise UserError(f"float8={kind}: {name} is {size}, a multiple of {MULTIPLE} is needed")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
         has, needs = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), CAPABILITY))
-        raise UserError(f"float8={recipe}: {torch.cuda.get_device_name()} has compute capability {has}, {needs} is needed")
+        raise UserError(f"float8={kind}: {torch.cuda.get_device_name()} has compute capability {has}, {needs} is needed")
 
 
-def use_float8(blocks: nn.Module, recipe: Float8, *, emulate: bool) -> None:
+def use_float8(blocks: nn.Module, kind: Float8, *, emulate: bool) -> None:
     """Make every linear layer below `blocks` multiply in float8; parameters and their names stay the same."""
     torchao = _import_torchao()
-    config = replace(torchao.Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    config = replace(torchao.Float8LinearConfig.from_recipe_name(kind), emulate=emulate)
     torchao.convert_to_float8_training(blocks, config=config, module_filter_fn=lambda module, _: isinstance(module, nn.Linear))
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864) and the ways to stretch them over longer sequences than a model was trained on."""
+"""Rotary positions (arXiv 2104.09864) and the ways to extend them beyond the context length of training."""
 
 import math
 from typing import Annotated, Literal, TypeAlias
@@ -65,7 +65,7 @@ RopeScaling: TypeAlias = Annotated[
     Annotated[LinearScaling, Tag("linear")] | Annotated[Llama3Scaling, Tag("llama3")] | Annotated[YarnScaling, Tag("yarn")],
     by_kind("linear"),
 ]
-"""How rotary frequencies are stretched; told apart by `kind`."""
+"""How rotary frequencies are scaled; `kind` selects the method."""
 
 
 def rope_table(

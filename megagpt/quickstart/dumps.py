@@ -130,7 +130,7 @@ def plant(pages: Sequence[Page]) -> tuple[list[WebPage], dict[str, int]]:
         for page in chapters[num_copies : 2 * num_copies]
     ]
     other = [foreign_page(*row, linked=neighbours(pages, 3)) for row in OTHER_LANGUAGES]
-    # A body that says it is compressed and is noise: nothing can be read from it.
+    # A body declared as compressed that is noise: nothing can be decoded from it.
     broken = WebPage("https://docs.example.org/broken.html", generator.randbytes(4000), content_encoding="gzip")
     web_pages = [*plain, *exact, *near, *other, broken]
     generator.shuffle(web_pages)

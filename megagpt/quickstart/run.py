@@ -1,7 +1,7 @@
 """The quickstart: the whole way from dump to model, small, by running the same tools that a user runs.
 
 Every step is a subprocess of tools/*.py whose command line is printed. The ranks of the training are started the way srun
-starts them, one process each with RANK and WORLD_SIZE set, because torchrun hides their exit status when it is told to stop.
+starts them, one process each with RANK and WORLD_SIZE set, because torchrun hides their status after a stop signal.
 """
 
 import json
@@ -39,13 +39,13 @@ class QuickstartConfig(Config):
     """The quickstart's few settings."""
 
     run_dir: Path = Path("runs/quickstart")
-    """Everything it makes lies below: dumps/, corpus/, train/. corpus/ and train/ are made anew each time."""
+    """Output folder with dumps/, corpus/ and train/; corpus/ and train/ are replaced by each run."""
     warc: str | None = None
     """Your own web dump (.warc.gz and so on; a path or a glob) instead of the one made from this machine's documentation."""
     wiki: str | None = None
     """Your own MediaWiki dump (.xml.bz2; a path or a glob)."""
     text_megabytes: float = Field(default=5.0, ge=2, le=100)
-    """Size of the corpus that is made here, before anything is planted or dropped, in millions of bytes."""
+    """Size of the generated corpus in millions of bytes, before anything is planted or dropped."""
     max_steps: int = Field(default=300, ge=10)
     """Updates of the model."""
     num_ranks: int = Field(default=2, ge=1, le=8)
@@ -91,7 +91,7 @@ def run_quickstart(config: QuickstartConfig) -> int:
         title(f"Train on {config.num_ranks} processes, stop half-way with SIGTERM, start again with the same command")
         status = run_ranks(train, run_dir, config.num_ranks, stop_at_step=config.max_steps // 2)
         if status != EXIT_STOPPED:
-            raise StepFailedError(f"train_model was told to stop and ended with status {status}, not {EXIT_STOPPED}", 1)
+            raise StepFailedError(f"train_model received a stop signal and ended with status {status}, not {EXIT_STOPPED}", 1)
         status = run_ranks(train, run_dir, config.num_ranks, stop_at_step=None)
         if status != EXIT_DONE:
             raise StepFailedError(f"train_model ended with status {status}", status)
@@ -191,7 +191,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def check_corpus(corpus: Path, planted: Planted | None) -> list[Check]:
-    """What the stages' summaries say they found, beside what was planted."""
+    """What the stages' summaries report, beside what was planted."""
     if planted is None:
         return []
     extract, filtered, dedup = (read_json(corpus / stage / "summary.json") for stage in ("extract", "filter", "dedup"))

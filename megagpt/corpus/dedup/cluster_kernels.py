@@ -1,4 +1,4 @@
-"""Compiled loops behind near_duplicates.py. Importing this module imports numba: do it where it is used."""
+"""Compiled loops of near_duplicates.py. This module imports numba, so import it where it is used."""
 
 import numpy as np
 from numba import njit
@@ -46,7 +46,7 @@ def add_weights(roots, first, shingle_counts, fixed_bytes, first_new, weights):
 def assign_partitions(weights, capacity):
     """Replace each component's weight by its partition, in order of roots, filled to `capacity` bytes; -1 for single documents.
 
-    Returns the number of partitions. A component above the capacity gets one of its own.
+    Returns the number of partitions. A component above the capacity gets a partition of its own.
     """
     partition, filled = -1, capacity + 1
     for root in range(weights.size):

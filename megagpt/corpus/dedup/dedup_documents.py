@@ -1,6 +1,6 @@
 """Deduplication: exact copies and verified near duplicates are dropped, of each group the earliest document is kept.
 
-How it works. All phases commit whole files below output_dir/index/<work>, so a rerun goes on where the last one ended:
+How it works. All phases commit whole files below output_dir/index/<work>, so a rerun resumes where the last one stopped:
   known/        per block of the corpora in `against`: their index, copied (known_corpora.py)
   blocks/       per block of input: digest, MinHash band keys, id of each document      (parallel over blocks)
   same.i64      exact copies, by external sort of the digests
@@ -9,9 +9,9 @@ How it works. All phases commit whole files below output_dir/index/<work>, so a 
   candidates/   per block, signatures and shingles of documents in components > 1       (parallel over blocks)
   decisions/    per partition, who is dropped for whom, verified                        (parallel over partitions)
   kept_by.i64   the answer for every document
-  parts/        with drop_repeated, the lines or paragraphs of what is kept (repeated_lines.py)
+  parts/        with drop_repeated, the lines or paragraphs of the kept documents (repeated_lines.py)
 Then the stage writes the kept documents, and duplicates/<name> says for each dropped one which document was kept, and how
-similar they are. With part=i/n, a part that finds a phase unfinished by others ends and says so: run all parts again.
+similar they are. With part=i/n, a part that finds a phase unfinished by other parts reports it and ends: rerun all parts.
 """
 
 import functools
@@ -59,7 +59,7 @@ class DedupConfig(Config):
     near: bool = True
     """Drop near duplicates, too. Exact copies always go: texts that differ in nothing but white space and Unicode form."""
     words_per_shingle: int = Field(default=5, ge=1)
-    """Documents are compared as sets of so many consecutive words, without case, accents, punctuation, digits of numbers."""
+    """Words per shingle. Documents are compared as sets of shingles; case, accents, punctuation and digits are folded first."""
     num_bands: int = Field(default=14, ge=1)
     """FineWeb: 14 bands of 8 rows find .565 of the pairs of similarity .7, .924 at .8, .9996 at .9. RefinedWeb: 450 of 20."""
     rows_per_band: int = Field(default=8, ge=1)
@@ -69,7 +69,7 @@ class DedupConfig(Config):
     verify: Literal["exact", "signature"] = "exact"
     """exact: Jaccard similarity of the shingle sets themselves. signature: its estimate from all rows."""
     max_comparisons: int = Field(default=1000, ge=1)
-    """A document is compared with at most so many kept ones per band, the earliest; what is not compared is not dropped."""
+    """At most this many comparisons per band and document, earliest kept documents first; a document not compared is kept."""
     seed: int = Field(default=1, ge=0)
     """Seed of the MinHash functions."""
     against: tuple[Path, ...] = ()
@@ -344,7 +344,7 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
     refuse_left_over(work.claim)
     write_json(output_dir / "dedup.json", {name: counts[name] for name in near_duplicates.COUNTS})
     if counts["limited"]:
-        log.info("dedup: %d documents met more kept ones in a band than max_comparisons allows", counts["limited"])
+        log.info("dedup: %d documents share a band with more kept documents than max_comparisons allows", counts["limited"])
     others = [path for path in index.parent.iterdir() if path.is_dir() and path != index]
     for path in (*(index / name for name in ("pairs", "plan", "candidates")), *others):
         shutil.rmtree(path, ignore_errors=True)

@@ -23,7 +23,7 @@ Entries = tuple[np.ndarray, np.ndarray]
 def equal_key_pairs(chunks: Iterable[Entries], *, memory_bytes: int, scratch: Path) -> Iterator[np.ndarray]:
     """int64 [n, 2] arrays of (smallest document with a key, another document with it), each pair once, in no special order.
 
-    chunks: (keys uint64 [n], documents int64 [n]) in any order, no document twice with one key. Files are made under `scratch`.
+    chunks: (keys uint64 [n], documents int64 [n]) in any order; a document has each key at most once.
     """
     capacity = max(1024, memory_bytes // BYTES_PER_ENTRY)
     with tempfile.TemporaryDirectory(prefix="runs-", dir=scratch) as folder:
@@ -75,7 +75,7 @@ def _spill(entries: Entries, folder: Path, number: int) -> Entries:
 
 
 def _merge(runs: list[Entries], low: int, high: int, capacity: int) -> Iterator[np.ndarray]:
-    """Pairs among the entries whose keys lie in [low, high]."""
+    """Pairs among the entries whose keys are in [low, high]."""
     bounds = [
         (int(np.searchsorted(keys, np.uint64(low), "left")), int(np.searchsorted(keys, np.uint64(high), "right")))
         for keys, _ in runs

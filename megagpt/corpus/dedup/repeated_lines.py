@@ -31,7 +31,7 @@ _WHOLE = 1 << 30
 
 
 def part_keys(text: str, kind: PartKind) -> list[int | None]:
-    """The key of each part of a text, None where it has no word."""
+    """The key of each part of a text; None for a part without a word."""
     found = (n_gram_hashes(part, _WHOLE) for part in _BORDERS[kind].split(text)[::2])
     return [int(keys[0]) if keys.size else None for keys in found]
 
