@@ -40,6 +40,6 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/runs/cache/triton}
 
 # Network. The names of the interfaces, where NCCL or gloo pick a wrong one:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-# A collective that fails ends the rank instead of hanging it.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# CUDA's allocator grows segments instead of fragmenting them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -127,6 +127,9 @@ bad_nodes() {
   if [ -z "$good" ]; then
     say "no node passed the check; its last lines:" >&2
     tail -n 20 <<< "$report" >&2
+    if [ "$(grep -c '^check_node: .* bad: .*torch cannot use the GPUs' <<< "$report")" = "$SLURM_JOB_NUM_NODES" ]; then
+      return 2
+    fi
     return
   fi
   bad=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$good" | paste -sd , -)
@@ -160,6 +163,10 @@ submit_successor() {
 
 if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ -e "$failures" ]; then
   bad=$(bad_nodes)
+  if [ $? = 2 ]; then
+    say "torch cannot use the GPUs of any node: nothing is started (device=cpu trains on CPUs)" >&2
+    exit 2
+  fi
   if [ -n "$bad" ]; then
     submit_successor "$bad" "$@" && exit 1
     say "the successor could not be submitted: goes on with all nodes" >&2

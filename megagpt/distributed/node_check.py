@@ -16,11 +16,14 @@ import torch.distributed as dist
 from pydantic import Field
 
 from megagpt.config import Config
+from megagpt.distributed.device import build_and_driver, promised_gpus
 from megagpt.distributed.world import close_world, init_world, place_from_environment
 
 MATRIX = 2048
 """Side of the matrices whose product is compared with the CPU's."""
 PROBE_BYTES = 16 << 20
+TORCH_WITHOUT_GPUS = "torch cannot use the GPUs"
+"""slurm/pretrain.sh ends with status 2 where every node reports this: another node would not help."""
 
 
 class CheckNodeConfig(Config):
@@ -62,16 +65,14 @@ def node_name() -> str:
 def check_gpus(config: CheckNodeConfig) -> Iterator[str]:
     """Number, arithmetic, and NVML's reports: memory errors, rows to be remapped, heat, clocks held down by the hardware."""
     wanted = config.num_gpus if config.num_gpus is not None else _slurm_gpus()
-    found = torch.cuda.device_count()
-    if wanted is not None and found != wanted and (wanted > 0) == torch.cuda.is_available():
-        yield f"{found} GPUs, {wanted} are expected"
-    elif wanted and not torch.cuda.is_available() and torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
-        yield f"torch cannot use the GPUs, {wanted} are expected"
-    if not torch.cuda.is_available():
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        promised = promised_gpus(os.environ) or (f"num_gpus={wanted}" if wanted else "")
+        if promised:
+            yield f"{TORCH_WITHOUT_GPUS} ({promised}): {build_and_driver()}"
         return
-    import pynvml
-
-    pynvml.nvmlInit()
+    if wanted is not None and found != wanted:
+        yield f"{found} GPUs, {wanted} are expected"
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(MATRIX, MATRIX, generator=generator) for _ in range(2))
     expected = left @ right
@@ -83,9 +84,20 @@ def check_gpus(config: CheckNodeConfig) -> Iterator[str]:
         if not error < 1.0:
             yield f"GPU {index}: a matrix product is wrong by {error:.3g}"
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-        for problem in nvml_problems(pynvml, handle, config.max_temperature_celsius):
+        for problem in _nvml_problems_of(uuid, config.max_temperature_celsius):
             yield f"GPU {index}: {problem}"
+
+
+def _nvml_problems_of(uuid: str, max_temperature_celsius: float) -> list[str]:
+    """The defects that NVML reports of a GPU; none where NVML is absent or does not know it (a MIG slice, say)."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        return []
+    return list(nvml_problems(pynvml, handle, max_temperature_celsius))
 
 
 def nvml_problems(nvml: Any, handle: Any, max_temperature_celsius: float) -> Iterator[str]:

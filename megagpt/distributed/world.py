@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megagpt.command import EXIT_STOPPED
 from megagpt.config import Failure, UserError
+from megagpt.distributed.device import Device, choose_device, own_gpu, promised_gpus, refuse_shared_gpus
 from megagpt.distributed.malloc import keep_freed_memory
 from megagpt.distributed.ports import free_port
 
@@ -262,11 +263,11 @@ def _place_by(launcher: str, environment: dict[str, str]) -> Place | None:
     return Place(rank, size, local_rank, launcher)
 
 
-def init_world(*, timeout_seconds: float = 1800.0, stop: StopRequest | None = None) -> World:
-    """Join the process group (NCCL where there are GPUs, else gloo) and answer stop signals from here on, with `stop`'s answer.
+def init_world(*, timeout_seconds: float = 1800.0, stop: StopRequest | None = None, wanted_device: Device = "auto") -> World:
+    """Join the process group (NCCL for GPU tensors, gloo for CPU tensors) and answer stop signals from here on, by `stop`.
 
     Also sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which libraries read. Raises UserError if the
-    rendezvous address is not given or not reachable.
+    rendezvous address is not given or not reachable, or if torch cannot use the GPUs of this machine.
     """
     stop = stop or StopRequest()
     stop.install()
@@ -277,30 +278,39 @@ def init_world(*, timeout_seconds: float = 1800.0, stop: StopRequest | None = No
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"environment: {name} is not set; {place.launcher} needs it (slurm/pretrain.sh sets it)")
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(place.local_rank))
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = choose_device(place.local_rank, wanted_device, visible=visible, promised=promised_gpus(os.environ))
+    local_rank = device.index if device.type == "cuda" else place.local_rank  # DeepSpeed uses cuda:LOCAL_RANK
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(local_rank))
     for name, value in RECORDER_SETTINGS.items():
         os.environ.setdefault(name, value)
     timeout = timedelta(seconds=timeout_seconds)
-    if torch.cuda.is_available():
-        if place.local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} are visible on this node")
-        device = torch.device("cuda", place.local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        # CPU tensors too: with cpu_offload, FSDP's gradients and their norm are on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
         control = dist.new_group(backend="gloo", timeout=timeout) if place.size > 1 else None
     else:
-        device = torch.device("cpu")
         if not keep_freed_memory():
-            log.info("this C library gives freed memory back to the kernel: steps on this CPU take its page faults")
+            log.info("this C library returns freed memory to the kernel: every step on this CPU pays for page faults")
         dist.init_process_group("gloo", timeout=timeout)
         control = dist.group.WORLD if place.size > 1 else None
-    return World(place.rank, place.size, place.local_rank, device, place.launcher, control, stop)
+    world = World(place.rank, place.size, local_rank, device, place.launcher, control, stop)
+    refuse_shared_gpus(world.gather(own_gpu(device)))
+    return world
 
 
 def close_world() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort_world() -> None:
+    """Leave the process group without waiting for collectives in flight: they may never end."""
+    if dist.is_initialized():
+        abort: Any = dist.distributed_c10d._abort_process_group
+        abort()
 
 
 def lone_world(device: torch.device) -> World:

@@ -107,8 +107,14 @@ def next_token(logits_bv: Tensor, ids_bt: Tensor, draws_b: Tensor, sampling: Sam
     logits_bv = penalise_repetition(logits_bv, ids_bt, sampling.repetition_penalty)
     if sampling.temperature == GREEDY:
         return logits_bv.argmax(dim=-1)
-    logits_bv = keep_top_k(logits_bv / sampling.temperature, sampling.top_k)
-    return pick(keep_top_p(logits_bv.softmax(dim=-1), sampling.top_p), draws_b)
+    device = drawing_device(logits_bv.device)
+    logits_bv = keep_top_k(logits_bv.to(device) / sampling.temperature, sampling.top_k)
+    return pick(keep_top_p(logits_bv.softmax(dim=-1), sampling.top_p), draws_b.to(device)).to(ids_bt.device)
+
+
+def drawing_device(device: torch.device) -> torch.device:
+    """Where to draw tokens: on the CPU where only deterministic kernels are allowed; CUDA has none for float cumsum."""
+    return torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else device
 
 
 def penalise_repetition(logits_bv: Tensor, ids_bt: Tensor, penalty: float) -> Tensor:

@@ -9,6 +9,7 @@ from megagpt.checkpoint.ownership import IfRunning
 from megagpt.config import Config
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.determinism import Determinism
+from megagpt.distributed.device import Device
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
 from megagpt.model.float8 import Float8
@@ -42,6 +43,8 @@ class TrainConfig(Config):
     """Other batch sizes in the beginning, e.g. [{until_step: 1000, global_batch_size: 256}]; steps ascend."""
     micro_batch_size: int = Field(gt=0)
     """Samples that one rank puts through one forward."""
+    device: Device = "auto"
+    """auto: one GPU per rank where the machine has GPUs, else the CPU. cpu: the CPU, also on a machine with GPUs."""
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
     float8: Float8 = "none"

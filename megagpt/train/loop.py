@@ -26,7 +26,7 @@ from megagpt.data.sample_hash import HASH_MASK
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.data.state import TrainState, sample_indices
 from megagpt.distributed.determinism import make_deterministic
-from megagpt.distributed.world import Stopped, StopRequest, World, close_world, init_world
+from megagpt.distributed.world import Stopped, StopRequest, World, abort_world, close_world, init_world
 from megagpt.engine.base import Engine
 from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> int:
     stop = StopRequest()
     stop.install()
     stop.end_at_once()
-    world = init_world(stop=stop)
+    world = init_world(stop=stop, wanted_device=config.device)
     monitor = watchdog = owned = None
     try:
         owned = take_run(config.run_dir, world, config.if_running)
@@ -111,6 +111,10 @@ def train(config: TrainConfig) -> int:
         if monitor is not None and owned is not None and stop_mark(owned).exists():  # another rank has ended at once
             last_words(owned, monitor, "another rank was told to stop")
             return EXIT_STOPPED
+        if world.device.type == "cuda":
+            # Leaving the process group waits for kernels that may never end: the traceback first, then no waiting.
+            log.exception("rank %d ends:", world.rank)
+            abort_world()
         raise
     finally:
         if watchdog is not None:

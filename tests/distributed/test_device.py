@@ -1,0 +1,113 @@
+"""The device of a rank: GPUs that torch cannot use are an error, and no two ranks share one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megagpt.config import UserError
+from megagpt.distributed import device
+from megagpt.distributed.determinism import NCCL_SETTINGS, make_deterministic
+from megagpt.distributed.device import choose_device, promised_gpus, refuse_shared_gpus
+from megagpt.distributed.node_check import CheckNodeConfig, check_gpus
+from megagpt.distributed.world import World
+from megagpt.generate.sampling import drawing_device
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "wanted", "visible", "promised", "expected"),
+    [
+        (0, "auto", 0, "", "cpu"),
+        (3, "auto", 8, "SLURM_GPUS_ON_NODE=8", "cuda:3"),
+        (3, "auto", 1, "SLURM_GPUS_ON_NODE=8", "cuda:0"),
+        (0, "cpu", 0, "SLURM_GPUS_ON_NODE=8", "cpu"),
+        (1, "cpu", 8, "SLURM_GPUS_ON_NODE=8", "cpu"),
+    ],
+)
+def test_the_device_of_a_rank(local_rank: int, wanted: device.Device, visible: int, promised: str, expected: str) -> None:
+    assert choose_device(local_rank, wanted, visible=visible, promised=promised) == torch.device(expected)
+
+
+def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03\nGCC version: 12\n")
+    monkeypatch.setattr(device, "DRIVER_FILE", driver)
+    with pytest.raises(UserError) as error:
+        choose_device(0, "auto", visible=0, promised="SLURM_GPUS_ON_NODE=8")
+    assert "SLURM_GPUS_ON_NODE=8" in str(error.value)
+    assert torch.__version__ in str(error.value)
+    assert "535.54.03" in str(error.value)
+    assert "device=cpu" in str(error.value)
+    driver.unlink()
+    with pytest.raises(UserError, match="no NVIDIA driver is loaded here"):
+        choose_device(0, "auto", visible=0, promised="x")
+    with pytest.raises(UserError, match="local rank 8 has no GPU: 8 are visible"):
+        choose_device(8, "auto", visible=8, promised="")
+
+
+@pytest.mark.parametrize(
+    ("environment", "promised"),
+    [
+        ({}, ""),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "SLURM_GPUS_ON_NODE=4"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ""),
+    ],
+)
+def test_what_promises_gpus(environment: dict[str, str], promised: str, tmp_path: Path) -> None:
+    assert promised_gpus(environment, tmp_path) == promised
+
+
+def test_a_device_file_promises_gpus_unless_they_are_hidden(tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    assert promised_gpus({}, tmp_path).endswith("nvidiactl exists")
+    assert promised_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == ""
+
+
+def test_ranks_that_share_a_gpu_are_named() -> None:
+    refuse_shared_gpus([("n0", "GPU-a"), ("n0", "GPU-b"), ("n1", "GPU-a"), ("n1", "")])
+    with pytest.raises(UserError, match="ranks 1, 2 share GPU GPU-b of n0"):
+        refuse_shared_gpus([("n0", "GPU-a"), ("n0", "GPU-b"), ("n0", "GPU-b")])
+
+
+def device_or_error(world: World) -> str:
+    return str(world.device)
+
+
+@pytest.mark.slow
+def test_promised_gpus_stop_every_rank_and_device_cpu_means_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_ranks(device_or_error, 2, tmp_path / "plain") == ["cpu", "cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(AssertionError, match="torch cannot use the GPUs of this machine"):
+        run_ranks(device_or_error, 2, tmp_path / "promised")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a usable GPU")
+def test_the_node_check_says_why_torch_cannot_use_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert list(check_gpus(CheckNodeConfig())) == []
+    [problem] = check_gpus(CheckNodeConfig(num_gpus=2))
+    assert problem.startswith("torch cannot use the GPUs (num_gpus=2): torch ")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    [problem] = check_gpus(CheckNodeConfig())
+    assert "SLURM_GPUS_ON_NODE=8" in problem
+
+
+def test_a_site_profile_cannot_undo_determinism(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    monkeypatch.delenv("NCCL_PROTO", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        make_deterministic()
+        assert {name: os.environ[name] for name in NCCL_SETTINGS} == NCCL_SETTINGS
+        assert "NCCL_ALGO=Tree of the environment becomes Ring" in caplog.text
+        assert drawing_device(torch.device("cuda")) == torch.device("cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert drawing_device(torch.device("cuda")) == torch.device("cuda")
