@@ -9,12 +9,8 @@ from typing import Any
 LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": []},
-<<<<<<< HEAD
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
-    "TrainConfig": {"if_running": "refuse"},
-=======
     "TrainConfig": {"if_running": "refuse", "device": "auto"},
->>>>>>> e1f7d81 (device is a later setting)
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""
 
