@@ -17,6 +17,7 @@ from megagpt.model.flops import FlopsPerToken, peak_flops, utilisation
 from megagpt.monitor.goodput import Stopwatch, advise_checkpoints, job_times, process_age
 from megagpt.monitor.metrics import METRICS_FILE, Metrics, format_row, plain, read_metrics
 from megagpt.monitor.nvml import open_gpu, read_gpu
+from megagpt.monitor.wandb_files import missing_rows, values_of
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,7 @@ class Monitor:
         self._file = _open_for_lines(run_dir / METRICS_FILE)
         self._gpu = open_gpu(self._device) if self._device is not None else None
         if self.config.wandb != "off":
-            self._wandb = WandbRun(run_dir, self.config, run_config, last_step=_last_wandb_step(earlier))
+            self._wandb = WandbRun(run_dir, self.config, run_config, earlier)
 
     def due(self, step: int) -> bool:
         """Whether the step that was just done is one to log."""
@@ -164,7 +165,7 @@ class Monitor:
         }
         facts |= {"job": job_times()} | self._advice
         if self._wandb is not None:
-            facts["wandb"] = {"id": self._wandb.id, "mode": self._wandb.mode}
+            facts["wandb"] = {"id": self._wandb.id, "mode": self._wandb.mode, "folder": self._wandb.folder}
         return facts
 
     def _throughput(self, tokens: int, *, report: bool) -> dict[str, float]:
@@ -203,8 +204,8 @@ class Monitor:
 class WandbRun:
     """The W&B run of a run_dir: the id in wandb.json is kept over restarts, and its steps only grow."""
 
-    def __init__(self, run_dir: Path, config: MonitorConfig, run_config: dict[str, Any], *, last_step: int) -> None:
-        """last_step: the last step that an earlier process of this run sent; what is not later is not sent again."""
+    def __init__(self, run_dir: Path, config: MonitorConfig, run_config: dict[str, Any], earlier: Metrics) -> None:
+        """earlier: what metrics.jsonl has. What of it W&B has not got is sent first, what it has not again."""
         import wandb
         from wandb.errors import CommError
 
@@ -213,7 +214,7 @@ class WandbRun:
             write_json(path, {"id": secrets.token_hex(8), "project": config.wandb_project})
         self.id: str = read_json(path)["id"]
         self.mode: Literal["offline", "online"] = "online" if config.wandb == "online" else "offline"
-        self._last_step, self._step = last_step, -1
+        self._last_step, self._step = -1, -1
         options: dict[str, Any] = {
             "id": self.id,
             "project": config.wandb_project,
@@ -233,6 +234,14 @@ class WandbRun:
             self.mode = "offline"
             wandb.teardown()
             self._run = wandb.init(mode=self.mode, **options)
+        self.folder = Path(self._run.settings.sync_dir).name
+        server_step = self._run.starting_step - 1 if self.mode == "online" else None
+        missing = missing_rows(earlier, run_dir, server_step)
+        if missing.rows:
+            log.info("W&B lacks %d rows of an earlier start: they are sent again", len(missing.rows))
+        for row in missing.rows:
+            self.log(row["kind"], row["step"], plain(values_of(row)))
+        self._last_step = missing.last_step
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Send the values as `<kind>/<name>` unless the step was sent before a restart or lies before the current one."""
@@ -259,12 +268,6 @@ class WandbRun:
 def _earlier(run_dir: Path) -> Metrics:
     run_dir.mkdir(parents=True, exist_ok=True)
     return read_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else Metrics((), (), 0)
-
-
-def _last_wandb_step(earlier: Metrics) -> int:
-    """The last step that went to W&B: rows are written to metrics.jsonl first, so it knows at least as many."""
-    sent = {row["incarnation"] for row in earlier.all_rows if row["kind"] == "start" and row.get("wandb")}
-    return max((row["step"] for row in earlier.all_rows if row["incarnation"] in sent), default=-1)
 
 
 def _open_for_lines(path: Path) -> Any:

@@ -1,0 +1,130 @@
+"""What W&B has of a run: the steps in its .wandb files, and the rows of metrics.jsonl that are not there after a kill.
+
+W&B writes from a process of its own, some seconds behind. After SIGKILL, or the loss of a node, its file lacks what
+metrics.jsonl has. The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) of protobuf records; its tail may be
+torn.
+"""
+
+import binascii
+import json
+import logging
+import os
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagpt.monitor.metrics import Metrics, Row
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES, FILE_HEADER_BYTES = 32768, 7
+CHUNK_HEADER = struct.Struct("<IHB")
+WRITER_SECONDS = 30.0
+"""How long to wait for W&B's process of a start that was killed: it writes what it still holds, and ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What is to be sent again."""
+
+    rows: tuple[Row, ...]
+    """Rows of metrics.jsonl, by step."""
+    last_step: int
+    """The last step that W&B has, or has with `rows`; -1 if none."""
+
+
+def missing_rows(earlier: Metrics, run_dir: Path, server_step: int | None = None) -> Missing:
+    """The rows of earlier starts that W&B has not got.
+
+    A start's `start` row names the folder of its .wandb file: what is not in it is missing. A start without a file there (an
+    older version's, or one that was synced and cleaned) has sent everything. server_step: the last step that the W&B server
+    has, for starts that were online; None if it was not asked.
+    """
+    starts = {row["incarnation"]: row["wandb"] for row in earlier.all_rows if row["kind"] == "start" and row.get("wandb")}
+    known: set[int] = set()
+    sent_to: dict[int, float] = {}
+    for incarnation, facts in starts.items():
+        path = _file_of(run_dir, facts)
+        if facts.get("mode") == "online" and server_step is not None:
+            sent_to[incarnation] = server_step
+        elif path is None:
+            sent_to[incarnation] = float("inf")
+        else:
+            wait_for_writer(path)
+            steps = history_steps(path)
+            known |= set(steps)
+            sent_to[incarnation] = max(steps, default=-1)
+    rows = [
+        row
+        for row in earlier.rows
+        if row["incarnation"] in starts and row["step"] > sent_to[row["incarnation"]] and row["step"] not in known
+    ]
+    last = max((row["step"] for row in earlier.all_rows if row["incarnation"] in starts), default=-1)
+    return Missing(tuple(sorted(rows, key=lambda row: row["step"])), last)
+
+
+def values_of(row: Row) -> dict[str, Any]:
+    """What a row of metrics.jsonl holds beside its head: what was, or would have been, sent."""
+    return {name: value for name, value in row.items() if name not in ("kind", "step", "time", "incarnation")}
+
+
+def history_steps(path: Path) -> list[int]:
+    """The steps in a .wandb file, in its order; up to where it is torn."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+    steps = []
+    for payload in records(path.read_bytes()):
+        record = Record.FromString(payload)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            steps.append(record.history.step.num or int(json.loads(values.get("_step", "0"))))
+    return steps
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """Payloads of a LevelDB log after W&B's file header; what is torn, or fails its checksum, ends it."""
+    position, parts = FILE_HEADER_BYTES, b""
+    while data[:4] == b":W&B" and position + CHUNK_HEADER.size <= len(data):
+        left = BLOCK_BYTES - position % BLOCK_BYTES
+        if left < CHUNK_HEADER.size:
+            position += left
+            continue
+        checksum, length, kind = CHUNK_HEADER.unpack_from(data, position)
+        chunk = data[position + CHUNK_HEADER.size : position + CHUNK_HEADER.size + length]
+        if len(chunk) < length or kind == 0 or checksum != binascii.crc32(bytes([kind]) + chunk):
+            return
+        position += CHUNK_HEADER.size + length
+        parts = chunk if kind in (1, 2) else parts + chunk
+        if kind in (1, 4):
+            yield parts
+
+
+def wait_for_writer(path: Path) -> None:
+    """Wait while a process of this machine has the file open, WRITER_SECONDS at most."""
+    deadline = time.monotonic() + WRITER_SECONDS
+    while (writers := _open_in(path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if writers:
+        log.warning("%s: process %s still writes it: what it adds may come to W&B twice", path, writers[0])
+
+
+def _open_in(path: Path) -> list[str]:
+    """Numbers of the processes of this machine, as far as they may be looked into, that have a file open."""
+    target, found = os.path.realpath(path), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(entry) == target for entry in (folder / "fd").iterdir()):
+                found.append(folder.name)
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def _file_of(run_dir: Path, facts: Mapping[str, Any]) -> Path | None:
+    folder = str(facts.get("folder") or "")
+    if not folder or Path(folder).name != folder:
+        return None
+    return next(iter(sorted((run_dir / "wandb" / folder).glob("run-*.wandb"))), None)
