@@ -12,6 +12,10 @@ site_options=(
 pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)
 preprocess_options=(--nodes=1 --time=24:00:00)
 
+# What `slurm/pretrain.sh` and `slurm/preprocess.sh` run without words: CONFIG [key=value ...]
+pretrain_words=(configs/train/gpt_124m.yaml)
+preprocess_words=(configs/corpus/common_crawl.yaml)
+
 # The Python that has megagpt, at a path that every node sees; modules, if the site has them, are loaded here.
 # module load cuda
 python=${python:-$PWD/.venv/bin/python}

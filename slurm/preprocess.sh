@@ -8,6 +8,7 @@
 #
 #   slurm/preprocess.sh CONFIG [key=value ...]                     submits itself with env.sh's options
 #   sbatch [options] slurm/preprocess.sh CONFIG [key=value ...]    the same, from the project's root
+#   sbatch slurm/preprocess.sh                                     the words and options that env.sh names
 #   stages="filter_documents dedup_documents" slurm/preprocess.sh ...    only some of the stages
 #   executor=dask slurm/preprocess.sh ...                          one pool of workers over all nodes, by Dask
 #   stages=extract_documents sbatch --array=0-63 slurm/preprocess.sh ...    one stage, each task its part
@@ -33,6 +34,9 @@ if [ -f "$here/env.sh" ]; then in_job=false root=$(dirname "$here"); else in_job
 cd "$root" || exit 2
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
+# shellcheck source=slurm/resubmit.sh
+source slurm/resubmit.sh
+[ $# -ge 1 ] || set -- "${preprocess_words[@]}"
 [ $# -ge 1 ] || fail "usage: slurm/preprocess.sh CONFIG [key=value ...]"
 settings=$("${launch[@]}" "$python" tools/extract_documents.py "$@" --print) || exit 2
 work_dir=$("${launch[@]}" "$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["work_dir"])' <<< "$settings")
@@ -49,10 +53,12 @@ fi
 if ! "$in_job"; then
   # Dask goes on without a node that is lost; otherwise SLURM shall put the job back.
   if [ "$executor" = dask ]; then preprocess_options+=(--no-kill); fi
+  export MEGAGPT_SBATCH_OPTIONS="${site_options[*]} ${preprocess_options[*]}"
   exec sbatch "${site_options[@]}" "${preprocess_options[@]}" slurm/preprocess.sh "$@"
 fi
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "not inside a SLURM job, and not beside env.sh"
+resubmit_if_plain slurm/preprocess.sh "${site_options[@]}" "${preprocess_options[@]}" -- "$@"
 export PYTHONUNBUFFERED=1 SRUN_CPUS_PER_TASK=$SLURM_CPUS_ON_NODE
 
 stopping=false stage_pid='' dask_pids=()

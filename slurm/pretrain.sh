@@ -9,6 +9,9 @@
 #   slurm/pretrain.sh CONFIG [key=value ...]                     checks the run, then submits it with env.sh's options
 #   sbatch [options] slurm/pretrain.sh CONFIG [key=value ...]    the same without the check beforehand, from the project's root
 #
+# Without words it runs those that env.sh names. A job that was submitted without options, and so has no GPUs or too few nodes,
+# submits itself once with env.sh's.
+#
 # The same command runs at every start; the trainer goes on from its newest good checkpoint. What becomes of the job:
 #   0   the run is complete
 #   2   a mistake in the settings or the data: ends, is not started again
@@ -32,6 +35,9 @@ if [ -f "$here/env.sh" ]; then in_job=false root=$(dirname "$here"); else in_job
 cd "$root" || exit 2
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
+# shellcheck source=slurm/resubmit.sh
+source slurm/resubmit.sh
+[ $# -ge 1 ] || set -- "${pretrain_words[@]}"
 [ $# -ge 1 ] || fail "usage: slurm/pretrain.sh CONFIG [key=value ...]"
 
 # Without SLURM's variables: a check is one process by itself, wherever it runs.
@@ -51,6 +57,7 @@ if ! "$in_job"; then
 fi
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "not inside a SLURM job, and not beside env.sh"
+resubmit_if_plain slurm/pretrain.sh "${site_options[@]}" "${pretrain_options[@]}" -- "$@"
 MEGAGPT_JOB_STARTED_AT=$(date +%s)
 check "$@" check=true
 

@@ -35,7 +35,7 @@ TINY = (
 )
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "env.sh"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "env.sh", "resubmit.sh"])
 def test_shellcheck(name: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
@@ -57,7 +57,7 @@ def test_header_has_what_restarts_need_and_nothing_that_breaks_them(name: str) -
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "usage: slurm/pretrain.sh CONFIG"),
+        ([], "runs/corpus/shards"),
         (["none.yaml"], "none.yaml"),
         (["configs/train/debug_cpu.yaml", "data.sources.main.path=/nonexistent/shards"], "/nonexistent/shards"),
     ],
@@ -155,6 +155,80 @@ def test_a_mistake_ends_the_job_and_a_crash_is_retried_so_often(
     job = cluster.wait_for(crashing, "FAILED", timeout=600)
     assert (job["ExitCode"], job["Restarts"]) == ("1:0", "1")
     assert "2 starts in a row without a newer checkpoint" in log_of(site, f"megagpt-{crashing}.log")
+
+
+GPUS, NODES = ["--exclusive", "--nodes=1", "--gpus-per-node=8"], ["--mem=0", "--nodes=2-4", "--time=30"]
+
+
+@pytest.mark.parametrize(
+    ("options", "job", "missing"),
+    [
+        (GPUS, {"SLURM_JOB_NUM_NODES": "1"}, "no GPUs"),
+        (GPUS, {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1"}, ""),
+        (["--gres=gpu:8"], {"SLURM_JOB_NUM_NODES": "1"}, "no GPUs"),
+        (NODES, {"SLURM_JOB_NUM_NODES": "1"}, "1 of 2 nodes"),
+        (NODES, {"SLURM_JOB_NUM_NODES": "2"}, ""),
+        (["-N", "3"], {"SLURM_JOB_NUM_NODES": "2"}, "2 of 3 nodes"),
+        (["--nodes", "3", "--mem=0"], {"SLURM_JOB_NUM_NODES": "2"}, "2 of 3 nodes"),
+        (["--time=30"], {"SLURM_JOB_NUM_NODES": "1"}, ""),
+        (GPUS, {"SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_TASK_COUNT": "3"}, ""),
+    ],
+)
+def test_what_a_plain_submission_lacks(options: list[str], job: dict[str, str], missing: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | job
+    command = ["bash", "-uc", 'source slurm/resubmit.sh; missing_resources "$@"', "-", *options]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == (missing, "")
+
+
+def with_words(site: Path, name: str, words: list[str]) -> None:
+    """Let env.sh name the words of a script."""
+    path = site / "slurm" / "env.sh"
+    text, count = re.subn(rf"^{name}_words=.*$", f"{name}_words=({' '.join(words)})", path.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    path.write_text(text)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_plain_submission_runs_what_env_sh_names_and_submits_itself_once(
+    cluster: Cluster, site: Path, shards: Path, tmp_path: Path
+) -> None:
+    words = [
+        "configs/train/debug_cpu.yaml",
+        f"run_dir={tmp_path}/run",
+        f"data.sources.main.path={shards}",
+        "max_steps=24",
+        *TINY,
+    ]
+    with_words(site, "pretrain", words)
+    plain = cluster.command("sbatch", "--parsable", "slurm/pretrain.sh", cwd=site).strip()
+    cluster.wait_for(plain, "COMPLETED", timeout=120)
+    log = log_of(site, f"megagpt-{plain}.log")
+    found = re.search(r"has 1 of 2 nodes: submitted again .*--nodes=2.*: Submitted batch job (\d+); this one ends", log)
+    assert found is not None, log
+    job = cluster.wait_for(found[1], "COMPLETED", timeout=400)
+    assert job["NumNodes"] == "2"
+    assert "submitted again" not in log_of(site, f"megagpt-{found[1]}.log")
+    assert read_metrics(tmp_path / "run").last_step == 24
+
+    # A job with fewer nodes than env.sh names, on purpose: it trains nothing here, as the run is complete.
+    alone = cluster.command("sbatch", "--parsable", "slurm/pretrain.sh", cwd=site, resubmit="no").strip()
+    cluster.wait_for(alone, "COMPLETED", timeout=400)
+    assert "start 0 of job" in log_of(site, f"megagpt-{alone}.log")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_plain_submission_of_a_corpus_does_the_same(cluster: Cluster, site: Path, shards: Path, tmp_path: Path) -> None:
+    inputs = f"tokenize.inputs=[{tmp_path}/in/*.zst]"
+    with_words(site, "preprocess", [f"work_dir={tmp_path}/corpus", f"'{inputs}'", "tokenize.tokenizer=bytes"])
+    plain = cluster.command("sbatch", "--parsable", "slurm/preprocess.sh", cwd=site, stages="tokenize_documents").strip()
+    cluster.wait_for(plain, "COMPLETED", timeout=120)
+    found = re.search(r"1 of 2 nodes: .*Submitted batch job (\d+)", log_of(site, f"megagpt-corpus-{plain}.log"))
+    assert found is not None, log_of(site, f"megagpt-corpus-{plain}.log")
+    cluster.wait_for(found[1], "COMPLETED", timeout=400)
+    assert (tmp_path / "corpus" / "shards" / "train" / "manifest.json").is_file()
 
 
 @pytest.mark.slurm
