@@ -8,7 +8,7 @@ from typing import Any
 
 LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
-    "DataConfig": {"weight_changes": []},
+    "DataConfig": {"weight_changes": [], "document_end_loss": True},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "TrainConfig": {"if_running": "refuse", "device": "auto"},
 }

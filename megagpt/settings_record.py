@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic_core import to_jsonable_python
 
-from megagpt.config import Config, UserError, section_classes, validate
+from megagpt.config import Config, UserError, kind_of, section_classes, validate
 from megagpt.settings_fields import FIELDS, LATER, RENAMED
 
 C = TypeVar("C", bound=Config)
@@ -142,8 +142,8 @@ def _recorded(value: Any, dumped: Any) -> Any:
 def _filled(annotation: Any, value: Any) -> Any:
     sections = section_classes(annotation)
     if sections and isinstance(value, Mapping):
-        kinds = {section.model_fields["kind"].default: section for section in sections if "kind" in section.model_fields}
-        return filled(kinds.get(value.get("kind"), sections[0]), value)
+        kinds = {kind_of(section): section for section in sections}
+        return filled(kinds.get(str(value.get("kind")), sections[0]), value)
     if get_origin(annotation) is dict and isinstance(value, Mapping):
         return {key: _filled(get_args(annotation)[1], item) for key, item in value.items()}
     if get_origin(annotation) is tuple and isinstance(value, list):

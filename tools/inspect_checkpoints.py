@@ -10,6 +10,7 @@ Exit status 1 if verify finds damage in a checkpoint that a start would use.
 
 from megagpt.checkpoint.admin import InspectConfig, inspect
 from megagpt.command import EXIT_CRASH, EXIT_DONE, main
+from megagpt.terminal import safe_line
 
 
 def run(config: InspectConfig) -> int:
@@ -19,7 +20,7 @@ def run(config: InspectConfig) -> int:
         loss = "" if item.validation_loss is None else f"  validation loss {item.validation_loss:.4f}"
         state = "DAMAGED: " + "; ".join(item.problems) if item.problems else ("good" if config.verify else "")
         notes = f"{loss}{'  best' if item.best else ''}{'  set aside' if item.aside else ''}"
-        print(f"{item.path}  {item.bytes / 1e6:,.1f} MB  {item.saved_at}{notes}  {state}".rstrip())
+        print(safe_line(f"{item.path}  {item.bytes / 1e6:,.1f} MB  {item.saved_at}{notes}  {state}".rstrip()))
     if not found:
         print(f"{config.run_dir / 'checkpoints'}: no checkpoints")
     return EXIT_CRASH if any(item.problems and not item.aside for item in found) else EXIT_DONE

@@ -14,12 +14,13 @@ Ends with status 2 if something is damaged or does not agree.
 
 from megagpt.command import main
 from megagpt.report.inspect_data import InspectConfig, inspect
+from megagpt.terminal import safe_text
 
 
 def run(config: InspectConfig) -> None:
     """Print the findings."""
     for line in inspect(config):
-        print(line)
+        print(safe_text(line))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
 from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, verify
 from megagpt.checkpoint.scores import validation_loss
+from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
 from megagpt.data.state import TrainState
 from megagpt.engine.base import Partition
@@ -109,11 +110,11 @@ def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
             "train_state": TrainState(step=max(steps)).to_json(),
             "updates": 0,
             "averaged": [str(path) for path in paths],
-            **{key: saved[key] for key in ("model", "config", "data_fingerprint")},
+            **{key: saved[key] for key in ("model", "config", "data_fingerprint", "tokenizer_sha256") if key in saved},
         },
     )
     seal(folder, {"pieces_00000.safetensors": {"size": size, "sha256": digest}})
-    shutil.copytree(run_dir / "tokenizer", output_dir / "tokenizer")
+    tokenizer_of(run_dir, saved.get("tokenizer_sha256")).save(output_dir / "tokenizer")
     return folder
 
 

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions
 from megagpt.checkpoint.save_load import list_checkpoints, read_state, step_of, verify
+from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import UserError
 from megagpt.engine.base import Partition
 from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.settings_record import read_settings
 from megagpt.tokenizer.base import Tokenizer
-from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,6 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
         model = GPT(config)
         views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
         read_partitions(path, {key: Partition(view, 0, view.numel()) for key, view in views.items()})
-        tokenizer = open_tokenizer(run_dir / "tokenizer")
+        tokenizer = tokenizer_of(run_dir, saved.get("tokenizer_sha256"))
         return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
     raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good")

@@ -6,6 +6,7 @@ Nothing is stored: order costs no memory, no file and no start-up, and a sample 
 """
 
 import bisect
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,10 +50,21 @@ class TokenDataset:
     """
 
     def __init__(
-        self, directory: Path, *, seq_len: int, seed: int = 0, stride: int | None = None, shuffle_block: int = 64
+        self,
+        directory: Path,
+        *,
+        seq_len: int,
+        seed: int = 0,
+        stride: int | None = None,
+        shuffle_block: int = 64,
+        document_end_loss: bool = True,
+        base_seed: int = 0,
     ) -> None:
+        """document_end_loss: whether the first token of a document is a target after the end of the one before it.
+        base_seed: what `with_number` makes the seed of."""
         self.directory, self.seq_len, self.stride = Path(directory), seq_len, stride or seq_len
-        self.seed, self.shuffle_block = seed, shuffle_block
+        self.seed, self.shuffle_block, self.document_end_loss = seed, shuffle_block, document_end_loss
+        self.base_seed = base_seed
         self.manifest: Manifest = read_manifest(self.directory)
         self.num_tokens = self.manifest.tokens
         self._starts = [0]
@@ -63,6 +75,12 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return self._length
+
+    def with_number(self, number: int) -> "TokenDataset":
+        """The same tokens in the order of another number of a source; see open_data."""
+        other = copy.copy(self)
+        other.seed = mix(self.base_seed, number)
+        return other
 
     def sample(self, index: int) -> Sample:
         """Sample `index` of the endless shuffled sequence. Raises ShardError on damaged shards."""
@@ -122,6 +140,8 @@ class TokenDataset:
         if missing:
             inputs = np.concatenate([inputs, np.full(missing, self.manifest.eot_id)])
             targets = np.concatenate([targets, np.full(missing, IGNORE)])
+        if not self.document_end_loss:
+            targets = np.where(inputs == self.manifest.eot_id, IGNORE, targets)
         ends = np.flatnonzero(inputs == self.manifest.eot_id) + 1
         ends = ends[ends < self.seq_len]
         lengths = np.diff(np.concatenate([[0], ends, [self.seq_len]]))

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from megagpt.data.dataset import Dataset, Sample, TokenDataset
+from megagpt.data.mixture import Mixture
 from megagpt.data.sample_hash import HASH_MASK, sample_hash
-from megagpt.data.state import TrainState, Window, sample_indices
+from megagpt.data.state import MixtureStart, TrainState, Window, sample_indices
 from megagpt.documents import IGNORE
 
 
@@ -62,6 +63,8 @@ def step_batches(
     The step's samples form micro-batches 0, 1, … of `micro_batch_size` consecutive samples, the last maybe smaller; number j
     goes to rank j % size. All ranks have equally many: a short rank gets an empty one (one row, all targets IGNORE).
     """
+    if isinstance(dataset, Mixture):
+        dataset = dataset.continued(state.mixture)
     indices = sample_indices(state, global_batch_size)
     groups = [indices[i : i + micro_batch_size] for i in range(0, len(indices), micro_batch_size)]
     micro_batches, fed_hash = [], 0
@@ -105,8 +108,8 @@ def eval_batches(
         yield batch
 
 
-_Place: TypeAlias = tuple[int, int, tuple[Window, ...]]
-"""What of a TrainState says which samples come: step, samples, skipped."""
+_Place: TypeAlias = tuple[int, int, tuple[Window, ...], MixtureStart | None]
+"""What of a TrainState says which samples come: step, samples, skipped, mixture."""
 
 
 class Loader:
@@ -133,7 +136,7 @@ class Loader:
 
     def step(self, state: TrainState) -> StepBatches:
         """This rank's part of the step at `state`, any state: what was made ready for another one is dropped."""
-        if self._ready is None or self._ready[0] != (state.step, state.samples, state.skipped):
+        if self._ready is None or self._ready[0] != (state.step, state.samples, state.skipped, state.mixture):
             self._ready = self._start(state)
         batches = self._ready[1].result()
         self._ready = self._start(state.advance(self._batch_size_at(state.step), 0))
@@ -146,7 +149,7 @@ class Loader:
     def _start(self, state: TrainState) -> tuple[_Place, "Future[StepBatches]"]:
         size = self._batch_size_at(state.step)
         future = self._thread.submit(step_batches, self._dataset, state, global_batch_size=size, **self._layout)
-        return (state.step, state.samples, state.skipped), future
+        return (state.step, state.samples, state.skipped, state.mixture), future
 
 
 def _collate(samples: Sequence[Sample], first_sample: int, mask_documents: bool) -> MicroBatch:

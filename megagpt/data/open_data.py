@@ -55,6 +55,10 @@ class DataConfig(Config):
     for a small corpus whose documents were not shuffled."""
     mask_documents: bool = False
     """Attention does not cross documents inside a sample."""
+    document_end_loss: bool = True
+    """Whether the first token of a document is a target after the end of the document before it; with mask_documents nothing
+    but that end can tell it. true is the habit of Megatron (without --eod-mask-loss) and torchtitan; false leaves it out of the
+    loss, in training and evaluation, as --eod-mask-loss does."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -92,25 +96,30 @@ class Data:
     eot_id: int
     fingerprint: str
     """sha256 of manifests, weights, seed and sample geometry: equal fingerprints give equal samples."""
+    manifests: dict[str, str]
+    """sha256 of each source's manifest of training shards, by name."""
 
 
 def open_data(config: DataConfig) -> Data:
     """Open every source and check that they fit together. Raises UserError before any token is read."""
-    train, validation, digest = {}, {}, hashlib.sha256()
+    train, validation, manifests, digest = {}, {}, {}, hashlib.sha256()
     settings = {**recorded(config), "stride": config.stride or config.seq_len}
     sources = settings.pop("sources")
     digest.update(json.dumps(settings, sort_keys=True).encode())
     geometry: dict[str, Any] = {
-        "seq_len": config.seq_len, "stride": config.stride, "shuffle_block": config.shuffle_block,
-    }  # fmt: skip
+        "seq_len": config.seq_len,
+        "stride": config.stride,
+        "shuffle_block": config.shuffle_block,
+        "document_end_loss": config.document_end_loss,
+    }
     for number, (name, source) in enumerate(config.sources.items()):
         refuse_lost_splits(source.path)
-        train[name] = TokenDataset(source.path / "train", seed=mix(config.seed, number), **geometry)
+        train[name] = TokenDataset(source.path / "train", seed=mix(config.seed, number), base_seed=config.seed, **geometry)
         if len(train[name]) == 0:
             tokens = train[name].num_tokens
             raise UserError(f"{source.path / 'train'}: {tokens} tokens, one sample needs seq_len + 1 = {config.seq_len + 1}")
         later = {key: value for key, value in sources[name].items() if key not in ("path", "weight")}
-        manifest_sha256 = sha256_file(source.path / "train" / "manifest.json")
+        manifests[name] = manifest_sha256 = sha256_file(source.path / "train" / "manifest.json")
         digest.update(f"{name} {source.weight!r} {manifest_sha256}{json.dumps(later) if later else ''}".encode())
         if (source.path / "validation").is_dir():
             dataset = TokenDataset(source.path / "validation", seed=config.seed, **geometry)
@@ -128,5 +137,5 @@ def open_data(config: DataConfig) -> Data:
         where = next(iter(config.sources.values())).path
         raise UserError(f"{where / 'tokenizer'}: sha256 {tokenizer.fingerprint} is not the shards' {first.tokenizer_sha256}")
     (_, weights), *changes = config.phases()
-    mixture = Mixture(list(train.values()), weights, changes)
-    return Data(mixture, validation, tokenizer, first.vocab_size, first.eot_id, digest.hexdigest())
+    mixture = Mixture(list(train.values()), weights, changes, names=list(train))
+    return Data(mixture, validation, tokenizer, first.vocab_size, first.eot_id, digest.hexdigest(), manifests)

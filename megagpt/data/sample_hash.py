@@ -4,6 +4,7 @@ import numpy as np
 import xxhash
 
 from megagpt.data.dataset import Dataset
+from megagpt.data.mixture import Mixture
 from megagpt.data.state import TrainState, sample_indices
 
 HASH_MASK = (1 << 63) - 1
@@ -12,6 +13,8 @@ HASH_MASK = (1 << 63) - 1
 
 def recompute_fed_hash(dataset: Dataset, state: TrainState, global_batch_size: int) -> int:
     """What the fed_hash of all ranks together must be at `state`, from the shards."""
+    if isinstance(dataset, Mixture):
+        dataset = dataset.continued(state.mixture)
     total = 0
     for index in sample_indices(state, global_batch_size):
         sample = dataset.sample(index)

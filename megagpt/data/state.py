@@ -14,6 +14,18 @@ class Window:
 
 
 @dataclass(frozen=True)
+class MixtureStart:
+    """Where a mixture of other sources or weights took over from the one before it."""
+
+    from_sample: int
+    """Global sample index; what came before is the earlier mixture's."""
+    given: dict[str, int]
+    """Samples that each source had given by then, by name; sources that are gone stay in it."""
+    numbers: dict[str, int]
+    """By name: the number that keys a source's order. It never changes, whatever place the source has in the settings."""
+
+
+@dataclass(frozen=True)
 class TrainState:
     """All that a run needs besides weights and optimizer. `samples` is the next global sample index."""
 
@@ -21,6 +33,8 @@ class TrainState:
     samples: int = 0
     tokens: int = 0
     skipped: tuple[Window, ...] = ()
+    mixture: MixtureStart | None = None
+    """None: the mixture of the settings has been there from the first sample on."""
 
     def advance(self, num_samples: int, num_tokens: int) -> "TrainState":
         """The state after a step that used `num_samples` samples (skipped ones not counted) and `num_tokens` targets."""
@@ -30,12 +44,14 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
-        return asdict(self)
+        value = asdict(self)
+        return value if self.mixture is not None else {key: item for key, item in value.items() if key != "mixture"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainState":
         """Raises TypeError or KeyError on anything but what `to_json` gave."""
-        return cls(**{**value, "skipped": tuple(Window(**window) for window in value["skipped"])})
+        mixture = MixtureStart(**value["mixture"]) if value.get("mixture") else None
+        return cls(**{**value, "skipped": tuple(Window(**window) for window in value["skipped"]), "mixture": mixture})
 
 
 def sample_indices(state: TrainState, count: int) -> list[int]:

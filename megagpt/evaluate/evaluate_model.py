@@ -154,7 +154,8 @@ def _datasets(config: EvaluateConfig, loaded: LoadedModel, data_config: DataConf
     folders = config.shards or {name: path for name, path in own.items() if path.is_dir()}
     if not folders:
         raise UserError(f"{config.run_dir}: its sources have no validation split; name shards=... to evaluate on")
-    datasets = {name: TokenDataset(path, seq_len=data_config.seq_len) for name, path in folders.items()}
+    options = {"seq_len": data_config.seq_len, "document_end_loss": data_config.document_end_loss}
+    datasets = {name: TokenDataset(path, **options) for name, path in folders.items()}
     for dataset in datasets.values():
         if dataset.manifest.tokenizer_sha256 != loaded.tokenizer.fingerprint:
             raise UserError(

@@ -115,12 +115,14 @@ def _together(batches: Iterable[MicroBatch], world: World) -> Iterator[MicroBatc
 
 def validation_set(datasets: Mapping[str, TokenDataset], *, max_samples: int | None, mask_documents: bool) -> str:
     """A name for what evaluate_sources measures on, 16 hex digits: losses are comparable if it is the same."""
-    measured = {
+    measured: dict[str, Any] = {
         "sources": {name: sha256_file(dataset.directory / "manifest.json") for name, dataset in datasets.items()},
         "seq_lens": {name: dataset.seq_len for name, dataset in datasets.items()},
         "max_samples": max_samples,
         "mask_documents": mask_documents,
     }
+    if not all(dataset.document_end_loss for dataset in datasets.values()):
+        measured["document_end_loss"] = {name: dataset.document_end_loss for name, dataset in datasets.items()}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,12 @@ from tqdm import tqdm
 from megagpt.config import Config, UserError, read_yaml
 from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.data.dataset import TokenDataset
-from megagpt.data.open_data import Data, DataConfig, open_data
+from megagpt.data.mixture import Mixture
+from megagpt.data.open_data import DataConfig, open_data
 from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.sample_ledger import Entry, read_ledger
 from megagpt.data.shards import Manifest, ShardError, open_shard, read_manifest, verify_shard
-from megagpt.data.state import sample_indices
+from megagpt.data.state import MixtureStart, sample_indices
 from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.output_list import LIST_FILE, problem_of, read_list
@@ -298,14 +299,14 @@ def show_rejected(stage: Path, *, reason: str | None, num_examples: int) -> Iter
 
 def check_ledger(run_dir: Path) -> Iterator[str]:
     """Recompute every step's hash from the shards, and that steps follow each other. Raises UserError listing what differs."""
-    data, entries = _open_run(run_dir)
+    entries, data_at = _open_run(run_dir)
     faults = [
         f"steps {before.step} and {entry.step} follow each other: some are missing"
         for before, entry in itertools.pairwise(entries)
         if entry.step != before.step + 1
     ]
     for entry in tqdm(entries, unit="step", desc="ledger", disable=None):
-        found = recompute_fed_hash(data.train, entry.state, entry.num_samples)
+        found = recompute_fed_hash(data_at(entry), entry.state, entry.num_samples)
         if found != entry.fed_hash:
             faults.append(f"step {entry.step}: fed_hash {entry.fed_hash}, the shards give {found}")
     if faults:
@@ -320,16 +321,17 @@ def check_ledger(run_dir: Path) -> Iterator[str]:
 
 def show_step(run_dir: Path, step: int, *, rank: int | None) -> Iterator[str]:
     """The documents in the batch of a step, and whether its hash is what the shards give."""
-    data, entries = _open_run(run_dir)
+    entries, data_at = _open_run(run_dir)
     entry = next((entry for entry in entries if entry.step == step), None)
     if entry is None:
         raise UserError(f"{run_dir}: step={step} is not in the ledger, which has steps {entries[0].step} to {entries[-1].step}")
-    found = recompute_fed_hash(data.train, entry.state, entry.num_samples)
+    train = data_at(entry)
+    found = recompute_fed_hash(train, entry.state, entry.num_samples)
     verdict = "as in the shards" if found == entry.fed_hash else f"BUT the shards give {found}"
     yield f"step {step}: samples {entry.first_sample:,} to {_end([entry]):,}, fed_hash {entry.fed_hash}, {verdict}"
     for index in _samples_of(run_dir, entry, rank):
-        source, position = data.train.locate(index)
-        dataset = data.train.datasets[source]
+        source, position = train.locate(index)
+        dataset = train.datasets[source]
         if isinstance(dataset, TokenDataset):
             start = dataset.first_token(position)
             yield f"sample {index}: tokens {start:,} to {start + dataset.seq_len:,} of {dataset.directory}"
@@ -339,14 +341,31 @@ def show_step(run_dir: Path, step: int, *, rank: int | None) -> Iterator[str]:
         raise UserError(f"{run_dir}: step {step} was fed other tokens than the shards hold now")
 
 
-def _open_run(run_dir: Path) -> tuple[Data, list[Entry]]:
+def _open_run(run_dir: Path) -> tuple[list[Entry], Callable[[Entry], Mixture]]:
+    """The ledger, and which mixture the start of an entry drew from (the settings may have changed from start to start)."""
     settings = read_yaml(run_dir / "config.yaml")
     if "data" not in settings:
         raise UserError(f"{run_dir / 'config.yaml'}: no section data: not a training run")
     entries = read_ledger(run_dir)
     if not entries:
         raise UserError(f"{run_dir}: no ledger, or an empty one: the run has made no step")
-    return open_data(read_settings(DataConfig, settings["data"], source=str(run_dir / "config.yaml"))), entries
+    opened: dict[str, Mixture] = {}
+
+    def data_at(entry: Entry) -> Mixture:
+        path = run_dir / "starts" / f"{entry.incarnation:04d}.json"
+        start = read_json(path) if path.is_file() else {"config": settings}
+        section = start["config"].get("data", settings["data"])
+        today = settings["data"]["sources"]  # corpora may have been moved since
+        section = {**section, "sources": {name: {**item, "path": today.get(name, item)["path"]}
+                                          for name, item in section["sources"].items()}}  # fmt: skip
+        key = json.dumps([section, start.get("mixture")], default=str)
+        if key not in opened:
+            mixture = MixtureStart(**start["mixture"]) if start.get("mixture") else None
+            config = read_settings(DataConfig, section, source=str(path))
+            opened[key] = open_data(config).train.continued(mixture)
+        return opened[key]
+
+    return entries, data_at
 
 
 def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:

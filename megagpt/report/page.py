@@ -4,10 +4,12 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from megagpt.terminal import safe_text
+
 
 def escape(value: Any) -> str:
-    """Text for HTML; None is a dash."""
-    return "–" if value is None else html.escape(str(value))
+    """Text for HTML, control characters escaped and right-to-left text isolated; None is a dash."""
+    return "–" if value is None else html.escape(safe_text(str(value)))
 
 
 def tile(label: str, value: str, note: str = "") -> str:

@@ -99,7 +99,10 @@ class TrainConfig(Config):
     """Go back to this step's checkpoint; newer ones are set aside. The same command later goes on with what it began."""
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the checkpoint's although a resume refuses them: model (what keeps the weights' meaning),
-    data, seed, micro_batch_size, optim.kind (the states of the new optimizer begin at zero)."""
+    data.shards (other tokens of the same source), data.order (seed, shuffle_block), data.weights (other weights from the next
+    sample on; data.weight_changes plans them), data.seq_len (how samples are cut and masked), data (these four),
+    data.tokenizer (token ids that mean something else; also of init_from), seed, micro_batch_size, optim.kind (the states of
+    the new optimizer begin at zero)."""
     if_running: IfRunning = "refuse"
     """What a start does when another start of this run is alive: refuse (status 2), wait until it has ended, or take_over: the
     older one ends within seconds. A requeued job never takes over, so that two cannot take a run from each other."""

@@ -38,6 +38,7 @@ from megagpt.monitor.metrics import interrupted_at, read_metrics
 from megagpt.monitor.monitor import Monitor
 from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
+from megagpt.train.data_changes import continue_mixture, record_of
 from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
 
@@ -331,10 +332,14 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     if restored is None:
         draw_weights(engine, config.model, config.seed, world.progress)
         if config.init_from is not None:
-            weights_fit = partial(preflight.check_weights, config)
-            checkpoint.load_weights(config.init_from, engine, world, check=lambda path, saved: weights_fit(saved, path))
+            fits = partial(preflight.check_initial, config, run.data)
+            checkpoint.load_weights(config.init_from, engine, world, check=lambda path, saved: fits(saved, path))
     run.guard.restore(restored.saved.get("guard") if restored is not None else None)
-    return run.guard.apply(restored.state if restored is not None else TrainState()), restored
+    state = run.guard.apply(restored.state if restored is not None else TrainState())
+    if restored is not None:
+        state = continue_mixture(config.data, restored.saved, state, restored.path)
+        preflight.record_mixture(config, world, run.incarnation, state)
+    return state, restored
 
 
 def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
@@ -395,7 +400,7 @@ def save(run: Run, state: TrainState, score: dict[str, Any] | None = None) -> No
     info = {
         "config": config.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
-        "data_fingerprint": run.data.fingerprint,
+        **record_of(run.data),
         "guard": run.guard.to_json(),
     }
 

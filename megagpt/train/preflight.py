@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,22 @@ from typing import Any
 import torch
 
 from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.tokenizers import keep_tokenizer
 from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
 from megagpt.data.open_data import Data
+from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, place_from_environment, utc_now
 from megagpt.engine.build import refuse_unsupported, whole_shapes
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.engine.dtypes import declared_formats
 from megagpt.engine.optim import STATES
-from megagpt.files import write_json, write_text
+from megagpt.files import read_json, write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import check_wandb
 from megagpt.settings_record import difference, filled, read_settings
-from megagpt.tokenizer.open_tokenizer import open_tokenizer
-from megagpt.train import cross_checks
+from megagpt.train import cross_checks, data_changes
 from megagpt.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,9 @@ log = logging.getLogger(__name__)
 PACKAGES = ("megagpt", "torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "wandb")
 """Their versions are recorded with every start."""
 
-FIXED_ON_RESUME = ("model", "data", "seed", "optim.kind", "micro_batch_size")
-"""What a resume refuses to change unless allow_change names it; `data` is the fingerprint of shards, weights and order,
-`micro_batch_size` is fixed with determinism=canonical only."""
+FIXED_ON_RESUME = ("model", *data_changes.KINDS, "data.tokenizer", "data", "seed", "optim.kind", "micro_batch_size")
+"""What a resume refuses to change unless allow_change names it; `data` stands for all of data_changes.KINDS, `micro_batch_size`
+is fixed with determinism=canonical only."""
 
 
 BROKEN_DROPOUT = ("2.13",)
@@ -67,6 +69,8 @@ def check_run(config: TrainConfig, data: Data) -> None:
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
     if place_from_environment(dict(os.environ)).rank == 0:
+        if "data" in config.allow_change:
+            log.warning("allow_change=[data] stands for %s: name what is meant", ", ".join(data_changes.KINDS))
         for warning in (*filter(None, map(packing_warning, data.train.datasets)), *cross_checks.warnings_of(config, data)):
             log.warning("%s", warning)
         log.info(
@@ -119,20 +123,34 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
         "model": difference(before["model"], now["model"]),
         "seed": difference(before["seed"], now["seed"]),
         "optim.kind": difference(before["optim"]["kind"], now["optim"]["kind"]),
-        "data": "" if saved["data_fingerprint"] == data.fingerprint else difference(before["data"], now["data"]) or "shards",
+        **data_changes.data_differences(config.data, data, saved, where),
     }
     if config.determinism == "canonical":  # another size is another order of sums
         differences["micro_batch_size"] = difference(before["micro_batch_size"], now["micro_batch_size"])
-    refused = [f"{name} ({text})" for name, text in differences.items() if text and name not in config.allow_change]
+    allowed = {*config.allow_change, *(data_changes.KINDS if "data" in config.allow_change else ())}
+    refused = [f"{name} ({text})" for name, text in differences.items() if text and name not in allowed]
     if refused:
+        to_allow = [name for name, text in differences.items() if text and name != "data.weights"]
         raise UserError(
-            f"{where}: was made with other settings: {'; '.join(refused)}. Use another run_dir, or allow it with "
-            f"allow_change=[{', '.join(name for name, text in differences.items() if text)}]"
+            f"{where}: was made with other settings: {'; '.join(refused)}. Use another run_dir"
+            + (f", or allow it with allow_change=[{', '.join(to_allow)}]." if to_allow else ".")
+            + data_changes.advice(differences, saved["train_state"]["samples"])
         )
     check_weights(config, saved, where)
     changed = difference(before, now)
     if changed:
         log.info("settings changed since the checkpoint: %s", changed)
+
+
+def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:
+    """Raise UserError if weights to begin with (init_from) are another model's, or were trained with another tokenizer."""
+    check_weights(config, saved, where)
+    tokenizer = data_changes.tokenizer_difference(data, saved, where)
+    if tokenizer and "data.tokenizer" not in config.allow_change:
+        raise UserError(
+            f"{where}: was trained with another tokenizer ({tokenizer}): its token ids mean something else here; "
+            "allow_change=[data.tokenizer] takes the weights all the same"
+        )
 
 
 def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
@@ -161,14 +179,14 @@ def record_settings(config: TrainConfig, data: Data, world: World) -> None:
     if world.rank != 0:
         return
     write_text(config.run_dir / "config.yaml", dump(config))
-    folder = config.run_dir / "tokenizer"
-    try:
-        same = open_tokenizer(folder).fingerprint == data.tokenizer.fingerprint
-    except UserError:  # none yet, or torn by a kill
-        same = False
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)  # what another kind left there would be found first
-        data.tokenizer.save(folder)
+    keep_tokenizer(config.run_dir, data.tokenizer)
+
+
+def record_mixture(config: TrainConfig, world: World, incarnation: int, state: TrainState) -> None:
+    """Add the mixture that a start continues with to its record in run_dir/starts (rank 0): the ledger is checked by it."""
+    path = config.run_dir / "starts" / f"{incarnation:04d}.json"
+    if world.rank == 0 and state.mixture is not None:
+        write_json(path, {**read_json(path), "mixture": asdict(state.mixture)})
 
 
 def record_start(config: TrainConfig, data: Data, world: World, incarnation: int) -> None:

@@ -16,9 +16,9 @@ STARTED: list[Ranks] = []
 """What start() started; a test's fixture ends it."""
 
 
-def write_shards(root: Path, letters: tuple[str, ...] = ("ab", "ba", " ")) -> Path:
+def write_shards(root: Path, letters: tuple[str, ...] = ("ab", "ba", " "), seed: int = 0) -> Path:
     """A source of two-letter text that a tiny model can learn, tokenized as bytes, with train/, validation/, tokenizer/."""
-    tokenizer, rng = open_tokenizer("bytes"), np.random.default_rng(0)
+    tokenizer, rng = open_tokenizer("bytes"), np.random.default_rng(seed)
     for split, documents in (("train", 60), ("validation", 6)):
         with ShardWriter(root / split, "shard_00000", np.dtype("uint16")) as writer:
             for i in range(documents):

@@ -25,6 +25,7 @@ from megagpt.corpus.readers.records import DATASETS
 from megagpt.corpus.readers.warc import split_gzip
 from megagpt.corpus.runner.blocks import Block, output_name
 from megagpt.documents import open_lines
+from megagpt.terminal import without_secrets
 
 SourceFormat: TypeAlias = Literal["web", "wikipedia", "jsonl", "text", "parquet", "datasets"]
 Format: TypeAlias = Literal["auto", SourceFormat]
@@ -64,7 +65,9 @@ def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
     for pattern in patterns:
         if _is_remote(pattern) and _is_list(pattern):
             with local_copy(pattern) as path:
-                found |= dict.fromkeys(_read_list(Path(path), root or pattern.rpartition("/")[0], pattern))
+                found |= dict.fromkeys(
+                    _read_list(Path(path), root or without_secrets(pattern).rpartition("/")[0], without_secrets(pattern))
+                )
         elif _is_remote(pattern):
             found[pattern] = None
         else:
@@ -103,21 +106,24 @@ def format_of(path: str, declared: Format) -> SourceFormat:
         return "datasets"
     if declared != "auto":
         return declared
-    stem = path.lower()
+    stem = without_secrets(path).lower()
     for ending in COMPRESSIONS:
         stem = stem.removesuffix(ending)
     for name, file_names in FORMATS.items():
         if stem.endswith(file_names.endings):
             return name
     names = ", ".join(name for name, file_names in FORMATS.items() if file_names.endings)
-    raise UserError(f"{path}: the name does not tell its format: set extract.format (one of {names})")
+    shown = without_secrets(path)
+    raise UserError(f"{shown}: the name does not tell its format: set extract.format (one of {names})")
 
 
 def input_blocks(paths: list[str], declared: Format, block_bytes: int) -> list[Block]:
     """Blocks over all inputs. Raises UserError for a missing file or a format that cannot be told."""
     blocks: list[Block] = []
     for path in paths:
-        name = output_name(path.removeprefix(DATASETS).replace("/", "_") if path.startswith(DATASETS) else path)
+        name = output_name(
+            path.removeprefix(DATASETS).replace("/", "_") if path.startswith(DATASETS) else without_secrets(path)
+        )
         blocks += [
             replace(Block(path, name, i), start=s, end=e) for i, (s, e) in enumerate(_ranges(path, declared, block_bytes))
         ]
@@ -126,7 +132,10 @@ def input_blocks(paths: list[str], declared: Format, block_bytes: int) -> list[B
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local file for a path or URL; what was fetched (with retries) is removed afterwards. Raises OSError naming the URL."""
+    """A local file for a path or URL; what was fetched (with retries) is removed afterwards. Raises OSError naming the URL.
+
+    What follows a URL's `?` may be a signature: it is sent to the server and appears nowhere else.
+    """
     if "://" not in path:
         yield path
         return
@@ -140,10 +149,11 @@ def local_copy(path: str) -> Iterator[str]:
                     shutil.copyfileobj(remote, file, 1 << 20)  # type: ignore[arg-type]
                 break
             except FileNotFoundError:
-                raise UserError(f"{path}: not found") from None
+                raise UserError(f"{without_secrets(path)}: not found") from None
             except Exception as error:  # every file system has its own: all are tried again, the last one is raised
                 if attempt + 1 == DOWNLOAD_ATTEMPTS:
-                    raise OSError(f"{path}: not read after {DOWNLOAD_ATTEMPTS} attempts: {error}") from error
+                    text = without_secrets(f"{path} : not read after {DOWNLOAD_ATTEMPTS} attempts: {error}")
+                    raise OSError(text.replace(" : ", ": ", 1)) from None
                 time.sleep(2**attempt)
         yield str(local)
 
@@ -152,7 +162,7 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def _is_list(path: str) -> bool:
-    return path.endswith((".paths", ".paths.gz", ".paths.txt"))
+    return without_secrets(path).endswith((".paths", ".paths.gz", ".paths.txt"))
 
 
 def _is_remote(path: str) -> bool:
@@ -175,8 +185,8 @@ def _read_list(path: Path, root: str, shown: str = "") -> list[str]:
 
 def _ranges(path: str, declared: Format, block_bytes: int) -> list[tuple[int, int | None]]:
     kind = format_of(path, declared)
-    if not path.startswith(DATASETS) and (ending := Path(path).suffix.lower()) in FORMATS[kind].unread:
-        raise UserError(f"{path}: {kind} is not read from {ending} files: decompress it first")
+    if not path.startswith(DATASETS) and (ending := Path(without_secrets(path)).suffix.lower()) in FORMATS[kind].unread:
+        raise UserError(f"{without_secrets(path)}: {kind} is not read from {ending} files: decompress it first")
     if _is_remote(path):
         _check_protocol(path)
         return [(0, None)]
@@ -208,7 +218,7 @@ def _check_protocol(path: str) -> None:
     try:
         fsspec.get_filesystem_class(path.partition("://")[0])
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read here: {error}") from None
+        raise UserError(f"{without_secrets(path)}: cannot be read here: {error}") from None
 
 
 def _even_ranges(size: int, block_bytes: int) -> list[tuple[int, int | None]]:

@@ -692,6 +692,17 @@ def test_urls_that_nothing_here_can_read_are_refused() -> None:
         input_blocks(["gopher://h/a.warc.gz"], "auto", 1 << 20)
 
 
+def test_a_signature_in_a_url_is_in_no_name_and_no_message() -> None:
+    signed = "http://127.0.0.1:9/a/b.warc.gz?X-Amz-Signature=secret&X-Amz-Credential=key"
+    (block,) = input_blocks([signed], "auto", 1 << 20)
+    assert (block.name, block.path) == ("b.warc.jsonl.zst", signed)
+    assert list_inputs((signed,)) == [signed]
+    for url, message in (("gopher://h/a.warc.gz?secret=1", "cannot be read here"), ("http://h/a?secret=1", "does not tell")):
+        with pytest.raises(UserError, match=message) as raised:
+            input_blocks([url], "auto", 1 << 20)
+        assert "secret" not in str(raised.value)
+
+
 @pytest.mark.slow
 def test_https_style_url(tmp_path: Path) -> None:
     """A real server on this machine; what is missing is a clear error."""
@@ -704,12 +715,17 @@ def test_https_style_url(tmp_path: Path) -> None:
             url = f"http://127.0.0.1:{server.server_port}"
             config = ExtractConfig(inputs=(f"{url}/a.warc.gz",))
             assert extract_documents(config, tmp_path / "out", Execution(num_workers=1)).kept == 2
-            with pytest.raises(UserError, match=r"missing\.warc\.gz: not found"):
+            with pytest.raises(UserError, match=r"missing\.warc\.gz:? not found") as raised:
                 extract_documents(
-                    config.model_copy(update={"inputs": (f"{url}/missing.warc.gz",)}),
+                    config.model_copy(update={"inputs": (f"{url}/missing.warc.gz?sig=secret",)}),
                     tmp_path / "two",
                     Execution(num_workers=1),
                 )
+            assert "secret" not in str(raised.value)
+            signed = config.model_copy(update={"inputs": (f"{url}/a.warc.gz?sig=secret",)})
+            assert extract_documents(signed, tmp_path / "three", Execution(num_workers=1)).kept == 2
+            written = [path for path in (tmp_path / "three").rglob("*") if path.is_file()]
+            assert not [path for path in written if b"secret" in path.read_bytes() or "secret" in path.name]
         finally:
             server.shutdown()
             thread.join()
