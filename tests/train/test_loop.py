@@ -364,8 +364,8 @@ def test_another_model_does_not_go_on_from_a_checkpoint(
     before = (uninterrupted / "config.yaml").read_text()
     ranks = start(project, tmp_path, settings(shards, uninterrupted, max_steps=STEPS + 1), 1, "data.seed=5")
     assert ranks.wait() == [EXIT_USER_ERROR]
-    assert "data (seed: 0 -> 5)" in ranks.output()
-    assert "allow_change=[data]" in ranks.output()
+    assert "data.order (seed: 0 -> 5)" in ranks.output()
+    assert "allow_change=[data.order]" in ranks.output()
     assert (uninterrupted / "config.yaml").read_text() == before  # a refused start writes nothing over
 
 
