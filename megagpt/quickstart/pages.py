@@ -70,8 +70,8 @@ MAX_SHARED = 0.25
 """Largest share of a page's word 5-grams that earlier pages may hold: far below what any near-duplicate rule would match."""
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"})
-_ROLE = re.compile(r":[\w:.+-]+:`~?(?:\.)?([^`<]+?)\s*(?:<[^`>]*>)?`")
-_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
+_ROLE = re.compile(r":[\w:.+-]{1,60}:`~?(?:\.)?([^`<]*[^`<\s])\s*+(?:<[^`>]*+>)?`")
+_LINK = re.compile(r"`([^`<]*[^`<\s])\s*+<[^`>]*+>`__?")
 _QUOTED = re.compile(r"``?([^`\n]+)``?")
 _UNDERLINE = re.compile(r"^([=\-~^*#\"'+])\1{2,}\s*$")
 _RULE = re.compile(r"^\s*[+|=\-]{2}[+|=\- ]*$")
@@ -216,7 +216,7 @@ def _parse_part(lines: list[str]) -> Iterator[tuple[BlockKind, str]]:
     if lines[0].lstrip().startswith((">>>", "$ ")) or min(indents) >= 4 or any(map(_RULE.match, lines)):
         yield "code", "\n".join(line[min(indents) :] for line in lines)
     elif lines[0].lstrip().startswith(("- ", "* ", "+ ")):
-        for item in re.split(r"\n\s*[-*+] ", "\n" + "\n".join(lines))[1:]:
+        for item in re.split(r"\n[^\S\n]*+[-*+] ", "\n" + "\n".join(lines))[1:]:
             yield "item", plain(item)
     elif max(indents) > min(indents):
         yield from _parse_definitions(lines, indents)
@@ -238,5 +238,5 @@ def _parse_definitions(lines: list[str], indents: list[int]) -> Iterator[tuple[B
 def plain(text: str) -> str:
     """Text without reStructuredText and Markdown inline markup."""
     text = _LINK.sub(r"\1", _ROLE.sub(r"\1", text))
-    text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", _QUOTED.sub(r"\1", text))
+    text = re.sub(r"\[([^\[\]]+)\]\([^()]*\)", r"\1", _QUOTED.sub(r"\1", text))
     return " ".join(text.replace("**", "").split()).removesuffix("::")

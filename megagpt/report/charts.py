@@ -121,6 +121,6 @@ def _for_page(svg: str, chart: Chart) -> str:
         svg = svg.replace(colour, variable)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>(?:[^<]++|<(?!/?metadata>))*+</metadata>", "", svg)
     head = f'<svg role="img" aria-label="{chart.title} over steps" '
     return re.sub(r'^<svg (?:(?:width|height)="[^"]*" ?)*', head, re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2))

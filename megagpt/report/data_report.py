@@ -1,7 +1,6 @@
 """The report of a corpus: one self-contained HTML page made from what its stages left in work_dir. No torch."""
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -276,6 +275,6 @@ def _examples(work_dir: Path, funnel: Sequence[dict[str, Any]], num_examples: in
 
 def _quote(document: Document) -> str:
     where = " · ".join(filter(None, (document.id, document.url)))
-    text = re.sub(r"\s*\n\s*", "\n", document.text.strip())
+    text = "\n".join(line for part in document.text.split("\n") if (line := part.strip()))
     shown = escape(text[:600]) + (" …" if len(text) > 600 else "")
     return f'<blockquote><p class="muted">{escape(where)}</p><pre>{shown or "(no text)"}</pre></blockquote>'

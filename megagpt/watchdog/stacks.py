@@ -39,7 +39,9 @@ _BY_DESCRIPTOR = {0, 1, 5, 8, 16, 17, 18, 19, 20, 72, 73, 74, 75, 77, 78, 217, 2
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 _INNERMOST = 4
 """Frames among which a collective's own are looked for."""
-_LOCK_WORDS = re.compile(r"\bwith\b.*(lock|mutex|semaphore|condition)\w*\b|\.(acquire|wait|join|result)\(", re.IGNORECASE)
+_LOCK_WORDS = re.compile(
+    r"\bwith\b.{0,200}?(lock|mutex|semaphore|condition)\w*\b|\.(acquire|wait|join|result)\(", re.IGNORECASE
+)
 _OWN_THREADS = ("watchdog", "stop signals")
 
 

@@ -10,7 +10,7 @@ MAX_NESTING = 60
 """Brackets that are nested deeper are not opened: each level copies the text inside it once."""
 
 _TOKEN = re.compile(r"\[\[(?:([^\[\]{}|]*+)(\|[^\[\]{}|]*+)?\]\])?|\{{2,}|-\{|\}++(?:-(?!\{))?|\]\]|\|")
-_LANGUAGE_PREFIX = re.compile(r"[a-z]{2,3}(?:-[a-z]++)*+$|simple$")
+_LANGUAGE_PREFIX = re.compile(r"\A(?:[a-z]{2,3}(?:-[a-z]++)*+|simple)$")
 _NOT_LANGUAGES = frozenset(("mr", "dr", "st", "vs", "re", "ex", "the", "and", "war", "law", "art"))
 _DISAMBIGUATION = re.compile(r"(?<!\s)\s*+\([^()]*+\)$")
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 FRACTION = "\x05"
 """In front of a fraction: a blank if a digit stands before it, since 1{{frac|1|4}} is not 11/4."""
 
-_NUMBER = re.compile(r"[-+−±~]?[.]?\d[\d.,/+ ]*+(?:[eE][+-]?\d{1,3})?(?:\(\d{1,9}\))?$")
+_NUMBER = re.compile(r"\A[-+−±~]?[.]?\d[\d.,/+ ]*+(?:[eE][+-]?\d{1,3})?(?:\(\d{1,9}\))?$")
 _HOLES = re.compile("\x01[^\x01\x02]*+\x02")
 _POWER = re.compile(r"(?<=[A-Za-z])([23])(?![\w])")
 
@@ -276,15 +276,19 @@ def coordinates(arguments: Arguments) -> str | None:
         else:
             break
     if not re.search("[NSEW] $", text):
-        parts = re.findall(r"[-−]?[\d.]+(?=°|′)", text)
-        text = f"{parts[0]}, {parts[1]}" if len(parts) == 2 else ""
+        parts = re.split("[°′″]", text)
+        text = f"{parts[0]}, {parts[1]}" if len(parts) == 3 else ""
     return text.strip()
+
+
+MAX_EXPRESSION_CHARACTERS = 300
+_EXPRESSION_TOKEN = re.compile(r"([0-9.]++(?:[eE][+-]?[0-9]++)?|round|mod|div|[-+*/^()])|[^\s]")
 
 
 def evaluate(expression: str) -> str | None:
     """The value of an {{#expr:}} as MediaWiki writes it; None for what is no arithmetic of numbers."""
-    tokens = re.findall(r"\s*([\d.]+(?:[eE][+-]?\d+)?|round|mod|div|[-+*/^()])", expression)
-    if len(expression) > 300 or "".join(tokens) != re.sub(r"\s+", "", expression):
+    tokens = _EXPRESSION_TOKEN.findall(expression[:MAX_EXPRESSION_CHARACTERS])
+    if len(expression) > MAX_EXPRESSION_CHARACTERS or "" in tokens:
         return None
     try:
         number, rest = _sum_of(tokens, 0)

@@ -21,9 +21,9 @@ MAX_NAME_CHARACTERS = 60
 
 _HOLES = re.compile(f"{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END}")
 _BLANKS = re.compile(r"[\s_]++")
-_FUNCTION = re.compile(r"#?[^\W\d_][\w ]*+:")
-_ROMAN_NUMBER = re.compile(r"(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3})$")
-_CENTURY = re.compile(r"([ivx]{1,5})(e|er) (siècle|siècles)(.{0,20})$")
+_FUNCTION = re.compile(r"\A#?[^\W\d_][\w ]*+:")
+_ROMAN_NUMBER = re.compile(r"\A(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3})$")
+_CENTURY = re.compile(r"\A([ivx]{1,5})(e|er) (siècle|siècles)(.{0,20})$")
 
 
 def render_template(head: str, arguments: Sequence[tuple[str | None, str]], language: str, title: str) -> str:

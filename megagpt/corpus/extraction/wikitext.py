@@ -48,9 +48,9 @@ _HOLES = f"(?:[ \\t]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++"
 _AROUND_HOLE = re.compile(f"(?<![ \\t]){_HOLES}[ \\t]*+([,;]?)")
 _EMPTY_BRACKETS = re.compile(f"[(（](?:[\\s,;:/–—-]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:/–—-]*+[)）]")
 _BRACKET_START = re.compile(f"([(（])(?:[\\s,;:]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:]*+")
-_BRACKET_END = re.compile(f"(?<![\\s,;:])(?:[\\s,;:]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:]*+(?=[)）])")
+_BRACKET_END = re.compile(f"(?<![\\s,;:{HOLE_END}])(?:[\\s,;:]*+{HOLE}[^{HOLE}{HOLE_END}]*+{HOLE_END})++[\\s,;:]*+(?=[)）])")
 _MARKER = re.compile(f"{MARK}([0-9]++){MARK_END}")
-_REDIRECT = re.compile(r"\s*+#\s*+\w++\s*+:?\s*+\[\[")
+_REDIRECT = re.compile(r"\A\s*+#\s*+\w++\s*+:?\s*+\[\[")
 
 
 @dataclass(frozen=True, slots=True)

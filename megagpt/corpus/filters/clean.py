@@ -104,7 +104,8 @@ def drop_boilerplate_lines(text: str, *, language: str | None) -> str:
 
 
 _BOILERPLATE = {
-    language: re.compile(rf"\W*(?:{'|'.join(patterns)})\W*", re.IGNORECASE) for language, patterns in BOILERPLATE_LINES.items()
+    language: re.compile(rf"\A\W*(?:{'|'.join(patterns)})\W*", re.IGNORECASE)
+    for language, patterns in BOILERPLATE_LINES.items()
 }
 
 

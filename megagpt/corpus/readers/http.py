@@ -126,7 +126,7 @@ def decode_text(body: bytes, declared: str | None) -> Decoded:
 
 def charset_of(content_type: str) -> str | None:
     """The charset parameter of a Content-Type."""
-    match = re.search(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", content_type, re.I)
+    match = re.search(r"charset\s*+=\s*+[\"']?\s*+([^\s\"';,]++)", content_type, re.I)
     return match[1] if match else None
 
 

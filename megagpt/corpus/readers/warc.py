@@ -29,7 +29,7 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _WARC_START = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n?$")
 _WARC_INSIDE = re.compile(rb"\r?\nWARC/\d+\.\d+\r?\nWARC-[A-Z]")
 _ARC_START = re.compile(
-    rb"(?P<url>[A-Za-z][A-Za-z0-9+.-]*:.*) (?P<ip>[0-9a-fA-F.:]+|-) (?P<date>\d{8,17}) (?P<mime>[^\s;]+(?:; ?[^\s;]+)?;?)"
+    rb"\A(?P<url>[A-Za-z][A-Za-z0-9+.-]*:.*) (?P<ip>[0-9a-fA-F.:]+|-) (?P<date>\d{8,17}) (?P<mime>[^\s;]+(?:; ?[^\s;]+)?;?)"
     rb"(?P<v2> \S+ \S+ \S+ \d+ \S+)? (?P<length>\d+)\s*$"
 )
 

@@ -25,7 +25,7 @@ def _combining_marks() -> str:
 
 _WORDS = r"""
     (?:https?://|www\.)\S*[^\s.,;:!?"')\]]      # a URL is one word
-    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+              # so is an e-mail address
+    | (?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+  # so is an e-mail address
     | (?:[^\W\d_]\.){2,}                        # U.S., e.g.
     | \d+(?:[.,:]\d+)*                          # 1,234.5 and 12:30
     | [nN]['’][tT]\b | ['’](?:[sdmSDM]|re|ve|ll|RE|VE|LL)\b   # clitics
