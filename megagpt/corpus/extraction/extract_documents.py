@@ -26,7 +26,7 @@ from megagpt.settings_record import MadeWith, fingerprint
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
 MAX_UNREADABLE = 0.05
 
-FORMAT = 1
+FORMAT = 2
 """Of the stage; it grows when the same settings give other results, or files of another form."""
 
 
