@@ -212,7 +212,9 @@ def test_outputs_without_a_list_are_read_and_named_as_unverified(
     Path(f"corpus/extract/{NAME}.done.json").unlink()
     with pytest.raises(UserError, match=r"1 of 2 files have their .done.json"):
         run("filter")
-    run("extract")
+    with pytest.raises(UserError, match="corpus/extract: unfinished, and begun in format 1"):
+        run("extract")
+    run("extract", "overwrite=true")
     assert len(check_outputs(Path("corpus/extract"), verify=True)) == 2
     Path("corpus/shards/train/manifest.json").unlink()
     bins = {path: path.read_bytes() for path in Path("corpus/shards").rglob("*.bin")}
