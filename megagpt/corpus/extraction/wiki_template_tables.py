@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from megagpt.corpus.extraction.wiki_countries import COUNTRIES
 from megagpt.corpus.extraction.wiki_phrases import (
     any_ship,
     as_of,
@@ -260,6 +261,11 @@ def _gauge(arguments: Arguments) -> str:
     return f"{text[:digits]} {unit}".strip() if digits else text
 
 
+def _country(arguments: Arguments) -> str:
+    """{{flag|DEU}} and {{flag|Germany}}."""
+    return arguments.named.get("name") or COUNTRIES.get(plain(arguments.at(1)), arguments.at(1))
+
+
 def _rupees(arguments: Arguments) -> str:
     """{{INRConvert|5|c}} reads "₹5 crore"."""
     words = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion", "l": "lakh", "c": "crore", "lc": "lakh crore"}
@@ -433,7 +439,7 @@ COMMON: dict[str, Renderer] = {
         "interlanguage link|interlanguage link multi|link-interwiki"
         "|visible anchor|vanchor|center|noitalic|nobold|normal|longitem|overline|"
         "underline|italic|bold|i|b|nay|yea|rom|unicode|typo"
-        "|as written|flag|flagcountry|flagu|flagdeco|flaglist|native name|resized|sm|"
+        "|as written|flagdeco|flaglist|native name|resized|sm|"
         "smalldiv|tq|proper|chinese|polytonic|hebrew|title"
         "|url|lower|raise|strong|samp|nobreak begin|wide|midsize|text|raised|disp|dfn|"
         "ins|del|varserif|serif|sans-serif|lc|uc|hlist item"
@@ -441,6 +447,7 @@ COMMON: dict[str, Renderer] = {
         "noprint end|abs link|rp-text",
         argument("1", "text", "quote"),
     ),
+    **all_of("flag|flagcountry|flagu|flagioc|flag+link|fb", _country),
     "native name": _second_or_first,
     "ill": argument("lt", "1"),
     "interlanguage link": argument("lt", "1"),

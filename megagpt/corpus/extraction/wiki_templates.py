@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megagpt.corpus.extraction import wiki_template_languages as languages
 from megagpt.corpus.extraction import wiki_template_tables as tables
+from megagpt.corpus.extraction.wiki_countries import COUNTRIES
 from megagpt.corpus.extraction.wiki_render import Arguments, Renderer, evaluate
 
 HOLE, HOLE_END = "\x01", "\x02"
@@ -87,6 +88,8 @@ def _by_pattern(name: str, key: str, language: str) -> Renderer | None:
     if language == "de" and len(key) in (3, 4) and name.endswith("S") and key[:-1] in languages.GERMAN_LANGUAGES:
         label = languages.GERMAN_LANGUAGES[key[:-1]]
         return lambda arguments: f"{label} {arguments.at(1)}"
+    if language in ("en", "simple") and len(name) == 3 and name.isupper() and name in COUNTRIES:
+        return lambda arguments: COUNTRIES[name]
     return None
 
 

@@ -48,6 +48,7 @@ def shown(markup: str, language: str = "en") -> str:
         ("{{poem|line one\nline two}}<poem>\nthree\nfour</poem>", "line one\nline two\nthree\nfour"),
         ("{{quote|To be|Hamlet|Act 3}}{{quote box|quote=a {brace}|author=X}}", "To be\n— Hamlet, Act 3\na {brace}\n— X"),
         ("{{formatnum:{{#expr:3*(4+1)^2}}}}, {{#expr: 7 / 2 round 1}}, {{#expr:1+}}x", "75, 3.5, x"),
+        ("* {{USA}}, {{flag|Aruba}}, {{flag|DEU}}, {{flagicon|ITA}} Rome", "United States, Aruba, Germany, Rome"),
         ("{{nihongo|Tokyo|東京|Tōkyō}}, {{ill|Name|de|N}}, {{abbr|km|kilometre}}", "Tokyo (東京, Tōkyō), Name, km"),
         ("{{harvtxt|Smith|Jones|2000|p=5}}, {{harvnb|Ng|1999}}", "Smith & Jones (2000, p. 5), Ng 1999"),
         ("{{coord|51|30|N|0|7|W}} {{coord|1|N|2|E|display=title}} ''Eagle''{{'s}}", "51°30′N 0°7′W Eagle's"),
