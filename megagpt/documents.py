@@ -1,6 +1,7 @@
 """Documents, the unit of the corpus half, and their `.jsonl.zst` files: one object a line, readable by the field's tools."""
 
 import io
+import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from megagpt.files import atomic_path
 
 INPUT_BYTES = 4096
 """Compressed bytes that are decompressed at once: at most 128 MiB of zstd, 4 MiB of gzip."""
+MAX_WINDOW_BYTES = 1 << 31
+"""The largest window that zstd writes (--ultra --long=31); a reader needs so much memory."""
+MAX_DICTIONARY_BYTES = 64 << 20
+_DICTIONARY_FRAME, _ZSTD_FRAME = b"\x5d\x2a\x4d\x18", b"\x28\xb5\x2f\xfd"
 
 JsonValue: TypeAlias = Any
 """What JSON can hold; spelled Any because a recursive alias helps no reader."""
@@ -52,10 +57,43 @@ def read_documents(path: Path) -> Iterator[Document]:
             raise UserError(f"{path}: cut off or damaged after line {number}: {error}") from None
 
 
+def parse_json(line: bytes) -> Any:
+    """The value of a JSON line. NaN and infinities, which JSON has not, become null; lone surrogates become U+FFFD.
+
+    Raises orjson.JSONDecodeError.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        if b"NaN" not in line and b"Infinity" not in line and b"\\u" not in line:
+            raise
+        try:
+            value = json.loads(line, parse_constant=lambda _: None, parse_int=_number)
+        except (ValueError, RecursionError):
+            value = None
+        if value is None:
+            raise
+        return _without_surrogates(value)
+
+
+def _number(digits: str) -> int | float:
+    """As orjson has it: integers of more than 64 bits become floats."""
+    value = int(digits)
+    return value if -(1 << 63) <= value < 1 << 64 else float(value)
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return [_without_surrogates(item) for item in value] if isinstance(value, list) else value
+
+
 def parse_document(line: bytes, *, where: str) -> Document:
     """The document in one JSON line. Raises UserError that begins with `where`."""
     try:
-        value = orjson.loads(line)
+        value = parse_json(line)
         document = Document(value["id"], value["text"], value["source"], value.get("url"), value.get("meta") or {})
     except orjson.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
@@ -113,13 +151,13 @@ def decompressed(raw: IO[bytes], ending: str) -> Iterator[bytes]:
     Library readers of zstd take a cut-off frame for the end of the file; this does not.
     """
     decoder: Any = None
-    data = b""
+    dictionary, data = _read_dictionary(raw) if ending == ".zst" else (None, b"")
     while data := data or raw.read(4 * INPUT_BYTES):
         if decoder is None:
             data = data.lstrip(b"\0") if ending == ".gz" else data  # tape padding between gzip members
             if not data:
                 continue
-            decoder = zlib.decompressobj(wbits=31) if ending == ".gz" else zstandard.ZstdDecompressor().decompressobj()
+            decoder = zlib.decompressobj(wbits=31) if ending == ".gz" else _zstd(dictionary)
         # A zstd block of 4 bytes may hold 128 KiB, a byte of gzip 1 KiB: what comes out at once is bounded by what goes in.
         now, later = data[:INPUT_BYTES], data[INPUT_BYTES:]
         plain = decoder.decompress(now)
@@ -128,6 +166,26 @@ def decompressed(raw: IO[bytes], ending: str) -> Iterator[bytes]:
             yield plain
     if decoder is not None:
         raise EOFError("the file ends inside a compressed stream")
+
+
+def _zstd(dictionary: zstandard.ZstdCompressionDict | None) -> Any:
+    options: dict[str, Any] = {"dict_data": dictionary} if dictionary else {}
+    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES, **options).decompressobj()
+
+
+def _read_dictionary(raw: IO[bytes]) -> tuple[zstandard.ZstdCompressionDict | None, bytes]:
+    """(the dictionary that the first frame holds, what follows), as the WARC-zstd draft has it: a skippable frame 0x184D2A5D
+    with the dictionary, plain or itself compressed; (None, the first bytes) where there is none."""
+    head = raw.read(8)
+    size = int.from_bytes(head[4:], "little")
+    if head[:4] != _DICTIONARY_FRAME or size > MAX_DICTIONARY_BYTES:
+        return None, head
+    content = raw.read(size)
+    if len(content) < size:
+        raise EOFError("the file ends inside its dictionary")
+    if content.startswith(_ZSTD_FRAME):
+        content = zstandard.ZstdDecompressor().stream_reader(content).read(MAX_DICTIONARY_BYTES)
+    return zstandard.ZstdCompressionDict(content), b""
 
 
 class _Plain(io.RawIOBase):

@@ -13,7 +13,7 @@ import zstandard
 from megagpt.config import UserError
 from megagpt.corpus.readers.http import decode_text
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
-from megagpt.documents import Document, Rejected, open_lines
+from megagpt.documents import Document, Rejected, open_lines, parse_json
 
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 30
@@ -21,6 +21,7 @@ MAX_TEXT_BYTES = 1 << 30
 TextUnit: TypeAlias = Literal["file", "paragraph", "line"]
 DATASETS = "datasets:"
 """What an input's name begins with that is a data set and no file."""
+_UNREADABLE = object()
 
 
 def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outcome]:
@@ -34,7 +35,7 @@ def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outco
             continue
         yield Seen("line")
         try:
-            value = orjson.loads(line)
+            value = parse_json(line)
         except orjson.JSONDecodeError:
             yield Fault("line that is not JSON", f"{name}: offset {offset}")
             continue
@@ -89,6 +90,9 @@ def parquet_outcomes(block: Block, source: str, text_field: str) -> Iterator[Out
 
 
 def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field: str) -> Iterator[Outcome]:
+    """Rows group by group: what cannot be read costs a group, a column of a group, or a cell, never the file."""
+    import pyarrow
+
     with opened as file:
         if text_field not in file.schema_arrow.names:
             raise UserError(
@@ -98,12 +102,85 @@ def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field:
         for group in range(file.num_row_groups):
             metadata = file.metadata.row_group(group)
             if block.start <= _group_offset(metadata) and (block.end is None or _group_offset(metadata) < block.end):
-                position = row
-                for batch in file.iter_batches(1024, row_groups=[group]):
-                    for value in batch.to_pylist():
-                        yield from _row(f"{name}:{position}", value, source, text_field)
-                        position += 1
-            row += metadata.num_rows
+                try:
+                    columns, faults = _readable_columns(file, group, name)
+                    yield from faults
+                    if text_field not in columns:
+                        continue
+                    position = row
+                    for batch in file.iter_batches(1024, row_groups=[group], columns=columns):
+                        yield from _batch_rows(batch, name, position, source, text_field)
+                        position += len(batch)
+                except (pyarrow.ArrowException, OSError) as error:
+                    yield Fault("damaged row group", f"{name}: row group {group}: {error}")
+                finally:
+                    row += metadata.num_rows
+            else:
+                row += metadata.num_rows
+
+
+def _readable_columns(file: Any, group: int, name: str) -> tuple[list[str], list[Fault]]:
+    """The columns of a row group that can be read, by trying its first rows; a Fault for each that cannot."""
+    import pyarrow
+
+    names = list(dict.fromkeys(file.schema_arrow.names))
+    try:
+        next(file.iter_batches(1, row_groups=[group]), None)
+    except (pyarrow.ArrowException, OSError):
+        pass
+    else:
+        return names, []
+    found, faults = [], []
+    for column in names:
+        try:
+            next(file.iter_batches(1, row_groups=[group], columns=[column]), None)
+            found.append(column)
+        except (pyarrow.ArrowException, OSError) as error:
+            faults.append(Fault("column that cannot be read", f"{name}: row group {group}, column {column}: {error}"))
+    return found, faults
+
+
+def _batch_rows(batch: Any, name: str, position: int, source: str, text_field: str) -> Iterator[Outcome]:
+    columns = {column: _cells(batch.column(i)) for i, column in enumerate(batch.schema.names)}
+    for number in range(len(batch)):
+        where = f"{name}:{position + number}"
+        value = {column: cells[number] for column, cells in columns.items()}
+        for column in [column for column, cell in value.items() if cell is _UNREADABLE]:
+            yield Fault("cell that cannot be read", f"{name}: row {position + number}, column {column}")
+            value[column] = None
+            if column == text_field:
+                break
+        else:
+            yield from _row(where, value, source, text_field)
+
+
+def _cells(column: Any) -> list[Any]:
+    """The values of a column; _UNREADABLE for those that are no value of its type. Binary cells are read as UTF-8."""
+    import pyarrow
+
+    kind = column.type
+    if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_fixed_size_binary(kind):
+        return [_decoded(cell) for cell in column.to_pylist()]
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError, pyarrow.ArrowException):
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: Any) -> Any:
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except (UnicodeDecodeError, ValueError, OverflowError, pyarrow.ArrowException):
+        return _UNREADABLE
+
+
+def _decoded(cell: bytes | None) -> Any:
+    try:
+        return cell if cell is None else cell.decode("utf-8")
+    except UnicodeDecodeError:
+        return _UNREADABLE
 
 
 def datasets_outcomes(block: Block, source: str, text_field: str, split: str) -> Iterator[Outcome]:
