@@ -15,6 +15,7 @@ import orjson
 import xxhash
 import zstandard
 
+from megagpt.config import UserError
 from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Process, Seen
 from megagpt.corpus.runner.ownership import Claim, folder_of, refuse_left_over
 from megagpt.documents import Document, Rejected, format_document
@@ -189,4 +190,7 @@ def add_counts(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def is_done(output_dir: Path, name: str, plan: str) -> bool:
     """Whether a file is finished, by this plan."""
     path = output_dir / f"{name}.done.json"
-    return path.is_file() and read_json(path)["plan"] == plan
+    try:
+        return path.is_file() and read_json(path)["plan"] == plan
+    except (UserError, KeyError, TypeError):  # damaged: run_stage names it and makes the file again
+        return False

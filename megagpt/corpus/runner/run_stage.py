@@ -115,8 +115,8 @@ def run_stage(
             run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
     for file in pending:
         finish_file(name, output_dir, config_hash, plans[file], files[file], claim)
-    list_outputs = None if unlisted and not pending else finish
-    summary = _write_summary(name, output_dir, config_hash, files, claim, list_outputs)
+    # What an earlier release finished gets no list now: nobody can say that it still is what was written.
+    summary = _write_summary(name, output_dir, config_hash, files, claim, finish, listed=bool(pending) or not unlisted)
     if summary.complete:
         _sweep(output_dir)
     return summary
@@ -230,7 +230,9 @@ def _write_summary(
     config_hash: str,
     files: dict[str, list[Block]],
     claim: Claim,
-    finish: Callable[[], Mapping[Path, bool]] | None,
+    finish: Callable[[], Mapping[Path, bool]],
+    *,
+    listed: bool,
 ) -> StageSummary:
     """Sum the done files; again if another part finished files meanwhile, so that the last writer has seen them all."""
     while True:
@@ -242,9 +244,10 @@ def _write_summary(
         total["dropped_templates"] = dict(frequent)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
         refuse_left_over(claim)
-        if complete and finish is not None:
+        written_last = finish() if complete else {}
+        if complete and listed:
             records = {output_dir / f"{name}.done.json": True for name in files}
-            summary = replace(summary, outputs=_write_list(output_dir, {**records, **finish()}))
+            summary = replace(summary, outputs=_write_list(output_dir, {**records, **written_last}))
             refuse_left_over(claim)
         # What an older version's summary lacks is absent, so that it stays as it is.
         absent = {"outputs": summary.outputs is None, "dropped_templates": not summary.dropped_templates}
