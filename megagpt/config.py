@@ -31,6 +31,9 @@ class Config(BaseModel):
 LONGEST_SHOWN = 300
 """Characters of a value that a message shows."""
 
+LONGEST_NAME = 255
+"""Bytes of a file's name on Linux: longer words are no file in the folder."""
+
 C = TypeVar("C", bound=Config)
 
 
@@ -57,7 +60,9 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
 def _is_file(config_class: type[Config], word: str) -> bool:
     """Whether a word of the command line is the configuration file: `runs/lr=0.1/a.yaml` is, `run_dir=runs/a` is not."""
     key, equals, _ = word.partition("=")
-    return not equals or (key.split(".")[0] not in config_class.model_fields and ("/" in key or Path(word).is_file()))
+    if not equals or key.split(".")[0] in config_class.model_fields:
+        return not equals
+    return "/" in key or (len(word.encode(errors="replace")) <= LONGEST_NAME and Path(word).is_file())
 
 
 def validate(config_class: type[C], values: dict[str, Any], *, source: str) -> C:

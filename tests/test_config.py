@@ -68,8 +68,9 @@ def test_a_file_whose_path_holds_an_equals_sign_is_the_file(tmp_path: Path, monk
     assert load(Toy, ["./steps=3"]).name == "c"
     with pytest.raises(UserError, match="cannot read the configuration file"):
         load(Toy, ["runs/lr=0.2/none.yaml"])
-    with pytest.raises(UserError, match="stepps"):
-        load(Toy, ["toy.yaml", "stepps=3"])
+    for text in ("3", "[" + "1, " * 200 + "1]", "三" * 100):  # longer than a file's name may be
+        with pytest.raises(UserError, match="stepps"):
+            load(Toy, ["toy.yaml", f"stepps={text}"])
 
 
 def test_words_override_the_file_and_dump_reads_back(tmp_path: Path) -> None:
