@@ -69,6 +69,12 @@ BAD_INPUT = {
         (["run_dir={tmp}", "temperature=-1"], "temperature=-1"),
     ],
     "check_node": [(["num_gpus=-1"], "num_gpus=-1"), (["run_dri=x"], "did you mean run_dir")],
+    "plan_run": [
+        (["configs/train/debug_cpu.yaml", "gpus=0"], "gpus=0"),
+        (["configs/train/debug_cpu.yaml", "network=none"], "network=none: one of infiniband_8x400"),
+        (["configs/train/gpt_7b.yaml", "gpus=12"], "engine.hpz_partition_size=8 does not divide the 12 ranks"),
+        (["configs/train/debug_cpu.yaml", "gups=8"], "did you mean gpus"),
+    ],
     "report_run": [(["run_dir={tmp}/none"], "{tmp}/none")],
 }
 CASES = [(tool, words, named) for tool, cases in BAD_INPUT.items() for words, named in cases]

@@ -51,12 +51,15 @@ class Utilisation:
     hardware: float
 
 
-def flops_per_token(config: ModelConfig, *, seq_len: int | None = None, checkpoint_every: int = 0) -> FlopsPerToken:
+def flops_per_token(
+    config: ModelConfig, *, seq_len: int | None = None, checkpoint_every: int = 0, checkpoint_selectively: bool = False
+) -> FlopsPerToken:
     """Training FLOPs per token of a sequence of `seq_len` tokens (None = config.seq_len).
 
     A multiply-add is 2 FLOPs; the backward pass is twice the forward. Counted are the matrix products of attention, MLP and
     head; left out are the embedding lookup, norms, rotations and softmax. Blocks 0, n, 2n … run forward twice when
     `checkpoint_every` = n > 0; the MLP's last product is not repeated (torch stops recomputing at the last tensor needed).
+    With `checkpoint_selectively` products and attention are kept, so nothing that is counted is repeated.
     """
     length = seq_len or config.seq_len
     query_width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
@@ -66,7 +69,8 @@ def flops_per_token(config: ModelConfig, *, seq_len: int | None = None, checkpoi
     head = 2 * config.hidden_size * config.vocab_size
     attention = 2 * 2 * length * query_width
     block = projections + mlp + attention
-    repeated_blocks = -(-config.num_layers // checkpoint_every) if checkpoint_every else 0
+    repeats = checkpoint_every and not checkpoint_selectively
+    repeated_blocks = -(-config.num_layers // checkpoint_every) if repeats else 0
     full = 3 * (config.num_layers * block + head)
     skipped_pairs = 3 * config.num_layers * attention * (length - 1) / (2 * length)
     return FlopsPerToken(full=full, causal=full - skipped_pairs, hardware=full + repeated_blocks * (block - mlp_out))

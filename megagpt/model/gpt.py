@@ -187,6 +187,8 @@ class Head(nn.Linear):
     """Final projection onto the vocabulary: logits, or with targets the summed loss without ever holding the logits."""
 
     compile_loss = False
+    chunk_elements: int | None = None
+    """Logits made at a time; None = as many as suit the device."""
     loss_terms: Mapping[str, Tensor] = MappingProxyType({})
     """Of the last forward with targets, where it gave more than the loss: its terms, without gradient (see loss.py)."""
 
@@ -195,7 +197,12 @@ class Head(nn.Linear):
         if targets is None:
             return F.linear(x_btd, self.weight)
         total, self.loss_terms = summed_loss_terms(
-            x_btd.flatten(0, 1), self.weight, targets.flatten(), z_loss=z_loss, compiled=self.compile_loss
+            x_btd.flatten(0, 1),
+            self.weight,
+            targets.flatten(),
+            z_loss=z_loss,
+            compiled=self.compile_loss,
+            chunk_elements=self.chunk_elements,
         )
         return total
 

@@ -30,12 +30,23 @@ def summed_cross_entropy(
 
 
 def summed_loss_terms(
-    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, *, z_loss: float = 0.0, compiled: bool = False
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    targets_n: Tensor,
+    *,
+    z_loss: float = 0.0,
+    compiled: bool = False,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `summed_cross_entropy` gives, and its terms without gradient: `loss` in nats and `z_loss`; {} without z-loss."""
+    """What `summed_cross_entropy` gives, and its terms without gradient: `loss` in nats and `z_loss`; {} without z-loss.
+
+    `chunk_elements`: logits made at a time; None = CHUNK_ELEMENTS of the device.
+    """
     if not torch.is_grad_enabled():  # needs_input_grad is true in no_grad as well
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
-    total, nats, added = _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled)  # type: ignore[misc]
+    chunk = chunk_elements or (CHUNK_ELEMENTS_GPU if hidden_nd.is_cuda else CHUNK_ELEMENTS)
+    results = _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled, chunk)
+    total, nats, added = results  # type: ignore[misc]
     return total, {"loss": nats, "z_loss": added} if z_loss else {}
 
 
@@ -77,14 +88,20 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, z_loss: float, compiled: bool
+        ctx: Any,
+        hidden_nd: Tensor,
+        weight_vd: Tensor,
+        targets_n: Tensor,
+        z_loss: float,
+        compiled: bool,
+        chunk_elements: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         between = _compiled() if compiled and hidden_nd.is_cuda else loss_and_gradient
         nats = added = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
         grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants_grad else None
-        chunk = max(1, (CHUNK_ELEMENTS_GPU if hidden_nd.is_cuda else CHUNK_ELEMENTS) // weight_vd.shape[0])
+        chunk = max(1, chunk_elements // weight_vd.shape[0])
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
             chunk_nats, chunk_added, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
@@ -92,13 +109,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[start : start + chunk] = grad @ weight_vd
                 grad_weight += grad.T @ hidden
+            del grad  # else the next chunk's logits are made beside this one's gradient
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_vd.dtype))
         ctx.mark_non_differentiable(nats, added)
         return nats + added, nats, added
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale, *_ = grads
-        return grad_hidden * scale, grad_weight * scale, None, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None

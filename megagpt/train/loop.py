@@ -439,7 +439,12 @@ def open_monitor(config: TrainConfig, world: World, incarnation: int) -> Monitor
         rank=world.rank,
         incarnation=incarnation,
         max_steps=config.max_steps,
-        flops=flops_per_token(config.model, seq_len=config.data.seq_len, checkpoint_every=config.checkpoint_every),
+        flops=flops_per_token(
+            config.model,
+            seq_len=config.data.seq_len,
+            checkpoint_every=config.checkpoint_every,
+            checkpoint_selectively=config.activation_checkpointing == "selective",
+        ),
         num_devices=world.size,
         device=world.device,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.config import UserError
@@ -61,6 +62,25 @@ def test_flops_per_token_equal_what_torch_counts(family: str, checkpoint_every: 
     flops = flops_per_token(config, checkpoint_every=checkpoint_every)
     assert counter.get_total_flops() / ids.numel() == flops.hardware
     assert (flops.hardware > flops.full) == (checkpoint_every > 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_selective_checkpointing_repeats_nothing_that_is_counted(family: str, kv_heads: int) -> None:
+    config = ModelConfig.model_validate({**SMALL, "family": family, "num_kv_heads": kv_heads})
+    with FakeTensorMode():  # unlike meta, it runs attention as the one kernel that is kept
+        model, ids = (
+            GPT(config, checkpoint_every=1, checkpoint_selectively=True),
+            torch.zeros(2, config.seq_len, dtype=torch.long),
+        )
+        with FlopCounterMode(display=False) as counter:
+            model(ids, ids).backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operation, count in counts.items() if "attention" not in str(operation))
+    flops = flops_per_token(config, checkpoint_every=1, checkpoint_selectively=True)
+    attention = 3 * config.num_layers * 4 * config.seq_len * config.hidden_size
+    assert products / ids.numel() == flops.hardware - attention
+    assert flops.hardware == flops.full < flops_per_token(config, checkpoint_every=1).hardware
 
 
 def test_flops_of_gpt2_small_by_hand() -> None:

@@ -1,0 +1,96 @@
+"""Bytes that cross ranks in one step, per kind of collective, by the rules of the engines. Counted on gloo in the tests.
+
+Bytes are those of the whole buffer (the larger of a collective's input and output); on a ring each of R ranks sends and
+receives (R - 1) / R of them, twice that for an all-reduce.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
+from megagpt.plan.memory_zero import gathered_per_micro_batch
+from megagpt.plan.timeline import Job, shapes_of, shard_elements, units_of, width_of
+
+Collective = Literal["all-gather", "reduce-scatter", "all-reduce"]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One kind of collective in a step: what for, bytes of its buffers, and how many ranks take part in each.
+
+    group: "whole" = all ranks; "near" = ranks that follow each other (a node's, if they are as many); "far" = one rank of each
+    such group.
+    """
+
+    collective: Collective
+    purpose: str
+    bytes: int
+    ranks: int
+    group: Literal["whole", "near", "far"] = "whole"
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank sends, and receives, on a ring."""
+        share = (self.ranks - 1) / self.ranks
+        return self.bytes * share * (2 if self.collective == "all-reduce" else 1)
+
+
+def step_traffic(job: Job) -> list[Traffic]:
+    """What each rank takes part in during one step; gradients' norm and counters of a few bytes are left out."""
+    if job.ranks == 1:
+        return []
+    traffic = _fsdp(job, job.engine) if isinstance(job.engine, FSDPConfig) else _zero(job, job.engine)
+    return [item for item in traffic if item.bytes and item.ranks > 1]
+
+
+def _fsdp(job: Job, engine: FSDPConfig) -> list[Traffic]:
+    shapes = shapes_of(job.model)
+    shards = engine.shard_size or job.ranks
+    block, root = (sum(shards * shard_elements(s, shards) for s in unit.values()) for unit in units_of(shapes))
+    blocks = block * job.model.num_layers
+    width, reduce_width = width_of(job), 2 if engine.reduce_dtype == "bf16" else 4
+    times = 2 if engine.reshard_after_forward else 1
+    near = "whole" if shards == job.ranks else "near"
+    return [
+        Traffic("all-gather", "weights", width * (times * blocks + root) * job.accumulation, shards, near),
+        Traffic("reduce-scatter", "gradients", reduce_width * (blocks + root), shards, near),
+        Traffic("all-reduce", "gradients", reduce_width * (blocks + root) // shards, job.ranks // shards, "far"),
+    ]
+
+
+def _zero(job: Job, engine: DeepSpeedConfig) -> list[Traffic]:
+    numel = sum(shape.numel() for shape in shapes_of(job.model).values())
+    width, reduce_width = width_of(job), 2 if engine.reduce_dtype == "bf16" else 4
+    if engine.zero_stage < 3:
+        times = job.accumulation if engine.zero_stage == 2 else 1
+        gathered = width * numel if engine.zero_stage else 0
+        return [
+            Traffic("all-gather", "weights", gathered, job.ranks),
+            Traffic("all-reduce", "gradients", reduce_width * numel * times, job.ranks),
+        ]
+    forward, backward = gathered_per_micro_batch(job, engine)
+    group = engine.hpz_partition_size
+    near = Traffic("all-gather", "weights, second copy", width * backward * job.accumulation, group, "near")
+    far = width * (forward + (0 if group > 1 else backward)) * job.accumulation
+    return [
+        Traffic("all-gather", "weights", far, job.ranks),
+        *([near] if group > 1 else []),
+        Traffic("reduce-scatter", "gradients", reduce_width * numel * job.accumulation, job.ranks),
+    ]
+
+
+def traffic_seconds(traffic: list[Traffic], *, gpus_per_node: int, node_bandwidth: float, network_bandwidth: float) -> float:
+    """Seconds that the collectives take one after the other at full bandwidth.
+
+    node_bandwidth: bytes per second of one GPU inside a node. network_bandwidth: of one node. A ring over whole nodes uses all
+    adapters of a node at once; groups with one GPU per node share them, but each moves its own bytes through its share.
+    """
+    seconds = 0.0
+    for item in traffic:
+        if item.group == "far":
+            seconds += item.sent / (network_bandwidth / gpus_per_node)
+        elif item.ranks <= gpus_per_node:
+            seconds += item.sent / node_bandwidth
+        else:
+            seconds += item.sent / network_bandwidth
+    return seconds

@@ -1,0 +1,91 @@
+"""The bytes that a real step holds and sends on this machine: what a plan is compared with."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megagpt.distributed.world import World
+from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.config import EngineConfig, Precision
+from megagpt.engine.optim import OptimConfig
+from megagpt.model.gpt import ModelConfig
+from megagpt.plan.trace import StorageTracker
+
+COLLECTIVES = {
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+}
+"""torch's names of the operations, and what they are."""
+
+
+def measured_peak(
+    world: World,
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    optim: OptimConfig | None = None,
+    precision: Precision = "fp32",
+    micro_batch_size: int = 1,
+    accumulation: int = 1,
+    checkpoint_every: int = 0,
+    checkpoint_selectively: bool = False,
+    steps: int = 3,
+) -> dict[str, int]:
+    """Most bytes of tensors that are alive in each phase of the last of `steps` steps of a real engine on this rank.
+
+    The first steps create what stays: DeepSpeed's buffers, and caches of sharding rules that run on tensors of global shape.
+    """
+    optim = optim or OptimConfig()
+    with StorageTracker() as tracker:
+        built = build_engine(
+            model,
+            optim,
+            engine,
+            world,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+            checkpoint_every=checkpoint_every,
+            checkpoint_selectively=checkpoint_selectively,
+        )
+        draw_weights(built, model, 0)
+        ids = torch.zeros(micro_batch_size, model.seq_len, dtype=torch.long)
+        start = 0
+        for _ in range(steps):
+            start = tracker.start_peak()
+            for number in range(accumulation):
+                tracker.label = f"forward {number + 1}"
+                loss: Tensor = built.model(ids, ids) / ids.numel()
+                tracker.label = f"backward {number + 1}"
+                built.backward(loss, last=number == accumulation - 1)
+                del loss
+            tracker.label = "update"
+            built.step(1e-4, 1.0)
+        return {"start": start, **tracker.peaks}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Adds up, by operation, the bytes of collectives' buffers: the larger of input and output; use it as a context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor runs first, its local operations come here
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func.overloadpacket._qualified_op_name.partition("::")
+        if namespace == "c10d":
+            sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            if sum(sizes) > 1024:  # not norms and counters
+                self.bytes[COLLECTIVES.get(name) or str(name)] += max(sizes)
+        return result

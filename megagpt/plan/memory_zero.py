@@ -1,0 +1,329 @@
+"""Memory of the DeepSpeed engine (0.19.8): ZeRO 0 to 3, their flat partitions and buckets, in the order in which they are made.
+
+Stage 0 and stage 1 in bf16 (DeepSpeed's BF16_Optimizer) reduce copies of all gradients after the backward pass; stage 2, and
+stage 1 in fp32, fill buckets; stage 3 gathers weights module by module, ahead by a number of elements, and lets go of those
+that are not used again soon.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megagpt.engine.config import DeepSpeedConfig
+from megagpt.plan.timeline import (
+    Job,
+    Shapes,
+    Timeline,
+    checkpointing_of,
+    play_passes,
+    shapes_of,
+    state_bytes,
+    trace_block,
+    width_of,
+)
+
+ALLREDUCE_ELEMENTS = 500_000_000
+"""DeepSpeed's elements_per_buffer: gradients that stage 0 and BF16_Optimizer copy together to reduce them."""
+MAX_REUSE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's stage3_max_reuse_distance."""
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""DeepSpeed's sub_group_size: elements of a rank's partition that stage 3 updates together."""
+NORM_WIDTH = 8
+"""DeepSpeed takes norms in fp64, tensor by tensor."""
+
+
+def play_zero(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
+    """The step of the stage."""
+    timeline.change("inputs", 8 * job.micro_batch_size * job.seq_len)
+    if engine.zero_stage == 3:
+        _play_3(job, engine, timeline)
+    elif engine.zero_stage == 0 or (engine.zero_stage == 1 and job.precision == "bf16" and not engine.offload_optimizer):
+        _play_whole_gradients(job, engine, timeline)
+    else:
+        _play_buckets(job, engine, timeline)
+
+
+def _play_whole_gradients(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
+    """Stage 0, and stage 1 in bf16: whole gradients on every rank."""
+    shapes, width = shapes_of(job.model), width_of(job)
+    numel = _numel(shapes)
+    shards = job.ranks if engine.zero_stage else 1
+    timeline.change("weights" if engine.zero_stage else "master weights", width * numel)
+    if engine.zero_stage:
+        timeline.change("gradients", 4 * numel)
+        timeline.change("master weights", 4 * -(-numel // shards))
+    timeline.change("optimizer states", _state_bytes(job, shapes) // shards)
+    for micro in range(job.accumulation):
+        timeline.phase = f"forward {micro + 1}"
+        # The second micro-batch adds into the gradients of the first, which stay where they are.
+        play_passes(job, timeline, "kept" if micro == 0 else "taken", micro=micro)
+        timeline.drop("activations")
+        timeline.change("whole gradients", width * numel if micro == 0 else 0)
+        if engine.zero_stage:
+            timeline.touch({"whole gradients": 4 * max(shape.numel() for shape in shapes.values())})
+    timeline.phase = "update"
+    together = min(numel, ALLREDUCE_ELEMENTS + max(shape.numel() for shape in shapes.values()))
+    if job.ranks > 1:
+        cast = 2 * together if engine.reduce_dtype == "bf16" else 0
+        timeline.touch({"all-reduce buffers": 4 * together + cast})
+
+
+def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
+    """Stage 2, and stage 1 in fp32 or with offload: gradients go through buckets into this rank's partition."""
+    shapes, width = shapes_of(job.model), width_of(job)
+    numel, partition = _numel(shapes), -(-_numel(shapes) // job.ranks)
+    offload = engine.offload_optimizer
+    timeline.change("weights", width * numel)
+    timeline.keep("master weights", 4 * partition, on_host=offload)
+    timeline.keep("optimizer states", _state_bytes(job, shapes) // job.ranks, on_host=offload)
+    if offload:
+        timeline.keep("gradients", 4 * partition, on_host=True)
+    buckets = width * engine.reduce_bucket_elements * (2 if engine.overlap_comm else 1)
+    largest = max(shape.numel() for shape in shapes.values())
+    keeps = engine.zero_stage == 1
+    for micro in range(job.accumulation):
+        timeline.phase = f"forward {micro + 1}"
+        first = micro == 0
+        partition_part = "gradients" if first else "gradients of this micro-batch"
+        new = 4 * partition if not keeps and not offload and (first or width == 4) else 0
+        play_passes(
+            job,
+            timeline,
+            "kept" if keeps and first else "taken",
+            micro=micro,
+            before_backward={"reduce buckets": 0 if keeps and not first else buckets},
+            after_elements={engine.reduce_bucket_elements: {partition_part: new}},
+            beside_block={} if keeps else {"all-reduce buffers": _reducing(job, engine, shapes)},
+        )
+        timeline.drop("activations")
+        if keeps:
+            timeline.change("whole gradients", width * numel if first else 0)
+        else:  # what is left in the bucket
+            timeline.live[partition_part] = new or timeline.live.get(partition_part, 0)
+            timeline.touch({"all-reduce buffers": _reducing(job, engine, shapes)})
+            timeline.drop("reduce buckets", "gradients of this micro-batch")
+            timeline.live["gradients"] = 0 if offload else 4 * partition
+    timeline.phase = "update"
+    if keeps:  # gradients that are in a bucket have left their own memory
+        timeline.touch({"gradients": 4 * partition - min(buckets, width * numel)})
+        timeline.drop("whole gradients", "reduce buckets")
+        timeline.change("gradients", 4 * partition)
+    timeline.touch({"gradients": 4 * partition if width == 4 else NORM_WIDTH * largest})
+
+
+def _reducing(job: Job, engine: DeepSpeedConfig, shapes: Shapes) -> int:
+    """Bytes of the copies that one bucket's reduction makes: flat, and in bf16 widened to what crosses the network."""
+    largest = max(shape.numel() for shape in shapes.values())
+    elements = max(
+        largest if largest > engine.reduce_bucket_elements else 0, min(_numel(shapes), engine.reduce_bucket_elements)
+    )
+    if job.ranks == 1 and engine.zero_stage < 3:
+        return 0
+    wide = 4 if engine.reduce_dtype == "fp32" else 2
+    return elements * (wide if width_of(job) == wide else width_of(job) + wide)
+
+
+@dataclass
+class _Gathered:
+    """Stage 3's gathered weights: which are there, which are on their way (copied out of a flat buffer when first needed)."""
+
+    numel: dict[str, int]
+    order: list[list[str]]
+    ranks: int
+    width: int
+    prefetch: int
+    max_live: int
+    persistent: frozenset[str]
+    available: set[str] = field(default_factory=set)
+    in_flight: dict[str, int] = field(default_factory=dict)
+    flats: dict[int, tuple[set[str], int]] = field(default_factory=dict)
+    position: int = 0
+    queue_position: int = 0
+    wanted_later: dict[str, int] = field(default_factory=dict)
+    gathered: int = 0
+    """Elements gathered so far."""
+
+    def bytes(self) -> tuple[int, int]:
+        """(gathered weights, flat buffers); one rank alone uses its shards as they are."""
+        if self.ranks == 1:
+            return 0, 0
+        copied = sum(self.numel[name] for name in self.available if name not in self.in_flight)
+        return self.width * copied, sum(size for _, size in self.flats.values())
+
+    def modules(self, count: int) -> Iterator[tuple[int, int]]:
+        """Run the next `count` modules; yields the bytes while each of them runs."""
+        for _ in range(count):
+            needed = self.order[self.position]
+            self._gather([name for name in needed if name not in self.available])
+            self._wait(needed)
+            yield self.bytes()
+            self._prefetch()
+            yield self.bytes()
+            self._release(needed)
+            self.position += 1
+
+    def _gather(self, names: list[str]) -> None:
+        if names:
+            key = len(self.flats) and max(self.flats) + 1
+            self.available.update(names)
+            self.in_flight.update(dict.fromkeys(names, key))
+            padded = sum(-(-self.numel[name] // self.ranks) * self.ranks for name in names)
+            self.flats[key] = (set(names), self.width * padded)
+            self.gathered += padded
+
+    def _wait(self, names: list[str]) -> None:
+        """The first one that is waited for copies its whole bucket; the flat buffer goes when all have been waited for."""
+        for name in names:
+            for key, (waiting, size) in list(self.flats.items()):
+                if name in waiting:
+                    for other in [n for n, k in self.in_flight.items() if k == key]:
+                        del self.in_flight[other]
+                    waiting.discard(name)
+                    if not waiting:
+                        del self.flats[key]
+                    else:
+                        self.flats[key] = (waiting, size)
+
+    def _prefetch(self) -> None:
+        self.queue_position = max(self.queue_position, self.position + 1)
+        live = sum(self.numel[name] for name in self.available)
+        limit = min(self.max_live - live, self.prefetch)
+        names: list[str] = []
+        numel = 0
+        while self.queue_position < len(self.order) and numel < limit:
+            for name in self.order[self.queue_position]:
+                self.wanted_later[name] = max(self.wanted_later.get(name, 0), self.queue_position)
+                if name not in self.available and name not in names:
+                    names.append(name)
+                    numel += self.numel[name]
+            self.queue_position += 1
+        self._gather(names)
+
+    def _release(self, names: list[str]) -> None:
+        for name in names:
+            if name in self.persistent or self.wanted_later.get(name, 0) > self.position or self._used_soon(name):
+                continue
+            self.available.discard(name)
+
+    def _used_soon(self, name: str) -> bool:
+        passed = 0
+        for later in range(self.position + 1, len(self.order)):
+            if name in self.order[later]:
+                return True
+            passed += sum(self.numel[other] for other in self.order[later])
+            if passed >= MAX_REUSE_ELEMENTS:
+                return False
+        return False
+
+
+def _play_3(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
+    shapes, width, layers = shapes_of(job.model), width_of(job), job.model.num_layers
+    shard = sum(-(-shape.numel() // job.ranks) for shape in shapes.values())
+    timeline.keep("weights", width * shard, on_host=engine.offload_parameters)
+    timeline.keep("master weights", 4 * shard, on_host=engine.offload_optimizer)
+    timeline.keep("optimizer states", _state_bytes(job, shapes) // job.ranks, on_host=engine.offload_optimizer)
+    timeline.keep("gradients", 4 * shard, on_host=engine.offload_optimizer)
+    reduce_width = 2 if engine.reduce_dtype == "bf16" else 4
+    timeline.change("reduce buckets", reduce_width * engine.reduce_bucket_elements)
+    if engine.hpz_partition_size > 1:
+        timeline.change("secondary weights", width * _numel(shapes) // engine.hpz_partition_size)
+    numel = {name: shape.numel() for name, shape in shapes.items()}
+    block_numel = sum(size for name, size in numel.items() if name.startswith("blocks.0."))
+    before, per_block, after, order = _module_order(job, shapes)
+    for micro in range(job.accumulation):
+        gathered = _new_gathered(job, engine, numel, order)
+
+        def run(modules: int, span_peak: int, gathered: _Gathered = gathered) -> None:
+            for weights, flats in gathered.modules(modules):
+                timeline.live |= {"gathered weights": weights, "all-gather buffers": flats}
+                timeline.touch({"activations": span_peak})
+            weights, flats = gathered.bytes()
+            timeline.live |= {"gathered weights": weights, "all-gather buffers": flats}
+
+        timeline.phase = f"forward {micro + 1}"
+        run(before, trace_block(job, 0, "taken").embedding.peak)
+        timeline.span("activations", trace_block(job, 0, "taken").embedding)
+        for number in range(layers):
+            run(per_block, 0)
+            timeline.span("activations", trace_block(job, number, "taken").block)
+        run(after, 0)
+        timeline.span("activations", trace_block(job, layers - 1, "taken").head)
+        timeline.phase = f"backward {micro + 1}"
+        run(after, 0)
+        made = sum(size for name, size in numel.items() if name.startswith("head"))
+        timeline.span("activations", trace_block(job, layers - 1, "taken").head_backward)
+        for number in reversed(range(layers)):
+            if checkpointing_of(job, number) != "none":
+                run(per_block, 0)
+            run(per_block, 0)
+            span = trace_block(job, number, "taken").block_backward
+            made += block_numel
+            if made > engine.reduce_bucket_elements:
+                timeline.touch({"activations": span.peak, "reduce-scatter buffers": _reducing(job, engine, shapes)})
+            timeline.span("activations", span)
+        run(before, 0)
+        timeline.span("activations", trace_block(job, 0, "taken").embedding_backward)
+        timeline.drop("activations", "all-gather buffers")
+        timeline.touch({"reduce-scatter buffers": _reducing(job, engine, shapes)})
+        timeline.live["gathered weights"] = width * sum(
+            size for size in numel.values() if size <= engine.stage3_persistence_elements
+        )
+    timeline.phase = "update"
+    timeline.touch({"gradients": 0 if engine.offload_optimizer else 4 * min(shard, SUB_GROUP_ELEMENTS)})
+
+
+def gathered_per_micro_batch(job: Job, engine: DeepSpeedConfig) -> tuple[int, int]:
+    """Elements that stage 3 gathers in one micro-batch: (forward pass, backward pass), padded to whole shards."""
+    numel = {name: shape.numel() for name, shape in shapes_of(job.model).items()}
+    before, per_block, after, order = _module_order(job, shapes_of(job.model))
+    gathered = _new_gathered(job, engine, numel, order)
+    forward = before + per_block * job.model.num_layers + after
+    for _ in gathered.modules(forward):
+        pass
+    in_forward = gathered.gathered
+    for _ in gathered.modules(len(order) - forward):
+        pass
+    return in_forward, gathered.gathered - in_forward
+
+
+def _new_gathered(job: Job, engine: DeepSpeedConfig, numel: dict[str, int], order: list[list[str]]) -> _Gathered:
+    small = frozenset(name for name, size in numel.items() if size <= engine.stage3_persistence_elements)
+    return _Gathered(
+        numel,
+        order,
+        job.ranks,
+        width_of(job),
+        engine.stage3_prefetch_elements,
+        engine.stage3_max_live_elements,
+        small,
+        available=set(small),
+    )
+
+
+def _module_order(job: Job, shapes: Shapes) -> tuple[int, int, int, list[list[str]]]:
+    """(modules before the blocks, in a block, after them, all modules' parameters in the order of their use in a step)."""
+    modules: dict[str, list[str]] = {}
+    for name in shapes:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    if job.model.tied_head:
+        modules["head"] = ["embedding.weight"]
+    names = list(modules)
+    # The model and each block are modules too: they need nothing, but what comes next is gathered ahead as they begin.
+    first = [[], *(modules[name] for name in ("embedding", "positions") if name in modules)]
+    last = [modules[name] for name in ("norm", "head") if name in modules]
+    blocks = [[[], *(modules[n] for n in names if n.startswith(f"blocks.{i}."))] for i in range(job.model.num_layers)]
+    order = [*first, *(module for block in blocks for module in block), *last]
+    order += reversed(last)
+    for number in reversed(range(job.model.num_layers)):
+        if checkpointing_of(job, number) != "none":
+            order += blocks[number]
+        order += reversed(blocks[number])
+    order += reversed(first)
+    return len(first), len(blocks[0]), len(last), order
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def _state_bytes(job: Job, shapes: Shapes) -> int:
+    return sum(state_bytes(job.optim, name, shape) * shape.numel() for name, shape in shapes.items())

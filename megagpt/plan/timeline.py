@@ -1,0 +1,185 @@
+"""What every engine's memory plan is made of: the job, the timeline of allocations, and the rules by which tensors are cut."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+import torch
+
+from megagpt.engine.build import whole_shapes
+from megagpt.engine.config import EngineConfig, Precision
+from megagpt.engine.optim import STATES, OptimConfig
+from megagpt.model.gpt import ModelConfig
+from megagpt.plan.trace import Activations, Gradients, Kernels, Span, TraceKey, trace
+
+Shapes = dict[str, torch.Size]
+
+
+def shapes_of(model: ModelConfig) -> Shapes:
+    """Name and whole shape of every parameter."""
+    return _shapes_of(cast(Hashable, model))  # frozen, which pydantic makes hashable
+
+
+@lru_cache(maxsize=16)
+def _shapes_of(model: Any) -> Shapes:
+    return whole_shapes(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What of a run its memory depends on."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    optim: OptimConfig
+    precision: Precision
+    micro_batch_size: int
+    seq_len: int
+    ranks: int
+    accumulation: int = 1
+    checkpoint_every: int = 0
+    checkpoint_selectively: bool = False
+    kernels: Kernels = "gpu"
+    documents: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The most bytes of tensors that a rank holds in a step, by part, and the phase in which it does.
+
+    host: bytes of states that offloading keeps in host memory, per rank.
+    """
+
+    peak: int
+    phase: str
+    parts: dict[str, int]
+    peaks: dict[str, int]
+    host: int = 0
+
+
+@dataclass
+class Timeline:
+    """Bytes by part that are alive now, and at the highest moment so far, per phase."""
+
+    live: dict[str, int] = field(default_factory=dict)
+    phase: str = "start"
+    peaks: dict[str, int] = field(default_factory=dict)
+    at_peak: tuple[int, str, dict[str, int]] = (0, "", {})
+    host: int = 0
+
+    def change(self, part: str, size: int) -> None:
+        """Allocate, or release with a negative size."""
+        self.live[part] = self.live.get(part, 0) + size
+        self.touch()
+
+    def keep(self, part: str, size: int, *, on_host: bool) -> None:
+        """Allocate for good, here or in host memory."""
+        if on_host:
+            self.host += size
+        else:
+            self.change(part, size)
+
+    def drop(self, *parts: str) -> None:
+        """Release all of some parts."""
+        for part in parts:
+            self.live.pop(part, None)
+
+    def touch(self, more: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Take note of what is alive, with `more` on top for a moment."""
+        total = sum(self.live.values()) + sum(more.values())
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), total)
+        if total > self.at_peak[0]:
+            parts = dict(self.live)
+            for part, size in more.items():
+                parts[part] = parts.get(part, 0) + size
+            self.at_peak = (total, self.phase, parts)
+
+    def span(self, part: str, span: Span) -> None:
+        """A part of a pass."""
+        self.touch({part: span.peak})
+        self.change(part, span.left)
+
+
+def state_bytes(optim: OptimConfig, name: str, shape: torch.Size) -> int:
+    """Bytes of optimizer states per element of a parameter."""
+    matrix = len(shape) >= 2 and name.startswith("blocks.")
+    kind = optim.kind if optim.kind != "muon" or matrix else "adamw"
+    return 4 * len(STATES[kind])
+
+
+def units_of(shapes: Shapes) -> tuple[Shapes, Shapes]:
+    """(a block's parameters, the root's)."""
+    block = {name: shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    root = {name: shape for name, shape in shapes.items() if not name.startswith("blocks.")}
+    return block, root
+
+
+def shard_elements(shape: torch.Size, shards: int) -> int:
+    """Elements of a shard by torch.chunk's rule along the first dimension, the first rank's."""
+    return -(-shape[0] // shards) * (shape.numel() // shape[0])
+
+
+def width_of(job: Job) -> int:
+    return 2 if job.precision == "bf16" else 4
+
+
+def checkpointing_of(job: Job, number: int) -> Literal["none", "selective", "full"]:
+    if not job.checkpoint_every or number % job.checkpoint_every:
+        return "none"
+    return "selective" if job.checkpoint_selectively else "full"
+
+
+def trace_block(job: Job, number: int, gradients: Gradients, *, casts: bool = False) -> Activations:
+    key = TraceKey(
+        job.model,
+        job.micro_batch_size,
+        job.seq_len,
+        job.precision,
+        checkpointing_of(job, number),
+        job.kernels,
+        gradients,
+        documents=job.documents,
+        casts=casts,
+    )
+    return trace(key)
+
+
+def play_passes(
+    job: Job,
+    timeline: Timeline,
+    mode: Gradients,
+    *,
+    casts: bool = False,
+    micro: int = 0,
+    before_backward: Mapping[str, int] = MappingProxyType({}),
+    after_elements: Mapping[int, Mapping[str, int]] = MappingProxyType({}),
+    beside_block: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Both passes of a model whose weights are whole, its gradients counted among the activations.
+
+    before_backward: allocated between the passes; after_elements: allocated once that many
+    elements of gradients have been made; beside_block: for a moment in each block's backward pass from then on.
+    """
+    layers = job.model.num_layers
+    timeline.span("activations", trace_block(job, 0, mode, casts=casts).embedding)
+    for number in range(layers):
+        timeline.span("activations", trace_block(job, number, mode, casts=casts).block)
+    timeline.span("activations", trace_block(job, layers - 1, mode, casts=casts).head)
+    timeline.phase = f"backward {micro + 1}"
+    for part, size in before_backward.items():
+        timeline.change(part, size)
+    timeline.span("activations", trace_block(job, layers - 1, mode, casts=casts).head_backward)
+    block, root = units_of(shapes_of(job.model))
+    made = sum(shape.numel() for name, shape in root.items() if name.startswith("head"))
+    waiting = dict(after_elements)
+    for number in reversed(range(layers)):
+        made += sum(shape.numel() for shape in block.values())
+        for elements in [elements for elements in waiting if made > elements]:
+            for part, size in waiting.pop(elements).items():
+                timeline.change(part, size)
+        span = trace_block(job, number, mode, casts=casts).block_backward
+        timeline.touch({"activations": span.peak, **({} if waiting else beside_block)})
+        timeline.span("activations", span)
+    timeline.span("activations", trace_block(job, 0, mode, casts=casts).embedding_backward)

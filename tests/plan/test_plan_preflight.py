@@ -1,0 +1,106 @@
+"""Ten mistakes in a job, each caught before it is submitted with a sentence that says what to do."""
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import settings, write_shards
+
+from megagpt.config import UserError, validate
+from megagpt.plan.preflight import preflight_job
+from megagpt.plan.run_plan import PlanConfig, RunPlan, cluster_of, make_plan
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "a rank without samples": ({"gpus": 64}, "ranks would have none; raise it to"),
+    "a batch that does not divide": (
+        {"gpus": 2, "global_batch_size": 10, "micro_batch_size": 4},
+        "is not a multiple of micro_",
+    ),
+    "groups that do not divide": (
+        {"gpus": 2, "engine": {"kind": "fsdp", "shard_size": 3}},
+        "engine.shard_size=3 does not divide the 2 ranks",
+    ),
+    "a warm-up that never ends": ({"optim": {"schedule": {"warmup_steps": 5000}}}, "the run would end in its warm-up"),
+    "a run without checkpoints": ({"save_every_steps": 100_000}, "a failure loses the whole run"),
+    "a vocabulary that is too small": ({"model.vocab_size": 100}, "set it to 320"),
+    "data read too often": ({"max_steps": 1_000_000}, "train for fewer steps or on more data"),
+    "more memory than there is": ({"gpu_memory_gib": 0.5}, "fit=true searches settings that fit"),
+    "an engine that is inexact": ({"engine": {"zero_stage": 0}, "precision": "bf16"}, "use 1 to 3"),
+    "checkpointing that ends with an error": (
+        {"gpus": 2, "engine": {"zero_stage": 3}, "activation_checkpointing": "selective"},
+        "use full, or engine.kind=fsdp",
+    ),
+    "sbatch for other GPUs": ({"gpus": 2, "sbatch": "--nodes=2 --gpus-per-node=8 --signal=B:USR1@300"}, "make them equal"),
+    "no warning before the time limit": ({"sbatch": "--time=24:00:00"}, "give B:USR1@300"),
+    "a time limit within the warning": ({"sbatch": "--time=5 --signal=B:USR1@300"}, "told to stop as it starts"),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("plan_shards"))
+
+
+def config_of(shards: Path, run_dir: Path, changes: dict[str, Any]) -> PlanConfig:
+    values = settings(shards, run_dir)
+    for key, value in {"gpus": 1, **changes}.items():
+        target, *rest = key.split(".")
+        if rest:
+            values[target] = {**values[target], rest[0]: value}
+        else:
+            values[target] = value
+    return validate(PlanConfig, values, source="test")
+
+
+def problems_of(config: PlanConfig) -> list[str]:
+    cluster = cluster_of(config)
+    plan: RunPlan | UserError
+    try:
+        plan = make_plan(config.train_config(), cluster)
+    except UserError as error:
+        plan = error
+    return preflight_job(config, cluster, plan)
+
+
+def test_a_sound_job_passes(shards: Path, tmp_path: Path) -> None:
+    assert problems_of(config_of(shards, tmp_path / "run", {"sbatch": "--time=1-00 --signal=B:USR1@300"})) == []
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_caught(name: str, shards: Path, tmp_path: Path) -> None:
+    changes, sentence = MISTAKES[name]
+    found = problems_of(config_of(shards, tmp_path / "run", changes))
+    assert any(sentence in problem for problem in found), found
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    found = problems_of(config_of(tmp_path / "none", tmp_path / "run", {}))
+    assert any(str(tmp_path / "none") in problem for problem in found)
+
+
+def test_a_script_is_checked(shards: Path, tmp_path: Path) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --signal=B:USR1@300\nif true; then\n", encoding="utf-8")
+    found = problems_of(config_of(shards, tmp_path / "run", {"script": script}))
+    assert any("not valid for bash" in problem for problem in found)
+    assert any("--requeue" in problem for problem in found)
+    assert problems_of(config_of(shards, tmp_path / "run", {"script": PROJECT / "slurm" / "pretrain.sh"})) == []
+
+
+@pytest.mark.slow
+def test_7b_on_512_ranks_takes_less_than_a_minute_and_2_gib() -> None:
+    words = ["configs/train/gpt_7b.yaml", "gpus=512", "summary=true", "preflight=true"]
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "tools/plan_run.py", *words], cwd=PROJECT, capture_output=True, text=True, timeout=600
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "plan: 6.74 B parameters on 512 x h100_80gb" in done.stdout, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60, f"{time.perf_counter() - began:.0f} s"
+    assert after.ru_maxrss < 2 * 2**20  # KiB, of the largest child so far
