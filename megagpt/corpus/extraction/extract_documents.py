@@ -1,6 +1,7 @@
 """From dumps to documents: the first stage, which ties the readers of dumps to the extractors of text."""
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from pydantic import Field
 
 from megagpt.config import Config
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.extraction.html import main_text, parse_page, prose
+from megagpt.corpus.extraction.html import Comments, main_text, parse_page, prose
+from megagpt.corpus.extraction.markup import Markup
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import Format, format_of, input_blocks, list_inputs, local_copy
 from megagpt.corpus.readers.mediawiki import wiki_outcomes
@@ -25,6 +27,13 @@ from megagpt.settings_record import MadeWith, fingerprint
 
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
 MAX_UNREADABLE = 0.05
+_SAY_NOTHING = frozenset(("application/octet-stream", "binary/octet-stream", "application/x-download", "unknown/unknown", "unknown", "*/*"))
+_NO_PAGE = re.compile(
+    r"^(?!https?:|ftps?:|file:|gopher:|gemini:)[a-z][a-z0-9+.\-]*:|^https?://[^/?#]*/(?:robots|ads|app-ads|humans|security|"
+    r"\.well-known/security)\.txt(?:[?#]|$)|\.(?:appcache|webmanifest)(?:[?#]|$)",
+    re.IGNORECASE,
+)
+"""Records that crawlers keep beside pages: wget's logs and arguments (metadata:), DNS answers, robots.txt, manifests."""
 
 FORMAT = 2
 """Of the stage; it grows when the same settings give other results, or files of another form."""
@@ -43,6 +52,10 @@ class ExtractConfig(Config):
     """Name of the corpus; every document carries it."""
     extractor: Literal["fast", "trafilatura"] = "fast"
     """HTML to main text: megagpt's own, or trafilatura (ten times slower)."""
+    markup: Markup = "text"
+    """What HTML pages become: plain text, or Markdown (headings, lists, tables, code with its language)."""
+    comments: Comments = "drop"
+    """Readers' comments below an article: drop or keep. The posts of a forum's thread are kept in any case."""
     languages: tuple[str, ...] = ()
     """Languages that are wanted (ISO 639 codes as fastText's lid.176 has them): HTML pages that are surely in another one are
     rejected before their main text is looked for. Empty: all are extracted. The language filter still decides on the rest."""
@@ -110,7 +123,10 @@ def _page_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outcome]:
     if message.status is not None and not 200 <= message.status < 300:
         yield Rejected(empty, "source:status")
         return
-    mime = content_type.partition(";")[0].strip().lower() or _guess_mime(message.body)
+    if record.url and _NO_PAGE.search(record.url):
+        yield Rejected(empty, "source:not_a_page")
+        return
+    mime = _mime(content_type, record, message.body)
     if mime not in HTML | PLAIN:
         yield Rejected(empty, "source:mime")
         return
@@ -134,7 +150,7 @@ def _text_outcome(empty: Document, decoded: Decoded, mime: str, config: ExtractC
             if mime in PLAIN:
                 text = decoded.text.strip()
             else:
-                text, title, language = _page_text(decoded.text, config)
+                text, title, language = _page_text(decoded.text, empty.url, config)
     except CpuLimitExceededError:
         return Rejected(empty, "source:cpu_limit")
     except Exception as error:  # third-party parsers on hostile input
@@ -146,19 +162,20 @@ def _text_outcome(empty: Document, decoded: Decoded, mime: str, config: ExtractC
     return document if text else Rejected(document, "source:no_text")
 
 
-def _page_text(page: str, config: ExtractConfig) -> tuple[str, str, dict[str, JsonValue] | None]:
+def _page_text(page: str, url: str | None, config: ExtractConfig) -> tuple[str, str, dict[str, JsonValue] | None]:
     """(main text, title, language) of an HTML page; language and score only for a page that is surely in an unwanted one."""
-    parsed = parse_page(page) if config.languages or config.extractor == "fast" else None
+    parsed = parse_page(page, url) if config.languages or config.extractor == "fast" else None
     if parsed and config.languages and (sample := prose(parsed)):
         label, score = load_language_model(bundled_language_model())(sample)
         if label not in config.languages and score >= config.min_other_language_score:
             return sample, parsed.title, {"language": label, "language_score": round(score, 4)}
     if config.extractor == "fast" and parsed:
-        extracted = main_text(parsed)
+        extracted = main_text(parsed, markup=config.markup, comments=config.comments)
         return extracted.text, extracted.title, None
     import trafilatura
 
-    return trafilatura.extract(page, include_comments=False) or "", "", None
+    kind = "markdown" if config.markup == "markdown" else "txt"
+    return trafilatura.extract(page, include_comments=config.comments == "keep", output_format=kind) or "", "", None
 
 
 def _conversion_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outcome]:
@@ -167,6 +184,17 @@ def _conversion_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outc
     yield from (Fault(problem, _readable(record.where)) for problem in decoded.problems)
     document = Document(record.where, decoded.text.strip(), config.source, record.url, {"date": record.date})
     yield document if document.text else Rejected(document, "source:empty")
+
+
+def _mime(content_type: str, record: Record, body: bytes) -> str:
+    """Type of a page: the first of the declared ones (a header may list several) that is text, else what the crawler identified,
+    else, where the declared type says nothing, what the body begins like."""
+    declared = [part.partition(";")[0].strip().lower() for part in content_type.split(",")]
+    identified = record.headers.get("warc-identified-payload-type", "").partition(";")[0].strip().lower()
+    found = next((mime for mime in (*declared, identified) if mime in HTML | PLAIN), None)
+    if found:
+        return found
+    return _guess_mime(body) if not declared[0] or declared[0] in _SAY_NOTHING else declared[0]
 
 
 def _guess_mime(body: bytes) -> str:

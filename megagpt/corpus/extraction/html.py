@@ -10,16 +10,40 @@ scoring of bodies follows readability.
 
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
-from megagpt.corpus.extraction.page_lines import ALWAYS_BAD, RAW_TAGS, PageLines, body_kind, is_furniture, read_page, words
+from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict
+from megagpt.corpus.extraction.formulas import replace_formulas
+from megagpt.corpus.extraction.json_articles import article_of_json
+from megagpt.corpus.extraction.markup import Markup, Structure, read_structure, write
+from megagpt.corpus.extraction.page_lines import (
+    ALWAYS_BAD,
+    HEADINGS,
+    RAW_TAGS,
+    PageLines,
+    body_kind,
+    class_of_holder,
+    element_class,
+    is_named_thread,
+    judge_element,
+    read_page,
+    width,
+    words,
+)
 
+Comments: TypeAlias = Literal["drop", "keep"]
 MIN_BODY_CHARACTERS = 200  # a named element with less prose is not the body
-SMALL_BODY = 1500  # a body found by density with less prose than this may be a part of it
 MIN_LEAD_CHARACTERS = 80
+MEANINGLESS = 0.5  # a name that holds more of the page's prose says nothing
+MOST_COMMENTS = 0.8  # and so much of it is a thread, not an article's comments
+WEAK_PROSE = 80  # an element with as much prose, few links and a weak name stays
+GROUP = 1.4  # siblings of one class that hold so many times the prose of one of them belong to the body
+EDGE_LINE = 60  # a line this wide without links is text: what stands before the first and behind the last is an edge
 LONG_LINE = 60  # characters, for `prose`
 PROSE_CHARACTERS = 1000
 _REMOVED = sorted(RAW_TAGS)
@@ -41,20 +65,61 @@ class ParsedPage:
 
     lines: PageLines
     title: str
+    is_thread: bool
+    """Whether the head says that the page is a thread of a forum, or a question with its answers."""
+    source: str
+    """The page as it was parsed."""
 
 
-def extract_html(page: str) -> Extracted:
-    """The main text of an HTML page, paragraphs on lines of their own, and its title. Text is empty if there is none."""
-    return main_text(parse_page(page))
+def extract_html(page: str, url: str | None = None, *, markup: Markup = "text", comments: Comments = "drop") -> Extracted:
+    """The main text of an HTML page, paragraphs on lines of their own, and its title. Text is empty if there is none.
+
+    url: the page's address, if known: it tells threads of forums. markup: plain text or Markdown. comments: whether readers'
+    comments below an article stay; posts of a thread always do.
+    """
+    return main_text(parse_page(page, url), markup=markup, comments=comments)
 
 
-def parse_page(page: str) -> ParsedPage:
+def parse_page(page: str, url: str | None = None) -> ParsedPage:
     """Parse a page and read its lines: the one part of extraction that all pages need."""
-    tree = LexborHTMLParser(page)
+    from megagpt.corpus.extraction.page_guard import limit_page
+
+    source = limit_page(_open_shadow_roots(page))
+    tree = LexborHTMLParser(source)
     title_node = tree.css_first("title")
     title = " ".join(title_node.text().split()) if title_node is not None else ""
+    is_thread = _says_thread(tree, page, url)
+    replace_formulas(tree, source)
     tree.strip_tags(_REMOVED)
-    return ParsedPage(read_page((tree.body.html if tree.body is not None else None) or ""), title)
+    return ParsedPage(read_page((tree.body.html if tree.body is not None else None) or ""), title, is_thread, source)
+
+
+def _open_shadow_roots(page: str) -> str:
+    """The page with its declarative shadow roots as plain elements: their content is shown."""
+    if "shadowroot" not in page:
+        return page
+    opened = 0
+    pieces, at = [], 0
+    for match in _TEMPLATE.finditer(page):
+        is_root = match[1] == "" and "shadowroot" in match[0]
+        if is_root or (opened and match[1]):
+            pieces += [page[at : match.start()], "<div>" if is_root else "</div>"]
+            at = match.end()
+        opened += is_root - bool(match[1] and opened)
+    return "".join([*pieces, page[at:]])
+
+
+def _says_thread(tree: LexborHTMLParser, page: str, url: str | None) -> bool:
+    """Whether a page's address, the program that made it or its own description is a forum's."""
+    if (url and _THREAD.search(url)) or any(name in page for name in _THREAD_TYPES):
+        return True
+    if tree.head is None:
+        return False
+    for selector, name in (("link[rel=canonical]", "href"), ('meta[property="og:url"]', "content"), ("meta[name=generator]", "content")):
+        for node in tree.head.css(selector):
+            if _THREAD.search(node.attributes.get(name) or ""):
+                return True
+    return False
 
 
 def prose(page: ParsedPage) -> str:
@@ -65,38 +130,107 @@ def prose(page: ParsedPage) -> str:
     return " ".join(" ".join(chosen[:PROSE_CHARACTERS])[:PROSE_CHARACTERS].split())
 
 
-def main_text(page: ParsedPage) -> Extracted:
+def main_text(page: ParsedPage, *, markup: Markup = "text", comments: Comments = "drop") -> Extracted:
     """The main text of a parsed page."""
-    return Extracted(unicodedata.normalize("NFC", "\n".join(_main_lines(page.lines))), page.title)
+    text = _text(page, markup, keep_comments=comments == "keep")
+    if width(text) < MIN_BODY_CHARACTERS:
+        text = _last_resort(page, text, markup)
+    return Extracted(unicodedata.normalize("NFC", text), page.title)
 
 
-def _main_lines(page: PageLines) -> list[str]:
-    """The lines of the body, without what is to be dropped."""
+def _text(page: ParsedPage, markup: Markup, *, keep_comments: bool) -> str:
+    lines = page.lines
+    parent_of = _parents(lines.depths.tolist())
+    structure = read_structure(lines, parent_of)
+    chosen = _main_lines(lines, parent_of, structure, is_thread=page.is_thread, keep_comments=keep_comments)
+    return write(lines, chosen, structure, parent_of, markup)
+
+
+def _last_resort(page: ParsedPage, text: str, markup: Markup) -> str:
+    """The article where it is when it is nowhere else on the page: in noscript or other elements that are dropped, in JSON-LD."""
+    if _FALLBACK.search(page.source):
+        opened = parse_page(_FALLBACK.sub("", page.source))
+        found = _text(opened, markup, keep_comments=False)
+        if width(found) >= max(MIN_BODY_CHARACTERS, 2 * width(text)):
+            return found
+    found = article_of_json(page.source)
+    return found if width(found) >= max(MIN_BODY_CHARACTERS, 2 * width(text)) else text
+
+
+def _main_lines(
+    page: PageLines, parent_of: list[int], structure: Structure, *, is_thread: bool, keep_comments: bool
+) -> list[int]:
+    """Numbers of the lines of the body, without what is to be dropped."""
     own = page.sizes - page.links
     good = np.where((own > 40) & np.array([tag in _PROSE for tag in page.tags], bool), own, 0)
-    dropped, kept = np.zeros(len(page.texts), bool), good
+    verdicts = _verdicts(page)
+    consent = np.zeros(len(page.texts), bool)
+    for i, verdict in verdicts.items():
+        if verdict.level == CONSENT:
+            consent[page.starts[i] : page.ends[i]] = True
+    if (good[~consent].sum() >= MIN_BODY_CHARACTERS) or not good.sum():
+        good = np.where(consent, 0, good)
+    meaningless = _meaningless(page, verdicts, good)
+    if is_thread or COMMENTS in meaningless or _is_in_thread(page, good):
+        is_thread, meaningless = True, meaningless | {COMMENTS, "message"}
+    if keep_comments:
+        meaningless |= {COMMENTS}
+    dropped, kept = consent, good
     for by_name in (True, False):
-        dropped = _dropped(page, good, by_name=by_name)
+        dropped = consent | _dropped(page, good, verdicts if by_name else {}, meaningless)
         kept = np.where(dropped, 0, good)
         if kept.sum() >= 0.2 * good.sum():
             break
-    start, end = _find_body(page, kept)
+    start, end = _find_body(page, kept, parent_of, is_thread=is_thread)
     lines = _lead(page, start, kept) + (start + np.flatnonzero(~dropped[start:end])).tolist()
-    return [page.texts[i] for i in _trim(page, lines)]
+    return _trim(page, lines, structure)
 
 
-def _dropped(page: PageLines, good: np.ndarray, *, by_name: bool) -> np.ndarray:
-    """Which lines go: those in elements that look like furniture (by_name: also by what they are called) or are mostly links,
-    unless much of the page's prose, `good` by line, is in them. bool [lines]."""
+def _is_in_thread(page: PageLines, good: np.ndarray) -> bool:
+    """Whether an element that holds most of the page's prose is named like a thread."""
+    inside = _inside(page, good)
+    return any(is_named_thread(page, i) for i in np.flatnonzero((inside > 0) & (inside >= 0.5 * good.sum())).tolist())
+
+
+def _verdicts(page: PageLines) -> dict[int, Verdict]:
+    """What names say of the elements that hold lines, where they say something."""
+    found: dict[int, Verdict] = {}
+    named = (page.ends > page.starts) & (page.attributes[:, (0, 2, 4)] >= 0).any(axis=1)
+    for i in np.flatnonzero(named).tolist():
+        verdict = judge_element(page, i)
+        if verdict.level:
+            found[i] = verdict
+    return found
+
+
+def _meaningless(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray) -> set[str]:
+    """Words of names in which, taken together, most of the page's prose is."""
+    sums = np.concatenate([[0], np.cumsum(good)]).tolist()
+    prose: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for i, verdict in verdicts.items():
+        start, end = int(page.starts[i]), int(page.ends[i])
+        if start >= ends.get(verdict.word, 0):
+            ends[verdict.word] = end
+            prose[verdict.word] = prose.get(verdict.word, 0) + sums[end] - sums[start]
+    return {word for word, size in prose.items() if size > (MOST_COMMENTS if word == COMMENTS else MEANINGLESS) * sums[-1]}
+
+
+def _dropped(page: PageLines, good: np.ndarray, verdicts: dict[int, Verdict], meaningless: set[str]) -> np.ndarray:
+    """Which lines go: those in elements that look like boilerplate or are mostly links, unless much of the page's prose, `good`
+    by line, is in them. bool [lines]."""
     sizes, links, prose = (_inside(page, values) for values in (page.sizes, page.links, good))
     may_be_bad = prose <= 0.5 * good.sum()
     mostly_links = (links > 0.5 * sizes) & (prose <= 0.3 * good.sum())
+    rich = (prose >= WEAK_PROSE) & (prose > 0.5 * sizes) & (links < 0.25 * sizes)
     dropped, end = np.zeros(len(page.texts), bool), 0
     for i in np.flatnonzero((sizes > 0) & may_be_bad).tolist():
         if page.ends[i] <= end:
             continue  # it lies in one that goes
         name = page.names[i]
-        bad = name in ALWAYS_BAD or (mostly_links[i] and name in _MAY_BE_LINKS) or (by_name and is_furniture(page, i))
+        bad = name in ALWAYS_BAD or (mostly_links[i] and name in _MAY_BE_LINKS)
+        if not bad and (verdict := verdicts.get(i)) and verdict.word not in meaningless:
+            bad = verdict.level >= STRONG or not rich[i]
         if bad:
             end = int(page.ends[i])
             dropped[page.starts[i] : end] = True
@@ -109,13 +243,34 @@ def _inside(page: PageLines, values: np.ndarray) -> np.ndarray:
     return sums[page.ends] - sums[page.starts]
 
 
-def _find_body(page: PageLines, kept: np.ndarray) -> tuple[int, int]:
-    """Lines of the first element of the surest kind that holds enough of the page's prose, else of the densest one."""
+def _find_body(page: PageLines, kept: np.ndarray, parent_of: list[int], *, is_thread: bool) -> tuple[int, int]:
+    """Lines of the first element of the surest kind that holds enough of the page's prose, else of the densest one; of a thread
+    those of all its posts."""
     inside = _inside(page, kept)
     large = np.flatnonzero((inside >= MIN_BODY_CHARACTERS) & (inside >= 0.3 * kept.sum())).tolist()
     named = [(kind, number) for number in large if (kind := body_kind(page, number))]
-    number = min(named)[1] if named else _densest(page, kept.tolist(), inside)
+    number = min(named)[1] if named else _densest(page, kept.tolist(), inside, parent_of)
+    start, end = _with_siblings(page, number, inside, parent_of)
+    sums = np.concatenate([[0], np.cumsum(kept)])
+    if is_thread or sums[end] - sums[start] > GROUP * inside[number]:
+        return start, end
     return int(page.starts[number]), int(page.ends[number])
+
+
+def _with_siblings(page: PageLines, number: int, inside: np.ndarray, parent_of: list[int]) -> tuple[int, int]:
+    """Lines from the first to the last sibling of an element, or of the nearest one around it, that has siblings of its class."""
+    start, end = int(page.starts[number]), int(page.ends[number])
+    for _ in range(8):
+        name = element_class(page, number)
+        if not number:
+            break
+        if name:
+            siblings = [i for i in np.flatnonzero(page.depths == page.depths[number]).tolist() if parent_of[i] == parent_of[number]]
+            posts = [i for i in siblings if page.ends[i] > page.starts[i] and element_class(page, i) == name]
+            if len(posts) > 1:
+                return int(page.starts[posts[0]]), int(page.ends[posts[-1]])
+        number = parent_of[number]
+    return start, end
 
 
 def _lead(page: PageLines, start: int, kept: np.ndarray) -> list[int]:
@@ -125,10 +280,9 @@ def _lead(page: PageLines, start: int, kept: np.ndarray) -> list[int]:
     return between if len(between) <= 3 else []
 
 
-def _densest(page: PageLines, kept: list[int], inside: np.ndarray) -> int:
+def _densest(page: PageLines, kept: list[int], inside: np.ndarray, parent_of: list[int]) -> int:
     """The element whose children hold the most prose, as readability scores them: parent in full, grandparent half."""
     scores: dict[int, float] = {}
-    parent_of = _parents(page.depths.tolist())
     for i, size in enumerate(kept):
         if size < 25:
             continue
@@ -140,7 +294,7 @@ def _densest(page: PageLines, kept: list[int], inside: np.ndarray) -> int:
         above = parent_of[holder]
         scores[above] = scores.get(above, 0) + points / 2
     best = max(scores, key=lambda index: scores[index], default=0)
-    while best and inside[best] < min(0.5 * inside[0], SMALL_BODY):
+    while best and inside[best] < 0.5 * inside[0]:
         best = parent_of[best]
     return best
 
@@ -155,34 +309,66 @@ def _parents(depths: list[int]) -> list[int]:
     return parents
 
 
-def _trim(page: PageLines, lines: list[int]) -> list[int]:
-    """Drop lines that are only links or only a date, a byline, an address, a notice; and what hangs at the end."""
+def _trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
+    """Drop lines that are only links, labels or advertisements; bylines, dates, addresses, notices at both ends of the text; and
+    what hangs at the end. Rows of data tables and code stay."""
+    fixed = {i for i in lines if structure.rows[i] >= 0 or structure.code[i] >= 0}
+    lines = [i for i in lines if i in fixed or not _is_aside(page, i)]
+    wide = [at for at, i in enumerate(lines) if _is_text(page, i)]
+    first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
+    notices = {at: class_of_holder(page, i) for at, i in enumerate(lines) if i not in fixed and _is_notice(page, i)}
+    repeated = {name for name, count in Counter(notices.values()).items() if name and count >= 3}
     lines = [
         i
-        for i in lines
-        if (page.links[i] < 0.9 * page.sizes[i] or page.sizes[i] > 200)
-        and not (page.sizes[i] < 100 and _JUNK.match(page.texts[i]) and page.tags[i] != "li")
+        for at, i in enumerate(lines)
+        if at not in notices or not (at < first or at > last or notices[at] in repeated or page.links[i] > 0.3 * page.sizes[i])
     ]
-    while lines and _hangs(page, lines[-1]):
+    while lines and lines[-1] not in fixed and _hangs(page, lines[-1]):
         lines.pop()
     return lines
 
 
+def _is_aside(page: PageLines, i: int) -> bool:
+    """Whether a line is only links, only a control's label, or only says that an advertisement follows."""
+    size = page.sizes[i]
+    is_links = page.links[i] >= 0.9 * size and size <= 200
+    return bool(is_links or page.labels[i] >= 0.9 * size or _ADVERTISEMENT.match(page.texts[i]))
+
+
+def _is_text(page: PageLines, i: int) -> bool:
+    """Whether a line is wide, has few links and is no heading."""
+    return bool(page.sizes[i] - page.links[i] >= EDGE_LINE and page.tags[i] not in HEADINGS)
+
+
+def _is_notice(page: PageLines, i: int) -> bool:
+    """Whether a line reads like a byline, a date, an address, or a button's words."""
+    return bool(page.sizes[i] < 100 and page.tags[i] != "li" and _NOTICE.match(page.texts[i]))
+
+
 def _hangs(page: PageLines, i: int) -> bool:
     """Whether a line at the end is a heading, or a few words that end no sentence."""
-    text = page.texts[i]
-    short = len(text) < 30 and page.tags[i] != "li" and text[-1] not in ".!?\"'”’»…)。！？"
-    return short or page.tags[i] in ("h1", "h2", "h3", "h4", "h5", "h6")
+    tag, text = page.tags[i], page.texts[i].rstrip()
+    short = page.sizes[i] < 30 and tag != "li" and text[-1] not in _SENTENCE_ENDS
+    return short or tag in HEADINGS
 
 
-_JUNK = re.compile(
-    r"(?:\W*(?:advert(?:isement|isements|s)?|anzeige|werbung|publicité|comments?|sponsored)\W*"
-    r"|https?://\S+"
-    r"|(?:by|von|par) [A-Z]\S*(?: \S+){0,3}"
-    r"|(?:first )?(?:updated|published|posted)\b.{0,70}"
-    r"|(?:read|share|sign up|subscribe|follow us|click here|get the latest|get access|like this|don'?t miss|related)\b"
-    r".{0,80}[^.]"
+_THREAD = re.compile(
+    r"//(?:forums?|bbs|boards?|discuss|ask|answers)\.|/(?:forums?|threads?|topics?|t|viewtopic|viewthread|showthread|discussions?|questions?|q|"
+    r"bbs|answers?)[/.\-]|(?:viewtopic|viewthread|showthread|forumdisplay)\.php|"
+    r"\b(?:vbulletin|xenforo|phpbb|discourse|flarum|mybb|discuz|bbpress|invision|simple machines|nodebb|vanilla|fluxbb|kunena|misago)\b",
+    re.IGNORECASE,
+)
+_TEMPLATE = re.compile(r"<(/?)template\b[^<>]*>", re.IGNORECASE)
+_FALLBACK = re.compile(r"</?(?:noscript|template|dialog|menu|button|canvas|object|video|audio)\b[^<>]*>", re.IGNORECASE)
+_THREAD_TYPES = ("DiscussionForumPosting", "QAPage", "schema.org/Question")
+_SENTENCE_ENDS = frozenset(".!?\"'”’»…)]｣。！？．｡」』】）〉》؟۔॥।။၊។៕་།፧።՞՜։;")
+_ADVERTISEMENT = re.compile(r"\W*(?:advert(?:isement|isements|s)?|anzeige|werbung|publicité|comments?|sponsored|广告|廣告)\W*$", re.IGNORECASE)
+_NOTICE = re.compile(
+    r"(?:https?://\S+"
+    r"|(?:[Bb]y|BY|[Vv]on|VON|[Pp]ar|PAR):? [A-ZÀ-ÞА-Я]\S*(?: \S+){0,3}"
+    r"|(?:[Ff]irst )?(?:Updated|UPDATED|updated|Published|PUBLISHED|published|Posted|POSTED|posted)\b.{0,70}"
+    r"|(?:Read|READ|Share|SHARE|Sign [Uu]p|SIGN UP|Subscribe|SUBSCRIBE|Follow [Uu]s|FOLLOW US|Click [Hh]ere|CLICK HERE|"
+    r"Get the latest|Get access|Like this|Don['’]?t miss|DON['’]?T MISS|Related|RELATED)\b.{0,80}"
     r"|(?:\w{3,9}\.?,? )?(?:\d{1,2}\.? \w{3,9}\.?,? \d{4}|\w{3,9}\.? \d{1,2},? \d{4}|\d{1,2}[./]\d{1,2}[./]\d{2,4}).{0,30}"
-    r"|\W+)$",
-    re.I,
+    r"|\W+)(?<![.!?:])$"
 )

@@ -7,8 +7,16 @@ quotes escaped, text has no bare `<` or `&`.
 import numpy as np
 from numba import njit
 
-INLINE, VOID, DROPPED, BREAK, LINK, PREFORMATTED = 1, 2, 4, 8, 16, 32
-"""What an element's name says: INLINE leaves the line as it is, VOID has no end tag, DROPPED goes with all that is in it."""
+INLINE, VOID, DROPPED, BREAK, LINK, PREFORMATTED, HEADING, CONTROL, LABEL, RAISED, LOWERED, CODE = (1 << i for i in range(12))
+"""What an element's name says: INLINE leaves the line as it is, VOID has no end tag, DROPPED goes with all that is in it, CONTROL
+too unless it is in a HEADING, the text of a LABEL is counted; RAISED (sup), LOWERED (sub) and CODE leave a mark in the line."""
+LINE_START, LINE_END, LINE_WIDTH, LINK_WIDTH, LABEL_WIDTH, HOLDER, SOURCE_START, SOURCE_END = range(8)
+"""Columns of a line: its characters [START, END) in `out`, its width and that of its parts in links and in labels, in halves of
+a Latin letter, the element that holds it, and where it is in the source."""
+LINE_COLUMNS = 8
+FIRST_MARK = 0xFDD0
+"""Marks, which Unicode keeps for such use: begin of sup, its end, begin of sub, its end, begin of code, its end."""
+NUM_MARKS = 6
 NAME, DEPTH, START, END, CLASS, CLASS_END, ID, ID_END, OTHER, OTHER_END = range(10)
 """Columns of an element: number of its name, depth, lines [START, END), and where in the source its class, its id and, if it
 has a role, style, itemprop or aria-hidden, all its attributes stand (-1: none)."""
@@ -16,6 +24,7 @@ ELEMENT_COLUMNS = 10
 
 _LT, _GT, _SLASH, _SPACE, _QUOTE, _EQUAL, _AND, _BANG, _DASH, _SEMICOLON, _NEWLINE = (ord(c) for c in '<>/ "=&!-;\n')
 _AMP, _NBSP = ord("a"), ord("n")
+_COLON, _N, _O, _E, _Y, _A, _L = (ord(c) for c in ":noeyal")
 
 
 @njit(cache=True, nogil=True)
@@ -35,6 +44,32 @@ def _is_space(code):
     if code < 0x85:
         return False
     return code in (0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000) or 0x2000 <= code <= 0x200A
+
+
+@njit(cache=True, nogil=True)
+def width_of(code):
+    """Width of a character in halves of a Latin letter: what an ideograph or a syllable says takes two or three letters."""
+    if code < 0x2E80:
+        return 2
+    if 0xAC00 <= code <= 0xD7AF:
+        return 4
+    if code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0xFF00 <= code <= 0xFFEF or 0x20000 <= code <= 0x3FFFF:
+        return 5
+    return 2
+
+
+@njit(cache=True, nogil=True)
+def width_of_all(codes):
+    """Sum of `width_of`."""
+    width = 0
+    for code in codes:
+        width += width_of(code)
+    return width
+
+
+@njit(cache=True, nogil=True)
+def _is_mark(code):
+    return FIRST_MARK <= code < FIRST_MARK + NUM_MARKS
 
 
 @njit(cache=True, nogil=True)
@@ -86,7 +121,9 @@ def _read_attributes(codes, at, watched, row):
             row[CLASS], row[CLASS_END] = first, at
         elif value == watched[1]:
             row[ID], row[ID_END] = first, at
-        elif value == watched[2] or value == watched[3] or value == watched[4] or value == watched[5]:
+        elif (
+            value == watched[2] or value == watched[3] or value == watched[4] or value == watched[5] or value == watched[6]
+        ):
             row[OTHER] = start
         at += 1
     while at < size and codes[at] != _GT:
@@ -97,48 +134,67 @@ def _read_attributes(codes, at, watched, row):
 
 
 @njit(cache=True, nogil=True)
-def _end_line(out, begin, end, raw, link, element, lines, count):
-    """Close the line out[begin:end]: (its end in `out`, lines there are now). A line of white space is none."""
+def _end_line(out, begin, end, raw, line):
+    """Close the line out[begin:end] and fill its columns START, END, WIDTH: (its end in `out`, 1 if it is a line, else 0). A line
+    of white space and marks is none."""
+    first = begin
     if raw:
         while begin < end and out[end - 1] == _NEWLINE:
             end -= 1
-        first = begin
         while first < end and out[first] == _NEWLINE:
             first += 1
-        blank = True
-        for i in range(first, end):
-            blank = blank and _is_space(out[i])
-        if blank:
-            return begin, count
-        lines[count, 0] = first
-    else:
-        if begin == end:
-            return begin, count
-        lines[count, 0] = begin
-    lines[count, 1], lines[count, 2], lines[count, 3] = end, link, element
-    return end, count + 1
+    blank, width = True, 0
+    for i in range(first, end):
+        code = out[i]
+        if not _is_mark(code):
+            blank = blank and _is_space(code)
+            width += width_of(code)
+    if blank:
+        return begin, 0
+    line[LINE_START], line[LINE_END], line[LINE_WIDTH] = first, end, width
+    return end, 1
+
+
+@njit(cache=True, nogil=True)
+def _is_hidden(codes, at, end):
+    """Whether a style among the attributes in [at, end) says `display:none`."""
+    while at + 12 <= end:
+        if codes[at] == _COLON:
+            value = at + 1 + (codes[at + 1] == _SPACE)
+            if (
+                codes[value] == _N
+                and codes[value + 1] == _O
+                and codes[value + 2] == _N
+                and codes[value + 3] == _E
+                and codes[at - 1] == _Y
+                and codes[at - 2] == _A
+                and codes[at - 3] == _L
+            ):
+                return True
+        at += 1
+    return False
 
 
 @njit(cache=True, nogil=True)
 def read_page(codes, hashes, numbers, flags, watched):
     """Lines and elements of a page.
 
-    codes: uint32, the page's characters. hashes (ascending), numbers: known names of elements; flags: uint8 by number. watched:
-    see `_read_attributes`. Returns out (uint32, the lines' characters), lines (int64 [lines, 4]: start and end in out,
-    characters in links without newlines, element that holds it) and elements (int64 [elements, ELEMENT_COLUMNS]; the first
-    is the root).
+    codes: uint32, the page's characters. hashes (ascending), numbers: known names of elements; flags: uint16 by number, of
+    number 0 those of unknown names. watched: see `_read_attributes`. Returns out (uint32, the lines' characters), lines (int64
+    [lines, LINE_COLUMNS]) and elements (int64 [elements, ELEMENT_COLUMNS]; the first is the root).
     """
     size, num_tags = codes.size, 2
     for code in codes:
         num_tags += code == _LT
-    out, lines = np.empty(size + 1, np.uint32), np.empty((num_tags, 4), np.int64)
+    out, lines = np.empty(size + 1, np.uint32), np.empty((num_tags, LINE_COLUMNS), np.int64)
     elements = np.full((num_tags, ELEMENT_COLUMNS), -1, np.int64)
     stack = np.empty(num_tags, np.int64)
     elements[0, :3] = 0
     num_lines, num_elements, depth, skipped = 0, 1, 0, 0
     stack[0] = 0
-    at, begin, end, link = 0, 0, 0, 0
-    space = in_link = raw = False
+    at, begin, end, link, label, source = 0, 0, 0, 0, 0, 0
+    space = in_link = in_label = raw = False
+    headings = 0
     while at < size:
         code = codes[at]
         if code != _LT:
@@ -146,27 +202,29 @@ def read_page(codes, hashes, numbers, flags, watched):
             if code == _AND:
                 code, length = _entity(codes, at)
             at += length
-            if skipped:
+            if skipped or _is_mark(code):
                 continue
-            if raw:
-                out[end] = code
-                end += 1
-                link += in_link and code != _NEWLINE
-            elif _is_space(code):
-                space = end > begin
-            else:
+            if not raw:
+                if _is_space(code):
+                    space = end > begin
+                    continue
                 if space:
                     out[end] = _SPACE
                     end += 1
-                    link += in_link
+                    link += 2 * in_link
+                    label += 2 * in_label
                     space = False
-                out[end] = code
-                end += 1
-                link += in_link
+            out[end] = code
+            end += 1
+            if in_link and code != _NEWLINE:
+                link += width_of(code)
+            if in_label:
+                label += width_of(code)
             continue
         if at + 3 < size and codes[at + 1] == _BANG:
             at = _skip_comment(codes, at)
             continue
+        tag = at
         closing = at + 1 < size and codes[at + 1] == _SLASH
         name_start = at + 2 if closing else at + 1
         at = name_start
@@ -181,19 +239,41 @@ def read_page(codes, hashes, numbers, flags, watched):
             if not kind & VOID:
                 skipped += -1 if closing else 1
             continue
-        if kind & DROPPED:
+        if kind & DROPPED or (kind & CONTROL and not headings):
             skipped = 0 if closing or kind & VOID else 1
             continue
         if kind & INLINE:
+            if row[OTHER] >= 0 and _is_hidden(codes, row[OTHER], row[OTHER_END]):
+                skipped = 1
+                continue
             if kind & LINK:
                 in_link = not closing
+            if kind & LABEL:
+                in_label = not closing
+            if kind & (RAISED | LOWERED | CODE):
+                if space and not closing:
+                    out[end] = _SPACE
+                    end += 1
+                    link += 2 * in_link
+                    label += 2 * in_label
+                    space = False
+                mark = 0 if kind & RAISED else 2 if kind & LOWERED else 4
+                out[end] = FIRST_MARK + mark + closing
+                end += 1
             continue
         if kind & VOID and not kind & BREAK:
             continue
-        end, num_lines = _end_line(out, begin, end, raw, link, stack[depth], lines, num_lines)
-        begin, link, space = end, 0, False
+        end, is_line = _end_line(out, begin, end, raw, lines[num_lines])
+        if is_line:
+            line = lines[num_lines]
+            line[LINK_WIDTH], line[LABEL_WIDTH], line[HOLDER] = link, label, stack[depth]
+            line[SOURCE_START], line[SOURCE_END] = source, tag
+            num_lines += 1
+        begin, link, label, space, source = end, 0, 0, False, at
         if kind & BREAK:
             continue
+        if kind & HEADING:
+            headings += -1 if closing else 1
         if closing:
             if depth > 0:
                 elements[stack[depth], END] = num_lines
@@ -205,7 +285,11 @@ def read_page(codes, hashes, numbers, flags, watched):
             num_elements += 1
         if kind & PREFORMATTED:
             raw = not closing
-    end, num_lines = _end_line(out, begin, end, raw, link, stack[depth], lines, num_lines)
+    end, is_line = _end_line(out, begin, end, raw, lines[num_lines])
+    if is_line:
+        line = lines[num_lines]
+        line[LINK_WIDTH], line[LABEL_WIDTH], line[HOLDER], line[SOURCE_START], line[SOURCE_END] = link, label, stack[depth], source, at
+        num_lines += 1
     for i in range(depth + 1):
         elements[stack[i], END] = num_lines
     return out[:end], lines[:num_lines], elements[:num_elements]

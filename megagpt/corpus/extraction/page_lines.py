@@ -6,11 +6,12 @@ body. The vocabulary of ids and classes follows trafilatura's (Barbaresi 2021, A
 """
 
 import functools
-import html
 import re
 from dataclasses import dataclass
 
 import numpy as np
+
+from megagpt.corpus.extraction.element_names import CONSENT, NOTHING, STRONG, Verdict, judge_name, judge_others, names_thread
 
 
 def words(text: str) -> frozenset[str]:
@@ -21,35 +22,24 @@ def words(text: str) -> frozenset[str]:
 RAW_TAGS = words("head script style noscript iframe template svg math xmp plaintext noembed noframes")
 """Elements that lexbor removes, with all that is in them: what some of them hold is no HTML."""
 DROPPED_TAGS = RAW_TAGS | words(
-    "canvas button select textarea object embed applet audio video map dialog datalist menu rp rt option input label fieldset "
-    "legend picture img area progress meter"
+    "canvas select textarea object embed applet audio video map dialog datalist menu rp rt rtc option input picture img area "
+    "progress meter"
 )
+_CONTROLS = frozenset(("button",))
 _VOID = words("area base br col embed hr img input link meta param source track wbr")
-INLINE = words(
-    "a abbr acronym b bdi bdo big cite code data del dfn em font i ins kbd mark q s samp small span strong strike sub sup time "
-    "tt u var"
+BLOCKS = words(
+    "address article aside blockquote body caption center dd details dir div dl dt fieldset figcaption figure footer form h1 h2 h3 "
+    "h4 h5 h6 header hgroup html legend li listing main nav ol p pre search section summary table tbody td tfoot th thead tr ul"
 )
-"""Elements that end no line."""
+"""Elements that end a line; <br> and <hr> do too, all others do not."""
+HEADINGS = words("h1 h2 h3 h4 h5 h6")
 ALWAYS_BAD = frozenset(("nav", "footer", "aside", "figure", "figcaption", "form"))
 """Elements that are no part of an article by their tag."""
-_MAY_BE_BAD = words("div section ul ol li dl p span header table aside details h2 h3 h4")
+_MAY_BE_BAD = words("div section ul ol li dl p header table tbody tr td details h2 h3 h4 h5 h6 fieldset address main article")
 _MAY_BE_BODY = frozenset(("article", "div", "main", "section"))
 
-_SHARED = "^shar|social|viral|newsletter|syndication|tags|sidebar|banner|bread-?crumb|button|author|cookie"
-_BAD_ID = re.compile(
-    _SHARED + "|^(?:jp-|dpsp-content)|[Ff]ooter|[Ss]hare|[Nn]av|menu|related|message-container|premium|^ad-"
-    "|^(?:[Cc]omment(?!ary)|comol|disqus_thread|dsq-comments)|hidden|reader-comments|akismet|^respond|^reply-|infinite-?scroll"
-)
-_BAD_CLASS = re.compile(
-    _SHARED
-    + "|^(?:nav|post-nav|ZendeskForm)|subnav|avigation|navbar|navbox|menu|bar(?![a-z])| ad |-ad-|(?:^| )ad-|dfp[Aa]d|outbrain"
-    "|taboola|criteo|paid-?content|(?<!elementor-)widget|[Ff]ooter|[Bb]yline|share-|sociable|embed|tag-list|consent|modal-content"
-    "|permission|elated|next-|-stories|most-popular|more-on|meta|rating|attachment|timestamp|user-info|user-profile|-icon"
-    "|article-infos|message|slide|viewport|overlay|options|expand|obfuscated|blurred|^[Cc]omment(?!ary)|(?:article|post)-comments"
-    "|comments-title|nocomments|-reply-|akismet|suggest-links|^hide-|-hide-|hide-print| hidden| hide|noprint|notloaded|caption"
-    "|[Tt]easer|infinite-?scroll"
-)
-_HIDDEN = re.compile(r""" (?:style="[^"]*(?:display: ?none|visibility: ?hidden)|aria-hidden="true")""")
+_WORD = re.compile(r"[^\W\d_]+")
+_DIGITS = re.compile(r"\d+")
 _ATTRIBUTE = re.compile(r""" (role|itemprop)="([^"]*)\"""")
 _BODY_1_ID = re.compile(
     "(?:entry|article|art)-content|article__content|article(?:-|__)?body|articleBody|body-text|^articleContent$"
@@ -67,22 +57,8 @@ _BODY_3_CLASS = re.compile(
 _BODY_4_ID = re.compile("^content$|content-main|content-body|contentBody|[Mm]ain-[Cc]ontent")
 _BODY_4_CLASS = re.compile("^content$|content[-_]main|content(?:-|__)body|[Mm]ain-[Cc]ontent|[Pp]age-[Cc]ontent")
 
-_NAMES = (
-    "",
-    "body",
-    *sorted(
-        (
-            DROPPED_TAGS
-            | _VOID
-            | INLINE
-            | ALWAYS_BAD
-            | _MAY_BE_BAD
-            | _MAY_BE_BODY
-            | words("blockquote center dd h1 h5 h6 pre td tr")
-        )
-        - {"body"}
-    ),
-)
+_MARKED = {"sup": 0, "sub": 1, "code": 2, "kbd": 2, "samp": 2, "tt": 2}
+_NAMES = ("", "body", *sorted((DROPPED_TAGS | _VOID | BLOCKS | _CONTROLS | {"a", "label", *_MARKED}) - {"body"}))
 """Names of elements that mean something here, by number; all others are number 0."""
 
 
@@ -94,9 +70,11 @@ class PageLines:
     tags: list[str]
     """Name of the element that holds the line directly."""
     sizes: np.ndarray
-    """Characters of each line."""
+    """Width of each line in Latin letters: an ideograph counts for two and a half, a Korean syllable for two."""
     links: np.ndarray
-    """How many of them are in links; the newlines of preformatted text do not count."""
+    """How much of it is in links; the newlines of preformatted text do not count."""
+    labels: np.ndarray
+    """How much of it is in labels of controls."""
     parents: np.ndarray
     """Number of the element that holds the line directly."""
     names: list[str]
@@ -107,7 +85,16 @@ class PageLines:
     ends: np.ndarray
     attributes: np.ndarray
     """(elements, 6): where in the source class, id and other attributes begin and end, -1 where there are none."""
+    places: np.ndarray
+    """(lines, 2): where each line begins and ends in the source, tags and all."""
     source: str
+
+
+def width(text: str) -> int:
+    """Width of a text in Latin letters."""
+    from megagpt.corpus.extraction import page_kernels as kernels
+
+    return int(kernels.width_of_all(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))) // 2
 
 
 def read_page(source: str) -> PageLines:
@@ -118,35 +105,64 @@ def read_page(source: str) -> PageLines:
     out, lines, elements = kernels.read_page(codes, *_tables())
     text = out.tobytes().decode("utf-32-le", "surrogatepass")
     texts = [text[start:end] for start, end in lines[:, :2].tolist()]
-    if "&" in text:
-        texts = [html.unescape(line) if "&" in line else line for line in texts]
     names = [_NAMES[number] for number in elements[:, kernels.NAME].tolist()]
-    parents = lines[:, 3]
+    parents = lines[:, kernels.HOLDER]
     return PageLines(
         texts,
         [names[parent] for parent in parents.tolist()],
-        lines[:, 1] - lines[:, 0],
-        lines[:, 2],
+        lines[:, kernels.LINE_WIDTH] // 2,
+        lines[:, kernels.LINK_WIDTH] // 2,
+        lines[:, kernels.LABEL_WIDTH] // 2,
         parents,
         names,
         elements[:, kernels.DEPTH],
         elements[:, kernels.START],
         elements[:, kernels.END],
         elements[:, kernels.CLASS :],
+        lines[:, kernels.SOURCE_START :],
         source,
     )
 
 
-def is_furniture(page: PageLines, element: int) -> bool:
+def judge_element(page: PageLines, element: int) -> Verdict:
     """Whether an element's id, class or other attributes say navigation, sharing, comments, hidden and the like."""
     if page.names[element] not in _MAY_BE_BAD:
+        return NOTHING
+    css_class, identifier, others = attributes_of(page, element)
+    verdict = judge_name(css_class) if css_class else NOTHING
+    if identifier and verdict.level < CONSENT:
+        by_id = judge_name(identifier)
+        if by_id.level > verdict.level and not is_title_made(page, element, identifier):
+            verdict = by_id
+    if others and verdict.level < STRONG:
+        verdict = max(verdict, judge_others(others))
+    return verdict
+
+
+def class_of_holder(page: PageLines, line: int) -> str:
+    """Tag and first class of the element that holds a line, "" if it has no class."""
+    return element_class(page, int(page.parents[line]))
+
+
+def element_class(page: PageLines, element: int) -> str:
+    """Tag and first class of an element without its digits, "" if it has no class."""
+    css_class = _DIGITS.sub("", attributes_of(page, element)[0]).split()
+    return f"{page.names[element]} {css_class[0]}" if css_class else ""
+
+
+def is_named_thread(page: PageLines, element: int) -> bool:
+    """Whether an element's class or id says that it holds the posts of a thread, or a question and its answers."""
+    css_class, identifier, _ = attributes_of(page, element)
+    return page.names[element] != "article" and names_thread(f"{css_class} {identifier}")
+
+
+def is_title_made(page: PageLines, element: int, identifier: str) -> bool:
+    """Whether an id is made of the words of the heading that the element begins with, as generators of documents make them."""
+    start = int(page.starts[element])
+    if start >= page.ends[element] or page.tags[start] not in HEADINGS:
         return False
-    css_class, identifier, others = _values(page, element)
-    return bool(
-        (css_class and _bad_class(css_class))
-        or (identifier and _bad_id(identifier))
-        or (others and (_HIDDEN.search(others) or "nav" in dict(_ATTRIBUTE.findall(others)).get("role", "")))
-    )
+    title = set(_WORD.findall(page.texts[start].lower()))
+    return bool(title) and title.issuperset(_WORD.findall(identifier.lower()))
 
 
 def body_kind(page: PageLines, element: int) -> int:
@@ -154,7 +170,7 @@ def body_kind(page: PageLines, element: int) -> int:
     name = page.names[element]
     if name not in _MAY_BE_BODY:
         return 0
-    css_class, identifier, others = _values(page, element)
+    css_class, identifier, others = attributes_of(page, element)
     values = dict(_ATTRIBUTE.findall(others))
     role = values.get("role", "")
     if "articleBody" in values.get("itemprop", "") or _BODY_1_ID.search(identifier) or _BODY_1_CLASS.search(css_class):
@@ -168,7 +184,7 @@ def body_kind(page: PageLines, element: int) -> int:
     return 5 if name == "main" or any(value.startswith("main") for value in (css_class, identifier, role)) else 0
 
 
-def _values(page: PageLines, element: int) -> tuple[str, str, str]:
+def attributes_of(page: PageLines, element: int) -> tuple[str, str, str]:
     """Class, id, and all attributes if there are others of meaning; "" where there are none."""
     class_start, class_end, id_start, id_end, start, end = page.attributes[element].tolist()
     source = page.source
@@ -179,16 +195,6 @@ def _values(page: PageLines, element: int) -> tuple[str, str, str]:
     )
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _bad_class(css_class: str) -> bool:
-    return _BAD_CLASS.search(css_class) is not None
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _bad_id(identifier: str) -> bool:
-    return _BAD_ID.search(identifier) is not None
-
-
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What the kernel knows about names: hashes in order, their numbers, flags by number, attributes that are watched."""
@@ -197,17 +203,22 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     def hash_of(name: str) -> int:
         return int(kernels.name_hash(np.frombuffer(name.encode("utf-32-le"), np.uint32), 0, len(name)))
 
-    flags = np.zeros(len(_NAMES), np.uint8)
+    flags = np.zeros(len(_NAMES), np.uint16)
+    marks = (kernels.RAISED, kernels.LOWERED, kernels.CODE)
     for number, name in enumerate(_NAMES):
         flags[number] = (
-            kernels.INLINE * (name in INLINE)
+            kernels.INLINE * (name not in BLOCKS | _VOID | DROPPED_TAGS)
             + kernels.VOID * (name in _VOID)
             + kernels.DROPPED * (name in DROPPED_TAGS)
-            + kernels.BREAK * (name == "br")
+            + kernels.BREAK * (name in ("br", "hr"))
             + kernels.LINK * (name == "a")
-            + kernels.PREFORMATTED * (name == "pre")
+            + kernels.PREFORMATTED * (name in ("pre", "listing"))
+            + kernels.HEADING * (name in HEADINGS or name in ("summary", "dt"))
+            + kernels.CONTROL * (name in _CONTROLS)
+            + kernels.LABEL * (name == "label")
+            + (marks[_MARKED[name]] if name in _MARKED else 0)
         )
     hashes = np.array([hash_of(name) for name in _NAMES[1:]], np.uint64)
     order = np.argsort(hashes)
-    watched = np.array([hash_of(name) for name in ("class", "id", "role", "style", "itemprop", "aria-hidden")], np.uint64)
-    return hashes[order], (order + 1).astype(np.int64), flags, watched
+    names = ("class", "id", "role", "style", "itemprop", "aria-hidden", "hidden")
+    return hashes[order], (order + 1).astype(np.int64), flags, np.array([hash_of(name) for name in names], np.uint64)

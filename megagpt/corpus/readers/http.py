@@ -9,41 +9,31 @@ import re
 import zlib
 from dataclasses import dataclass
 
+import webencodings
+
 MAX_BODY_BYTES = 64 << 20
+MAX_INTERIM = 8
+MAX_WINDOW_BYTES = 128 << 20
+MIN_CUT_BYTES = 64  # what a Brotli decoder gives before it fails is text only from here on: noise too begins to decode
+GZIP = 31  # zlib's number for gzip
+LONG_BODY, CUT_BODY = "body longer than 64 MiB", "truncated or damaged compressed body"
 
 _META_CHARSET = re.compile(
     rb"""<(?:meta|\?xml)\b[^>]{0,400}?(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,40})""", re.I
 )
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
-_WHATWG = {
-    "ascii": "cp1252",
-    "us-ascii": "cp1252",
-    "iso-8859-1": "cp1252",
-    "iso8859-1": "cp1252",
-    "latin1": "cp1252",
-    "latin-1": "cp1252",
-    "iso-8859-9": "cp1254",
-    "iso-8859-11": "cp874",
-    "tis-620": "cp874",
-    "gb2312": "gb18030",
-    "gb_2312-80": "gb18030",
+_CODECS = {
     "gbk": "gb18030",
-    "x-gbk": "gb18030",
-    "shift_jis": "cp932",
-    "shift-jis": "cp932",
-    "x-sjis": "cp932",
-    "sjis": "cp932",
-    "windows-31j": "cp932",
-    "euc-kr": "cp949",
-    "ks_c_5601-1987": "cp949",
     "big5": "big5hkscs",
-    "x-big5": "big5hkscs",
-    "windows-874": "cp874",
-    "utf-16": "utf-16-le",
-    "unicode": "utf-16-le",
-    "x-mac-cyrillic": "mac_cyrillic",
-    "macintosh": "mac_roman",
+    "shift_jis": "cp932",
+    "euc-kr": "cp949",
+    "iso-2022-jp": "iso2022_jp_ext",
+    "iso-8859-8-i": "iso8859_8",
+    "utf-16le": "utf-16-le",
+    "utf-16be": "utf-16-be",
+    "x-user-defined": "cp1252",
 }
+"""Python's codec for encodings of the web where it has another name or where a larger one reads the same bytes."""
 _CHARSETS = re.compile(
     r"(utf_?8(_sig)?|utf_16(_[bl]e)?|utf_32(_[bl]e)?|cp\d+|iso8859_\d+|koi8_[rut]|gb\w+|big5\w*|euc_\w+|shift_jis\w*|iso2022_\w+"
     r"|johab|mac_\w+|hz|tis_620|ptcp154|kz1048|ascii)"
@@ -70,8 +60,24 @@ class Decoded:
 
 
 def parse_message(raw: bytes) -> Message:
-    """Split a stored response into status, headers and body. A block without a status line is all body."""
-    if not raw[:5].upper().startswith(b"HTTP/") and raw[:4] != b"ICY ":
+    """Split a stored response into status, headers and body; interim responses (100 Continue) before it are passed over.
+
+    A block without a status line is all body.
+    """
+    for _ in range(MAX_INTERIM):
+        message = _parse_one(raw)
+        if message.status is None or not 100 <= message.status < 200 or not _is_response(message.body):
+            return message
+        raw = message.body
+    return _parse_one(raw)
+
+
+def _is_response(raw: bytes) -> bool:
+    return raw[:5].upper().startswith(b"HTTP/") or raw[:4] == b"ICY "
+
+
+def _parse_one(raw: bytes) -> Message:
+    if not _is_response(raw):
         return Message(None, {}, raw)
     end = re.search(rb"\r?\n\r?\n", raw)
     head, body = (raw, b"") if end is None else (raw[: end.start()], raw[end.end() :])
@@ -116,10 +122,12 @@ def decode_text(body: bytes, declared: str | None) -> Decoded:
             problems.append("unknown charset")
         if charset is None or (charset.startswith("utf-16") and b"\0" not in body[:512]):
             continue
+        if charset in ("utf-8", "cp1252") and body.isascii() and _ISO_2022.search(body):
+            break
         if charset != "utf-8" and _is_utf8(body):
             return _decoded(body, "utf-8", problems)
         return _decoded(body, charset, problems)
-    if _is_utf8(body) or body.isascii():
+    if _is_utf8(body) or (body.isascii() and not _ISO_2022.search(body)):
         return _decoded(body, "utf-8", problems)
     return _decoded(body, _detect(body), problems)
 
@@ -134,9 +142,15 @@ def _charset(name: str | None) -> str | None:
     """Python's codec for a label of the web, None if there is none. Only charsets: Python has other codecs too."""
     if not name:
         return None
-    name = name.strip().lower()
+    known = webencodings.lookup(name)
+    if known is not None and known.name != "replacement":
+        return _CODECS.get(known.name) or _codec(known.codec_info.name)
+    return _codec(name.strip().lower())
+
+
+def _codec(name: str) -> str | None:
     try:
-        found = codecs.lookup(_WHATWG.get(name, name)).name.replace("-", "_")
+        found = codecs.lookup(name).name.replace("-", "_")
     except (LookupError, ValueError):
         return None
     if not _CHARSETS.fullmatch(found):
@@ -145,20 +159,44 @@ def _charset(name: str | None) -> str | None:
 
 
 def _is_utf8(body: bytes) -> bool:
-    """Whether it has multi-byte characters and all of it is UTF-8 (a cut last character is allowed)."""
-    if body.isascii() or b"\x1b$" in body[:4096]:
+    """Whether it has multi-byte characters and is UTF-8: all of it (a cut last character is allowed), or all but a few bytes."""
+    if body.isascii() or _ISO_2022.search(body, 0, 4096):
         return False
     try:
         codecs.getincrementaldecoder("utf-8")().decode(body)
     except UnicodeDecodeError:
-        return False
+        characters = len(body) - len(body.translate(None, _UTF8_LEADS))
+        damaged = body.decode("utf-8", "replace").count("\ufffd") - body.count(b"\xef\xbf\xbd")
+        return characters >= DAMAGED_UTF8 * damaged
     return True
 
 
 def _detect(body: bytes) -> str:
+    """The charset of bytes that declare none."""
     from resiliparse.parse.encoding import detect_encoding
 
-    return _charset(detect_encoding(body)) or "utf-8"
+    if match := _ISO_2022.search(body):
+        return "iso2022_kr" if match[0] == b"\x1b$)C" else "iso2022_jp_ext"
+    found = _charset(detect_encoding(body)) or "utf-8"
+    return max(_HAN_CODECS, key=lambda codec: _commonness(body, codec)) if found in _HAN_CODECS else found
+
+
+def _commonness(body: bytes, codec: str) -> float:
+    """Share of a text's ideographs that are among the most common ones, were it in this charset; damaged characters count against."""
+    text = body[:20000].decode(codec, "replace")
+    num_ideographs = sum("\u4e00" <= character <= "\u9fff" for character in text)
+    common = sum(map(text.count, _COMMON_IDEOGRAPHS))
+    return (common - 5 * text.count("\ufffd")) / max(1, num_ideographs)
+
+
+_ISO_2022 = re.compile(rb"\x1b\$(?:[@B]|\)C|\([A-D])")
+_UTF8_LEADS = bytes(range(0xC2, 0xF5))
+DAMAGED_UTF8 = 10  # so many whole multi-byte characters for each damaged one, and it is UTF-8
+_HAN_CODECS = ("gb18030", "big5hkscs")
+_COMMON_IDEOGRAPHS = (
+    "的一是不了人在有我他这這中大来來上个個国國到说說们們为為子和你地出道也时時年得就那要下以生会會自着著去之过過家学學对對可里後后么麼心"
+    "多天而能好都然没沒日于於起还還发發成事只作当當想看文无無开開手十用主行方又如前所本见見经經头頭面公同三已老从從动動两兩长長"
+)
 
 
 def _decoded(body: bytes, charset: str, problems: list[str]) -> Decoded:
@@ -212,7 +250,7 @@ def _decompress(body: bytes, encoding: str) -> tuple[bytes, str | None]:
         return body, None
     match encoding:
         case "gzip" | "x-gzip":
-            return _inflate(body, 31) if body[:2] == b"\x1f\x8b" else (body, wrong)
+            return _inflate(body, GZIP) if body[:2] == b"\x1f\x8b" else (body, wrong)
         case "deflate":
             plain, problem = _inflate(body, 15)
             if plain is body:
@@ -226,21 +264,29 @@ def _decompress(body: bytes, encoding: str) -> tuple[bytes, str | None]:
 
 
 def _inflate(body: bytes, wbits: int) -> tuple[bytes, str | None]:
-    """Decompress as far as it goes; the body itself if nothing comes out."""
-    decoder = zlib.decompressobj(wbits)
-    pieces, size = [], 0
+    """Decompress all members as far as it goes; the body itself if nothing comes out."""
+    pieces: list[bytes] = []
+    size, rest, is_whole = 0, body, False
     try:
-        for start in range(0, len(body), 4096):
-            pieces.append(decoder.decompress(body[start : start + 4096], MAX_BODY_BYTES))
-            size += len(pieces[-1])
-            if decoder.eof:
-                return b"".join(pieces), None
-            if size > MAX_BODY_BYTES:
-                return b"".join(pieces)[:MAX_BODY_BYTES], "body longer than 64 MiB"
+        while rest and (not pieces or rest[:2] == b"\x1f\x8b"):
+            decoder, is_whole, at = zlib.decompressobj(wbits), False, 0
+            while at < len(rest) and not decoder.eof:
+                pieces.append(decoder.decompress(rest[at : at + 4096], MAX_BODY_BYTES))
+                size += len(pieces[-1])
+                at += 4096
+                if size > MAX_BODY_BYTES:
+                    return b"".join(pieces)[:MAX_BODY_BYTES], LONG_BODY
+            if not decoder.eof:
+                break
+            is_whole, rest = True, decoder.unused_data + rest[at:]
+            if wbits != GZIP:
+                break
     except zlib.error:
-        pass
+        is_whole = False
     plain = b"".join(pieces)
-    return (plain, "truncated or damaged compressed body") if plain else (body, "damaged compressed body")
+    if is_whole:
+        return plain, None
+    return (plain, CUT_BODY) if plain else (body, "damaged compressed body")
 
 
 def _unbrotli(body: bytes, wrong: str) -> tuple[bytes, str | None]:
@@ -254,16 +300,33 @@ def _unbrotli(body: bytes, wrong: str) -> tuple[bytes, str | None]:
             pieces.append(decoder.process(body[start : start + 4096], output_buffer_limit=MAX_BODY_BYTES))
             size += len(pieces[-1])
             if size >= MAX_BODY_BYTES:
-                return b"".join(pieces)[:MAX_BODY_BYTES], "body longer than 64 MiB"
-        return (b"".join(pieces), None) if decoder.is_finished() else (body, wrong)
+                return b"".join(pieces)[:MAX_BODY_BYTES], LONG_BODY
     except brotli.error:
-        return body, wrong
+        return (b"".join(pieces), CUT_BODY) if size >= MIN_CUT_BYTES else (body, wrong)
+    if decoder.is_finished():
+        return b"".join(pieces), None
+    return (b"".join(pieces), CUT_BODY) if size >= MIN_CUT_BYTES else (body, wrong)
 
 
 def _unzstd(body: bytes, wrong: str) -> tuple[bytes, str | None]:
+    """Decompress all frames."""
     import zstandard
 
+    pieces: list[bytes] = []
+    size, rest = 0, body
     try:
-        return zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY_BYTES), None
+        while rest:
+            decoder = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+            for at in range(0, len(rest), 4096):
+                pieces.append(decoder.decompress(rest[at : at + 4096]))
+                size += len(pieces[-1])
+                if size > MAX_BODY_BYTES:
+                    return b"".join(pieces)[:MAX_BODY_BYTES], LONG_BODY
+                if decoder.eof:
+                    rest = decoder.unused_data + rest[at + 4096 :]
+                    break
+            else:
+                return (b"".join(pieces), CUT_BODY) if size else (body, wrong)
     except zstandard.ZstdError:
-        return body, wrong
+        return (b"".join(pieces), CUT_BODY) if size else (body, wrong)
+    return b"".join(pieces), None

@@ -82,17 +82,13 @@ class _Member:
     """Decompressed bytes of one member, pulled as needed; `position` is the offset inside it."""
 
     def __init__(self, chunks: Iterator[bytes], truncated: str = "truncated file") -> None:
-        self._chunks, self._buffer, self._start, self.position = chunks, b"", 0, 0
+        self._chunks, self._buffer, self.position = chunks, bytearray(), 0
         self._truncated = truncated
         self.damage: str | None = None
 
     def fill(self, count: int) -> int:
         """Have `count` bytes ready if there are as many; returns how many are."""
-        ready = len(self._buffer) - self._start
-        if ready >= count:
-            return ready
-        pieces = [self._buffer[self._start :]]
-        while ready < count:
+        while len(self._buffer) < count:
             try:
                 piece = next(self._chunks, b"")
             except (zlib.error, zstandard.ZstdError, EOFError) as error:
@@ -100,39 +96,39 @@ class _Member:
                 self._chunks, piece = iter(()), b""
             if not piece:
                 break
-            pieces.append(piece)
-            ready += len(piece)
-        self._buffer, self._start = b"".join(pieces), 0
-        return ready
+            self._buffer += piece
+        return len(self._buffer)
 
     def line(self) -> bytes:
         """The next line with its end, cut at MAX_HEADER_BYTES; b"" at the end."""
         wanted = 512
         while True:
             ready = self.fill(wanted)
-            end = self._buffer.find(b"\n", self._start, self._start + min(ready, MAX_HEADER_BYTES))
+            end = self._buffer.find(b"\n", 0, min(ready, MAX_HEADER_BYTES))
             if end >= 0:
-                return self.take(end + 1 - self._start)
+                return self.take(end + 1)
             if ready < wanted or wanted >= MAX_HEADER_BYTES:
                 return self.take(min(ready, MAX_HEADER_BYTES))
             wanted *= 4
 
-    def peek(self, count: int) -> bytes:
-        ready = self.fill(count)
-        return self._buffer[self._start : self._start + min(ready, count)]
+    def peek(self, count: int, offset: int = 0) -> bytes:
+        """Up to `count` bytes from `offset` on, which stay."""
+        self.fill(offset + count)
+        return bytes(self._buffer[offset : offset + count])
 
     def take(self, count: int) -> bytes:
         """The next bytes, fewer than `count` only at the end."""
-        count = min(count, self.fill(count))
-        piece = self._buffer[self._start : self._start + count]
-        self._start += count
-        self.position += count
+        self.fill(count)
+        piece = bytes(self._buffer[:count])
+        del self._buffer[:count]  # cheap: Python moves the start of a bytearray
+        self.position += len(piece)
         return piece
 
-    def put_back(self, piece: bytes) -> None:
-        """Undo a take."""
-        self._buffer, self._start = piece + self._buffer[self._start :], 0
-        self.position -= len(piece)
+    def find(self, pattern: re.Pattern[bytes], count: int) -> int:
+        """Where a pattern begins in the next `count` bytes, -1 if it does not."""
+        self.fill(count)
+        match = pattern.search(self._buffer, 0, count)
+        return match.start() if match else -1
 
     def skip(self, count: int) -> int:
         """Pass over bytes without holding them; returns how many there were."""
@@ -316,30 +312,37 @@ def _with_body(
         yield Fault("record longer than 64 MiB", _readable(where))
         _skip_long(member, length)
         return
-    body = member.take(length)
-    inside = None if len(body) == length and _ends_here(member) else _WARC_INSIDE.search(body + member.peek(64))
-    if inside and inside.start() < len(body):
+    ready = member.fill(length + 64)
+    inside = -1
+    if ready < length or not _ends_here(member, length):
+        inside = member.find(_WARC_INSIDE, length + 64)
+    if 0 <= inside < length:
         yield Fault("record length reaches into the next record", _readable(where))
-        member.put_back(body[inside.start() :])
-        body = body[: inside.start()].rstrip(b"\r\n")
-    elif len(body) < length:
-        yield Fault("truncated record", _readable(where))
+        body = member.take(inside).rstrip(b"\r\n")
+    else:
+        body = member.take(length)
+        if len(body) < length:
+            yield Fault("truncated record", _readable(where))
     yield Record(where, *head, body, is_http)
 
 
 def _skip_long(member: _Member, length: int) -> None:
     """Pass over a body that is not held, up to the next record if one begins in it: then the length was wrong."""
-    while length and (piece := member.take(min(length, CHUNK_BYTES))):
-        inside = _WARC_INSIDE.search(piece + member.peek(64))
-        if inside and inside.start() < len(piece):
-            member.put_back(piece[inside.start() :])
+    while length:
+        step = min(length, CHUNK_BYTES)
+        inside = member.find(_WARC_INSIDE, step + 64)
+        if 0 <= inside < step:
+            member.take(inside)
             return
-        length -= len(piece)
+        taken = len(member.take(step))
+        if not taken:
+            return
+        length -= taken
 
 
-def _ends_here(member: _Member) -> bool:
-    """Whether empty lines and then a record or the end follow."""
-    following = member.peek(512).lstrip(b"\r\n")
+def _ends_here(member: _Member, offset: int) -> bool:
+    """Whether empty lines and then a record or the end follow at `offset`."""
+    following = member.peek(512, offset).lstrip(b"\r\n")
     line = following.partition(b"\n")[0]
     return not following or _WARC_START.match(line + b"\n") is not None or _arc_start(line) is not None
 
