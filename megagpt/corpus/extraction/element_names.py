@@ -1,4 +1,4 @@
-"""What ids, classes and other attributes say of an element: boilerplate (navigation, sharing, comments and the like), or a body.
+"""What ids, classes and other attributes say of an element: boilerplate (navigation, sharing, comments and the like) or text.
 
 Names are compared as words, never as parts of words: `topNav_left` is the words top, nav, left; `metallurgy` is not meta. Three
 degrees of boilerplate: a consent dialogue by its vendor is never text; a strong name (sidebar, related-posts) is boilerplate
@@ -31,8 +31,8 @@ def _words_of(text: str) -> frozenset[str]:
 
 _CONSENT_STARTS = (
     "onetrust", "ot-sdk", "ot-pc", "otpc", "cybot", "cookiebot", "didomi", "usercentrics", "truste", "trustarc", "qc-cmp",
-    "sp-message", "fc-consent", "cmplz", "cky", "iubenda", "osano", "evidon", "quantcast", "borlabs", "klaro", "termly", "cc-window",
-    "gdpr",
+    "sp-message", "fc-consent", "cmplz", "cky", "iubenda", "osano", "evidon", "quantcast", "borlabs", "klaro", "termly",
+    "cc-window", "gdpr",
 )  # fmt: skip
 """How ids and classes of the dialogues of consent vendors begin."""
 _CONSENT_PAIRS = {
@@ -42,26 +42,27 @@ _CONSENT_PAIRS = {
     "eu": _words_of("cookie cookies"),
 }  # fmt: skip
 _COMMENT_WORDS = _words_of(
-    "comment comments usercomments commentlist comol disqus dsq respond reply replies akismet livefyre intensedebate nocomments "
-    "commentary commentsection commentform commentarea commentbody"
+    "comment comments usercomments commentlist comol disqus dsq respond reply replies akismet livefyre intensedebate "
+    "nocomments commentary commentsection commentform commentarea commentbody"
 ) - {"commentary"}
 _STRONG_SUFFIXES = ("footer", "sidebar", "navbar", "navbox", "menu", "menus", "breadcrumb", "breadcrumbs", "toolbar", "nav")
 _STRONG_WORDS = _words_of(
-    "crumbs navigation navi pagination pager share shares sharing sharer sharebar sharedaddy sharethis shareaholic sharebutton "
-    "sharebuttons addthis addtoany a2a social socials sociable newsletter newsletters syndication cookie cookies consent banner "
-    "banners ad ads adv advert adverts advertisement advertisements advertising adsense dfp dfpad sponsor sponsored sponsors promo "
-    "promos outbrain taboola criteo yarpp recommend recommended recommendation recommendations recommends trending byline timestamp "
-    "tags taglist tagcloud teaser teasers widget widgets invisible noprint notloaded modal popup overlay lightbox caption captions "
-    "figcaption copyright copyrights colophon authorbox authorbio"
+    "crumbs navigation navi pagination pager share shares sharing sharer sharebar sharedaddy sharethis shareaholic "
+    "sharebutton sharebuttons addthis addtoany a2a social socials sociable newsletter newsletters syndication cookie "
+    "cookies consent banner banners ad ads adv advert adverts advertisement advertisements advertising adsense dfp dfpad "
+    "sponsor sponsored sponsors promo promos outbrain taboola criteo yarpp recommend recommended recommendation "
+    "recommendations recommends trending byline timestamp tags taglist tagcloud teaser teasers widget widgets invisible "
+    "noprint notloaded modal popup overlay lightbox caption captions figcaption copyright copyrights colophon authorbox "
+    "authorbio"
 )
 _STRONG_PAIRS = {
     "side": _words_of("bar"),
     "bread": _words_of("crumb crumbs"),
     "paid": _words_of("content"),
     "related": _words_of(
-        "post posts article articles story stories news content contents link links item items video videos question questions topic "
-        "topics product products reading list box media entries searches page pages coverage tags wrapper section container widget "
-        "block area type"
+        "post posts article articles story stories news content contents link links item items video videos question "
+        "questions topic topics product products reading list box media entries searches page pages coverage tags wrapper "
+        "section container widget block area type"
     ),
     "may": _words_of("like also"),
     "might": _words_of("like also"),
@@ -70,10 +71,14 @@ _STRONG_PAIRS = {
     "also": _words_of("read"),
     "most": _words_of("popular read viewed recent"),
     "popular": _words_of("post posts article articles news"),
-    **dict.fromkeys(("latest", "recent", "top", "other", "next"), _words_of("post posts article articles story stories news entries")),
+    **dict.fromkeys(("latest", "recent", "top", "other", "next"), _words_of(
+        "post posts article articles story stories news entries"
+    )),
     "suggest": _words_of("links"),
     "tag": _words_of("list cloud links"),
-    "author": _words_of("bio box info card desc description profile about detail details meta name block wrapper container image avatar"),
+    "author": _words_of(
+        "bio box info card desc description profile about detail details meta name block wrapper container image avatar"
+    ),
     "about": _words_of("author authors"),
     "the": _words_of("author"),
     "bio": _words_of("box card"),
@@ -90,10 +95,10 @@ _STRONG_JOINED = frozenset(first + second for first, seconds in _STRONG_PAIRS.it
 _WHOLE = _words_of("hidden hide")
 """Words that mean what they say only as a whole class or id, or at its beginning (`hide-mobile`, not `overflow-hidden`)."""
 _WEAK_WORDS = _words_of(
-    "bar author authors authorname related viral premium message messages slide slides slider slideshow carousel viewport option "
-    "options expand expandable obfuscated blurred meta metas metadata rating ratings attachment attachments icon icons button buttons "
-    "embed embedded permission permissions next shared article-info subscribe subscription signup login search tooltip disclaimer "
-    "license licence jp"
+    "bar author authors authorname related viral premium message messages slide slides slider slideshow carousel viewport "
+    "option options expand expandable obfuscated blurred meta metas metadata rating ratings attachment attachments icon "
+    "icons button buttons embed embedded permission permissions next shared article-info subscribe subscription signup "
+    "login search tooltip disclaimer license licence jp"
 )
 _WEAK_SUFFIXES = ("bar", "stories")
 _THREAD = _words_of(

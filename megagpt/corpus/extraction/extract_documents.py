@@ -27,7 +27,9 @@ from megagpt.settings_record import MadeWith, fingerprint
 
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
 MAX_UNREADABLE = 0.05
-_SAY_NOTHING = frozenset(("application/octet-stream", "binary/octet-stream", "application/x-download", "unknown/unknown", "unknown", "*/*"))
+_SAY_NOTHING = frozenset(
+    ("application/octet-stream", "binary/octet-stream", "application/x-download", "unknown/unknown", "unknown", "*/*")
+)
 _NO_PAGE = re.compile(
     r"^(?!https?:|ftps?:|file:|gopher:|gemini:)[a-z][a-z0-9+.\-]*:|^https?://[^/?#]*/(?:robots|ads|app-ads|humans|security|"
     r"\.well-known/security)\.txt(?:[?#]|$)|\.(?:appcache|webmanifest)(?:[?#]|$)",
@@ -187,8 +189,10 @@ def _conversion_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outc
 
 
 def _mime(content_type: str, record: Record, body: bytes) -> str:
-    """Type of a page: the first of the declared ones (a header may list several) that is text, else what the crawler identified,
-    else, where the declared type says nothing, what the body begins like."""
+    """Type of a page: the first declared one (a header may list several) that is text, else what the crawler identified.
+
+    Where neither says anything, it is what the body begins like.
+    """
     declared = [part.partition(";")[0].strip().lower() for part in content_type.split(",")]
     identified = record.headers.get("warc-identified-payload-type", "").partition(";")[0].strip().lower()
     found = next((mime for mime in (*declared, identified) if mime in HTML | PLAIN), None)

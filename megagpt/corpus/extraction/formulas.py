@@ -55,7 +55,7 @@ def _from_presentation(node: LexborNode, depth: int) -> str:
     tag = node.tag or ""
     if tag.startswith("annotation"):
         return ""
-    children = [child for child in node.iter(include_text=False)]
+    children = list(node.iter(include_text=False))
     if not children or depth > MAX_DEPTH:
         return (node.text(deep=True) or "").strip()
     parts = [_from_presentation(child, depth + 1) for child in children]

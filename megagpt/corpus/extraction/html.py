@@ -10,7 +10,6 @@ scoring of bodies follows readability.
 
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -20,14 +19,13 @@ from selectolax.lexbor import LexborHTMLParser
 from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict
 from megagpt.corpus.extraction.formulas import replace_formulas
 from megagpt.corpus.extraction.json_articles import article_of_json
+from megagpt.corpus.extraction.line_rules import is_aside, is_boilerplate, trim
 from megagpt.corpus.extraction.markup import Markup, Structure, read_structure, write
 from megagpt.corpus.extraction.page_lines import (
     ALWAYS_BAD,
-    HEADINGS,
     RAW_TAGS,
     PageLines,
     body_kind,
-    class_of_holder,
     element_class,
     is_named_thread,
     judge_element,
@@ -43,7 +41,6 @@ MEANINGLESS = 0.5  # a name that holds more of the page's prose says nothing
 MOST_COMMENTS = 0.8  # and so much of it is a thread, not an article's comments
 WEAK_PROSE = 80  # an element with as much prose, few links and a weak name stays
 GROUP = 1.4  # siblings of one class that hold so many times the prose of one of them belong to the body
-EDGE_LINE = 60  # a line this wide without links is text: what stands before the first and behind the last is an edge
 LONG_LINE = 60  # characters, for `prose`
 PROSE_CHARACTERS = 1000
 _REMOVED = sorted(RAW_TAGS)
@@ -115,7 +112,11 @@ def _says_thread(tree: LexborHTMLParser, page: str, url: str | None) -> bool:
         return True
     if tree.head is None:
         return False
-    for selector, name in (("link[rel=canonical]", "href"), ('meta[property="og:url"]', "content"), ("meta[name=generator]", "content")):
+    for selector, name in (
+        ("link[rel=canonical]", "href"),
+        ('meta[property="og:url"]', "content"),
+        ("meta[name=generator]", "content"),
+    ):
         for node in tree.head.css(selector):
             if _THREAD.search(node.attributes.get(name) or ""):
                 return True
@@ -147,7 +148,7 @@ def _text(page: ParsedPage, markup: Markup, *, keep_comments: bool) -> str:
 
 
 def _last_resort(page: ParsedPage, text: str, markup: Markup) -> str:
-    """The article where it is when it is nowhere else on the page: in noscript or other elements that are dropped, in JSON-LD."""
+    """The article of a page that has it only in noscript or other elements that are dropped, or in JSON-LD."""
     if _FALLBACK.search(page.source):
         opened = parse_page(_FALLBACK.sub("", page.source))
         found = _text(opened, markup, keep_comments=False)
@@ -161,8 +162,7 @@ def _main_lines(
     page: PageLines, parent_of: list[int], structure: Structure, *, is_thread: bool, keep_comments: bool
 ) -> list[int]:
     """Numbers of the lines of the body, without what is to be dropped."""
-    own = page.sizes - page.links
-    good = np.where((own > 40) & np.array([tag in _PROSE for tag in page.tags], bool), own, 0)
+    good = _prose(page)
     verdicts = _verdicts(page)
     consent = np.zeros(len(page.texts), bool)
     for i, verdict in verdicts.items():
@@ -183,7 +183,36 @@ def _main_lines(
             break
     start, end = _find_body(page, kept, parent_of, is_thread=is_thread)
     lines = _lead(page, start, kept) + (start + np.flatnonzero(~dropped[start:end])).tolist()
-    return _trim(page, lines, structure)
+    if keep_comments:
+        lines += _comments_behind(page, verdicts, dropped, end)
+    others = np.flatnonzero(~dropped).tolist()
+    return trim(page, lines, structure) or trim(page, others, structure) or [i for i in others if not is_aside(page, i)]
+
+
+def _comments_behind(page: PageLines, verdicts: dict[int, Verdict], dropped: np.ndarray, end: int) -> list[int]:
+    """Lines of readers' comments behind the body."""
+    found = np.zeros(len(page.texts), bool)
+    for i, verdict in verdicts.items():
+        if verdict.word == COMMENTS:
+            found[max(end, page.starts[i]) : max(end, page.ends[i])] = True
+    return np.flatnonzero(found & ~dropped).tolist()
+
+
+def _prose(page: PageLines) -> np.ndarray:
+    """Width of each line that is prose, 0 for others: wide lines without links that are not about browsers, cookies or rights.
+
+    On a page that has none narrower ones count too. int64 [lines].
+    """
+    own = page.sizes - page.links
+    is_prose = np.array([tag in _PROSE for tag in page.tags], bool)
+    for narrow in (40, 15, 0):
+        good = np.where((own > narrow) & is_prose, own, 0)
+        for i in np.flatnonzero(good).tolist():
+            if is_boilerplate(page, i):
+                good[i] = 0
+        if good.sum() >= MIN_BODY_CHARACTERS:
+            break
+    return good
 
 
 def _is_in_thread(page: PageLines, good: np.ndarray) -> bool:
@@ -258,14 +287,16 @@ def _find_body(page: PageLines, kept: np.ndarray, parent_of: list[int], *, is_th
 
 
 def _with_siblings(page: PageLines, number: int, inside: np.ndarray, parent_of: list[int]) -> tuple[int, int]:
-    """Lines from the first to the last sibling of an element, or of the nearest one around it, that has siblings of its class."""
+    """Lines from the first to the last sibling of an element, or the nearest one around it that has siblings of its class."""
     start, end = int(page.starts[number]), int(page.ends[number])
     for _ in range(8):
         name = element_class(page, number)
         if not number:
             break
         if name:
-            siblings = [i for i in np.flatnonzero(page.depths == page.depths[number]).tolist() if parent_of[i] == parent_of[number]]
+            siblings = [
+                i for i in np.flatnonzero(page.depths == page.depths[number]).tolist() if parent_of[i] == parent_of[number]
+            ]
             posts = [i for i in siblings if page.ends[i] > page.starts[i] and element_class(page, i) == name]
             if len(posts) > 1:
                 return int(page.starts[posts[0]]), int(page.ends[posts[-1]])
@@ -309,66 +340,13 @@ def _parents(depths: list[int]) -> list[int]:
     return parents
 
 
-def _trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
-    """Drop lines that are only links, labels or advertisements; bylines, dates, addresses, notices at both ends of the text; and
-    what hangs at the end. Rows of data tables and code stay."""
-    fixed = {i for i in lines if structure.rows[i] >= 0 or structure.code[i] >= 0}
-    lines = [i for i in lines if i in fixed or not _is_aside(page, i)]
-    wide = [at for at, i in enumerate(lines) if _is_text(page, i)]
-    first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
-    notices = {at: class_of_holder(page, i) for at, i in enumerate(lines) if i not in fixed and _is_notice(page, i)}
-    repeated = {name for name, count in Counter(notices.values()).items() if name and count >= 3}
-    lines = [
-        i
-        for at, i in enumerate(lines)
-        if at not in notices or not (at < first or at > last or notices[at] in repeated or page.links[i] > 0.3 * page.sizes[i])
-    ]
-    while lines and lines[-1] not in fixed and _hangs(page, lines[-1]):
-        lines.pop()
-    return lines
-
-
-def _is_aside(page: PageLines, i: int) -> bool:
-    """Whether a line is only links, only a control's label, or only says that an advertisement follows."""
-    size = page.sizes[i]
-    is_links = page.links[i] >= 0.9 * size and size <= 200
-    return bool(is_links or page.labels[i] >= 0.9 * size or _ADVERTISEMENT.match(page.texts[i]))
-
-
-def _is_text(page: PageLines, i: int) -> bool:
-    """Whether a line is wide, has few links and is no heading."""
-    return bool(page.sizes[i] - page.links[i] >= EDGE_LINE and page.tags[i] not in HEADINGS)
-
-
-def _is_notice(page: PageLines, i: int) -> bool:
-    """Whether a line reads like a byline, a date, an address, or a button's words."""
-    return bool(page.sizes[i] < 100 and page.tags[i] != "li" and _NOTICE.match(page.texts[i]))
-
-
-def _hangs(page: PageLines, i: int) -> bool:
-    """Whether a line at the end is a heading, or a few words that end no sentence."""
-    tag, text = page.tags[i], page.texts[i].rstrip()
-    short = page.sizes[i] < 30 and tag != "li" and text[-1] not in _SENTENCE_ENDS
-    return short or tag in HEADINGS
-
-
 _THREAD = re.compile(
-    r"//(?:forums?|bbs|boards?|discuss|ask|answers)\.|/(?:forums?|threads?|topics?|t|viewtopic|viewthread|showthread|discussions?|questions?|q|"
-    r"bbs|answers?)[/.\-]|(?:viewtopic|viewthread|showthread|forumdisplay)\.php|"
-    r"\b(?:vbulletin|xenforo|phpbb|discourse|flarum|mybb|discuz|bbpress|invision|simple machines|nodebb|vanilla|fluxbb|kunena|misago)\b",
+    r"//(?:forums?|bbs|boards?|discuss|ask|answers)\.|/(?:forums?|threads?|topics?|t|viewtopic|viewthread|showthread|discussions?|"
+    r"questions?|q|bbs|answers?)[/.\-]|(?:viewtopic|viewthread|showthread|forumdisplay)\.php|"
+    r"\b(?:vbulletin|xenforo|phpbb|discourse|flarum|mybb|discuz|bbpress|invision|simple machines|nodebb|vanilla|fluxbb|kunena|"
+    r"misago)\b",
     re.IGNORECASE,
 )
 _TEMPLATE = re.compile(r"<(/?)template\b[^<>]*>", re.IGNORECASE)
 _FALLBACK = re.compile(r"</?(?:noscript|template|dialog|menu|button|canvas|object|video|audio)\b[^<>]*>", re.IGNORECASE)
 _THREAD_TYPES = ("DiscussionForumPosting", "QAPage", "schema.org/Question")
-_SENTENCE_ENDS = frozenset(".!?\"'”’»…)]｣。！？．｡」』】）〉》؟۔॥।။၊។៕་།፧።՞՜։;")
-_ADVERTISEMENT = re.compile(r"\W*(?:advert(?:isement|isements|s)?|anzeige|werbung|publicité|comments?|sponsored|广告|廣告)\W*$", re.IGNORECASE)
-_NOTICE = re.compile(
-    r"(?:https?://\S+"
-    r"|(?:[Bb]y|BY|[Vv]on|VON|[Pp]ar|PAR):? [A-ZÀ-ÞА-Я]\S*(?: \S+){0,3}"
-    r"|(?:[Ff]irst )?(?:Updated|UPDATED|updated|Published|PUBLISHED|published|Posted|POSTED|posted)\b.{0,70}"
-    r"|(?:Read|READ|Share|SHARE|Sign [Uu]p|SIGN UP|Subscribe|SUBSCRIBE|Follow [Uu]s|FOLLOW US|Click [Hh]ere|CLICK HERE|"
-    r"Get the latest|Get access|Like this|Don['’]?t miss|DON['’]?T MISS|Related|RELATED)\b.{0,80}"
-    r"|(?:\w{3,9}\.?,? )?(?:\d{1,2}\.? \w{3,9}\.?,? \d{4}|\w{3,9}\.? \d{1,2},? \d{4}|\d{1,2}[./]\d{1,2}[./]\d{2,4}).{0,30}"
-    r"|\W+)(?<![.!?:])$"
-)

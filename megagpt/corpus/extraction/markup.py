@@ -20,7 +20,9 @@ _CODE_NAMES = re.compile(
     re.IGNORECASE,
 )
 _NUMBER_NAMES = re.compile(r"(?<![a-z])(?:num|blob-num|line-?n(?:o|os|umbers?|um)|gutter|lno)(?![a-z])", re.IGNORECASE)
-_LANGUAGE = re.compile(r"""class="[^"]*?\b(?:lang(?:uage)?|highlight-source|highlight|brush:)[- ]([a-z][\w+#-]*)""", re.IGNORECASE)
+_LANGUAGE = re.compile(
+    r"""class="[^"]*?\b(?:lang(?:uage)?|highlight-source|highlight|brush:)[- ]([a-z][\w+#-]*)""", re.IGNORECASE
+)
 _TAG = re.compile(r"<[^<>]*>")
 _MARKS = re.compile("[\ufdd0-\ufdd5]")
 _RAISED = re.compile("\ufdd0([^\ufdd0-\ufdd3]*)\ufdd1")
@@ -91,7 +93,7 @@ class _Around:
             name = self._page.names[element]
             named = False
             if name in ("div", "table", "td", "ol", "ul", "tbody", "tr"):
-                css_class, identifier, others = attributes_of(self._page, element)
+                css_class, _, others = attributes_of(self._page, element)
                 named = bool(_CODE_NAMES.search(css_class)) or "white-space: pre" in others or "white-space:pre" in others
             self._named[element] = name in ("pre", "listing") or named
         return self._named[element]
@@ -223,7 +225,9 @@ def _row(page: PageLines, row: int, structure: Structure, markup: Markup, *, is_
     """A row of a data table: its cells, empty ones too, with bars between them."""
     cells = []
     for cell in structure.cells[row]:
-        pieces = [resolve_marks(page.texts[i], code=markup == "markdown") for i in range(int(page.starts[cell]), int(page.ends[cell]))]
+        pieces = [
+            resolve_marks(page.texts[i], code=markup == "markdown") for i in range(int(page.starts[cell]), int(page.ends[cell]))
+        ]
         cells.append(" ".join(" ".join(pieces).split()))
     if markup == "text":
         return [" | ".join(cells).rstrip() if len(cells) > 1 else cells[0]]
@@ -240,10 +244,20 @@ def _code_line(page: PageLines, i: int) -> str | None:
     if _NUMBER_NAMES.search(css_class) and all(number.isdigit() for number in numbers):
         return None
     if page.tags[i] in ("pre", "listing"):
-        is_count = len(numbers) > 1 and numbers == [str(int(numbers[0]) + n) for n in range(len(numbers))] if numbers[0].isdigit() else False
+        is_count = (
+            len(numbers) > 1 and numbers == [str(int(numbers[0]) + n) for n in range(len(numbers))]
+            if numbers[0].isdigit()
+            else False
+        )
         return None if is_count else _MARKS.sub("", text)
     start, end = page.places[i].tolist()
-    source = _TAG.sub("", page.source[start:end]).replace("&nbsp;", " ").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    source = (
+        _TAG.sub("", page.source[start:end])
+        .replace("&nbsp;", " ")
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&amp;", "&")
+    )
     return source.strip("\r\n").rstrip()
 
 

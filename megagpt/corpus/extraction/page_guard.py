@@ -17,8 +17,9 @@ _KINDS = {
     _FORMATTING: "b big code em font i nobr s small strike strong tt u",
     _IMPLIED: "p li dd dt td th tr tbody thead tfoot option optgroup rp rt html head body",
     _RAW: "script style",
-    _PLAIN: "a address article aside blockquote button caption center details dialog dir div dl fieldset figcaption figure footer form "
-    "h1 h2 h3 h4 h5 h6 header hgroup label legend main menu nav ol pre ruby section span sub summary sup table ul var",
+    _PLAIN: "a address article aside blockquote button caption center details dialog dir div dl fieldset figcaption figure "
+    "footer form h1 h2 h3 h4 h5 h6 header hgroup label legend main menu nav ol pre ruby section span sub summary sup table "
+    "ul var",
     _FOREIGN: "svg math",
 }
 
@@ -72,7 +73,7 @@ def _slot(names, value):
 
 @njit(cache=True, nogil=True)
 def _tag_end(codes, at):
-    """(place of the `>` that ends a tag or the size, where its attributes go beyond MAX_ATTRIBUTES or -1, whether it ends in /)."""
+    """(place of the tag's `>` or the size, where its attributes go beyond MAX_ATTRIBUTES or -1, whether it ends in /)."""
     size, count, excess = codes.size, 0, -1
     between, last = True, 0
     while at < size and codes[at] != _GT:
@@ -108,7 +109,7 @@ def _tag_end(codes, at):
 
 @njit(cache=True, nogil=True)
 def find_excess(codes, known, kinds):
-    """Ranges to cut out, in order. codes: uint8, the page. known: uint64 hashes of names in order, kinds: uint8 what each is."""
+    """Ranges to cut out. codes: uint8, the page. known: uint64 hashes of names in order, kinds: uint8 what each is."""
     size, num_tags = codes.size, 0
     for code in codes:
         num_tags += code == _LT
@@ -167,7 +168,9 @@ def find_excess(codes, known, kinds):
             cuts[num_cuts, 0], cuts[num_cuts, 1] = excess, end
             num_cuts += 1
         if kind & _RAW:
-            while at + 1 < size and not (codes[at] == _LT and codes[at + 1] == _SLASH and _same_name(codes, at + 2, begin, name_end)):
+            while at + 1 < size and not (
+                codes[at] == _LT and codes[at + 1] == _SLASH and _same_name(codes, at + 2, begin, name_end)
+            ):
                 at += 1
     return cuts[:num_cuts]
 

@@ -8,8 +8,11 @@ import numpy as np
 from numba import njit
 
 INLINE, VOID, DROPPED, BREAK, LINK, PREFORMATTED, HEADING, CONTROL, LABEL, RAISED, LOWERED, CODE = (1 << i for i in range(12))
-"""What an element's name says: INLINE leaves the line as it is, VOID has no end tag, DROPPED goes with all that is in it, CONTROL
-too unless it is in a HEADING, the text of a LABEL is counted; RAISED (sup), LOWERED (sub) and CODE leave a mark in the line."""
+"""What an element's name says.
+
+INLINE leaves the line as it is, VOID has no end tag, DROPPED goes with all that is in it, CONTROL too unless it is in a
+HEADING, the text of a LABEL is counted; RAISED (sup), LOWERED (sub) and CODE leave a mark in the line.
+"""
 LINE_START, LINE_END, LINE_WIDTH, LINK_WIDTH, LABEL_WIDTH, HOLDER, SOURCE_START, SOURCE_END = range(8)
 """Columns of a line: its characters [START, END) in `out`, its width and that of its parts in links and in labels, in halves of
 a Latin letter, the element that holds it, and where it is in the source."""
@@ -121,9 +124,7 @@ def _read_attributes(codes, at, watched, row):
             row[CLASS], row[CLASS_END] = first, at
         elif value == watched[1]:
             row[ID], row[ID_END] = first, at
-        elif (
-            value == watched[2] or value == watched[3] or value == watched[4] or value == watched[5] or value == watched[6]
-        ):
+        elif value == watched[2] or value == watched[3] or value == watched[4] or value == watched[5] or value == watched[6]:
             row[OTHER] = start
         at += 1
     while at < size and codes[at] != _GT:
@@ -135,8 +136,10 @@ def _read_attributes(codes, at, watched, row):
 
 @njit(cache=True, nogil=True)
 def _end_line(out, begin, end, raw, line):
-    """Close the line out[begin:end] and fill its columns START, END, WIDTH: (its end in `out`, 1 if it is a line, else 0). A line
-    of white space and marks is none."""
+    """Close the line out[begin:end] and fill its columns START, END, WIDTH: (its end in `out`, 1 if it is a line, else 0).
+
+    A line of white space and marks is none.
+    """
     first = begin
     if raw:
         while begin < end and out[end - 1] == _NEWLINE:
@@ -158,7 +161,7 @@ def _end_line(out, begin, end, raw, line):
 @njit(cache=True, nogil=True)
 def _is_hidden(codes, at, end):
     """Whether a style among the attributes in [at, end) says `display:none`."""
-    while at + 12 <= end:
+    while at + 6 <= end:
         if codes[at] == _COLON:
             value = at + 1 + (codes[at + 1] == _SPACE)
             if (
@@ -288,7 +291,13 @@ def read_page(codes, hashes, numbers, flags, watched):
     end, is_line = _end_line(out, begin, end, raw, lines[num_lines])
     if is_line:
         line = lines[num_lines]
-        line[LINK_WIDTH], line[LABEL_WIDTH], line[HOLDER], line[SOURCE_START], line[SOURCE_END] = link, label, stack[depth], source, at
+        line[LINK_WIDTH], line[LABEL_WIDTH], line[HOLDER], line[SOURCE_START], line[SOURCE_END] = (
+            link,
+            label,
+            stack[depth],
+            source,
+            at,
+        )
         num_lines += 1
     for i in range(depth + 1):
         elements[stack[i], END] = num_lines

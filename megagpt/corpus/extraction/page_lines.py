@@ -28,8 +28,9 @@ DROPPED_TAGS = RAW_TAGS | words(
 _CONTROLS = frozenset(("button",))
 _VOID = words("area base br col embed hr img input link meta param source track wbr")
 BLOCKS = words(
-    "address article aside blockquote body caption center dd details dir div dl dt fieldset figcaption figure footer form h1 h2 h3 "
-    "h4 h5 h6 header hgroup html legend li listing main nav ol p pre search section summary table tbody td tfoot th thead tr ul"
+    "address article aside blockquote body caption center dd details dir div dl dt fieldset figcaption figure footer form "
+    "h1 h2 h3 h4 h5 h6 header hgroup html legend li listing main nav ol p pre search section summary table tbody td tfoot "
+    "th thead tr ul"
 )
 """Elements that end a line; <br> and <hr> do too, all others do not."""
 HEADINGS = words("h1 h2 h3 h4 h5 h6")

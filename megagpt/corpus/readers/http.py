@@ -159,7 +159,7 @@ def _codec(name: str) -> str | None:
 
 
 def _is_utf8(body: bytes) -> bool:
-    """Whether it has multi-byte characters and is UTF-8: all of it (a cut last character is allowed), or all but a few bytes."""
+    """Whether it has multi-byte characters and is UTF-8: all of it (but a cut last character) or all but a few bytes."""
     if body.isascii() or _ISO_2022.search(body, 0, 4096):
         return False
     try:
@@ -182,7 +182,7 @@ def _detect(body: bytes) -> str:
 
 
 def _commonness(body: bytes, codec: str) -> float:
-    """Share of a text's ideographs that are among the most common ones, were it in this charset; damaged characters count against."""
+    """Share of common ones among a text's ideographs if it is in this charset; damaged characters count against it."""
     text = body[:20000].decode(codec, "replace")
     num_ideographs = sum("\u4e00" <= character <= "\u9fff" for character in text)
     common = sum(map(text.count, _COMMON_IDEOGRAPHS))

@@ -1,6 +1,5 @@
 """Extraction: scores on published benchmarks beside trafilatura's, wikitext without residue, limits that hold."""
 
-import html
 import re
 import subprocess
 import sys
@@ -14,9 +13,19 @@ from selectolax.lexbor import LexborHTMLParser
 
 from bench.data.extraction import body_pages, score_bodies, score_segments
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
+from megagpt.corpus.extraction.element_names import STRONG
 from megagpt.corpus.extraction.extract_documents import ExtractConfig, read_outcomes
 from megagpt.corpus.extraction.html import extract_html
-from megagpt.corpus.extraction.page_lines import DROPPED_TAGS, INLINE, RAW_TAGS, PageLines, is_furniture, read_page, words
+from megagpt.corpus.extraction.page_lines import (
+    BLOCKS,
+    DROPPED_TAGS,
+    HEADINGS,
+    RAW_TAGS,
+    PageLines,
+    judge_element,
+    read_page,
+    words,
+)
 from megagpt.corpus.extraction.wikitext import is_redirect, wikitext_to_text
 from megagpt.corpus.readers.mediawiki import wiki_outcomes
 from megagpt.corpus.runner.blocks import Block
@@ -163,53 +172,69 @@ def test_pages_in_other_languages_are_not_extracted(tmp_path: Path, extractor: s
 VOID = words("area base br col embed hr img input link meta param source track wbr")
 
 
-def slow_lines(source: str) -> list[tuple[str, int, int]]:
-    """(text, characters in links, number of the element that holds it) of the lines of a page, without a thought of speed."""
-    lines: list[tuple[str, int, int]] = []
-    stack, count, pieces, in_link, raw, skipped = [0], 1, [], False, False, 0
+MARKS = {"sup": "\ufdd0", "sub": "\ufdd2", "code": "\ufdd4"}
+
+
+def slow_width(character: str) -> float:
+    """Width in Latin letters."""
+    if "\uac00" <= character <= "\ud7af":
+        return 2
+    return 2.5 if re.match("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]", character) else 1
+
+
+def slow_lines(source: str) -> list[tuple[str, int, int, int]]:
+    """(text, width, width in links, number of the element that holds it) of the lines of a page, without a thought of speed."""
+    lines: list[tuple[str, int, int, int]] = []
+    kept: list[tuple[str, bool]] = []
+    stack, count, in_link, raw, space, skipped, headings = [0], 1, False, False, False, 0, 0
 
     def flush() -> None:
-        text = "".join(character for character, _ in pieces)
-        if raw:
-            kept = list(pieces)
-            while kept and kept[-1][0] == "\n":
-                kept.pop()
-            while kept and kept[0][0] == "\n":
-                kept.pop(0)
-        else:
-            kept = []
-            for character, link in pieces:
-                if not character.isspace():
-                    kept.append((character, link))
-                elif kept and kept[-1][0] != " ":
-                    kept.append((" ", None))
-            if kept and kept[-1][0] == " ":
-                kept.pop()
-            # A space belongs to the link that the character after it is in.
-            kept = [(c, kept[i + 1][1] if link is None else link) for i, (c, link) in enumerate(kept)]
-        if text.strip():
-            found = html.unescape("".join(character for character, _ in kept))
-            lines.append((found, sum(bool(link) for character, link in kept if character != "\n"), stack[-1]))
-        pieces.clear()
+        nonlocal space
+        line = list(kept)
+        while raw and line and line[-1][0] == "\n":
+            line.pop()
+        while raw and line and line[0][0] == "\n":
+            line.pop(0)
+        seen = [(character, link) for character, link in line if character not in "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"]
+        if "".join(character for character, _ in seen).strip():
+            links = sum(slow_width(character) for character, link in seen if link and character != "\n")
+            size = sum(slow_width(character) for character, _ in seen)
+            lines.append(("".join(character for character, _ in line), int(size), int(links), stack[-1]))
+        kept.clear()
+        space = False
 
     for match in re.finditer(r"<!--.*?-->|<(/?)([^ >]+)((?: [^ >=]*=\"[^\"]*\")*)>|&amp;|&lt;|&gt;|&nbsp;|.", source, re.S):
         closing, name, token = match[1], match[2], match[0]
         if token.startswith("<!--"):
             continue
         if name is None:
-            if not skipped:
-                character = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": " "}.get(token, token)
-                pieces.append((character, in_link))
+            character = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": " "}.get(token, token)
+            if skipped:
+                continue
+            if raw or not character.isspace():
+                kept.extend([(" ", in_link)] if space else [])
+                kept.append((character, in_link))
+                space = False
+            else:
+                space = bool(kept)
         elif skipped:
             skipped += 0 if name in VOID else -1 if closing else 1
-        elif name in DROPPED_TAGS:
+        elif name in DROPPED_TAGS or (name == "button" and not headings):
             skipped = 0 if closing or name in VOID else 1
+        elif name not in BLOCKS and name not in VOID and "display:none" in match[3].replace("display: none", "display:none"):
+            skipped = 1
         elif name == "a":
             in_link = not closing
-        elif name == "br":
+        elif name in MARKS:
+            if space and not closing:
+                kept.append((" ", in_link))
+                space = False
+            kept.append((chr(ord(MARKS[name]) + bool(closing)), False))
+        elif name in ("br", "hr"):
             flush()
-        elif name not in INLINE and name not in VOID:
+        elif name in BLOCKS:
             flush()
+            headings += (name in HEADINGS or name in ("summary", "dt")) * (-1 if closing else 1)
             if closing and len(stack) > 1:
                 stack.pop()
             elif not closing:
@@ -220,13 +245,14 @@ def slow_lines(source: str) -> list[tuple[str, int, int]]:
     return lines
 
 
-def lines_of(page: PageLines) -> list[tuple[str, int, int]]:
-    return list(zip(page.texts, page.links.tolist(), page.parents.tolist(), strict=True))
+def lines_of(page: PageLines) -> list[tuple[str, int, int, int]]:
+    return list(zip(page.texts, page.sizes.tolist(), page.links.tolist(), page.parents.tolist(), strict=True))
 
 
 PIECES = words(
     "<p> </p> <div>a b</div> </div> <br> <pre> </pre> <span> </span> <a> </a> <b> </b> <button> </button> &amp; &lt; &nbsp; "
-    "word ärger <my-tag> <script>if(a<b)c()</script> <td> <hr> &copy; &amp;copy; <h1> <li> </li> <select><option>x</select>"
+    "word ärger 漢字 한글 <my-tag> </my-tag> <sup> </sup> <sub> <code> </code> <label> </label> "
+    "<script>if(a<b)c()</script> <td> <hr> &copy; &amp;copy; <h1> <li> </li> <select><option>x</select>"
 )
 MARKUP = st.lists(
     st.sampled_from(
@@ -248,6 +274,7 @@ MARKUP = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(page=MARKUP)
+@example(page="a <sup>b</sup> <a>c <sub>d</a></sub>")
 @example(page="<pre>a<a>\n</a></pre>")  # a newline at the end of the line is no character of it
 def test_lines_equal_a_slow_version(page: str) -> None:
     tree = LexborHTMLParser(f"<body>{page}")
@@ -272,7 +299,7 @@ def test_elements_hold_their_lines() -> None:
     assert ranges == [
         ("", 0, 3, 0), ("body", 0, 3, 1), ("div", 0, 2, 2), ("p", 0, 1, 3), ("ul", 1, 2, 3), ("li", 1, 2, 4), ("p", 2, 3, 2),
     ]  # fmt: skip
-    assert [is_furniture(page, i) for i in range(7)] == [False, False, False, False, True, False, False]
+    assert [judge_element(page, i).level for i in range(7)] == [0, 0, 0, 0, STRONG, 0, 0]
 
 
 def work_for_ever() -> None:

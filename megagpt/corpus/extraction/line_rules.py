@@ -1,0 +1,85 @@
+"""Rules for single lines of a page: which are no text, at the edges of the body and anywhere.
+
+A byline, a date or a button's words are boilerplate only where they stand at an edge of the text, or between the posts of a
+thread, or are mostly a link; "By then it was late." in the middle is a sentence.
+"""
+
+import re
+from collections import Counter
+
+from megagpt.corpus.extraction.markup import Structure
+from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, class_of_holder
+
+EDGE_LINE = 60  # a line this wide without links is text: what stands before the third and behind the last is an edge
+
+
+def trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
+    """Drop lines that are only links, labels or advertisements; bylines, dates, addresses, notices at both ends of the text;
+    and what hangs at the end. Rows of data tables and code stay."""
+    fixed = {i for i in lines if structure.rows[i] >= 0 or structure.code[i] >= 0}
+    lines = [i for i in lines if i in fixed or not is_aside(page, i)]
+    wide = [at for at, i in enumerate(lines) if _is_text(page, i) and not _is_notice(page, i)]
+    first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
+    notices = {at: class_of_holder(page, i) for at, i in enumerate(lines) if i not in fixed and _is_notice(page, i)}
+    repeated = {name for name, count in Counter(notices.values()).items() if name and count >= 3}
+    lines = [
+        i
+        for at, i in enumerate(lines)
+        if at not in notices or not (at < first or at > last or notices[at] in repeated or page.links[i] > 0.3 * page.sizes[i])
+    ]
+    while lines and lines[-1] not in fixed and _hangs(page, lines[-1]):
+        lines.pop()
+    return lines
+
+
+def is_aside(page: PageLines, i: int) -> bool:
+    """Whether a line is only links, only a control's label, or only says that an advertisement follows."""
+    size = page.sizes[i]
+    is_links = page.links[i] >= 0.9 * size and size <= 200
+    return bool(is_links or page.labels[i] >= 0.9 * size or _ADVERTISEMENT.match(page.texts[i]))
+
+
+def _is_text(page: PageLines, i: int) -> bool:
+    """Whether a line is wide, has few links and is no heading."""
+    return bool(page.sizes[i] - page.links[i] >= EDGE_LINE and page.tags[i] not in HEADINGS)
+
+
+def _is_notice(page: PageLines, i: int) -> bool:
+    """Whether a line reads like a byline, a date, an address, or a button's words."""
+    return bool(page.sizes[i] < 100 and page.tags[i] != "li" and _NOTICE.match(page.texts[i])) or is_boilerplate(page, i)
+
+
+def _hangs(page: PageLines, i: int) -> bool:
+    """Whether a line at the end is a heading, or a few words that end no sentence."""
+    tag, text = page.tags[i], page.texts[i].rstrip()
+    short = page.sizes[i] < 30 and tag != "li" and text[-1] not in _SENTENCE_ENDS
+    return short or tag in HEADINGS
+
+
+def is_boilerplate(page: PageLines, i: int) -> bool:
+    """Whether a line says that a browser is old or lacks JavaScript, that cookies are used, or whose the rights are."""
+    return bool(page.sizes[i] < 300 and _BOILERPLATE.search(page.texts[i]))
+
+
+_SENTENCE_ENDS = frozenset(".!?\"'”’»…)]｣。！？．｡」』】）〉》؟۔॥।။၊។៕་།፧።՞՜։;")
+_ADVERTISEMENT = re.compile(
+    r"\W*(?:advert(?:isement|isements|s)?|anzeige|werbung|publicité|comments?|sponsored|广告|廣告)\W*$", re.IGNORECASE
+)
+_NOTICE = re.compile(
+    r"(?:https?://\S+"
+    r"|(?:[Bb]y|BY|[Vv]on|VON|[Pp]ar|PAR):? [A-ZÀ-ÞА-Я]\S*(?: \S+){0,3}"
+    r"|(?:[Ff]irst )?(?:Updated|UPDATED|updated|Published|PUBLISHED|published|Posted|POSTED|posted)\b.{0,70}"
+    r"|(?:Read|READ|Share|SHARE|Sign [Uu]p|SIGN UP|Subscribe|SUBSCRIBE|Follow [Uu]s|FOLLOW US|Click [Hh]ere|CLICK HERE|"
+    r"Get the latest|Get access|Like this|Don['’]?t miss|DON['’]?T MISS|Related|RELATED)\b.{0,80}"
+    r"|(?:\w{3,9}\.?,? )?(?:\d{1,2}\.? \w{3,9}\.?,? \d{4}|\w{3,9}\.? \d{1,2},? \d{4}|\d{1,2}[./]\d{1,2}[./]\d{2,4}).{0,30}"
+    r"|\W+)(?<![.!?:])$"
+)
+_BOILERPLATE = re.compile(
+    r"^\W*(?:©|\(c\)|copyright\b)|\ball rights reserved\b|\bwe (?:and our partners )?use cookies\b|"
+    r"\b(?:site|website) uses cookies\b|"
+    r"\b(?:your|this|older?|outdated|unsupported|modern) (?:version of your )?browser\b"
+    r".{0,60}\b(?:support|outdated|out of date|upgrade|update|old)|"
+    r"\b(?:enable|turn on|activate|requires?|without) javascript\b|"
+    r"\bjavascript (?:is|must be|seems to be|has been|enabled|to be|in your browser)\b|^\W*(?:版权所有|著作権)|ICP备\d",
+    re.IGNORECASE,
+)
