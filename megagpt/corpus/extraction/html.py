@@ -19,7 +19,7 @@ from selectolax.lexbor import LexborHTMLParser
 from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict
 from megagpt.corpus.extraction.formulas import replace_formulas
 from megagpt.corpus.extraction.json_articles import article_of_json
-from megagpt.corpus.extraction.line_rules import is_aside, is_boilerplate, trim
+from megagpt.corpus.extraction.line_rules import is_aside, is_boilerplate, is_sentence, trim
 from megagpt.corpus.extraction.markup import Markup, Structure, read_structure, write
 from megagpt.corpus.extraction.page_lines import (
     ALWAYS_BAD,
@@ -28,6 +28,7 @@ from megagpt.corpus.extraction.page_lines import (
     body_kind,
     element_class,
     is_named_thread,
+    is_sectioning,
     judge_element,
     read_page,
     width,
@@ -45,7 +46,7 @@ LONG_LINE = 60  # characters, for `prose`
 PROSE_CHARACTERS = 1000
 _REMOVED = sorted(RAW_TAGS)
 _PROSE = words("p div td li dd blockquote section article main body pre span center")
-_MAY_BE_LINKS = frozenset(("ul", "ol", "dl", "table", "div", "section", "p", "tr", "h2", "h3", "h4"))
+_MAY_BE_LINKS = frozenset(("ul", "ol", "dl", "table", "div", "section", "tr", "h2", "h3", "h4"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def _main_lines(
         meaningless |= {COMMENTS}
     dropped, kept = consent, good
     for by_name in (True, False):
-        dropped = consent | _dropped(page, good, verdicts if by_name else {}, meaningless)
+        dropped = consent | _dropped(page, good, structure.section_starts, verdicts if by_name else {}, meaningless)
         kept = np.where(dropped, 0, good)
         if kept.sum() >= 0.2 * good.sum():
             break
@@ -245,12 +246,15 @@ def _meaningless(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray
     return {word for word, size in prose.items() if size > (MOST_COMMENTS if word == COMMENTS else MEANINGLESS) * sums[-1]}
 
 
-def _dropped(page: PageLines, good: np.ndarray, verdicts: dict[int, Verdict], meaningless: set[str]) -> np.ndarray:
+def _dropped(
+    page: PageLines, good: np.ndarray, section_starts: list[bool], verdicts: dict[int, Verdict], meaningless: set[str]
+) -> np.ndarray:
     """Which lines go: those in elements that look like boilerplate or are mostly links, unless much of the page's prose, `good`
     by line, is in them. bool [lines]."""
     sizes, links, prose = (_inside(page, values) for values in (page.sizes, page.links, good))
     may_be_bad = prose <= 0.5 * good.sum()
-    mostly_links = (links > 0.5 * sizes) & (prose <= 0.3 * good.sum())
+    sentences = _inside(page, np.array([begins or is_sentence(page, i) for i, begins in enumerate(section_starts)], np.int64))
+    mostly_links = (links > 0.5 * sizes) & (prose <= 0.3 * good.sum()) & (sentences == 0)
     rich = (prose >= WEAK_PROSE) & (prose > 0.5 * sizes) & (links < 0.25 * sizes)
     dropped, end = np.zeros(len(page.texts), bool), 0
     for i in np.flatnonzero((sizes > 0) & may_be_bad).tolist():
@@ -279,14 +283,27 @@ def _find_body(page: PageLines, kept: np.ndarray, parent_of: list[int], *, is_th
     large = np.flatnonzero((inside >= MIN_BODY_CHARACTERS) & (inside >= 0.3 * kept.sum())).tolist()
     named = [(kind, number) for number in large if (kind := body_kind(page, number))]
     number = min(named)[1] if named else _densest(page, kept.tolist(), inside, parent_of)
-    start, end = _with_siblings(page, number, inside, parent_of)
+    section = _outermost_section(page, number, parent_of)
+    if section:
+        return _with_siblings(page, section, parent_of)
+    start, end = _with_siblings(page, number, parent_of)
     sums = np.concatenate([[0], np.cumsum(kept)])
     if is_thread or sums[end] - sums[start] > GROUP * inside[number]:
         return start, end
     return int(page.starts[number]), int(page.ends[number])
 
 
-def _with_siblings(page: PageLines, number: int, inside: np.ndarray, parent_of: list[int]) -> tuple[int, int]:
+def _outermost_section(page: PageLines, number: int, parent_of: list[int]) -> int:
+    """The outermost section of a generated document that an element is or is in, 0 if there is none."""
+    found = 0
+    while number:
+        if is_sectioning(page, number):
+            found = number
+        number = parent_of[number]
+    return found
+
+
+def _with_siblings(page: PageLines, number: int, parent_of: list[int]) -> tuple[int, int]:
     """Lines from the first to the last sibling of an element, or the nearest one around it that has siblings of its class."""
     start, end = int(page.starts[number]), int(page.ends[number])
     for _ in range(8):

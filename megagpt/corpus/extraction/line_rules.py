@@ -10,14 +10,17 @@ from collections import Counter
 from megagpt.corpus.extraction.markup import Structure
 from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, class_of_holder
 
+SENTENCE_WIDTH = 8  # so much of a paragraph that is a sentence is not in links
 EDGE_LINE = 60  # a line this wide without links is text: what stands before the third and behind the last is an edge
 
 
 def trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
     """Drop lines that are only links, labels or advertisements; bylines, dates, addresses, notices at both ends of the text;
     and what hangs at the end. Rows of data tables and code stay."""
-    fixed = {i for i in lines if structure.rows[i] >= 0 or structure.code[i] >= 0}
-    lines = [i for i in lines if i in fixed or not is_aside(page, i)]
+    fixed = {i for i in lines if structure.rows[i] >= 0 or structure.code[i] >= 0 or structure.section_starts[i]}
+    lines = [
+        i for at, i in enumerate(lines) if i in fixed or not is_aside(page, i) or _is_title(page, lines[at : at + 2], fixed)
+    ]
     wide = [at for at, i in enumerate(lines) if _is_text(page, i) and not _is_notice(page, i)]
     first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
     notices = {at: class_of_holder(page, i) for at, i in enumerate(lines) if i not in fixed and _is_notice(page, i)}
@@ -30,6 +33,13 @@ def trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
     while lines and lines[-1] not in fixed and _hangs(page, lines[-1]):
         lines.pop()
     return lines
+
+
+def _is_title(page: PageLines, pair: list[int], fixed: set[int]) -> bool:
+    """Whether the first of two lines is a heading with a paragraph below it."""
+    if len(pair) < 2 or page.tags[pair[0]] not in HEADINGS:
+        return False
+    return pair[1] in fixed or (page.tags[pair[1]] == "p" and _is_text(page, pair[1]))
 
 
 def is_aside(page: PageLines, i: int) -> bool:
@@ -54,6 +64,12 @@ def _hangs(page: PageLines, i: int) -> bool:
     tag, text = page.tags[i], page.texts[i].rstrip()
     short = page.sizes[i] < 30 and tag != "li" and text[-1] not in _SENTENCE_ENDS
     return short or tag in HEADINGS
+
+
+def is_sentence(page: PageLines, i: int) -> bool:
+    """Whether a line is a paragraph that ends like a sentence and is not all links."""
+    is_paragraph = page.tags[i] == "p" and page.links[i] > 0 and page.sizes[i] - page.links[i] >= SENTENCE_WIDTH
+    return bool(is_paragraph and page.texts[i][-1] in _SENTENCE_ENDS)
 
 
 def is_boilerplate(page: PageLines, i: int) -> bool:

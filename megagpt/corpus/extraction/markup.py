@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, attributes_of
+from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, attributes_of, is_sectioning
 
 Markup: TypeAlias = Literal["text", "markdown"]
 MAX_CELL_WIDTH, MAX_MEAN_CELL_WIDTH, MAX_CELL_LINES = 300, 80, 4
@@ -46,6 +46,8 @@ class Structure:
     """By row: the table's element."""
     code: list[int]
     """By line: number of the element that holds code (a pre, or one named so), else -1."""
+    section_starts: list[bool]
+    """By line: whether it is the first paragraph below the heading of a section of a generated document."""
 
 
 def read_structure(page: PageLines, parent_of: list[int]) -> Structure:
@@ -68,7 +70,18 @@ def read_structure(page: PageLines, parent_of: list[int]) -> Structure:
                     for line in range(int(page.starts[row]), int(page.ends[row])):
                         rows[line] = row
     code = [around.code(parent) for parent in page.parents.tolist()]
-    return Structure(rows, cells, tables, code)
+    return Structure(rows, cells, tables, code, [_starts_section(page, i, parent_of) for i in range(len(page.texts))])
+
+
+def _starts_section(page: PageLines, i: int, parent_of: list[int]) -> bool:
+    if not i or page.tags[i] != "p" or page.tags[i - 1] not in HEADINGS:
+        return False
+    element = int(page.parents[i])
+    for _ in range(3):
+        element = parent_of[element]
+        if is_sectioning(page, element):
+            return True
+    return False
 
 
 class _Around:

@@ -157,6 +157,16 @@ def is_named_thread(page: PageLines, element: int) -> bool:
     return page.names[element] != "article" and names_thread(f"{css_class} {identifier}")
 
 
+def is_sectioning(page: PageLines, element: int) -> bool:
+    """Whether an element is a section of a generated document: its id made of its title, or `div class="sect2"`."""
+    if page.names[element] not in ("section", "div"):
+        return False
+    css_class, identifier, _ = attributes_of(page, element)
+    if identifier and (page.names[element] == "section" or css_class == "section") and is_title_made(page, element, identifier):
+        return True
+    return css_class.startswith(("sect1", "sect2", "sect3", "sect4", "refsect", "chapter"))
+
+
 def is_title_made(page: PageLines, element: int, identifier: str) -> bool:
     """Whether an id is made of the words of the heading that the element begins with, as generators of documents make them."""
     start = int(page.starts[element])
