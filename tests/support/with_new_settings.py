@@ -66,7 +66,7 @@ def main() -> None:
     for stage in stages:
         stage.run(config)
     for stage in stages:
-        if stage is not train_tokenizer:
+        if stage not in (train_tokenizer, extract_documents):  # extraction has another format since
             stage.run(load(CorpusConfig, ["unfinished.yaml", "executor=inline"]))
     for name in ("lines", "later"):
         dedup_documents.run(load(CorpusConfig, [f"{name}.yaml"]))
