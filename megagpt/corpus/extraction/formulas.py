@@ -6,16 +6,16 @@ alt text of a picture of a formula; where there is only presentation MathML, its
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-_SIGNS = ("<math", "math/tex", "latex", "katex", "MathJax")
 _DRAWN = ".MathJax_Preview, .MathJax, .MathJax_Display, .MathJax_SVG, .MathJax_SVG_Display, .MathJax_CHTML"
 _PICTURES = "img.latex, img.tex, img.mwe-math-fallback-image-inline, img.mwe-math-fallback-image-display"
+_ANY = "math, script[type^='math/tex'], img.latex, img.tex"
 _WHOLE = ".katex, .mwe-math-element"
 MAX_DEPTH = 40
 
 
-def replace_formulas(tree: LexborHTMLParser, page: str) -> None:
-    """Write the formulas of a parsed page as text; `page` is its source."""
-    if not any(sign in page for sign in _SIGNS):
+def replace_formulas(tree: LexborHTMLParser) -> None:
+    """Write the formulas of a parsed page as text."""
+    if tree.css_first(_ANY) is None:
         return
     for node in tree.css("script[type^='math/tex']"):
         kind = node.attributes.get("type") or ""

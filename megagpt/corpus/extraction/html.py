@@ -87,7 +87,7 @@ def parse_page(page: str, url: str | None = None) -> ParsedPage:
     title_node = tree.css_first("title")
     title = " ".join(title_node.text().split()) if title_node is not None else ""
     is_thread = _says_thread(tree, page, url)
-    replace_formulas(tree, source)
+    replace_formulas(tree)
     tree.strip_tags(_REMOVED)
     return ParsedPage(read_page((tree.body.html if tree.body is not None else None) or ""), title, is_thread, source)
 
@@ -366,4 +366,4 @@ _THREAD = re.compile(
 )
 _TEMPLATE = re.compile(r"<(/?)template\b[^<>]*>", re.IGNORECASE)
 _FALLBACK = re.compile(r"</?(?:noscript|template|dialog|menu|button|canvas|object|video|audio)\b[^<>]*>", re.IGNORECASE)
-_THREAD_TYPES = ("DiscussionForumPosting", "QAPage", "schema.org/Question")
+_THREAD_TYPES = ("DiscussionForumPosting", "QAPage")

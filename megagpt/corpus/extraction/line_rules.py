@@ -74,7 +74,10 @@ def is_sentence(page: PageLines, i: int) -> bool:
 
 def is_boilerplate(page: PageLines, i: int) -> bool:
     """Whether a line says that a browser is old or lacks JavaScript, that cookies are used, or whose the rights are."""
-    return bool(page.sizes[i] < 300 and _BOILERPLATE.search(page.texts[i]))
+    if page.sizes[i] >= 300:
+        return False
+    text = page.texts[i].lower()
+    return any(hint in text for hint in _HINTS) and _BOILERPLATE.search(text) is not None
 
 
 _SENTENCE_ENDS = frozenset(".!?\"'”’»…)]｣。！？．｡」』】）〉》؟۔॥।။၊។៕་།፧።՞՜։;")
@@ -90,6 +93,7 @@ _NOTICE = re.compile(
     r"|(?:\w{3,9}\.?,? )?(?:\d{1,2}\.? \w{3,9}\.?,? \d{4}|\w{3,9}\.? \d{1,2},? \d{4}|\d{1,2}[./]\d{1,2}[./]\d{2,4}).{0,30}"
     r"|\W+)(?<![.!?:])$"
 )
+_HINTS = ("©", "(c)", "ight", "cookie", "browser", "javascript", "版权", "著作", "icp")
 _BOILERPLATE = re.compile(
     r"^\W*(?:©|\(c\)|copyright\b)|\ball rights reserved\b|\bwe (?:and our partners )?use cookies\b|"
     r"\b(?:site|website) uses cookies\b|"

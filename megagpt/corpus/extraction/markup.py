@@ -4,6 +4,7 @@ A table is data when its cells are short and no table is in it; tables that only
 forms no number changes its value: 10<sup>6</sup> is 10^6, and the cells of a row stay apart.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -107,7 +108,9 @@ class _Around:
             named = False
             if name in ("div", "table", "td", "ol", "ul", "tbody", "tr"):
                 css_class, _, others = attributes_of(self._page, element)
-                named = bool(_CODE_NAMES.search(css_class)) or "white-space: pre" in others or "white-space:pre" in others
+                named = (
+                    (bool(css_class) and _names_code(css_class)) or "white-space: pre" in others or "white-space:pre" in others
+                )
             self._named[element] = name in ("pre", "listing") or named
         return self._named[element]
 
@@ -123,6 +126,11 @@ class _Around:
                 found = element
             self._code[element] = found
         return found
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _names_code(css_class: str) -> bool:
+    return _CODE_NAMES.search(css_class) is not None
 
 
 def _is_data(page: PageLines, rows: dict[int, list[int]]) -> bool:
