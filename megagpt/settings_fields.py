@@ -9,7 +9,6 @@ from typing import Any
 LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": [], "document_end_loss": True},
-    "DataConfig": {"weight_changes": []},
     "ExtractConfig": {"comments": "drop", "markup": "text"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "TrainConfig": {"if_running": "refuse", "device": "auto"},
