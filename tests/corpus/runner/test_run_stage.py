@@ -333,7 +333,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         """
         import sys
         from pathlib import Path
-        sys.path.insert(0, sys.argv[1])
+        sys.path[:0] = sys.argv[1].split(":")
         from test_run_stage import make_blocks, slow_numbers
         from megagpt.corpus.runner.executors import Execution
         from megagpt.corpus.runner.run_stage import run_stage
