@@ -348,7 +348,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
     command = [
         sys.executable,
         str(tmp_path / "run.py"),
-        f"{Path(__file__).parent}:{project / 'tests' / 'support'}",
+        f"{Path(__file__).parent}:{project / 'tests'}:{project / 'tests' / 'support'}",
         str(reference[0]),
         str(tmp_path / "out"),
     ]
@@ -385,7 +385,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(project / "tests" / "support"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, project / "tests", project / "tests" / "support"))),
     }
     process = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
