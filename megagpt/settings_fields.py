@@ -11,6 +11,7 @@ LATER: dict[str, dict[str, Any]] = {
     "DataConfig": {"weight_changes": [], "document_end_loss": True},
     "ExtractConfig": {"comments": "drop", "markup": "text"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
+    "ModelConfig": {"head_size": None, "qkv_bias": False},
     "TrainConfig": {"if_running": "refuse", "device": "auto"},
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""

@@ -68,6 +68,17 @@ BAD_INPUT = {
         (["run_dir={tmp}/none"], "{tmp}/none"),
         (["run_dir={tmp}", "temperature=-1"], "temperature=-1"),
     ],
+    "export_model": [
+        (["run_dir={tmp}/none", "output_dir={tmp}/out"], "{tmp}/none"),
+        (["run_dir={tmp}", "output_dir={tmp}"], "output_dir={tmp} exists"),
+        (["run_dir={tmp}", "output_dir={tmp}/out", "dtype=fp16"], "dtype='fp16'"),
+    ],
+    "import_model": [
+        (["source={tmp}/none", "run_dir={tmp}/r"], "source={tmp}/none"),
+        (["source={tmp}", "run_dir={tmp}/r"], "{tmp}/config.json: no such file"),
+        (["source={tmp}", "run_dir={tmp}"], "run_dir={tmp} exists"),
+        (["source={tmp}", "run_dir={tmp}/r", "seq_len=0"], "seq_len=0"),
+    ],
     "check_node": [(["num_gpus=-1"], "num_gpus=-1"), (["run_dri=x"], "did you mean run_dir")],
     "plan_run": [
         (["configs/train/debug_cpu.yaml", "gpus=0"], "gpus=0"),

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from bench.generation.llama2c import read_llama2c
 from bench.measure import peer_python, peer_versions, run_interleaved
 from bench.training.compare import MODELS, PEERS
+from megagpt.convert.llama2c import load_llama2c
 from megagpt.measurement import PROJECT, spread, write_results
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 
@@ -93,7 +93,7 @@ def write_models(folder: Path) -> list[str]:
     models = {"50M": model}
     data = Path(os.environ.get("MEGAGPT_TEST_DATA", PROJECT.parent / "shared" / "data")) / "model" / "stories260K.bin"
     if data.exists():
-        models = {"stories260K": read_llama2c(data), **models}
+        models = {"stories260K": load_llama2c(data), **models}
     for name, each in models.items():
         torch.save(each.state_dict(), folder / f"{name}.pt")
         values = each.config.model_dump(mode="json") | {"mlp_size": each.config.mlp_width}

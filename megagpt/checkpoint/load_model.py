@@ -35,6 +35,21 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
 
     Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
     """
+    path = find_checkpoint(run_dir, step)
+    saved = read_state(path)
+    config = read_settings(ModelConfig, saved["model"], source=str(path / "state.json"))
+    model = GPT(config)
+    views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
+    read_partitions(path, {key: Partition(view, 0, view.numel()) for key, view in views.items()})
+    tokenizer = tokenizer_of(run_dir, saved.get("tokenizer_sha256"))
+    return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
+
+
+def find_checkpoint(run_dir: Path, step: int | Literal["last", "best"] = "last") -> Path:
+    """The newest good checkpoint of a run, its best, or that of a step; warns of newer ones that are not good.
+
+    Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
+    """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory")
     candidates = list_checkpoints(run_dir)
@@ -46,14 +61,7 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
         raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint{'' if step == 'last' else f' of step {step}'}")
     for path in reversed(candidates):
         problems = verify(path)
-        if problems:
-            log.warning("passed over %s", "; ".join(problems))
-            continue
-        saved = read_state(path)
-        config = read_settings(ModelConfig, saved["model"], source=str(path / "state.json"))
-        model = GPT(config)
-        views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
-        read_partitions(path, {key: Partition(view, 0, view.numel()) for key, view in views.items()})
-        tokenizer = tokenizer_of(run_dir, saved.get("tokenizer_sha256"))
-        return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
+        if not problems:
+            return path
+        log.warning("passed over %s", "; ".join(problems))
     raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -37,10 +38,20 @@ class Run:
     length: int
 
 
-def read_partitions(path: Path, partitions: Mapping[str, Partition], world: World | None = None) -> None:
-    """Fill `partitions` in place from the files that overlap with them. Raises CheckpointError if elements are missing."""
-    index = index_of(path) if world is None or world.rank == 0 else None
-    index = world.broadcast(index) if world is not None else index or {}
+def read_partitions(
+    path: Path,
+    partitions: Mapping[str, Partition],
+    world: World | None = None,
+    index: dict[str, list[Run]] | None = None,
+) -> None:
+    """Fill `partitions` in place from the files that overlap with them. Raises CheckpointError if elements are missing.
+
+    `index` spares the reading of all headers to who reads the same checkpoint many times.
+    """
+    if index is None:
+        index = index_of(path) if world is None or world.rank == 0 else None
+        index = world.broadcast(index) if world is not None else index
+    index = index or {}
     wanted: dict[str, list[tuple[str, Partition, Run]]] = {}
     for key, partition in partitions.items():
         covered = 0
@@ -90,17 +101,32 @@ def write_safetensors(
 
     The library's own writer needs all of them as bytes in memory at once and a second read for the checksum.
     """
+    header = safetensors_header({key: ("F32", (len(tensor),)) for key, tensor in tensors.items()}, metadata)
+    return write_slices(path, _slices(header, tensors.values()), progress)
+
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""Bytes of an element, by safetensors' name of the type."""
+
+
+def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file whose tensors (type, shape) follow each other in this order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
-    for key, tensor in tensors.items():
-        end = offset + 4 * len(tensor)
-        header[key] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [offset, end]}
+    for key, (dtype, shape) in tensors.items():
+        end = offset + ITEM_BYTES[dtype] * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_slices(path: Path, slices: Iterable[memoryview], progress: Callable[[], object] | None = None) -> tuple[int, str]:
+    """Write a file slice by slice, fsync; returns (bytes, sha256). `progress` is called for every slice written."""
     digest, size, hashing = hashlib.sha256(), 0, deque[Future[None]]()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as hasher:
-        for data in _slices(text, tensors.values()):
+        for data in slices:
             hashing.append(hasher.submit(digest.update, data))
             _write_all(file, data)
             os.posix_fadvise(file.fileno(), size, len(data), os.POSIX_FADV_DONTNEED)  # the disk begins now, not at the fsync
@@ -118,7 +144,7 @@ SLICE_BYTES, HASHED_LATER = 16 << 20, 16
 
 
 def _slices(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:
-    yield memoryview(len(header).to_bytes(8, "little") + header)
+    yield memoryview(header)
     for tensor in tensors:
         if tensor.dtype != torch.float32:
             raise CheckpointError(f"a partition is {tensor.dtype}, checkpoints hold fp32")

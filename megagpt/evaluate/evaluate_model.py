@@ -20,6 +20,7 @@ from megagpt.evaluate.results import keep_result
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
+from megagpt.tokenizer.base import prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     questions = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}
     device = pick_device(config.device)
     loaded = load_model(config.run_dir, config.step, device=str(device))
-    data_config = read_settings(DataConfig, loaded.run_config["data"], source=f"{loaded.path}/state.json")
+    data_config = _data_config(config, loaded)
     datasets = _datasets(config, loaded, data_config)
     sources = evaluate_sources(
         loaded.model,
@@ -134,7 +135,7 @@ def _scorer(loaded: LoadedModel, micro_batch_size: int) -> Callable[[Sequence[tu
     tokenizer, device = loaded.tokenizer, next(loaded.model.parameters()).device
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        requests = [LikelihoodRequest(tuple(tokenizer.encode(a)), tuple(tokenizer.encode(b))) for a, b in pairs]
+        requests = [LikelihoodRequest(tuple(prompt_ids(tokenizer, a)), tuple(tokenizer.encode(b))) for a, b in pairs]
         found = log_likelihoods(
             loaded.model,
             loaded.model_config,
@@ -146,6 +147,15 @@ def _scorer(loaded: LoadedModel, micro_batch_size: int) -> Callable[[Sequence[tu
         return [(likelihood.nats, likelihood.is_greedy) for likelihood in found]
 
     return score
+
+
+def _data_config(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:
+    """The run's settings of data; an imported model has none, and takes the shards that are named."""
+    if "data" not in loaded.run_config and not config.shards:
+        raise UserError(f"{config.run_dir}: an imported model has no data of its own; name shards=... to evaluate on")
+    named = {name: {"path": str(path)} for name, path in config.shards.items()}
+    values = loaded.run_config.get("data") or {"seq_len": loaded.model_config.seq_len, "sources": named}
+    return read_settings(DataConfig, values, source=f"{loaded.path}/state.json")
 
 
 def _datasets(config: EvaluateConfig, loaded: LoadedModel, data_config: DataConfig) -> dict[str, TokenDataset]:

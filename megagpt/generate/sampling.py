@@ -1,7 +1,7 @@
 """Sampling as small pure functions, and generation with a key/value cache."""
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from megagpt.checkpoint.load_model import LoadedModel
 from megagpt.config import Config
 from megagpt.data.permutation import mix
 from megagpt.model.gpt import KeyValues, ModelConfig
-from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.base import Tokenizer, prompt_ids
 
 GREEDY = 0.0
 """The temperature at which the likeliest token is always taken."""
@@ -33,7 +33,7 @@ class SamplingConfig(Config):
     seed: int = 0
     """The same seed gives the same text. Row i of a batch draws from a stream of its own."""
     stop_at_eot: bool = True
-    """End a text at the end-of-text token."""
+    """End a text at an end-of-text token."""
 
 
 @torch.inference_mode()
@@ -44,15 +44,15 @@ def stream_texts(loaded: LoadedModel, prompts: Sequence[str], sampling: Sampling
     """
     tokenizer, device = loaded.tokenizer, next(loaded.model.parameters()).device
     by_length: dict[int, list[int]] = {}
-    prompt_ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
-    for i, ids in enumerate(prompt_ids):
+    all_ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for i, ids in enumerate(all_ids):
         by_length.setdefault(len(ids), []).append(i)
     for rows in by_length.values():
-        decoders = [StreamDecoder(tokenizer) for _ in rows]
-        ids_bt = torch.tensor([prompt_ids[i] for i in rows], device=device)
-        eot_id = tokenizer.eot_id if sampling.stop_at_eot else None
+        decoders = [StreamDecoder(tokenizer, at_start=not prompts[i]) for i in rows]
+        ids_bt = torch.tensor([all_ids[i] for i in rows], device=device)
+        eos_ids = tokenizer.eos_ids if sampling.stop_at_eot else ()
         steps = generate_ids(
-            loaded.model, loaded.model_config, ids_bt, sampling, vocab_size=tokenizer.vocab_size, eot_id=eot_id, streams=rows
+            loaded.model, loaded.model_config, ids_bt, sampling, vocab_size=tokenizer.vocab_size, eos_ids=eos_ids, streams=rows
         )
         for tokens in steps:
             for row, decoder, token in zip(rows, decoders, tokens, strict=True):
@@ -73,10 +73,10 @@ def generate_ids(
     sampling: SamplingConfig,
     *,
     vocab_size: int | None = None,
-    eot_id: int | None = None,
+    eos_ids: Collection[int] = (),
     streams: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
-    """After each forward the next token of every row of `ids_bt` [B, T], None for rows that have ended at `eot_id`.
+    """After each forward the next token of every row of `ids_bt` [B, T], None for rows that have ended at one of `eos_ids`.
 
     `vocab_size`: ids from there on (padding of the embedding) are never drawn. `streams`: number of each row's random stream;
     None = 0, 1, …. With eot_id None every call makes exactly max_tokens forwards, which ranks that share a model need. When
@@ -96,7 +96,7 @@ def generate_ids(
         new_ids = next_token(logits_bv, all_ids, draws_b.to(logits_bv.device), sampling)[:, None]
         all_ids = torch.cat((all_ids, new_ids), dim=1)
         tokens = new_ids[:, 0].tolist()
-        ended = [done or token == eot_id for done, token in zip(ended, tokens, strict=True)]
+        ended = [done or token in eos_ids for done, token in zip(ended, tokens, strict=True)]
         yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
@@ -150,15 +150,21 @@ def pick(weights_bv: Tensor, draws_b: Tensor) -> Tensor:
 
 
 class StreamDecoder:
-    """Tokens to text, one at a time: a character is returned when its last byte is known; invalid UTF-8 becomes U+FFFD."""
+    """Tokens to text, one at a time: a character is returned when its last byte is known; invalid UTF-8 becomes U+FFFD.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pieces = tokenizer.token_bytes()
+    `at_start`: the tokens begin a document, so that a tokenizer's dummy prefix is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, at_start: bool = False) -> None:
+        self._pieces, self._drop_space = tokenizer.token_bytes(), at_start and tokenizer.dummy_prefix
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text that this token completes, maybe none."""
-        return self._decoder.decode(self._pieces[token])
+        piece = self._pieces[token]
+        if self._drop_space and piece:
+            piece, self._drop_space = piece.removeprefix(b" "), False
+        return self._decoder.decode(piece)
 
     def finish(self) -> str:
         """What is left: U+FFFD if the last character is incomplete."""

@@ -41,8 +41,8 @@ def refuse_float8(kind: Float8, model: ModelConfig, precision: str, *, canonical
     sizes = {
         "model.hidden_size": model.hidden_size,
         "model.mlp_size": model.mlp_width,
-        "model.num_heads x head size": model.num_heads * model.head_size,
-        "model.num_kv_heads x head size": model.kv_heads * model.head_size,
+        "model.num_heads x head size": model.num_heads * model.head_width,
+        "model.num_kv_heads x head size": model.kv_heads * model.head_width,
         "data.seq_len": seq_len or MULTIPLE,
     }
     for name, size in sizes.items():

@@ -62,7 +62,7 @@ def flops_per_token(
     With `checkpoint_selectively` products and attention are kept, so nothing that is counted is repeated.
     """
     length = seq_len or config.seq_len
-    query_width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    query_width, kv_width = config.num_heads * config.head_width, config.kv_heads * config.head_width
     projections = 2 * config.hidden_size * (2 * query_width + 2 * kv_width)
     mlp_out = 2 * config.hidden_size * config.mlp_width
     mlp = mlp_out * (3 if config.family == "llama" else 2)

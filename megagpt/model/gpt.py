@@ -24,8 +24,8 @@ from megagpt.model.rope import RopeScaling, rope_table, rotate
 
 
 class ModelConfig(Config):
-    """Sizes of a GPT. `family` fixes the block: llama = RMSNorm, rotary positions, SwiGLU, no biases (arXiv 2302.13971);
-    gpt2 = LayerNorm, learned positions, GELU, biases (Radford et al. 2019)."""
+    """Sizes of a GPT. `family` fixes the block: llama = RMSNorm, rotary positions, SwiGLU, no biases but with qkv_bias
+    (arXiv 2302.13971); gpt2 = LayerNorm, learned positions, GELU, biases (Radford et al. 2019)."""
 
     family: Literal["llama", "gpt2"] = "llama"
     """Which block: llama (RMSNorm, RoPE, SwiGLU) or gpt2 (LayerNorm, learned positions, GELU, biases)."""
@@ -36,17 +36,21 @@ class ModelConfig(Config):
     num_layers: int = Field(gt=0)
     """Number of blocks."""
     num_heads: int = Field(gt=0)
-    """Query heads per block; hidden_size is a multiple of it."""
+    """Query heads per block; hidden_size is a multiple of it unless head_size is given."""
     num_kv_heads: int | None = Field(default=None, gt=0)
     """Key/value heads (grouped-query attention, arXiv 2305.13245); null = num_heads."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
+    head_size: int | None = Field(default=None, gt=0)
+    """Width of one head; null = hidden_size / num_heads. In Qwen3 all heads together are wider than the stream."""
     mlp_size: int | None = Field(default=None, gt=0)
     """Inner width of the MLP; null = 4 x hidden_size (gpt2), or 8/3 x hidden_size rounded up to a multiple of 64 (llama)."""
     tied_head: bool = True
     """Whether the output head shares the token embedding's weights."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalised per head before attention (arXiv 2302.05442)."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases (llama, as in Qwen2); gpt2 has biases everywhere."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies (llama)."""
     rope_scaling: RopeScaling | None = None
@@ -62,12 +66,14 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        if self.hidden_size % self.num_heads:
+        if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
-        if self.family == "llama" and self.head_size % 2:
-            raise ValueError(f"head size {self.head_size} is odd: rotary positions turn pairs")
+        if self.family == "llama" and self.head_width % 2:
+            raise ValueError(f"head size {self.head_width} is odd: rotary positions turn pairs")
+        if self.family == "gpt2" and self.qkv_bias:
+            raise ValueError("qkv_bias is for family=llama: gpt2 has biases everywhere")
         if self.family == "gpt2" and self.rope_scaling is not None:
             raise ValueError("rope_scaling is for family=llama: gpt2 has learned positions")
         return self
@@ -78,9 +84,9 @@ class ModelConfig(Config):
         return self.num_kv_heads or self.num_heads
 
     @property
-    def head_size(self) -> int:
+    def head_width(self) -> int:
         """Width of one head."""
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
 
     @property
     def mlp_width(self) -> int:
@@ -114,15 +120,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        bias = config.family == "gpt2"
-        self.num_heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
+        out_bias = config.family == "gpt2"
+        bias = out_bias or config.qkv_bias
+        self.num_heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_width
         self.dropout = config.dropout
-        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_size, bias=bias)
-        self.key = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=bias)
-        self.value = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=bias)
-        self.out = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=bias)
-        self.query_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_width, bias=bias)
+        self.key = nn.Linear(config.hidden_size, config.kv_heads * config.head_width, bias=bias)
+        self.value = nn.Linear(config.hidden_size, config.kv_heads * config.head_width, bias=bias)
+        self.out = nn.Linear(config.num_heads * config.head_width, config.hidden_size, bias=out_bias)
+        self.query_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. `mask` as megagpt.model.attention has it; None = causal."""
@@ -254,7 +261,7 @@ class GPT(nn.Module):
             x_btd = x_btd + self.positions(torch.arange(start, start + length, device=ids.device))
         else:
             config = self.config
-            rope_2te = rope_table(config.head_size, config.rope_theta, config.rope_scaling, start, length, ids.device)
+            rope_2te = rope_table(config.head_width, config.rope_theta, config.rope_scaling, start, length, ids.device)
         blockwise = ids.is_cuda and not (self.training and self.config.dropout)
         mask = attention_mask(start, length, doc_lengths, ids.device, blockwise=blockwise)
         x_btd = self.dropout(x_btd)

@@ -79,23 +79,35 @@ def rope_table(
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> tuple[Tensor, float]:
-    """Turns per token in radians, [E/2] fp32, and what cosines and sines are multiplied by (YaRN's attention temperature)."""
-    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
-    frequencies = theta**-exponents
+    """Turns per token in radians, [E/2] fp32, and what cosines and sines are multiplied by (YaRN's attention temperature).
+
+    Every operation is in the order of Hugging Face's modeling_rope_utils.py, so the bits are the same: a difference in the
+    last bit of a frequency grows with the position.
+    """
+    wavelengths = theta ** (torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    frequencies = 1.0 / wavelengths
     if scaling is None:
         return frequencies, 1.0
-    divided = frequencies / scaling.factor
     if isinstance(scaling, LinearScaling):
-        return divided, 1.0
+        return frequencies / scaling.factor, 1.0
     if isinstance(scaling, Llama3Scaling):
-        turns = scaling.original_seq_len * frequencies / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        return torch.lerp(divided, frequencies, ((turns - low) / (high - low)).clamp(0, 1)), 1.0
+        return _blend_as_llama3(frequencies, scaling), 1.0
     first, last = (_number_of(turns, head_size, theta, scaling) for turns in (scaling.beta_fast, scaling.beta_slow))
     first, last = max(math.floor(first), 0), min(math.ceil(last), head_size - 1)
     numbers = torch.arange(head_size // 2, device=device, dtype=torch.float32)
-    ramp = ((numbers - first) / max(last - first, 1e-3)).clamp(0, 1)
-    return torch.lerp(frequencies, divided, ramp), 0.1 * math.log(scaling.factor) + 1.0
+    kept = 1 - ((numbers - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + frequencies * kept, 0.1 * math.log(scaling.factor) + 1.0
+
+
+def _blend_as_llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Slow frequencies divided, fast ones kept, those between blended."""
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_seq_len
+    tokens_per_turn = 2 * math.pi / frequencies
+    divided = torch.where(tokens_per_turn > length / low, frequencies / scaling.factor, frequencies)
+    share = (length / tokens_per_turn - low) / (high - low)
+    blended = (1 - share) * divided / scaling.factor + share * divided
+    between = (tokens_per_turn >= length / high) & (tokens_per_turn <= length / low)
+    return torch.where(between, blended, divided)
 
 
 def rotate(x_bhte: Tensor, rope_2te: Tensor) -> Tensor:

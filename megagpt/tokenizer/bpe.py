@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from megagpt.config import UserError
+from megagpt.tokenizer.special_ids import read_special_ids
 
 Encoder: TypeAlias = Literal["tiktoken", "fastokens"]
 """The library that encodes byte-level BPE in batches."""
@@ -45,13 +46,18 @@ class BytePairs:
 
     kind = "bpe"
     lossless = True
+    dummy_prefix = False
 
     def __init__(self, vocabulary: Vocabulary, files: list[Path], encoder: Encoder = "tiktoken") -> None:
         import tiktoken
 
-        self.eot_id, self.vocab_size = vocabulary.eot_id, vocabulary.size
-        self.fingerprint = files_fingerprint(self.kind, files)
-        self._ranks, self._files, self._pattern = vocabulary.ranks, files, vocabulary.pattern
+        special = read_special_ids(files[0].parent, vocabulary.eot_id, vocabulary.size)
+        self.eot_id, self.eos_ids, self.bos_id = special.eot_id, special.eos_ids, special.bos_id
+        self.vocab_size = vocabulary.size
+        self.fingerprint = files_fingerprint(self.kind, [*files, *special.files])
+        self._ranks, self._pattern = vocabulary.ranks, vocabulary.pattern
+        self.files = [*files, *special.files]
+        self.vocabulary = vocabulary
         self._encoding = tiktoken.Encoding(
             "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
         )
@@ -65,7 +71,7 @@ class BytePairs:
             if self._pattern != GPT2_PATTERN:
                 if run.end() - run.start() < MOST_BLANKS:
                     continue
-                raise UserError(f"tokenizer {self._files[0]}: {run.end() - run.start():,} white-space characters in a row")
+                raise UserError(f"tokenizer {self.files[0]}: {run.end() - run.start():,} white-space characters in a row")
             end = run.end() - (run.end() < len(text))  # the last one goes with the next word
             ids += self._encoding.encode_ordinary(text[position : run.start()])
             ids += self._encoding._encode_single_piece(text[run.start() : end])
@@ -84,14 +90,14 @@ class BytePairs:
         return self._pieces
 
     def save(self, directory: Path) -> None:
-        copy_files(self._files, directory)
+        copy_files(self.files, directory)
 
     @cached_property
     def _fast(self) -> Any:
         """fastokens, compared with tiktoken. Not before the first batch: beside its threads no worker could be forked."""
-        probe = _probe()
+        probe = probe_texts()
         if any(a.tolist() != self.encode(b) for a, b in zip(_encode_flat(self._unchecked, probe), probe, strict=True)):
-            raise UserError(f"tokenizer {self._files[0]}: fastokens and tiktoken give different ids: use encoder=tiktoken")
+            raise UserError(f"tokenizer {self.files[0]}: fastokens and tiktoken give different ids: use encoder=tiktoken")
         return self._unchecked
 
     @cached_property
@@ -163,7 +169,7 @@ def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], patt
     if merged != sorted(merged):
         raise UserError(f"tokenizer {path}: ids do not follow the order of the merges, which GPT-2-style BPE needs")
     known = {*added, *EOT_NAMES}
-    to_bytes = dict.fromkeys(range(256), 0x10FFFF) | {ord(c): value for c, value in _byte_characters().items()}
+    to_bytes = dict.fromkeys(range(256), 0x10FFFF) | {ord(c): value for c, value in byte_characters().items()}
     try:
         ranks = {piece.translate(to_bytes).encode("latin-1"): i for piece, i in ids.items() if piece not in known}
     except UnicodeEncodeError as error:
@@ -184,7 +190,7 @@ def _checked(vocabulary: Vocabulary, path: Path) -> Vocabulary:
     return vocabulary
 
 
-def _byte_characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """GPT-2's map from the printable characters in its files to bytes (bytes_to_unicode in OpenAI's encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in printable]
@@ -199,7 +205,7 @@ def _open_fastokens(vocabulary: Vocabulary, path: Path) -> Any:
         raise UserError(
             f"tokenizer {path}: encoder=fastokens needs a file with merges, and GPT-2's pattern: use encoder=tiktoken"
         )
-    to_text = {value: character for character, value in _byte_characters().items()}
+    to_text = {value: character for character, value in byte_characters().items()}
     vocab = {piece.decode("latin-1").translate(to_text): rank for piece, rank in vocabulary.ranks.items()}
     # It wants ids without gaps; no text reaches these names, as no byte is spelt as a space.
     vocab |= {f"special {i}": i for i in set(range(vocabulary.size)) - set(vocabulary.ranks.values())}
@@ -215,7 +221,7 @@ def _encode_flat(fast: Any, texts: Sequence[str]) -> list[np.ndarray]:
     return np.split(np.frombuffer(ids, np.uint32), ends) if texts else []
 
 
-def _probe() -> list[str]:
+def probe_texts() -> list[str]:
     """Strings that tell pre-splitting rules apart: letters, digits, marks and spaces from all over Unicode."""
     points = [*range(0x20, 0x3100), *range(0x3100, 0x110000, 997)]
     alphabet = [chr(point) for point in points if not 0xD800 <= point < 0xE000]

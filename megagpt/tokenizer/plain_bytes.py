@@ -15,6 +15,9 @@ class Bytes:
     """UTF-8 bytes as ids 0 to 255, end-of-text 256."""
 
     kind, vocab_size, eot_id, lossless = "bytes", 257, 256, True
+    eos_ids: tuple[int, ...] = (256,)
+    bos_id: int | None = None
+    dummy_prefix = False
     fingerprint = hashlib.sha256(b"bytes 257").hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -15,10 +15,8 @@ import numpy as np
 
 from megagpt.config import UserError
 from megagpt.files import atomic_path
-from megagpt.tokenizer.bpe import (
-    files_fingerprint,
-    join_pieces,
-)
+from megagpt.tokenizer.bpe import copy_files, files_fingerprint, join_pieces
+from megagpt.tokenizer.special_ids import read_special_ids
 
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character, so the character itself must never reach it."""
@@ -37,14 +35,18 @@ class SentencePiece:
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
         pieces = self._model.get_piece_size()
-        self.eot_id = self._model.eos_id() if self._model.eos_id() >= 0 else pieces
-        self.vocab_size = max(pieces, self.eot_id + 1)
-        self.fingerprint = files_fingerprint(self.kind, [path])
-        self._path = path
+        eot_id = self._model.eos_id() if self._model.eos_id() >= 0 else pieces
+        self.vocab_size = max(pieces, eot_id + 1)
+        special = read_special_ids(path.parent, eot_id, self.vocab_size)
+        self.eot_id, self.eos_ids, self.bos_id = special.eot_id, special.eos_ids, special.bos_id
+        self.fingerprint = files_fingerprint(self.kind, [path, *special.files])
+        self.path, self._special_files = path, special.files
+        self.dummy_prefix = join_pieces(self._pieces, self._model.encode("a")) == " a"
         self._byte_ids = {self._pieces[i][0]: i for i in range(pieces) if self._model.is_byte(i)}
         # A model made elsewhere may rewrite text (NFKC, dropped spaces, a space put in front): then it is not lossless.
         probe = "  \ufb01 a\u3000\u00bd\n\n\tb  "
-        self.lossless = len(self._byte_ids) == 256 and self.decode(self.encode(probe)) == probe
+        decoded = join_pieces(self._pieces, self.encode(probe))
+        self.lossless = len(self._byte_ids) == 256 and decoded == probe
 
     def encode(self, text: str) -> list[int]:
         if SPACE_MARK not in text or not self._byte_ids:
@@ -62,15 +64,21 @@ class SentencePiece:
         return [np.asarray(ids, np.uint32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return join_pieces(self._pieces, ids)
+        text = join_pieces(self._pieces, ids)
+        return text.removeprefix(" ") if self.dummy_prefix else text
 
     def token_bytes(self) -> list[bytes]:
         return self._pieces
 
+    def id_of(self, piece: str) -> int | None:
+        """The id of a piece by its name in the model, `</s>` say; None if there is none."""
+        i = self._model.piece_to_id(piece)
+        return i if self._model.id_to_piece(i) == piece else None
+
     def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        if self._path.resolve() != (directory / "tokenizer.model").resolve():
-            shutil.copyfile(self._path, directory / "tokenizer.model")
+        copy_files(self._special_files, directory)
+        if self.path.resolve() != (directory / "tokenizer.model").resolve():
+            shutil.copyfile(self.path, directory / "tokenizer.model")
 
     @cached_property
     def _pieces(self) -> list[bytes]:

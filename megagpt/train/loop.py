@@ -32,10 +32,11 @@ from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
 from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode, validation_set
-from megagpt.generate.sampling import SamplingConfig, generate_ids
+from megagpt.generate.sampling import SamplingConfig, StreamDecoder, generate_ids
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.metrics import interrupted_at, read_metrics
 from megagpt.monitor.monitor import Monitor
+from megagpt.tokenizer.base import prompt_ids
 from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
@@ -383,14 +384,14 @@ def sample(run: Run, state: TrainState) -> None:
     config, tokenizer = run.config, run.data.tokenizer
     sampling = SamplingConfig(max_tokens=config.sample_tokens, seed=config.seed)
     with run.monitor.clock("generate"), evaluation_mode(run.engine.module):
-        ids = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.eot_id]], device=run.world.device)
+        ids = torch.tensor([prompt_ids(tokenizer, config.sample_prompt)], device=run.world.device)
         steps = generate_ids(run.engine.model, config.model, ids, sampling, vocab_size=tokenizer.vocab_size)
-        found = []
+        decoder, text = StreamDecoder(tokenizer, at_start=not config.sample_prompt), ""
         for tokens in steps:
             run.world.agree()
             run.world.progress()
-            found += [token for token in tokens if token is not None]
-        text = tokenizer.decode(found)
+            text += "".join(decoder.push(token) for token in tokens if token is not None)
+        text += decoder.finish()
     run.monitor.log("sample", state.step, prompt=config.sample_prompt, text=text)
 
 

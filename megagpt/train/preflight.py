@@ -62,6 +62,12 @@ def check_run(config: TrainConfig, data: Data) -> None:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
     if config.continue_from is not None and not checkpoint.list_checkpoints(config.run_dir):
         checkpoint.require_checkpoint(config.continue_from)
+    for path in checkpoint.list_checkpoints(config.run_dir)[:1]:
+        try:
+            oldest = read_json(path / "state.json")
+        except UserError:  # a damaged checkpoint, which the start passes over
+            oldest = {}
+        refuse_imported(oldest, path)
     cross_checks.refuse_contradictions(config, data)
     parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
     checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
@@ -118,6 +124,7 @@ def packing_warning(dataset: Dataset) -> str | None:
 
 def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:
     """Raise UserError if a checkpoint belongs to another model, data or seed; log every other setting that differs."""
+    refuse_imported(saved, where)
     before, now = filled(TrainConfig, saved["config"]), config.model_dump(mode="json")
     differences = {
         "model": difference(before["model"], now["model"]),
@@ -150,6 +157,15 @@ def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where:
         raise UserError(
             f"{where}: was trained with another tokenizer ({tokenizer}): its token ids mean something else here; "
             "allow_change=[data.tokenizer] takes the weights all the same"
+        )
+
+
+def refuse_imported(saved: dict[str, Any], where: Path) -> None:
+    """Raise UserError if a checkpoint is an imported model, which has no optimizer states and no place in any data."""
+    if saved.get("origin") == "import":
+        raise UserError(
+            f"{where}: is an imported model and no run to resume: start from it with init_from={where.parent.parent} "
+            f"and another run_dir"
         )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.generation.llama2c import read_llama2c
 from megagpt.checkpoint.load_model import LoadedModel
+from megagpt.convert.llama2c import load_llama2c
 from megagpt.generate.sampling import (
     SamplingConfig,
     StreamDecoder,
@@ -35,7 +35,7 @@ def loaded(model: GPT) -> LoadedModel:
 
 
 def ids_of(model: GPT, prompt: list[list[int]], **settings: object) -> list[list[int | None]]:
-    options = {name: settings.pop(name) for name in ("vocab_size", "eot_id", "streams") if name in settings}
+    options = {name: settings.pop(name) for name in ("vocab_size", "eos_ids", "streams") if name in settings}
     sampling = SamplingConfig.model_validate(settings)
     return list(generate_ids(model, model.config, torch.tensor(prompt), sampling, **options))  # type: ignore[arg-type]
 
@@ -140,7 +140,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
 def test_rows_end_at_the_end_of_text_and_generation_when_all_have() -> None:
     model = small_gpt()
     free = ids_of(model, [[1, 2]] * 4, max_tokens=300, temperature=1.0, vocab_size=12)
-    ended = ids_of(model, [[1, 2]] * 4, max_tokens=300, temperature=1.0, vocab_size=12, eot_id=7)
+    ended = ids_of(model, [[1, 2]] * 4, max_tokens=300, temperature=1.0, vocab_size=12, eos_ids=(7,))
     for row in range(4):
         first = [step[row] for step in free].index(7)
         expected = [step[row] for step in free][:first] + [None] * (len(ended) - first)
@@ -186,9 +186,9 @@ def read_pieces(path: Path) -> list[bytes]:
 
 @pytest.mark.realdata
 def test_a_published_model_tells_its_published_story(shared_data: Path) -> None:
-    model, pieces = read_llama2c(shared_data / "model" / "stories260K.bin"), read_pieces(shared_data / "model" / "tok512.bin")
+    model, pieces = load_llama2c(shared_data / "model" / "stories260K.bin"), read_pieces(shared_data / "model" / "tok512.bin")
     start_of_text = 1
-    tokens = ids_of(model, [[start_of_text]], max_tokens=200, temperature=0.0, eot_id=start_of_text)
+    tokens = ids_of(model, [[start_of_text]], max_tokens=200, temperature=0.0, eos_ids=(start_of_text,))
     text = b"".join(pieces[token] for (token,) in tokens if token is not None).decode().removeprefix(" ")
     expected = (shared_data / "model" / "stories260K.expected.txt").read_text()
     assert len(tokens) == 200

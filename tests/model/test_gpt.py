@@ -33,8 +33,8 @@ def obvious_logits(config: ModelConfig, model: GPT, tokens: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
 
     def turn(x: Tensor, position: int) -> Tensor:
-        half = config.head_size // 2
-        angles = torch.tensor([position * config.rope_theta ** (-2 * i / config.head_size) for i in range(half)])
+        half = config.head_width // 2
+        angles = torch.tensor([position * config.rope_theta ** (-2 * i / config.head_width) for i in range(half)])
         first, second = x[:half], x[half:]
         return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()])
 
@@ -43,8 +43,10 @@ def obvious_logits(config: ModelConfig, model: GPT, tokens: Tensor) -> Tensor:
         p = f"blocks.{layer}."
         h = norm(x, w[p + "attention_norm.weight"])
         q, k, v = (h @ w[f"{p}attention.{name}.weight"].T for name in ("query", "key", "value"))
-        out = torch.zeros(len(tokens), config.num_heads * config.head_size)
-        size = config.head_size
+        if config.qkv_bias:
+            q, k, v = (x + w[f"{p}attention.{n}.bias"] for x, n in ((q, "query"), (k, "key"), (v, "value")))
+        out = torch.zeros(len(tokens), config.num_heads * config.head_width)
+        size = config.head_width
         for head in range(config.num_heads):
             kv = head * config.kv_heads // config.num_heads
             queries = [turn(q[t, head * size : (head + 1) * size], t) for t in range(len(tokens))]
@@ -61,10 +63,15 @@ def obvious_logits(config: ModelConfig, model: GPT, tokens: Tensor) -> Tensor:
     return norm(x, w["norm.weight"]) @ head_weight.T
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"tied_head": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 2}, {"tied_head": False}, {"head_size": 12, "num_kv_heads": 2}, {"qkv_bias": True}]
+)
 def test_llama_equals_the_obvious_computation(changes: dict[str, object]) -> None:
     config, model = small(**changes)
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
         # fp32 sums in another order
         torch.testing.assert_close(model(ids()[:1, :9])[0], obvious_logits(config, model, ids()[0, :9]), atol=2e-6, rtol=1e-5)
 
@@ -209,6 +216,8 @@ def test_checkpointing_changes_no_gradient() -> None:
     ("changes", "message"),
     [
         ({"num_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
+        ({"head_size": 5}, "head size 5 is odd"),
+        ({"family": "gpt2", "qkv_bias": True}, "qkv_bias is for family=llama"),
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"num_heads": 32}, "odd"),
         ({"dropout": 1.0}, "dropout=1.0"),

@@ -8,7 +8,8 @@ from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.model.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, rope_frequencies, rope_table, rotate
 
 CPU = torch.device("cpu")
-# Every fourth of transformers 5.23's ROPE_INIT_FUNCTIONS for heads of 64, and its attention factor.
+SHAPE = {"vocab_size": 8, "seq_len": 8, "num_layers": 1, "num_heads": 1, "hidden_size": 8}
+# Every fourth of transformers' ROPE_INIT_FUNCTIONS for heads of 64, and its attention factor.
 PUBLISHED: list[tuple[RopeScaling, float, list[float], float]] = [
     (LinearScaling(factor=4), 10_000.0, [
         2.5e-01, 7.905694e-02, 2.500000e-02, 7.905694e-03, 2.499999e-03, 7.905694e-04, 2.500000e-04, 7.905694e-05,
@@ -34,6 +35,39 @@ def test_frequencies_are_those_of_transformers(
     assert factor == pytest.approx(sharpness)
     table = rope_table(64, theta, scaling, 3, 2, CPU)
     torch.testing.assert_close(table[0, 1], (4 * frequencies).cos() * sharpness)
+
+
+SCALINGS: dict[str, dict[str, object]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "original_seq_len": 512, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 4.0, "original_seq_len": 1024, "beta_fast": 32.0, "beta_slow": 1.0},
+    "yarn of equal ends": {"kind": "yarn", "factor": 2.0, "original_seq_len": 2, "beta_fast": 32.0, "beta_slow": 31.0},
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("head_size", [8, 64, 128])
+def test_the_table_has_the_bits_of_transformers(name: str, theta: float, head_size: int) -> None:
+    """Bit for bit: what differs in the last bit of a frequency is 1e-3 of a logit at position 2,000."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    values = {"kind": name, **SCALINGS[name]}
+    theirs = {key: value for key, value in values.items() if key not in ("kind", "original_seq_len")}
+    if "original_seq_len" in values:
+        theirs["original_max_position_embeddings"] = values["original_seq_len"]
+    config = LlamaConfig(
+        hidden_size=2 * head_size,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": values["kind"], "rope_theta": theta, **theirs},
+    )
+    scaling = None if name == "default" else validate(ModelConfig, {**SHAPE, "rope_scaling": values}, source="").rope_scaling
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(4096)[None])
+    ours = rope_table(head_size, theta, scaling, 0, 4096, CPU)
+    assert torch.equal(ours, torch.stack((cos[0, :, : head_size // 2], sin[0, :, : head_size // 2])))
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
@@ -68,6 +102,5 @@ def test_a_model_uses_them() -> None:
     ],
 )
 def test_bad_sections_are_named(section: dict[str, object], what: str) -> None:
-    shape = {"vocab_size": 8, "seq_len": 8, "num_layers": 1, "num_heads": 1, "hidden_size": 8}
     with pytest.raises(UserError, match=what):
-        validate(ModelConfig, {**shape, "rope_scaling": section}, source="test")
+        validate(ModelConfig, {**SHAPE, "rope_scaling": section}, source="test")

@@ -266,6 +266,7 @@ class _Segments:
 def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
     tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder)
     segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
+    begin = None if tokenizer.bos_id is None else np.array([tokenizer.bos_id], np.uint32)
     leaks: list[Leak] = []
     pieces = _split(read_block(block), job.config, _left(block, cuts))
     threshold = job.config.leak_threshold
@@ -278,6 +279,8 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
             if not text:
                 empty += 1
                 continue
+            if begin is not None:
+                ids = np.concatenate([begin, ids])
             segments.add(split, document, ids, len(text) if text.isascii() else len(text.encode()))
             documents += 1
     segments.flush()

@@ -29,6 +29,8 @@ from megagpt.documents import Document, read_documents, write_documents
 from megagpt.settings_record import MadeWith
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
+from megagpt.tokenizer.sentencepiece import train_sentencepiece
+from megagpt.tokenizer.special_ids import write_special_ids
 from megagpt.tokenizer.train_tokenizer import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
 
 WORDS = [
@@ -92,7 +94,7 @@ def read_split(directory: Path, tokenizer: Tokenizer) -> list[dict]:
             tokens = shard.read(int(start), int(end - start))
             assert tokens[-1] == tokenizer.eot_id
             assert row["tokens"] == len(tokens)
-            text = tokenizer.decode(tokens[:-1].tolist())
+            text = tokenizer.decode(tokens[tokenizer.bos_id is not None : -1].tolist())
             assert row["bytes"] == len(text.encode())
             documents.append({**row, "text": text})
         assert info.text_bytes == sum(row["bytes"] for row in rows)
@@ -115,6 +117,27 @@ def packed(corpus: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path
     output = tmp_path_factory.mktemp("packed") / "shards"
     run(corpus, output, shard_tokens=4000)
     return output
+
+
+def test_documents_begin_with_the_tokenizers_begin_of_text_id(corpus: list[Path], tmp_path: Path) -> None:
+    """The same documents, each with one token more in front; text and its bytes are what they were."""
+    texts = (document.text for path in corpus for document in read_documents(path))
+    plain = train_sentencepiece(texts, tmp_path / "plain", vocab_size=300)
+    plain.save(tmp_path / "begun")
+    write_special_ids(tmp_path / "begun", eos_ids=[plain.eot_id], bos_id=0)
+    begun = open_tokenizer(tmp_path / "begun")
+    for name in ("plain", "begun"):
+        run(corpus, tmp_path / "shards" / name, str(tmp_path / name))
+    for split in ("train", "validation"):
+        expected = read_split(tmp_path / "shards" / "plain" / split, plain)
+        folder = tmp_path / "shards" / "begun" / split
+        found = read_split(folder, begun)
+        assert [(row["id"], row["bytes"], row["tokens"]) for row in found] == [
+            (row["id"], row["bytes"], row["tokens"] + 1) for row in expected
+        ]
+        manifest = read_manifest(folder)
+        shard = open_shard(folder, manifest.shards[0], manifest.dtype)
+        assert {int(shard.read(int(start), 1)[0]) for start in shard.document_offsets()[:-1]} == {0}
 
 
 def test_every_document_once_in_the_order_of_its_key(corpus: list[Path], packed: Path) -> None:

@@ -1,0 +1,154 @@
+"""Export: a run's checkpoint becomes a folder that transformers 4.5x and 5.x, vLLM and lm-eval load.
+
+Weights go from the checkpoint to safetensors slice by slice. The folder is kept only if every tensor on disk has the sha256 of
+its source and the model that transformers loads from it gives our logits.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from megagpt.checkpoint.load_model import find_checkpoint
+from megagpt.checkpoint.partitions import index_of
+from megagpt.checkpoint.save_load import read_state
+from megagpt.checkpoint.tokenizers import tokenizer_of
+from megagpt.config import Config, UserError
+from megagpt.convert.compare_logits import Comparison, compare_models, import_transformers, open_reference
+from megagpt.convert.families import Family, family_for, plan_tensors
+from megagpt.convert.import_hf import describe_comparison, new_folder
+from megagpt.convert.model_card import model_card
+from megagpt.convert.tokenizers import export_tokenizer
+from megagpt.convert.weight_files import DTYPES, Parameters, check_weights_written, write_weights
+from megagpt.distributed.world import utc_now
+from megagpt.engine.build import whole_shapes
+from megagpt.files import read_json, sha256_file, write_json, write_text
+from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.settings_record import read_settings
+from megagpt.tokenizer.base import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class ExportConfig(Config):
+    """Write a run's model in the format of Hugging Face's transformers."""
+
+    run_dir: Path
+    """The run whose checkpoint is exported."""
+    output_dir: Path
+    """The new folder."""
+    step: int | Literal["last", "best"] = "last"
+    """Which checkpoint: last, best (lowest validation loss), or a step."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """The type of the weights on disk; bf16 rounds the fp32 weights of the checkpoint."""
+    shard_bytes: int = Field(default=5_000_000_000, gt=0)
+    """Largest weight file; a single tensor that is larger has a file of its own."""
+
+
+def export_model(config: ExportConfig) -> Path:
+    """Write `output_dir`; returns it. Raises UserError if the run, the step or the family do not fit, CheckpointError if the
+    checkpoint is damaged, ConversionError if the export does not give the same model; output_dir then does not exist."""
+    if config.output_dir.exists():
+        raise UserError(f"output_dir={config.output_dir} exists; name a new one")
+    checkpoint = find_checkpoint(config.run_dir, config.step)
+    import_transformers()
+    state = read_state(checkpoint)
+    model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
+    family = family_for(model_config)
+    tokenizer = tokenizer_of(config.run_dir, state.get("tokenizer_sha256"))
+    vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)
+    plan = plan_tensors(family, model_config, vocab_size)
+    with new_folder(config.output_dir) as folder:
+        parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
+        tensors = write_weights(folder, plan, parameters, dtype=config.dtype, shard_bytes=config.shard_bytes)
+        write_config(folder, family, model_config, tokenizer, vocab_size, config.dtype)
+        notes = export_tokenizer(tokenizer, config.run_dir / "tokenizer", folder, model_config.seq_len)
+        check_weights_written(folder, tensors)
+        ours = load_rounded(parameters, model_config, config.dtype)
+        compared = compare_models(ours, open_reference(folder), family, plan, vocab_size)
+        lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
+        write_text(
+            folder / "README.md", model_card(config.output_dir.name, model_config, family, lineage, compared, config.dtype)
+        )
+        write_json(folder / "checked.json", _record(folder, tensors, compared, lineage, notes, config.dtype))
+    log.info("exported %s: %s", checkpoint, describe_comparison(compared))
+    for note in notes:
+        log.info("tokenizer: %s", note)
+    return config.output_dir
+
+
+def write_config(folder: Path, family: Family, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int, dtype: str) -> None:
+    """config.json, as transformers 4.x and 5.x both read it, and generation_config.json."""
+    eos: int | list[int] = tokenizer.eot_id if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
+    # GPT-2's default is 50256 for both; its begin of text is its end of text.
+    bos = tokenizer.eot_id if tokenizer.bos_id is None and family.model_type == "gpt2" else tokenizer.bos_id
+    torch_dtype = str(DTYPES[dtype][1]).removeprefix("torch.")
+    values = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.settings.write(config, vocab_size),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": torch_dtype,
+        "dtype": torch_dtype,
+        "use_cache": True,
+    }
+    write_json(folder / "config.json", values)
+    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+
+
+def load_rounded(parameters: Parameters, config: ModelConfig, dtype: str) -> GPT:
+    """Our model with the weights as the export has them: rounded to its type, computed in fp32."""
+    model = GPT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameters.read(name).to(DTYPES[dtype][1]).float())
+    return model.eval()
+
+
+def read_lineage(run_dir: Path, checkpoint: Path, state: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint was made from, by hashes, and its scores: for the model card and checked.json."""
+    sources = (state["config"].get("data") or {}).get("sources") or {}
+    data = {}
+    for name, source in sources.items():
+        manifest = Path(source["path"]) / "train" / "manifest.json"
+        data[name] = {"weight": source.get("weight"), "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None}
+    evaluation = run_dir / "evaluations" / f"{checkpoint.name}.json"
+    scores = read_json(evaluation) if evaluation.is_file() else {}
+    return {
+        "checkpoint": checkpoint.name,
+        "manifest_sha256": sha256_file(checkpoint / "manifest.json"),
+        "step": state["train_state"]["step"],
+        "tokens": state["train_state"]["tokens"],
+        "imported_from": state.get("imported_from"),
+        "data_fingerprint": state.get("data_fingerprint") or None,
+        "data": data,
+        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.fingerprint},
+        "validation_loss": state.get("validation_loss"),
+        "scores": {key: scores[key] for key in ("loss", "perplexity", "bits_per_byte", "tasks") if scores.get(key)},
+    }
+
+
+def _record(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Any]],
+    compared: Comparison,
+    lineage: Mapping[str, Any],
+    notes: list[str],
+    dtype: str,
+) -> dict[str, Any]:
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    return {
+        "checked_at": utc_now(),
+        "transformers": import_transformers().__version__,
+        "dtype": dtype,
+        "logits": {**asdict(compared), "relative": compared.relative},
+        "tokenizer_notes": notes,
+        "source": dict(lineage),
+        "files": files,
+        "tensors": {name: entry["sha256"] for name, entry in tensors.items()},
+    }
