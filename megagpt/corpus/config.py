@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from megagpt.corpus.dedup.dedup_documents import DedupConfig
-from megagpt.corpus.extraction.extract_documents import ExtractConfig
+from megagpt.corpus.dedup.config import DedupConfig
+from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.filters.registry import FilterConfig
-from megagpt.corpus.packing.tokenize_documents import TokenizeConfig
+from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.readers.inputs import matching_files
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import stage_outputs
-from megagpt.tokenizer.train_tokenizer import TokenizerConfig
+from megagpt.tokenizer.config import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]
 

@@ -21,25 +21,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import orjson
 import zstandard
-from pydantic import Field
 
 from megagpt.config import Config, UserError
 from megagpt.corpus.dedup import near_duplicates
+from megagpt.corpus.dedup.config import DedupConfig, PartKind
 from megagpt.corpus.dedup.index import DocumentIds, IndexedBlock, index_block, open_array, open_blocks
-from megagpt.corpus.dedup.near_duplicates import Verification
 from megagpt.corpus.dedup.reference_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
-from megagpt.corpus.dedup.repeated_lines import PartKind, drop_parts, first_parts, index_parts, mark_repeated
+from megagpt.corpus.dedup.repeated_lines import drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import StageSummary, clear, is_finished, read_summary, run_stage
-from megagpt.corpus.text.shingles import MinHashSettings, load_kernels
+from megagpt.corpus.text.shingles import load_kernels
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
 from megagpt.output_list import DONE, forget_list, list_or_none, problem_of
@@ -48,47 +47,8 @@ from megagpt.settings_record import MadeWith, fingerprint
 FORMAT = 1
 """Of the stage and its index; it grows when the same settings give other results, or files of another form."""
 
+
 log = logging.getLogger(__name__)
-
-
-class DedupConfig(Config):
-    """Settings of `tools/dedup_documents.py`."""
-
-    inputs: tuple[str, ...] = ()
-    """Document files or globs; default: the output of the filters. The earliest document in their sorted order is kept."""
-    near: bool = True
-    """Drop near duplicates, too. Exact copies always go: texts that differ in nothing but white space and Unicode form."""
-    words_per_shingle: int = Field(default=5, ge=1)
-    """Words per shingle. Documents are compared as sets of shingles; case, accents, punctuation and digits are folded first."""
-    num_bands: int = Field(default=14, ge=1)
-    """FineWeb: 14 bands of 8 rows find .565 of the pairs of similarity .7, .924 at .8, .9996 at .9. RefinedWeb: 450 of 20."""
-    rows_per_band: int = Field(default=8, ge=1)
-    """Numbers of the signature that must all be equal for two documents to be compared."""
-    threshold: float = Field(default=0.8, gt=0, le=1)
-    """A document is dropped if its Jaccard similarity to a kept one is at least this."""
-    verify: Literal["exact", "signature"] = "exact"
-    """exact: Jaccard similarity of the shingle sets themselves. signature: its estimate from all rows."""
-    max_comparisons: int = Field(default=1000, ge=1)
-    """At most this many comparisons per band and document, earliest kept documents first; a document not compared is kept."""
-    seed: int = Field(default=1, ge=0)
-    """Seed of the MinHash functions."""
-    against: tuple[Path, ...] = ()
-    """work_dir of corpora that were deduplicated before, with the same MinHash settings: what is a copy of a document that they
-    kept is dropped. They are not changed, and nothing of them is hashed again."""
-    drop_repeated: PartKind | None = None
-    """lines or paragraphs: also drop those that occurred before in any document that stays (CCNet, arXiv 1911.00359)."""
-    memory_bytes: int = Field(default=2 << 30, ge=1 << 20)
-    """Memory for sorting and comparing, of all workers together, whatever the size of the corpus. Changes no result."""
-
-    @property
-    def minhash(self) -> MinHashSettings:
-        """Parameters of the signatures."""
-        return MinHashSettings(self.words_per_shingle, self.num_bands, self.rows_per_band, self.seed)
-
-    @property
-    def verification(self) -> Verification:
-        """When a document counts as a copy."""
-        return Verification(self.verify == "exact", self.threshold, self.max_comparisons)
 
 
 @dataclass(frozen=True, slots=True)

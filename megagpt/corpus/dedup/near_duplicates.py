@@ -13,14 +13,13 @@ before `first_new` are those of corpora that were deduplicated before: they come
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megagpt.config import UserError
+from megagpt.corpus.dedup.config import Verification
 from megagpt.corpus.dedup.external_join import equal_key_pairs
 from megagpt.corpus.dedup.index import (
     IndexedBlock,
@@ -41,19 +40,6 @@ COUNTS = ("comparisons", "exact_comparisons", "limited")
 DECISION = np.dtype([("document", np.int64), ("kept", np.int64), ("similarity", np.float32)])
 _BYTES_BESIDE_SHINGLES = 64
 _KERNEL_BYTES_PER_BAND = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """When a document counts as a copy of another: exact Jaccard of shingle sets or its estimate, against a threshold."""
-
-    exact: bool
-    threshold: float
-    max_comparisons: int
-
-    def min_estimate(self, num_rows: int) -> float:
-        """Pairs of a lower estimate are not compared exactly: 4 standard errors below the threshold (1 in 30,000 is lost)."""
-        return self.threshold - 4 * math.sqrt(self.threshold * (1 - self.threshold) / num_rows)
 
 
 def find_exact(blocks: Sequence[IndexedBlock], path: Path, memory_bytes: int, first_new: int = 0) -> int:

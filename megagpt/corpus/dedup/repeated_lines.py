@@ -13,17 +13,15 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 
+from megagpt.corpus.dedup.config import PartKind
 from megagpt.corpus.dedup.external_join import equal_key_pairs
 from megagpt.corpus.dedup.index import IndexedBlock, new_array, new_folder, open_array, write_array
 from megagpt.corpus.runner.blocks import Block, read_block
 from megagpt.corpus.text.shingles import n_gram_hashes
 from megagpt.files import atomic_path
-
-PartKind: TypeAlias = Literal["lines", "paragraphs"]
 
 KEYS_PER_READ = 1 << 20
 _BORDERS = {"lines": re.compile(r"(\n)"), "paragraphs": re.compile(r"(\n[^\S\n]*\n\s*)")}

@@ -5,18 +5,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
-from pydantic import Field
-
-from megagpt.config import Config
+from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.extraction.html import Comments, main_text, parse_page, prose
-from megagpt.corpus.extraction.markup import Markup
+from megagpt.corpus.extraction.html import main_text, parse_page, prose
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
-from megagpt.corpus.readers.inputs import Format, format_of, input_blocks, list_inputs, local_copy
+from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs, local_copy
 from megagpt.corpus.readers.mediawiki import wiki_outcomes
-from megagpt.corpus.readers.records import TextUnit, datasets_outcomes, jsonl_outcomes, parquet_outcomes, text_outcomes
+from megagpt.corpus.readers.records import datasets_outcomes, jsonl_outcomes, parquet_outcomes, text_outcomes
 from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
@@ -26,10 +23,16 @@ from megagpt.documents import Document, JsonValue, Rejected
 from megagpt.settings_record import MadeWith, fingerprint
 
 HTML, PLAIN = frozenset(("text/html", "application/xhtml+xml")), frozenset(("text/plain",))
+
+
 MAX_UNREADABLE = 0.05
+
+
 _SAY_NOTHING = frozenset(
     ("application/octet-stream", "binary/octet-stream", "application/x-download", "unknown/unknown", "unknown", "*/*")
 )
+
+
 _NO_PAGE = re.compile(
     r"^(?!https?:|ftps?:|file:|gopher:|gemini:)[a-z][a-z0-9+.\-]*:|^https?://[^/?#]*/(?:robots|ads|app-ads|humans|security|"
     r"\.well-known/security)\.txt(?:[?#]|$)|\.(?:appcache|webmanifest)(?:[?#]|$)",
@@ -37,40 +40,9 @@ _NO_PAGE = re.compile(
 )
 """Records that crawlers keep beside pages: wget's logs and arguments (metadata:), DNS answers, robots.txt, manifests."""
 
+
 FORMAT = 2
 """Of the stage; it grows when the same settings give other results, or files of another form."""
-
-
-class ExtractConfig(Config):
-    """Settings of `tools/extract_documents.py`."""
-
-    inputs: tuple[str, ...] = Field(min_length=1)
-    """Dumps: paths, globs, URLs, lists of paths (*.paths, *.paths.gz), or datasets:NAME (a folder, or a name on the hub)."""
-    inputs_root: str = ""
-    """Folder or URL below which the lines of a list of paths lie. Default: the list's own folder."""
-    format: Format = "auto"
-    """auto tells by the name: .warc .arc .wet (web), .xml (wikipedia), .jsonl, .txt (text), .parquet; with .gz .bz2 .zst."""
-    source: str = "web"
-    """Name of the corpus; every document carries it."""
-    extractor: Literal["fast", "trafilatura"] = "fast"
-    """HTML to main text: megagpt's own, or trafilatura (ten times slower)."""
-    markup: Markup = "text"
-    """What HTML pages become: plain text, or Markdown (headings, lists, tables, code with its language)."""
-    comments: Comments = "drop"
-    """Readers' comments below an article: drop or keep. The posts of a forum's thread are kept in any case."""
-    languages: tuple[str, ...] = ()
-    """Languages that are wanted (ISO 639 codes as fastText's lid.176 has them): HTML pages that are surely in another one are
-    rejected before their main text is looked for. Empty: all are extracted. The language filter still decides on the rest."""
-    min_other_language_score: float = Field(default=0.9, ge=0, le=1)
-    """How sure the model must be that a page is in a language that is not wanted."""
-    max_page_cpu_seconds: float = Field(default=20.0, gt=0)
-    """CPU time that one page may take; beyond it the page is rejected."""
-    text_field: str = "text"
-    """The field that holds the text (jsonl, parquet, datasets)."""
-    text_unit: TextUnit = "file"
-    """What of a text file is one document."""
-    split: str = "train"
-    """Split of a Hugging Face dataset."""
 
 
 def extract_documents(config: ExtractConfig, output_dir: Path, execution: Execution) -> StageSummary:

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xxhash
-from pydantic import Field
 
-from megagpt.config import Config
+from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.overlap import Leak, LeakIndex, build_index, write_validation
 from megagpt.corpus.runner.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.runner.executors import Execution
@@ -30,44 +29,21 @@ from megagpt.tokenizer.bpe import Encoder
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 SPLITS = ("train", "validation")
+
+
 SEGMENT_TOKENS, SEGMENT_DOCUMENTS = 16 << 20, 1 << 19
+
+
 SPLIT_SEED = 0x5EED
 """The split hashes ids with a seed of its own: it is independent of the order, and never moves when data or settings change."""
+
 
 _Piece = tuple[str, Document, str]
 """(split, document, text)"""
 
+
 Cuts = dict[str, dict[str, int]]
 """For the split by tail, per block and source, how many more characters go to train; empty for the split by hash."""
-
-
-class TokenizeConfig(Config):
-    """Settings of `tools/tokenize_documents.py`."""
-
-    inputs: tuple[str, ...] = ()
-    """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs; empty = the output of deduplication."""
-    tokenizer: str | None = None
-    """`bytes`, or the path of a tokenizer; null = the one that tools/train_tokenizer.py left in work_dir/tokenizer."""
-    encoder: Encoder = "tiktoken"
-    """What encodes byte-level BPE: tiktoken, or fastokens (several times as fast; compared with tiktoken at every start)."""
-    split_by: Literal["hash", "tail"] = "hash"
-    """hash: validation documents are chosen by a hash of their id, and stay chosen when data is added. tail: the last part of
-    each source's text, in the order of the files, counted in characters; the document at the cut is cut in two."""
-    validation_fraction: float = Field(default=0.005, ge=0, lt=1)
-    """Share of the documents (hash) or of each source's characters (tail) that goes to validation."""
-    separate_sources: bool = False
-    """One folder of shards per document source, to weigh them in training and to see a validation loss for each."""
-    shard_tokens: int = Field(default=1 << 27, ge=1)
-    """Tokens in a shard, about; one worker holds the rows of one shard in memory, not its tokens."""
-    pack_seq_len: int | None = Field(default=None, ge=2)
-    """Place documents so that samples of so many tokens (training's data.seq_len) cut few of them; null = keys alone decide."""
-    leak_threshold: float | None = Field(default=0.8, gt=0, le=1)
-    """Training documents whose Jaccard similarity (sets of 5 words) to a validation document is at least this are dropped; each
-    is compared with every validation document that could reach it. null = no check."""
-    seed: int = Field(default=0, ge=0)
-    """Key of the global order of documents."""
-    require_lossless: bool = True
-    """Refuse a tokenizer that rewrites or drops text (a SentencePiece model without byte fallback, or with NFKC)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +100,6 @@ def _each_block(
 
 
 # ---- split
-
-
 def _tail_cuts(blocks: Sequence[Block], job: Job, execution: Execution) -> Cuts | None:
     """For the split by tail: per block record and source, how many more characters go to train. None: other parts remain."""
     if not _each_block("count", blocks, job, execution, _count_block, {}):
@@ -200,8 +174,6 @@ def _left(block: Block, cuts: Cuts) -> dict[str, int]:
 
 
 # ---- tokenize into segments
-
-
 def cached_tokenizer(path: str, encoder: Encoder) -> Tokenizer:
     """`open_tokenizer`, once in a process and its forks while the files stay as they are."""
     files = sorted(Path(path).iterdir() if Path(path).is_dir() else [Path(path)])

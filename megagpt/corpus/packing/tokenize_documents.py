@@ -33,7 +33,8 @@ import orjson
 
 from megagpt.config import UserError
 from megagpt.corpus.packing.best_fit import best_fit_order
-from megagpt.corpus.packing.segments import SPLITS, Job, TokenizeConfig, cached_tokenizer, tokenize_blocks
+from megagpt.corpus.packing.config import TokenizeConfig
+from megagpt.corpus.packing.segments import SPLITS, Job, cached_tokenizer, tokenize_blocks
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.runner.executors import Execution, run_tasks
 from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from megagpt.config import UserError
 from megagpt.corpus.dedup import dedup_documents as dedup
 from megagpt.corpus.dedup import near_duplicates
-from megagpt.corpus.dedup.dedup_documents import DedupConfig, dedup_documents
+from megagpt.corpus.dedup.config import DedupConfig
+from megagpt.corpus.dedup.dedup_documents import dedup_documents
 from megagpt.corpus.dedup.external_join import equal_key_pairs
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.executors import Execution
@@ -408,7 +409,8 @@ def test_parts_change_no_byte(corpus: dict[str, list[str]], reference: dict[str,
 KILLED = """
 import sys
 from pathlib import Path
-from megagpt.corpus.dedup.dedup_documents import DedupConfig, dedup_documents
+from megagpt.corpus.dedup.config import DedupConfig
+from megagpt.corpus.dedup.dedup_documents import dedup_documents
 from megagpt.corpus.runner.executors import Execution
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

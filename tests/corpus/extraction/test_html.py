@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from selectolax.lexbor import LexborHTMLParser
 
 from bench.data.extraction import body_pages, score_bodies, score_segments
+from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.element_names import STRONG
-from megagpt.corpus.extraction.extract_documents import ExtractConfig, read_outcomes
+from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.extraction.html import extract_html
 from megagpt.corpus.extraction.page_lines import (
     BLOCKS,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.corpus.extraction.extract_documents import ExtractConfig, extract_documents
+from megagpt.corpus.extraction.config import ExtractConfig
+from megagpt.corpus.extraction.extract_documents import extract_documents
 from megagpt.corpus.extraction.wiki_render import evaluate
 from megagpt.corpus.extraction.wiki_sites import site_of
 from megagpt.corpus.extraction.wikitext import read_wikitext

@@ -21,17 +21,19 @@ from megagpt.corpus.packing import best_fit, segments
 from megagpt.corpus.packing import overlap as leaks
 from megagpt.corpus.packing import tokenize_documents as pack
 from megagpt.corpus.packing.best_fit import best_fit_order, num_cut
-from megagpt.corpus.packing.tokenize_documents import TokenizeConfig, pack_documents
+from megagpt.corpus.packing.config import TokenizeConfig
+from megagpt.corpus.packing.tokenize_documents import pack_documents
 from megagpt.corpus.runner import blocks
 from megagpt.corpus.runner.executors import Execution
 from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents, write_documents
 from megagpt.settings_record import MadeWith
 from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.config import TokenizerConfig
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.sentencepiece import train_sentencepiece
 from megagpt.tokenizer.special_ids import write_special_ids
-from megagpt.tokenizer.train_tokenizer import TokenizerConfig, file_budgets, sample_documents, train_tokenizer
+from megagpt.tokenizer.train_tokenizer import file_budgets, sample_documents, train_tokenizer
 
 WORDS = [
     "the",

@@ -9,7 +9,8 @@ import brotli
 import pytest
 import zstandard
 
-from megagpt.corpus.extraction.extract_documents import ExtractConfig, read_outcomes
+from megagpt.corpus.extraction.config import ExtractConfig
+from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.readers.http import decode_body, decode_text, parse_message
 from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block, Fault

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megagpt.config import describe
-from megagpt.corpus.extraction.extract_documents import ExtractConfig, extract_documents
+from megagpt.corpus.extraction.config import ExtractConfig
+from megagpt.corpus.extraction.extract_documents import extract_documents
 from megagpt.corpus.readers.inputs import FORMATS, Format, SourceFormat, format_of
 from megagpt.corpus.runner.executors import Execution
 from megagpt.documents import read_documents

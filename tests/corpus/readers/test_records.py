@@ -10,7 +10,8 @@ import pytest
 import zstandard
 
 from megagpt.config import UserError
-from megagpt.corpus.extraction.extract_documents import ExtractConfig, read_outcomes
+from megagpt.corpus.extraction.config import ExtractConfig
+from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.readers.inputs import input_blocks
 from megagpt.corpus.runner.blocks import Fault, Outcome
 from megagpt.documents import Document, format_document, parse_document, parse_json, read_documents
