@@ -85,7 +85,7 @@ def step_time(work: Workload, gpu: Gpu, efficiency: Efficiency) -> StepTime:
 
 def block_flops(model: ModelConfig, seq_len: int) -> tuple[float, float]:
     """FLOPs per token of one block's forward pass: (matrix products, attention over all pairs)."""
-    query_width, kv_width = model.num_heads * model.head_size, model.kv_heads * model.head_size
+    query_width, kv_width = model.num_heads * model.head_width, model.kv_heads * model.head_width
     matrices = 3 if model.family == "llama" else 2
     products = 2 * model.hidden_size * (2 * query_width + 2 * kv_width + matrices * model.mlp_width)
     return float(products), float(2 * 2 * seq_len * query_width)
