@@ -425,7 +425,8 @@ def test_time_grows_with_the_page_only(hostile: str) -> None:
         return time.process_time() - started
 
     seconds(100)
-    assert seconds(16000) < 20 * max(seconds(2000), 0.01)
+    small, large = (min(seconds(count) for _ in range(3)) for count in (2000, 16000))  # a busy machine disturbs single ones
+    assert large < 20 * max(small, 0.01)
 
 
 def test_attributes_beyond_a_number_are_cut() -> None:
