@@ -31,6 +31,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"
 TRAIN_RECIPE = "configs/train/debug_cpu.yaml"
 STAGES = ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents")
+SHORT_STEPS = 100
+"""A run of fewer steps warms up in a fifth of them, not in those of the config."""
 MIN_GAIN = 0.5
 """Nats per token by which the trained model must beat the frequencies of single tokens."""
 
@@ -87,6 +89,7 @@ def run_quickstart(config: QuickstartConfig) -> int:
             f"data.sources.main.path={corpus / 'shards'}",
             f"max_steps={config.max_steps}",
             "monitor.wandb=offline",
+            *([f"optim.schedule.warmup_steps={config.max_steps // 5}"] if config.max_steps < SHORT_STEPS else []),
         ]
         title(f"Train on {config.num_ranks} processes, stop half-way with SIGTERM, start again with the same command")
         status = run_ranks(train, run_dir, config.num_ranks, stop_at_step=config.max_steps // 2)

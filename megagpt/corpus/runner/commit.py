@@ -20,6 +20,7 @@ from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Process, See
 from megagpt.corpus.runner.ownership import Claim, folder_of, refuse_left_over
 from megagpt.documents import Document, Rejected, format_document
 from megagpt.files import atomic_path, read_json, sha256_file, write_json
+from megagpt.terminal import without_secrets
 
 SAMPLES_PER_REASON = 20
 SAMPLE_CHARACTERS = 4000
@@ -120,7 +121,8 @@ def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, block
         return
     try:
         counts = add_counts([part for part in parts if part])
-        done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": Path(blocks[0].path).name, **counts}
+        input_name = Path(without_secrets(blocks[0].path)).name
+        done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": input_name, **counts}
         merged = _merge(output_dir, plan, blocks, claim)
         refuse_left_over(claim)
         write_json(output_dir / f"{name}.done.json", {**done, **merged})
