@@ -1,15 +1,20 @@
 """Configuration: one YAML file and key=value words, checked by pydantic before any work, frozen afterwards."""
 
 import difflib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
 
+from megagpt.settings_fields import RENAMED
 from megagpt.strict_yaml import MAX_CHARACTERS, YamlError, parse_yaml
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -26,6 +31,26 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_names(cls, values: Any) -> Any:
+        """Settings under the names of earlier releases (settings_fields.RENAMED), with a warning for each name."""
+        if not isinstance(values, Mapping):
+            return values
+        for name, earlier in RENAMED.get(cls.__name__, {}).items():
+            if earlier in values:
+                if name in values:
+                    raise ValueError(f"{earlier} is the earlier name of {name}: only one of them can be set")
+                values = {name if key == earlier else key: value for key, value in values.items()}
+                _warn_renamed(earlier, name)
+        return values
+
+
+@cache
+def _warn_renamed(earlier: str, name: str) -> None:
+    """Warn of one name once per process."""
+    log.warning("the setting %s is now called %s; the earlier name is still read", earlier, name)
 
 
 LONGEST_SHOWN = 300
@@ -52,6 +77,7 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
     for word in words:
         if word not in files:
             key, _, text = word.partition("=")
+            key = _drop_earlier_name(config_class, values, key)
             _assign(values, key, _parse_value(config_class, key, text))
             _follow_kind(config_class, values, key)
     return validate(config_class, values, source=files[0] if files else "command line")
@@ -174,6 +200,22 @@ def _annotation(config_class: type[Config], key: str) -> Any:
         annotation = fields[0].annotation if fields else None
         classes = [found for field in fields for found in section_classes(field.annotation)]
     return annotation
+
+
+def _drop_earlier_name(config_class: type[Config], values: dict[str, Any], key: str) -> str:
+    """Today's name of a dotted field of the command line; what a file says under its earlier name is removed from `values`."""
+    section, _, last = key.rpartition(".")
+    classes = section_classes(_annotation(config_class, section)) if section else [config_class]
+    for name, earlier in (pair for found in classes for pair in RENAMED.get(found.__name__, {}).items()):
+        if last in (name, earlier):
+            for part in section.split(".") if section else ():
+                values = values.get(part) or {}
+                if not isinstance(values, dict):
+                    return key
+            if values.pop(earlier, None) is not None or last == earlier:
+                _warn_renamed(earlier, name)
+            return f"{section}.{name}".lstrip(".")
+    return key
 
 
 def _follow_kind(config_class: type[Config], values: dict[str, Any], key: str) -> None:

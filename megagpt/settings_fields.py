@@ -16,8 +16,12 @@ LATER: dict[str, dict[str, Any]] = {
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""
 
-RENAMED: dict[str, dict[str, str]] = {}
-"""Class -> today's name of a field -> the name it has in FIELDS or had when it was added; hashes are taken over that one."""
+RENAMED: dict[str, dict[str, str]] = {
+    "DataConfig": {"document_mask": "mask_documents"},
+    "TokenizeConfig": {"overlap_threshold": "leak_threshold"},
+}
+"""Class -> today's name of a field -> the name it has in FIELDS or had when it was added; hashes are taken over that one,
+and config.py reads both."""
 
 FIELDS: dict[str, dict[str, Any]] = {
     "BadWordsConfig": {

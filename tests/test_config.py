@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, Tag
 
+from megagpt import config
 from megagpt.command import EXIT_BROKEN_PIPE, EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import Config, Failure, UserError, by_kind, describe, dump, load, validate
+from megagpt.data.open_data import DataConfig
 from megagpt.settings_record import fingerprint
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,10 @@ class Toy(Config):
     counts: dict[str, int] = Field(default_factory=dict)
     nickname: str | None = None
     colour: Annotated[Annotated[Red, Tag("red")] | Annotated[Blue, Tag("blue")], by_kind("red")] = Red()
+
+
+class Outer(Config):
+    data: DataConfig
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -161,6 +167,21 @@ def test_all_errors_come_at_once_with_their_source(tmp_path: Path) -> None:
         load(Toy, [path])
     assert str(raised.value).splitlines()[0] == f"{path}:"
     assert len(str(raised.value).splitlines()) == 4
+
+
+def test_earlier_names_of_settings_are_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config._warn_renamed.cache_clear()
+    file = write(tmp_path, "data: {sources: {a: {path: x}}, mask_documents: true}\n")
+    assert load(Outer, [file]).data == load(Outer, ["data.sources={a: {path: x}}", "data.mask_documents=true"]).data
+    assert load(Outer, [file]).data.document_mask
+    assert [record.message for record in caplog.records] == [
+        "the setting mask_documents is now called document_mask; the earlier name is still read"
+    ]
+    for word in ("data.mask_documents=false", "data.document_mask=false"):
+        assert not load(Outer, [file, word]).data.document_mask, "the command line wins over the file, by either name"
+    both = write(tmp_path, "data: {sources: {a: {path: x}}, mask_documents: true, document_mask: true}\n")
+    with pytest.raises(UserError, match="mask_documents is the earlier name of document_mask: only one of them can be set"):
+        load(Outer, [both])
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 from ranks import run_ranks  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.checkpoint.ownership import claim_run  # noqa: E402
+from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine.build import build_engine  # noqa: E402
@@ -139,7 +139,7 @@ def ours(world: World, engine: Any, root: Path) -> dict[str, Method]:
     """Both ways of saving; one Saver for all repetitions, as in a run."""
 
     def method(name: str, background: bool) -> Method:
-        saver = checkpoint.Saver(root / name, world, claim_run(root / name, world), background=background)
+        saver = checkpoint.Saver(root / name, world, take_ownership(root / name, world), background=background)
 
         def save(folder: Path) -> Callable[[], Any]:
             saver.save(engine, TrainState(step=1), {})

@@ -1,9 +1,9 @@
-"""What packing and the leak check do and cost: documents that are cut, with and without; text checked per second and core.
+"""What packing and the overlap check do and cost: documents that are cut, with and without; text checked per second and core.
 
     python -m bench.data.packing            about 20 seconds, one core
 
 Packing: 65,536 documents with the lengths of web pages (lognormal, median 400 tokens, sigma 1.1) into samples of 2,048 tokens;
-counted are documents that would fit into one sample and lie in two. Leak check: documents of 300 words drawn by Zipf's law
+counted are documents that would fit into one sample and lie in two. Overlap check: documents of 300 words drawn by Zipf's law
 from 50,000, looked up in an index of 2,000 validation documents, as `tools/tokenize_documents.py` does for every document.
 """
 
@@ -25,7 +25,7 @@ DOCUMENTS = 65_536
 
 def main(words: Sequence[str]) -> None:
     """Measure both and write the tables."""
-    packing, leaks = pack(), check_leaks()
+    packing, leaks = pack(), check_overlap()
     print(packing, leaks)
     about = (__doc__ or "").split("\n\n")[2].replace("\n", " ").strip()
     tables = [{"title": "Leak check", "about": "One process, one thread.", "rows": leaks}]
@@ -49,9 +49,9 @@ def pack() -> list[dict[str, Any]]:
     ]
 
 
-def check_leaks() -> list[dict[str, Any]]:
+def check_overlap() -> list[dict[str, Any]]:
     """Megabytes of text per CPU second: lookups, and of that making the sets of shingles."""
-    from megagpt.corpus.packing.overlap import WORDS_PER_SHINGLE, LeakIndex, build_index, write_validation
+    from megagpt.corpus.packing.overlap import WORDS_PER_SHINGLE, OverlapIndex, build_index, write_validation
     from megagpt.corpus.runner.blocks import batches
     from megagpt.corpus.text.shingles import distinct, shingles_of_texts
 
@@ -60,7 +60,7 @@ def check_leaks() -> list[dict[str, Any]]:
         folder = Path(temporary)
         write_validation(((f"v{i}", text) for i, text in enumerate(texts[:2000])), folder / "block")
         build_index([folder / "block"], folder / "index")
-        index, rates, set_rates = LeakIndex(folder / "index", 0.8), [], []
+        index, rates, set_rates = OverlapIndex(folder / "index", 0.8), [], []
         index.find(texts[-1:])  # compiles
         for repetition in range(3):
             part = texts[2000 + 6000 * repetition : 8000 + 6000 * repetition]

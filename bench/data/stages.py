@@ -159,7 +159,7 @@ def dedup_commands(inputs: Inputs, out: Path, *, tiny: bool) -> dict[str, list[s
 
 
 def tokenize_commands(inputs: Inputs, out: Path, *, tiny: bool) -> dict[str, list[str]]:
-    """GPT-2's BPE to shuffled shards (ours: with validation split, leak check, checksums and lineage)."""
+    """GPT-2's BPE to shuffled shards (ours: with validation split, overlap check, checksums and lineage)."""
     source, end = (inputs.tiny_documents, "_tiny") if tiny else (inputs.variants, "")
     ours, theirs = out / f"ours{end}", out / f"datatrove{end}"
     words = (f"tokenize.tokenizer={inputs.gpt2}", "tokenize.encoder=fastokens")

@@ -121,14 +121,14 @@ def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> O
         if world.any(bool(world.stop.signal_name)):
             return None
         if take:
-            return Ownership(run_dir, world, claim_run(run_dir, world))
+            return Ownership(run_dir, world, take_ownership(run_dir, world))
         if not said and world.rank == 0:
             log.info("%s: looking whether %s is alive (at most %.0f s)", run_dir, _named(found), SILENT_SECONDS)
         said = True
         time.sleep(HEARTBEAT_SECONDS / 4)
 
 
-def claim_run(run_dir: Path, world: World) -> int:
+def take_ownership(run_dir: Path, world: World) -> int:
     """Take possession of a run directory at once, whoever has it: the number of the new attempt, on every rank.
 
     What unfinished saves of earlier attempts have left is removed. Raises UserError on every rank if owner.json is damaged.
@@ -138,7 +138,7 @@ def claim_run(run_dir: Path, world: World) -> int:
         try:
             attempt = _next_attempt(run_dir)
             _write_owner(run_dir, attempt)
-            if _newest_claim(run_dir) > attempt:
+            if _newest_attempt(run_dir) > attempt:
                 raise UserError(f"run_dir={run_dir}: another start has begun at the same moment, and is the later one")
             _clear_unfinished(run_dir / "checkpoints")
         except UserError as error:
@@ -173,7 +173,7 @@ def _read_attempt(path: Path) -> dict[str, Any]:
 def _next_attempt(run_dir: Path) -> int:
     """A number above every one that was given before, also where owner.json has been lost or set back."""
     (run_dir / "starts").mkdir(parents=True, exist_ok=True)
-    attempt = max(owner_of(run_dir), _newest_claim(run_dir))
+    attempt = max(owner_of(run_dir), _newest_attempt(run_dir))
     while True:
         attempt += 1
         try:
@@ -183,7 +183,7 @@ def _next_attempt(run_dir: Path) -> int:
         return attempt
 
 
-def _newest_claim(run_dir: Path) -> int:
+def _newest_attempt(run_dir: Path) -> int:
     """The highest number of a start that has left a claim or, in older versions, only a record."""
     names = [path.stem for path in (run_dir / "starts").iterdir() if path.suffix in (".claim", ".json")]
     return max((int(name) for name in names if name.isdecimal()), default=0)

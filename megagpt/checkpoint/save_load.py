@@ -9,8 +9,8 @@ takes from any file what overlaps with what it holds. safetensors holds no code,
                     manifest.json                 size and sha256 of every file above; written last
                     scores.json                   what evaluations of this step found, by validation set; added afterwards
 
-All is written into `tmp_<incarnation>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
-without a manifest that verifies does not exist. The incarnation grows with each start of the run (owner.json) and is compared
+All is written into `tmp_<attempt>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
+without a manifest that verifies does not exist. The attempt grows with each start of the run (owner.json) and is compared
 before the rename, so a rank left over from an earlier start cannot commit (ownership.py); between that look and the rename a
 window of microseconds stays open.
 """
@@ -63,8 +63,8 @@ class Saver:
     happen in a thread with a process group of its own. What fails there is raised on every rank by the next call.
     """
 
-    def __init__(self, run_dir: Path, world: World, incarnation: int, *, background: bool = False) -> None:
-        self._run_dir, self._incarnation = run_dir, incarnation
+    def __init__(self, run_dir: Path, world: World, attempt: int, *, background: bool = False) -> None:
+        self._run_dir, self._attempt = run_dir, attempt
         self._world = world.with_own_group() if background else world
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver") if background else None
         self._pending: Future[Path] | None = None
@@ -130,18 +130,16 @@ class Saver:
 
     def _write(self, shares: Shares, step: int, saved: dict[str, Any], after: Callable[[Path], None] | None) -> Path:
         world, folder = self._world, self._run_dir / "checkpoints"
-        final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._incarnation}_step_{step:08d}"
-        if world.broadcast(world.rank == 0 and not still_owner(self._run_dir, self._incarnation)):
-            raise UserError(
-                f"{self._run_dir}: a later start has taken this run over; attempt {self._incarnation} saves nothing"
-            )
+        final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._attempt}_step_{step:08d}"
+        if world.broadcast(world.rank == 0 and not still_owner(self._run_dir, self._attempt)):
+            raise UserError(f"{self._run_dir}: a later start has taken this run over; attempt {self._attempt} saves nothing")
         made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
         made = world.broadcast(made)
         outcomes = world.gather(made or _attempt(lambda: write_partitions(temporary, world.rank, shares, world.progress)))
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
         if not failures and world.rank == 0:
             files: dict[str, Any] = dict(outcomes)
-            failure = _attempt(lambda: _commit(self._run_dir, temporary, final, files, saved, self._incarnation))
+            failure = _attempt(lambda: _commit(self._run_dir, temporary, final, files, saved, self._attempt))
             failures = [f"rank 0: {failure}"] if isinstance(failure, str) else []
         failures = world.broadcast(failures)
         if failures:
@@ -159,7 +157,7 @@ def restore(
     world: World,
     *,
     step: int | None = None,
-    incarnation: int | None = None,
+    attempt: int | None = None,
     check: Check | None = None,
 ) -> Restored | None:
     """Load the newest good checkpoint (or that of `step`) into the engine; None if there is none. All ranks call it together.
@@ -167,15 +165,15 @@ def restore(
     Every file's sha256 is verified first, the files dealt over the ranks; a checkpoint that fails is passed over for the next
     older one. `check(path, state.json)` may raise to refuse it. Raises CheckpointError if `step` is named and not good, or if
     all checkpoints are damaged. `step` is the `resume_step` of the run's settings: newer checkpoints that were made after a
-    start with the same one are its continuation, and the newest of them is loaded. With `incarnation` this start owns the run:
+    start with the same one are its continuation, and the newest of them is loaded. With `attempt` this start owns the run:
     newer checkpoints that are not used are renamed to `aside_*`, so that what comes is not mixed up with them.
     """
     path, passed_over = newest_good(run_dir, world, step=step)
     if path is None:
         return None
     restored = _load(path, engine, world, check, passed_over)
-    if incarnation is not None and world.rank == 0 and still_owner(run_dir, incarnation):
-        set_aside(run_dir, newer_than=step_of(path), incarnation=incarnation)
+    if attempt is not None and world.rank == 0 and still_owner(run_dir, attempt):
+        set_aside(run_dir, newer_than=step_of(path), attempt=attempt)
     return restored
 
 
@@ -209,8 +207,8 @@ def _kinds(names: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
-    """Rename newer checkpoints to `aside_<incarnation>_step_*`: damaged ones, and those of a course that is given up."""
+def set_aside(run_dir: Path, *, newer_than: int, attempt: int) -> None:
+    """Rename newer checkpoints to `aside_<attempt>_step_*`: damaged ones, and those of a course that is given up."""
     leaving = [path for path in list_checkpoints(run_dir) if step_of(path) > newer_than]
     best = run_dir / "checkpoints" / "best.json"
     of_best: dict[str, Any] = read_json(best) if best.exists() else {"step": -1}
@@ -221,8 +219,8 @@ def set_aside(run_dir: Path, *, newer_than: int, incarnation: int) -> None:
             if loss is not None:
                 mark_best(run_dir, step_of(path), loss, of_best.get("validation_set"))
     for path in leaving:
-        path.rename(path.with_name(f"aside_{incarnation}_{path.name}"))
-        log.warning("%s is not used and was set aside as aside_%d_%s", path, incarnation, path.name)
+        path.rename(path.with_name(f"aside_{attempt}_{path.name}"))
+        log.warning("%s is not used and was set aside as aside_%d_%s", path, attempt, path.name)
 
 
 def load_weights(run_dir: Path, engine: Engine, world: World, *, check: Check | None = None) -> Path:
@@ -348,25 +346,21 @@ def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[P
     return removed
 
 
-def _commit(
-    run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], saved: dict[str, Any], incarnation: int
-) -> None:
+def _commit(run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], saved: dict[str, Any], attempt: int) -> None:
     """Write state and manifest, then rename: from then on the checkpoint exists."""
-    write_json(temporary / "state.json", {**saved, "incarnation": incarnation, "saved_at": utc_now()})
+    write_json(temporary / "state.json", {**saved, "incarnation": attempt, "saved_at": utc_now()})
     seal(temporary, files)
-    if not still_owner(run_dir, incarnation):
-        raise CheckpointError(
-            f"{run_dir / 'owner.json'}: a later start owns this run; incarnation {incarnation} may not commit"
-        )
+    if not still_owner(run_dir, attempt):
+        raise CheckpointError(f"{run_dir / 'owner.json'}: a later start owns this run; attempt {attempt} may not commit")
     if final.exists():  # the same step again, after a rewind
-        _replace(final, temporary, final.with_name(f"tmp_{incarnation}_old_{final.name}"))
+        _replace(final, temporary, final.with_name(f"tmp_{attempt}_old_{final.name}"))
     else:
         temporary.rename(final)
     sync(final.parent)
 
 
 def _replace(final: Path, temporary: Path, old: Path) -> None:
-    """Put `temporary` in the place of `final`. Whoever ends between the renames leaves `old`, which claim_run puts back."""
+    """Put `temporary` in the place of `final`. Whoever ends between the renames leaves `old`; take_ownership restores it."""
     final.rename(old)
     try:
         temporary.rename(final)

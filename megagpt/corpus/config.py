@@ -15,7 +15,7 @@ from megagpt.tokenizer.config import TokenizerConfig
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]
 
 _SECTIONS: dict[Stage, str] = {"shards": "tokenize"}
-"""Sections of the recipe that are not called like their stage."""
+"""Sections of the config that are not called like their stage."""
 _PREVIOUS: dict[Stage, Stage] = {"filter": "extract", "dedup": "filter", "tokenizer": "dedup", "shards": "dedup"}
 
 

@@ -56,7 +56,7 @@ def step_batches(
     micro_batch_size: int,
     rank: int,
     size: int,
-    mask_documents: bool = False,
+    document_mask: bool = False,
 ) -> StepBatches:
     """One rank's micro-batches of the step at `state`.
 
@@ -72,9 +72,9 @@ def step_batches(
         group = groups[number] if number < len(groups) else []
         samples = [dataset.sample(index) for index in group]
         if samples:
-            batch = _collate(samples, group[0], mask_documents)
+            batch = _collate(samples, group[0], document_mask)
         else:
-            batch = _empty(len(dataset.sample(indices[0]).inputs), indices[0], mask_documents)
+            batch = _empty(len(dataset.sample(indices[0]).inputs), indices[0], document_mask)
         for index, ids, targets in zip(group, batch.ids.numpy(), batch.targets.numpy(), strict=False):
             fed_hash += sample_hash(index, ids, targets)
         micro_batches.append(batch)
@@ -88,7 +88,7 @@ def eval_batches(
     rank: int = 0,
     size: int = 1,
     max_samples: int | None = None,
-    mask_documents: bool = False,
+    document_mask: bool = False,
     token_lengths: np.ndarray | None = None,
 ) -> Iterator[MicroBatch]:
     """Windows of a split in order, without overlap, dealt to ranks as `step_batches` does; each token but the first is a target
@@ -99,9 +99,9 @@ def eval_batches(
     for number in range(rank, -(-len(groups) // size) * size, size):
         samples = [dataset.window(index) for index in groups[number]] if number < len(groups) else []
         if not samples:
-            yield _empty(dataset.seq_len, 0, mask_documents)
+            yield _empty(dataset.seq_len, 0, document_mask)
             continue
-        batch = _collate(samples, groups[number][0], mask_documents)
+        batch = _collate(samples, groups[number][0], document_mask)
         if token_lengths is not None:
             targets = batch.targets.numpy()
             batch = replace(batch, num_bytes=int(token_lengths[targets[targets != IGNORE]].sum()))
@@ -123,13 +123,13 @@ class Loader:
         micro_batch_size: int,
         rank: int,
         size: int,
-        mask_documents: bool = False,
+        document_mask: bool = False,
     ) -> None:
         """`global_batch_size`: samples per step, or a function that gives them for a step's number."""
         self._dataset = dataset
         self._batch_size_at = global_batch_size if callable(global_batch_size) else lambda step: global_batch_size
         self._layout: dict[str, Any] = {
-            "micro_batch_size": micro_batch_size, "rank": rank, "size": size, "mask_documents": mask_documents,
+            "micro_batch_size": micro_batch_size, "rank": rank, "size": size, "document_mask": document_mask,
         }  # fmt: skip
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ready: tuple[_Place, Future[StepBatches]] | None = None
@@ -152,11 +152,11 @@ class Loader:
         return (state.step, state.samples, state.skipped, state.mixture), future
 
 
-def _collate(samples: Sequence[Sample], first_sample: int, mask_documents: bool) -> MicroBatch:
+def _collate(samples: Sequence[Sample], first_sample: int, document_mask: bool) -> MicroBatch:
     ids = torch.from_numpy(np.stack([sample.inputs for sample in samples]))
     targets = torch.from_numpy(np.stack([sample.targets for sample in samples]))
     doc_lengths = None
-    if mask_documents:
+    if document_mask:
         width = max(len(sample.doc_lengths) for sample in samples)
         doc_lengths = torch.zeros(len(samples), width, dtype=torch.int64)
         for row, sample in enumerate(samples):
@@ -164,6 +164,6 @@ def _collate(samples: Sequence[Sample], first_sample: int, mask_documents: bool)
     return MicroBatch(ids, targets, doc_lengths, first_sample, int((targets != IGNORE).sum()))
 
 
-def _empty(length: int, first_sample: int, mask_documents: bool) -> MicroBatch:
+def _empty(length: int, first_sample: int, document_mask: bool) -> MicroBatch:
     nothing = Sample(np.zeros(length, np.int64), np.full(length, IGNORE), np.array([length], np.int32))
-    return _collate([nothing], first_sample, mask_documents)
+    return _collate([nothing], first_sample, document_mask)

@@ -53,10 +53,10 @@ class DataConfig(Config):
     shuffle_block: int = Field(default=64, ge=1)
     """Samples that stay together when the order is permuted: long reads for network disks. 1 = every sample on its own, right
     for a small corpus whose documents were not shuffled."""
-    mask_documents: bool = False
+    document_mask: bool = False
     """Attention does not cross documents inside a sample."""
     document_end_loss: bool = True
-    """Whether the first token of a document is a target after the end of the document before it; with mask_documents nothing
+    """Whether the first token of a document is a target after the end of the document before it; with document_mask nothing
     but that end can tell it. true is the habit of Megatron (without --eod-mask-loss) and torchtitan; false leaves it out of the
     loss, in training and evaluation, as --eod-mask-loss does."""
 

@@ -15,6 +15,9 @@ from megagpt.data.state import TrainState, Window, sample_indices
 
 LEDGER_FILE = "ledger.jsonl"
 
+_NAMES_ON_DISK = {"attempt": "incarnation"}
+"""Field of an entry -> its name in the file, where release 0.1 called it something else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -24,7 +27,7 @@ class Entry:
     first_sample: int
     num_samples: int
     fed_hash: int
-    incarnation: int
+    attempt: int
     skipped: tuple[Window, ...] = ()
     """Samples left out between its first and its last one."""
 
@@ -41,11 +44,11 @@ class Entry:
         return list(zip(starts, [*ends, starts[-1] + self.num_samples - used], strict=True))
 
 
-def entry_of(state: TrainState, num_samples: int, fed_hash: int, incarnation: int) -> Entry:
+def entry_of(state: TrainState, num_samples: int, fed_hash: int, attempt: int) -> Entry:
     """The entry of the update that begins at `state`."""
     indices = sample_indices(state, num_samples)
     inside = tuple(window for window in state.skipped if indices[0] < window.start < indices[-1])
-    return Entry(state.step, indices[0], num_samples, fed_hash & HASH_MASK, incarnation, inside)
+    return Entry(state.step, indices[0], num_samples, fed_hash & HASH_MASK, attempt, inside)
 
 
 class LedgerWriter:
@@ -60,7 +63,8 @@ class LedgerWriter:
 
     def write(self, entry: Entry) -> None:
         """One line, handed to the system at once: a kill of the process loses nothing."""
-        self._file.write(orjson.dumps(asdict(entry), option=orjson.OPT_APPEND_NEWLINE))
+        row = {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(entry).items()}
+        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
     def close(self) -> None:
         """Close the file."""
@@ -73,7 +77,7 @@ def read_ledger(run_dir: Path) -> list[Entry]:
     path = run_dir / LEDGER_FILE
     for line in path.read_bytes().splitlines() if path.exists() else ():
         entry = _parse(line)
-        if entry is not None and (entry.step not in standing or entry.incarnation >= standing[entry.step].incarnation):
+        if entry is not None and (entry.step not in standing or entry.attempt >= standing[entry.step].attempt):
             standing[entry.step] = entry
     return [standing[step] for step in sorted(standing)]
 
@@ -82,6 +86,10 @@ def _parse(line: bytes) -> Entry | None:
     """The entry in a line, None for a torn one."""
     try:
         value: dict[str, Any] = orjson.loads(line)
-        return Entry(**{**value, "skipped": tuple(Window(**window) for window in value.get("skipped", ()))})
-    except (orjson.JSONDecodeError, TypeError):
+        values = {
+            name: value[_NAMES_ON_DISK.get(name, name)]
+            for name in ("step", "first_sample", "num_samples", "fed_hash", "attempt")
+        }
+        return Entry(**values, skipped=tuple(Window(**window) for window in value.get("skipped", ())))
+    except (orjson.JSONDecodeError, TypeError, KeyError):
         return None

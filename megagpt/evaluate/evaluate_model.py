@@ -75,7 +75,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
         lone_world(device),
         micro_batch_size=config.micro_batch_size,
         max_samples=config.max_samples,
-        mask_documents=data_config.mask_documents,
+        document_mask=data_config.document_mask,
     )
     entropies = {name: unigram_entropy(dataset) for name, dataset in datasets.items()}
     log_likelihood = _scorer(loaded, config.micro_batch_size)
@@ -84,7 +84,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     result = Evaluation(path, loaded.step, combine(sources.values()), sources, entropies, tasks)
     measured = {
         "checkpoint": sha256_file(loaded.path / "manifest.json"),
-        "validation_set": validation_set(datasets, max_samples=config.max_samples, mask_documents=data_config.mask_documents),
+        "validation_set": validation_set(datasets, max_samples=config.max_samples, document_mask=data_config.document_mask),
         "tasks": {name: sha256_file(path) for name, path in config.tasks.items()},
         "max_samples": config.max_samples,
     }

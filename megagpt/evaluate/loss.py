@@ -60,7 +60,7 @@ def evaluate_sources(
     *,
     micro_batch_size: int,
     max_samples: int | None = None,
-    mask_documents: bool = False,
+    document_mask: bool = False,
 ) -> dict[str, Score]:
     """The score of each source; all ranks call it together and all get the same. Raises as `evaluate` does.
 
@@ -76,7 +76,7 @@ def evaluate_sources(
                 rank=world.rank,
                 size=world.size,
                 max_samples=max_samples,
-                mask_documents=mask_documents,
+                document_mask=document_mask,
                 token_lengths=lengths,
             )
             scores[name] = evaluate(model, batches, world)
@@ -114,13 +114,13 @@ def _together(batches: Iterable[MicroBatch], world: World) -> Iterator[MicroBatc
         yield batch
 
 
-def validation_set(datasets: Mapping[str, TokenDataset], *, max_samples: int | None, mask_documents: bool) -> str:
+def validation_set(datasets: Mapping[str, TokenDataset], *, max_samples: int | None, document_mask: bool) -> str:
     """A name for what evaluate_sources measures on, 16 hex digits: losses are comparable if it is the same."""
     measured: dict[str, Any] = {
         "sources": {name: sha256_file(dataset.directory / "manifest.json") for name, dataset in datasets.items()},
         "seq_lens": {name: dataset.seq_len for name, dataset in datasets.items()},
         "max_samples": max_samples,
-        "mask_documents": mask_documents,
+        "mask_documents": document_mask,  # the name of release 0.1: scores are compared by this hash
     }
     if not all(dataset.document_end_loss for dataset in datasets.values()):
         measured["document_end_loss"] = {name: dataset.document_end_loss for name, dataset in datasets.items()}

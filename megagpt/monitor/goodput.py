@@ -112,7 +112,7 @@ def goodput_ledger(metrics: Metrics) -> Ledger:
     """The ledger of a run from the `seconds` that its rows carry."""
     seconds: dict[str, float] = {}
     previous_end = None
-    for rows in _incarnations(metrics.all_rows):
+    for rows in _attempts(metrics.all_rows):
         last = rows[-1]
         for activity, spent in last["seconds"].items():
             seconds[activity] = seconds.get(activity, 0.0) + spent
@@ -151,7 +151,7 @@ class CheckpointAdvice:
 
 def advise_checkpoints(metrics: Metrics) -> CheckpointAdvice | None:
     """Daly's interval (Future Generation Computer Systems 22, 2006, equation 37); None before a save and a step were timed."""
-    groups = _incarnations(metrics.all_rows)
+    groups = _attempts(metrics.all_rows)
     spent = {name: sum(rows[-1]["seconds"].get(name, 0.0) for rows in groups) for name in ("save", "train", "data_wait")}
     saves = sum(row["kind"] == "save" for row in metrics.all_rows)
     steps = sum(rows[-1]["step"] - rows[0]["step"] for rows in groups)
@@ -185,12 +185,12 @@ def _between(first: Row, started: float, previous_end: float | None) -> dict[str
     return {"down": queued - end, "queue": left - queued, "launch": started - left}
 
 
-def _incarnations(rows: tuple[Row, ...]) -> list[list[Row]]:
+def _attempts(rows: tuple[Row, ...]) -> list[list[Row]]:
     groups: dict[int, list[Row]] = {}
     for row in rows:
         if "seconds" in row:
             groups.setdefault(row["incarnation"], []).append(row)
-    return [groups[incarnation] for incarnation in sorted(groups)]
+    return [groups[attempt] for attempt in sorted(groups)]
 
 
 def _repeated_seconds(rows: tuple[Row, ...]) -> float:

@@ -14,7 +14,7 @@ from megagpt.config import UserError
 METRICS_FILE = "metrics.jsonl"
 
 Row = dict[str, Any]
-"""One line: kind, step (updates done), time (Unix seconds), incarnation (1 = first start), seconds (see goodput.py), values."""
+"""One line: kind, step (updates done), time (Unix seconds), attempt (1 = first start), seconds (see goodput.py), values."""
 
 CONTINUES = ("start", "rewind")
 """Kinds of rows whose step is where training goes on: later steps logged before them are done again."""
@@ -71,7 +71,7 @@ def superseded(rows: list[Row]) -> list[bool]:
     """For each row, whether later rows replaced it; rows are in file order.
 
     Replaced is a row whose step lies after the step from which a later start or rewind went on, a row of the same kind and step
-    as one of a later incarnation, and a row that a left-over process of an earlier incarnation wrote after the next start.
+    as one of a later attempt, and a row that a left-over process of an earlier attempt wrote after the next start.
     """
     result = [False] * len(rows)
     newest = 0

@@ -73,7 +73,7 @@ class Monitor:
         *,
         run_config: dict[str, Any],
         rank: int,
-        incarnation: int | None = None,
+        attempt: int | None = None,
         max_steps: int | None = None,
         flops: FlopsPerToken | None = None,
         num_devices: int = 1,
@@ -81,7 +81,7 @@ class Monitor:
     ) -> None:
         """Open run_dir/metrics.jsonl for appending, and W&B if asked.
 
-        incarnation: the number of this start of the run; None = one more than the last in the file. max_steps: for the progress
+        attempt: the number of this start of the run; None = one more than the last in the file. max_steps: for the progress
         bar. flops, num_devices: for MFU; device: this rank's, for its GPU's readings. Raises UserError as check_wandb does.
         """
         check_wandb(config)
@@ -96,11 +96,11 @@ class Monitor:
         if rank != 0:
             return
         with self.clock("start"):
-            self._open(run_dir, run_config, incarnation)
+            self._open(run_dir, run_config, attempt)
 
-    def _open(self, run_dir: Path, run_config: dict[str, Any], incarnation: int | None) -> None:
+    def _open(self, run_dir: Path, run_config: dict[str, Any], attempt: int | None) -> None:
         earlier = _earlier(run_dir)
-        self.incarnation = incarnation or 1 + max((row["incarnation"] for row in earlier.all_rows), default=0)
+        self.attempt = attempt or 1 + max((row["incarnation"] for row in earlier.all_rows), default=0)
         if earlier.torn_lines:
             log.warning("%s: %d torn lines of an earlier start are left out", run_dir / METRICS_FILE, earlier.torn_lines)
         advice = advise_checkpoints(earlier)
@@ -132,7 +132,7 @@ class Monitor:
             values |= self._throughput(values["tokens"], report=kind == "train")
         if kind == "train" and self._gpu is not None and self._device is not None:
             values["gpu"] = read_gpu(self._gpu, self._device)
-        head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.incarnation}
+        head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.attempt}
         seconds = {activity: round(spent, 3) for activity, spent in self.clock.seconds().items()}
         _write(self._file, format_row(head | values | {"seconds": seconds}))
         self._show(kind, step, values)
@@ -143,7 +143,7 @@ class Monitor:
         """Write one row to metrics.jsonl and nowhere else, when the process is about to end and its main thread cannot."""
         if self._file is not None:
             seconds = {activity: round(spent, 3) for activity, spent in self.clock.so_far().items()}
-            head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.incarnation}
+            head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.attempt}
             _write(self._file, format_row(head | values | {"seconds": seconds}))
 
     def close(self) -> None:

@@ -46,17 +46,17 @@ def missing_rows(earlier: Metrics, run_dir: Path, server_step: int | None = None
     starts = {row["incarnation"]: row["wandb"] for row in earlier.all_rows if row["kind"] == "start" and row.get("wandb")}
     known: set[int] = set()
     sent_to: dict[int, float] = {}
-    for incarnation, facts in starts.items():
+    for attempt, facts in starts.items():
         path = _file_of(run_dir, facts)
         if facts.get("mode") == "online" and server_step is not None:
-            sent_to[incarnation] = server_step
+            sent_to[attempt] = server_step
         elif path is None:
-            sent_to[incarnation] = float("inf")
+            sent_to[attempt] = float("inf")
         else:
             wait_for_writer(path)
             steps = history_steps(path)
             known |= set(steps)
-            sent_to[incarnation] = max(steps, default=-1)
+            sent_to[attempt] = max(steps, default=-1)
     rows = [
         row
         for row in earlier.rows

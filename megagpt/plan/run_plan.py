@@ -151,7 +151,7 @@ def job_of(config: TrainConfig, ranks: int, global_batch_size: int | None = None
         accumulation=-(-micro_batches // ranks),
         checkpoint_every=config.checkpoint_every,
         checkpoint_selectively=config.activation_checkpointing == "selective",
-        documents=config.data.mask_documents,
+        documents=config.data.document_mask,
     )
 
 
@@ -238,7 +238,7 @@ def _time_notes(config: TrainConfig, cluster: Cluster, max_gpus: int, float8_spe
         notes.append(f"time: float8={config.float8}: no published runs on this GPU are known, planned as bf16")
     if config.precision == "fp32":
         notes.append("time: precision=fp32 is planned as bf16: it is slower")
-    if config.data.mask_documents:
+    if config.data.document_mask:
         notes.append("time: attention is counted over whole samples, masks of documents make it less")
     return notes
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from megagpt.config import Config, UserError
 from megagpt.documents import Document, open_lines, read_documents
 from megagpt.files import read_json, write_text
-from megagpt.report.funnel import STAGES, big, read_funnel, read_leaked, show_funnel
+from megagpt.report.funnel import STAGES, big, read_funnel, read_overlapping, show_funnel
 from megagpt.report.page import bars, card, escape, page, table, tile
 
 MAX_NAMES = 1_000_000
@@ -196,7 +196,7 @@ def _tiles(funnel: Sequence[dict[str, Any]], shards: Shards, duplicates: Duplica
     if tokens:
         yield tile("tokens", big(tokens), f"{size / tokens:.2f} bytes per token")
         yield tile("text", f"{big(size)}B", "UTF-8, in shards")
-        yield tile("leaks", f"{read_leaked(work_dir):,}", "left out of train: too like validation")
+        yield tile("train/validation overlap", f"{read_overlapping(work_dir):,}", "left out of train: too like validation")
     faults = sum(sum(stage["faults"].values()) for stage in funnel)
     yield tile("damaged records", f"{faults:,}", "met in the input")
 

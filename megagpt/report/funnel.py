@@ -18,13 +18,13 @@ def read_funnel(work_dir: Path) -> list[dict[str, Any]]:
     shards = [shard for path in manifests for shard in read_json(path)["shards"]]
     if shards:
         totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
-        leaked = read_leaked(work_dir)
+        leaked = read_overlapping(work_dir)
         rejected = {"split:leak": leaked} if leaked else {}
         found.append({"stage": "shards", "kept": totals["documents"], **totals, "rejected": rejected, "faults": {}})
     return found
 
 
-def read_leaked(work_dir: Path) -> int:
+def read_overlapping(work_dir: Path) -> int:
     """Training documents that were left out for their likeness to validation documents."""
     path = work_dir / "shards" / "summary.json"
     return read_json(path).get("leaked_documents", 0) if path.exists() else 0

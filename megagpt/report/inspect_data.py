@@ -352,7 +352,7 @@ def _open_run(run_dir: Path) -> tuple[list[Entry], Callable[[Entry], Mixture]]:
     opened: dict[str, Mixture] = {}
 
     def data_at(entry: Entry) -> Mixture:
-        path = run_dir / "starts" / f"{entry.incarnation:04d}.json"
+        path = run_dir / "starts" / f"{entry.attempt:04d}.json"
         start = read_json(path) if path.is_file() else {"config": settings}
         section = start["config"].get("data", settings["data"])
         today = settings["data"]["sources"]  # corpora may have been moved since
@@ -373,7 +373,7 @@ def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:
     indices = sample_indices(entry.state, entry.num_samples)
     if rank is None:
         return indices
-    start = read_json(run_dir / "starts" / f"{entry.incarnation:04d}.json")
+    start = read_json(run_dir / "starts" / f"{entry.attempt:04d}.json")
     size, width = start["world_size"], start["config"]["micro_batch_size"]
     if rank >= size:
         raise UserError(f"rank={rank}: step {entry.step} was made by ranks 0 to {size - 1}")

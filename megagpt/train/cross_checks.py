@@ -106,13 +106,13 @@ def _without_effect(config: TrainConfig, data: Data) -> Iterator[str]:
 
 def _too_short_documents(config: TrainConfig, data: Data) -> Iterator[str]:
     """Where attention stays inside documents, positions beyond the longest one are never trained."""
-    if not config.data.mask_documents:
+    if not config.data.document_mask:
         return
     lengths = [_longest_document(dataset, config.data.seq_len) for dataset in data.train.datasets]
     if lengths and max(lengths) < config.data.seq_len:
         yield (
             f"data.seq_len={config.data.seq_len} is longer than every document (at most {max(lengths)} tokens) and "
-            "data.mask_documents=true: no attention ever spans more than that"
+            "data.document_mask=true: no attention ever spans more than that"
         )
 
 

@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 KINDS = ("data.shards", "data.order", "data.weights", "data.seq_len")
 """What allow_change=[data] stands for: the same source's shards are others; seed or shuffle_block; the weights of what has been
-drawn already; seq_len, stride, mask_documents, document_end_loss. `data.tokenizer` has to be named."""
+drawn already; seq_len, stride, document_mask, document_end_loss. `data.tokenizer` has to be named."""
 
 _FIELDS = {
     "data.order": ("seed", "shuffle_block"),
-    "data.seq_len": ("seq_len", "stride", "mask_documents", "document_end_loss"),
+    "data.seq_len": ("seq_len", "stride", "document_mask", "document_end_loss"),
 }
 
 

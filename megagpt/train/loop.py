@@ -57,7 +57,7 @@ class Run:
     monitor: Monitor
     watchdog: Watchdog
     guard: Guard
-    incarnation: int
+    attempt: int
     saver: checkpoint.Saver
     settings: dict[str, str]
     """See digest_settings."""
@@ -83,17 +83,17 @@ def train(config: TrainConfig) -> int:
         owned = take_run(config.run_dir, world, config.if_running)
         if owned is None:
             return EXIT_STOPPED
-        incarnation = owned.attempt
-        preflight.record_start(config, data, world, incarnation)
-        monitor = open_monitor(config, world, incarnation)
+        attempt = owned.attempt
+        preflight.record_start(config, data, world, attempt)
+        monitor = open_monitor(config, world, attempt)
         stop.end_at_once(partial(last_words, owned, monitor))
-        watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, incarnation)
+        watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, attempt)
         with monitor.clock("load"):
             engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
             guard = Guard(config.guard, config.run_dir)
-            saver = checkpoint.Saver(config.run_dir, world, incarnation, background=config.save_in_background)
+            saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
             settings = digest_settings(config, data)
-            run = Run(config, data, world, engine, monitor, watchdog, guard, incarnation, saver, settings)
+            run = Run(config, data, world, engine, monitor, watchdog, guard, attempt, saver, settings)
             state = restore_or_start(run)
         preflight.record_settings(config, data, world)
         status = loop(run, state)
@@ -137,7 +137,7 @@ def loop(run: Run, state: TrainState) -> int:
         micro_batch_size=config.micro_batch_size,
         rank=world.rank,
         size=world.size,
-        mask_documents=config.data.mask_documents,
+        document_mask=config.data.document_mask,
     )
     ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
     checked, saved_step = False, state.step  # at its beginning a run has nothing to save either
@@ -167,7 +167,7 @@ def loop(run: Run, state: TrainState) -> int:
                 result = engine.step(lr, config.optim.max_grad_norm)
 
             if ledger is not None:
-                ledger.write(entry_of(state, batch_size, fed_hash, run.incarnation))
+                ledger.write(entry_of(state, batch_size, fed_hash, run.attempt))
             loss = world.exact_sum(torch.stack(losses))
             world.stop.remember()  # from here on there is an update to save
             planned = run.guard.enter(state.step, regime_at(run, state))
@@ -219,7 +219,7 @@ def due_at(config: TrainConfig, step: int) -> tuple[str, ...]:
 def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
     """What an earlier start of this run was stopped in at this step."""
     rows = read_metrics(run.config.run_dir).all_rows if run.world.rank == 0 else ()
-    return run.world.broadcast(interrupted_at([row for row in rows if row["incarnation"] < run.incarnation], state.step))
+    return run.world.broadcast(interrupted_at([row for row in rows if row["incarnation"] < run.attempt], state.step))
 
 
 def evaluate_and_sample(
@@ -308,7 +308,7 @@ def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
     with run.monitor.clock("save"):
         run.saver.wait()  # before anything below may end the run: what was begun shall be committed
     # A rank left over from an earlier start must not leave samples out for the later one.
-    write = run.world.rank == 0 and still_owner(config.run_dir, run.incarnation)
+    write = run.world.rank == 0 and still_owner(config.run_dir, run.attempt)
     window = run.guard.condemn(state, problem, global_batch_size=config.batch_size_at(state.step), write=write)
     run.world.barrier()
     with run.monitor.clock("load"):
@@ -327,7 +327,7 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
         preflight.check_resume(config, run.data, saved, path)
 
     engine, world = run.engine, run.world
-    restored = checkpoint.restore(config.run_dir, engine, world, step=step, incarnation=run.incarnation, check=check)
+    restored = checkpoint.restore(config.run_dir, engine, world, step=step, attempt=run.attempt, check=check)
     if restored is None and config.continue_from is not None:
         restored = checkpoint.restore_exactly(config.continue_from, engine, world, check=check)
     if restored is None:
@@ -339,7 +339,7 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     state = run.guard.apply(restored.state if restored is not None else TrainState())
     if restored is not None:
         state = continue_mixture(config.data, restored.saved, state, restored.path)
-        preflight.record_mixture(config, world, run.incarnation, state)
+        preflight.record_mixture(config, world, run.attempt, state)
     return state, restored
 
 
@@ -357,7 +357,7 @@ def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
             run.world,
             micro_batch_size=config.micro_batch_size,
             max_samples=config.evaluate_max_samples,
-            mask_documents=config.data.mask_documents,
+            document_mask=config.data.document_mask,
         )
     score = {**combine(found.values()).summary(), "sources": {name: part.summary() for name, part in found.items()}}
     run.monitor.log("evaluate", state.step, **score)
@@ -369,11 +369,11 @@ def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
     config = run.config
     path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
     measured = validation_set(
-        run.data.validation, max_samples=config.evaluate_max_samples, mask_documents=config.data.mask_documents
+        run.data.validation, max_samples=config.evaluate_max_samples, document_mask=config.data.document_mask
     )
 
     def keep() -> None:
-        if still_owner(config.run_dir, run.incarnation):
+        if still_owner(config.run_dir, run.attempt):
             scores.keep_score(path, state.step, measured, score)
 
     run.saver.then(keep)
@@ -431,14 +431,14 @@ def last_words(owned: Ownership, monitor: Monitor, reason: str) -> None:
     owned.close()  # the next start need not watch a heartbeat that has ended
 
 
-def open_monitor(config: TrainConfig, world: World, incarnation: int) -> Monitor:
+def open_monitor(config: TrainConfig, world: World, attempt: int) -> Monitor:
     """The monitor of this start."""
     return Monitor(
         config.run_dir,
         config.monitor,
         run_config=config.model_dump(mode="json"),
         rank=world.rank,
-        incarnation=incarnation,
+        attempt=attempt,
         max_steps=config.max_steps,
         flops=flops_per_token(
             config.model,

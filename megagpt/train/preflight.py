@@ -198,19 +198,19 @@ def record_settings(config: TrainConfig, data: Data, world: World) -> None:
     keep_tokenizer(config.run_dir, data.tokenizer)
 
 
-def record_mixture(config: TrainConfig, world: World, incarnation: int, state: TrainState) -> None:
+def record_mixture(config: TrainConfig, world: World, attempt: int, state: TrainState) -> None:
     """Add the mixture that a start continues with to its record in run_dir/starts (rank 0): the ledger is checked by it."""
-    path = config.run_dir / "starts" / f"{incarnation:04d}.json"
+    path = config.run_dir / "starts" / f"{attempt:04d}.json"
     if world.rank == 0 and state.mixture is not None:
         write_json(path, {**read_json(path), "mixture": asdict(state.mixture)})
 
 
-def record_start(config: TrainConfig, data: Data, world: World, incarnation: int) -> None:
+def record_start(config: TrainConfig, data: Data, world: World, attempt: int) -> None:
     """Write what this start was made from into run_dir/starts (rank 0): settings, git commit, versions, layout."""
     if world.rank != 0:
         return
     record = {
-        "incarnation": incarnation,
+        "incarnation": attempt,
         "time": utc_now(),
         "host": os.uname().nodename,
         "launcher": world.launcher,
@@ -223,7 +223,7 @@ def record_start(config: TrainConfig, data: Data, world: World, incarnation: int
         "data_fingerprint": data.fingerprint,
         "config": config.model_dump(mode="json"),
     }
-    write_json(config.run_dir / "starts" / f"{incarnation:04d}.json", record)
+    write_json(config.run_dir / "starts" / f"{attempt:04d}.json", record)
 
 
 def git_commit() -> str | None:

@@ -86,9 +86,9 @@ class Verdict:
 class Watchdog:
     """The threads of one rank. `beat` is the loop's only duty."""
 
-    def __init__(self, config: WatchdogConfig, world: World, run_dir: Path, clock: Stopwatch, incarnation: int) -> None:
+    def __init__(self, config: WatchdogConfig, world: World, run_dir: Path, clock: Stopwatch, attempt: int) -> None:
         """All ranks call it together."""
-        self.config, self.world, self.run_dir, self.incarnation = config, world, run_dir, incarnation
+        self.config, self.world, self.run_dir, self.attempt = config, world, run_dir, attempt
         self._clock, self._step, self._beats, self._switches = clock, 0, 0, clock.switches
         self._times = RankTimes(config.slow_ratio)
         self._forward = ForwardTimer(world.device)
@@ -147,7 +147,7 @@ class Watchdog:
         """End this process with status 76 if this start has a verdict. An exception then only follows from it: the rank that
         judged has ended, say, and closed its connections."""
         verdict = self._foreign_verdict
-        for path in sorted((self.run_dir / "watchdog").glob(f"*_{self.incarnation:04d}_rank*.json"))[:1]:
+        for path in sorted((self.run_dir / "watchdog").glob(f"*_{self.attempt:04d}_rank*.json"))[:1]:
             written = read_json(path)
             verdict = Verdict(**{name: written[name] for name in Verdict.__slots__})
         if verdict is not None:
@@ -275,16 +275,16 @@ class Watchdog:
         stuck = min(report["stuck_seconds"], seconds.get(activity, 0.0))
         seconds |= {activity: seconds.get(activity, 0.0) - stuck, "hang": stuck}
         seconds = {name: round(spent, 3) for name, spent in seconds.items()}
-        record = _fields(verdict) | {"time": round(time.time(), 3), "incarnation": self.incarnation, "seconds": seconds}
+        record = _fields(verdict) | {"time": round(time.time(), 3), "incarnation": self.attempt, "seconds": seconds}
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         reports = {**self._reports, self.world.rank: report}
-        path = self.run_dir / "watchdog" / f"{stamp}_{self.incarnation:04d}_rank{self.world.rank}.json"
+        path = self.run_dir / "watchdog" / f"{stamp}_{self.attempt:04d}_rank{self.world.rank}.json"
         write_json(path, record | {"seen_by_rank": self.world.rank, "reports": [reports[rank] for rank in sorted(reports)]})
         with (self.run_dir / METRICS_FILE).open("ab", buffering=0) as file:
             file.write(format_row({"kind": "watchdog", **record}))
 
     def _dump(self, _: Verdict) -> None:
-        folder = self.run_dir / "watchdog" / f"collectives_{self.incarnation:04d}"
+        folder = self.run_dir / "watchdog" / f"collectives_{self.attempt:04d}"
         collectives.write_dump(folder / f"rank_{self.world.rank}")
 
 

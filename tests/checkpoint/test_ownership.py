@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks, wait_until
 
 from megagpt.checkpoint import ownership
-from megagpt.checkpoint.ownership import HEARTBEAT_SECONDS, SILENT_SECONDS, Ownership, claim_run, owner_of, take_run
+from megagpt.checkpoint.ownership import HEARTBEAT_SECONDS, SILENT_SECONDS, Ownership, owner_of, take_ownership, take_run
 from megagpt.config import UserError
 from megagpt.distributed.world import World, lone_world
 from megagpt.files import read_json, write_json
@@ -187,13 +187,13 @@ def test_starts_of_the_same_moment_have_one_owner(tmp_path: Path, other: Callabl
 
 
 def test_numbers_grow_where_owner_json_is_lost_or_set_back(tmp_path: Path) -> None:
-    assert [claim_run(tmp_path, alone()) for _ in range(2)] == [1, 2]
+    assert [take_ownership(tmp_path, alone()) for _ in range(2)] == [1, 2]
     (tmp_path / "owner.json").unlink()
-    assert claim_run(tmp_path, alone()) == 3
+    assert take_ownership(tmp_path, alone()) == 3
     write_json(tmp_path / "owner.json", {"incarnation": 1})
-    assert claim_run(tmp_path, alone()) == 4
+    assert take_ownership(tmp_path, alone()) == 4
     write_json(tmp_path / "starts" / "0009.json", {})  # a run of an older version, without claims
-    assert claim_run(tmp_path, alone()) == 10
+    assert take_ownership(tmp_path, alone()) == 10
 
 
 def test_an_owner_mends_owner_json(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def is_told(world: World, run_dir: Path) -> tuple[str, str]:
     assert isinstance(owned, Ownership)
     owned.refuse_if_lost()
     if world.rank == 0:
-        claim_run(run_dir, alone())
+        take_ownership(run_dir, alone())
         wait_until(lambda: bool(world.stop.signal_name), 60)
     with pytest.raises(UserError) as lost:
         owned.refuse_if_lost()

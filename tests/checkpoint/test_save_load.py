@@ -16,7 +16,7 @@ from torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, w
 from toy import MODEL, engines_on, make_engine
 
 from megagpt.checkpoint import save_load as checkpoint
-from megagpt.checkpoint.ownership import claim_run
+from megagpt.checkpoint.ownership import take_ownership
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions
 from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
 from megagpt.config import UserError
@@ -79,10 +79,10 @@ def save_as_ghost(world: World, run_dir: Path) -> str:
     """A rank that was started before somebody else claimed the run."""
     engine = make_engine(world, "fsdp")
     draw_weights(engine, MODEL, seed=2)
-    incarnation = claim_run(run_dir, world)
-    write_json(run_dir / "owner.json", {**read_json(run_dir / "owner.json"), "incarnation": incarnation + 1})
+    attempt = take_ownership(run_dir, world)
+    write_json(run_dir / "owner.json", {**read_json(run_dir / "owner.json"), "incarnation": attempt + 1})
     with pytest.raises(UserError) as raised:
-        Saver(run_dir, world, incarnation).save(engine, TrainState(step=9), {})
+        Saver(run_dir, world, attempt).save(engine, TrainState(step=9), {})
     return str(raised.value)
 
 
@@ -94,12 +94,12 @@ def test_a_ghost_of_an_earlier_start_cannot_commit(tmp_path: Path) -> None:
 
 
 def test_a_start_that_loses_the_run_while_it_writes_cannot_commit(tmp_path: Path) -> None:
-    incarnation, temporary = claim_run(tmp_path, ALONE), tmp_path / "checkpoints" / "tmp_1_step_00000001"
+    attempt, temporary = take_ownership(tmp_path, ALONE), tmp_path / "checkpoints" / "tmp_1_step_00000001"
     temporary.mkdir(parents=True)
-    claim_run(tmp_path, ALONE)
+    take_ownership(tmp_path, ALONE)
     temporary.mkdir(exist_ok=True)
     with pytest.raises(CheckpointError, match="a later start owns this run"):
-        checkpoint._commit(tmp_path, temporary, temporary.with_name("step_00000001"), {}, {}, incarnation)
+        checkpoint._commit(tmp_path, temporary, temporary.with_name("step_00000001"), {}, {}, attempt)
     assert not temporary.with_name("step_00000001").exists()
 
 
@@ -131,7 +131,7 @@ def test_what_was_being_replaced_is_put_back(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step_00000005", folder / "tmp_1_step_00000005")
     (folder / "step_00000005").rename(folder / "tmp_1_old_step_00000005")
-    claim_run(tmp_path, ALONE)
+    take_ownership(tmp_path, ALONE)
     assert [path.name for path in folder.iterdir()] == ["step_00000005"]
     assert load_whole(tmp_path) == (5, ())
 
@@ -162,8 +162,8 @@ def mark(run_dir: Path, step: int, **fields: Any) -> None:
 
 
 def restore(run_dir: Path, step: int | None = None) -> int:
-    incarnation = claim_run(run_dir, ALONE)
-    restored = checkpoint.restore(run_dir, Held(), ALONE, step=step, incarnation=incarnation)  # type: ignore[arg-type]
+    attempt = take_ownership(run_dir, ALONE)
+    restored = checkpoint.restore(run_dir, Held(), ALONE, step=step, attempt=attempt)  # type: ignore[arg-type]
     assert restored is not None
     return restored.state.step
 

@@ -340,7 +340,7 @@ def test_the_ledger_notices_other_samples_and_another_order(two_sources: Data) -
 
 
 def test_document_lengths_reach_the_batch(two_sources: Data) -> None:
-    layout: dict[str, Any] = {"global_batch_size": 6, "micro_batch_size": 6, "rank": 0, "size": 1, "mask_documents": True}
+    layout: dict[str, Any] = {"global_batch_size": 6, "micro_batch_size": 6, "rank": 0, "size": 1, "document_mask": True}
     (batch,) = step_batches(two_sources.train, TrainState(), **layout).micro_batches
     assert batch.doc_lengths is not None
     for index, lengths in enumerate(batch.doc_lengths.tolist()):
@@ -410,7 +410,7 @@ def test_open_data_checks_that_sources_fit(source: Path, tmp_path: Path) -> None
     assert (data.vocab_size, data.eot_id, list(data.validation), data.tokenizer.kind) == (257, EOT, ["a"], "bytes")
     same = open_data(configure({"a": (source, 1.0)}, stride=16))
     assert same.fingerprint == data.fingerprint
-    for changed in ({"seed": 1}, {"stride": 8}, {"shuffle_block": 1}, {"mask_documents": True}, {"seq_len": 17}):
+    for changed in ({"seed": 1}, {"stride": 8}, {"shuffle_block": 1}, {"document_mask": True}, {"seq_len": 17}):
         assert open_data(configure({"a": (source, 1.0)}, **changed)).fingerprint != data.fingerprint
     assert open_data(configure({"a": (source, 2.0)})).fingerprint != data.fingerprint
     with pytest.raises(UserError, match=r"train: \d+ tokens, one sample needs seq_len \+ 1 = 100001"):

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch.nn import functional
 
 from megagpt.checkpoint import save_load as checkpoint
-from megagpt.checkpoint.ownership import claim_run
+from megagpt.checkpoint.ownership import take_ownership
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError
 from megagpt.data.dataset import TokenDataset
@@ -79,8 +79,8 @@ def write_run(run_dir: Path, source: Path, model: GPT) -> Path:
     world = lone_world(CPU)
     run_config = {"data": {"seq_len": 32, "sources": {"toy": {"path": str(source)}}}}
     info = {"config": run_config, "model": model.config.model_dump(mode="json")}
-    incarnation = claim_run(run_dir, world)
-    checkpoint.Saver(run_dir, world, incarnation).save(WholeModel(model), TrainState(step=7), info)  # type: ignore[arg-type]
+    attempt = take_ownership(run_dir, world)
+    checkpoint.Saver(run_dir, world, attempt).save(WholeModel(model), TrainState(step=7), info)  # type: ignore[arg-type]
     open_tokenizer(source / "tokenizer").save(run_dir / "tokenizer")
     return run_dir
 

@@ -10,8 +10,8 @@ from megagpt.monitor.goodput import advise_checkpoints, daly_interval, goodput_l
 from megagpt.monitor.metrics import Metrics, Row
 
 
-def row(kind: str, step: int, time: float, incarnation: int, seconds: dict[str, float], **more: Any) -> Row:
-    return {"kind": kind, "step": step, "time": time, "incarnation": incarnation, "seconds": seconds, **more}
+def row(kind: str, step: int, time: float, attempt: int, seconds: dict[str, float], **more: Any) -> Row:
+    return {"kind": kind, "step": step, "time": time, "incarnation": attempt, "seconds": seconds, **more}
 
 
 LIFE = (

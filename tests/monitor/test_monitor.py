@@ -133,8 +133,8 @@ def test_stopwatch_charges_the_innermost_activity_and_sums_to_the_wall_time() ->
         assert clock.seconds()["train"] == 16.0
 
 
-def row(kind: str, step: int, incarnation: int, when: float = 0.0, **values: Any) -> Row:
-    return {"kind": kind, "step": step, "time": when, "incarnation": incarnation, **values}
+def row(kind: str, step: int, attempt: int, when: float = 0.0, **values: Any) -> Row:
+    return {"kind": kind, "step": step, "time": when, "incarnation": attempt, **values}
 
 
 def test_ledger_over_a_restart_sums_to_the_wall_time() -> None:
@@ -171,12 +171,12 @@ def test_rows_are_read_back_as_written(tmp_path: Path) -> None:
 
 
 def test_a_torn_last_line_is_healed_and_counted(tmp_path: Path) -> None:
-    for incarnation in (1, 2):
+    for attempt in (1, 2):
         monitor = open_monitor(tmp_path)
         monitor.log("start", 0)
-        monitor.log("train", incarnation, loss=1.0)
+        monitor.log("train", attempt, loss=1.0)
         monitor.close()
-        if incarnation == 1:
+        if attempt == 1:
             path = tmp_path / METRICS_FILE
             path.write_bytes(path.read_bytes()[:-9])
     metrics = read_metrics(tmp_path)

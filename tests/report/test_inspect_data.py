@@ -14,7 +14,7 @@ from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block
 from megagpt.data.open_data import DataConfig, open_data
 from megagpt.data.sample_hash import recompute_fed_hash
-from megagpt.data.sample_ledger import Entry, LedgerWriter
+from megagpt.data.sample_ledger import Entry, LedgerWriter, read_ledger
 from megagpt.data.shards import Manifest, ShardError, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.documents import Document, write_documents
@@ -159,12 +159,12 @@ def run_dir(tmp_path: Path) -> Path:
     )
     run = tmp_path / "run"
     write_text(run / "config.yaml", "data:\n" + "".join(f"  {line}\n" for line in dump(config).splitlines()))
-    for incarnation, size in ((1, 1), (2, 3)):
-        write_json(run / "starts" / f"{incarnation:04d}.json", {"world_size": size, "config": {"micro_batch_size": 1}})
+    for attempt, size in ((1, 1), (2, 3)):
+        write_json(run / "starts" / f"{attempt:04d}.json", {"world_size": size, "config": {"micro_batch_size": 1}})
     data, writer = open_data(config), LedgerWriter(run)
-    for step, incarnation in [(0, 1), (1, 1), (2, 1), (2, 2), (3, 2), (4, 2)]:
+    for step, attempt in [(0, 1), (1, 1), (2, 1), (2, 2), (3, 2), (4, 2)]:
         fed_hash = recompute_fed_hash(data.train, TrainState(samples=4 * step), 4)
-        writer.write(Entry(step, 4 * step, 4, fed_hash, incarnation))
+        writer.write(Entry(step, 4 * step, 4, fed_hash, attempt))
     writer.close()
     return run
 
@@ -190,7 +190,7 @@ def test_documents_in_a_batch(run_dir: Path) -> None:
 
 def test_ledger_that_does_not_agree(run_dir: Path) -> None:
     path = run_dir / "ledger.jsonl"
-    entries = [Entry(**json.loads(line)) for line in path.read_text().splitlines()]
+    entries = read_ledger(path.parent)
     path.write_text("")
     writer = LedgerWriter(run_dir)
     for entry in entries:

@@ -62,15 +62,15 @@ def write_run(root: Path) -> Path:
     """A run of two starts, of which the first was killed, with a corpus, a checkpoint and an evaluation."""
     run_dir, corpus = root / "run", root / "corpus"
     rows: list[dict[str, Any]] = [{"kind": "start", "step": 0, "incarnation": 1, "seconds": {"start": 5.0}}]
-    for incarnation, steps in ((1, range(10, 61, 10)), (2, range(50, 101, 10))):
-        if incarnation == 2:
+    for attempt, steps in ((1, range(10, 61, 10)), (2, range(50, 101, 10))):
+        if attempt == 2:
             rows.append({"kind": "start", "step": 40, "incarnation": 2, "seconds": {"start": 5.0}})
         for step in steps:
             values = {"loss": 5 - step / 40, "lr": 1e-3, "grad_norm": 1.0 if step != 70 else math.nan, "tokens": step * 100}
             values["tokens_per_second"] = 1000.0
             values |= {"step_time": {"median_seconds": 1.0}, "slow": "rank 3 on n7: own_work 0.900 s, median 0.400 s"}
             seconds = {"start": 5.0, "train": float(step), "save": 1.0}
-            rows.append({"kind": "train", "step": step, "incarnation": incarnation, "seconds": seconds, **values})
+            rows.append({"kind": "train", "step": step, "incarnation": attempt, "seconds": seconds, **values})
     score = {"loss": 2.75, "perplexity": 15.6, "bits_per_byte": 1.234, "tokens": 900, "text_bytes": 2900}
     rows.append({"kind": "evaluate", "step": 100, "incarnation": 2, "sources": {"plays": score, "news": score}, **score})
     rows.append({"kind": "sample", "step": 100, "incarnation": 2, "prompt": "O ", "text": HOSTILE})
@@ -79,10 +79,10 @@ def write_run(root: Path) -> Path:
     lines = [format_row({"time": 1000.0 + i, **row}) for i, row in enumerate(rows)]
     (run_dir / METRICS_FILE).write_bytes(b"".join(lines))
     (run_dir / "config.yaml").write_text("seed: 1\n")
-    for incarnation in (1, 2):
+    for attempt in (1, 2):
         start = {
-            "incarnation": incarnation,
-            "time": f"2026-01-0{incarnation}T00:00:00Z",
+            "incarnation": attempt,
+            "time": f"2026-01-0{attempt}T00:00:00Z",
             "host": "node-7",
             "launcher": "srun",
             "world_size": 8,
@@ -93,7 +93,7 @@ def write_run(root: Path) -> Path:
             "data_fingerprint": "f00d",
             "config": {"data": {"sources": {"plays": {"path": str(corpus / "shards")}}}, "model": {"num_layers": 12}},
         }
-        write_json(run_dir / "starts" / f"{incarnation:04d}.json", start)
+        write_json(run_dir / "starts" / f"{attempt:04d}.json", start)
     write_json(run_dir / "checkpoints" / "step_00000100" / "manifest.json", {})
     write_json(run_dir / "checkpoints" / "best.json", {"step": 100, "validation_loss": 2.75})
     task = {

@@ -94,15 +94,15 @@ def is_running(pid: int) -> bool:
     return any(state not in "ZX" for state in states)
 
 
-def read_incarnation(run_dir: Path) -> int:
+def read_attempt(run_dir: Path) -> int:
     return int(read_json(run_dir / "owner.json")["incarnation"]) if (run_dir / "owner.json").exists() else 0
 
 
-def last_step(run_dir: Path, incarnation: int) -> int:
+def last_step(run_dir: Path, attempt: int) -> int:
     if not (run_dir / "metrics.jsonl").exists():
         return -1
     rows = read_metrics(run_dir).all_rows
-    return max((row["step"] for row in rows if row["incarnation"] == incarnation and row["kind"] == "train"), default=-1)
+    return max((row["step"] for row in rows if row["incarnation"] == attempt and row["kind"] == "train"), default=-1)
 
 
 def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shard
         os.kill(pid, signal.SIGSTOP)
     cluster.kill_node(node)
     try:
-        wait_until(lambda: read_incarnation(run_dir) == 2 and last_step(run_dir, 2) >= 0)
+        wait_until(lambda: read_attempt(run_dir) == 2 and last_step(run_dir, 2) >= 0)
         assert cluster.job(job_id)["NodeList"] != node
         for pid in ghosts:
             os.kill(pid, signal.SIGCONT)
@@ -178,8 +178,8 @@ def test_it_goes_on_with_the_nodes_that_there_are(cluster: Cluster, shards: Path
     changes = ("optim.kind=sgd", "optim.lr=0.01")
     drain("n3")
     job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, steps), *changes)
-    for incarnation, drained in ((1, ("n2", "n3")), (2, ())):
-        wait_until(lambda i=incarnation: last_step(run_dir, i) >= 60 * i)
+    for attempt, drained in ((1, ("n2", "n3")), (2, ())):
+        wait_until(lambda i=attempt: last_step(run_dir, i) >= 60 * i)
         drain(*drained)
         cluster.command("scontrol", "requeue", job_id)
     cluster.wait_for(job_id, "COMPLETED", timeout=400)

@@ -67,13 +67,13 @@ class Soak:
     rng: random.Random
     table: list["Outcome"] = field(default_factory=list)
 
-    def incarnation(self) -> int:
+    def attempt(self) -> int:
         """The newest start."""
         with contextlib.suppress(OSError, ValueError):
             return int(json.loads((self.run_dir / "owner.json").read_text())["incarnation"])
         return 0
 
-    def last_step(self, incarnation: int) -> int:
+    def last_step(self, attempt: int) -> int:
         """The last step that a start has logged, -1 if none; only the end of the file is read."""
         path = self.run_dir / METRICS_FILE
         if not path.exists():
@@ -84,7 +84,7 @@ class Soak:
         for line in reversed(lines):
             with contextlib.suppress(ValueError, KeyError):
                 row = json.loads(line)
-                if row["incarnation"] == incarnation and row["kind"] == "train":
+                if row["incarnation"] == attempt and row["kind"] == "train":
                     return int(row["step"])
         return -1
 
@@ -216,24 +216,24 @@ def soak_run(cluster: Cluster, folder: Path, shards: dict[str, Path], faults: li
     environment = {"FAULTS": json.dumps(injected(soak.triggers, len(faults))), "PYTHONPATH": path}
     soak.job_id = cluster.submit(site, "slurm/pretrain.sh", *words, **environment)
     for name in faults:
-        incarnation = wait_for_progress(soak)
+        attempt = wait_for_progress(soak)
         before, began = {count: count(soak) for count in (count_rewinds, count_long_evaluations)}, time.monotonic()
         KINDS[name](soak)
         ends = soak.log().count("ranks ended with status")
 
-        def noticed(before: int = incarnation, ends: int = ends) -> bool:
-            return soak.incarnation() > before or soak.log().count("ranks ended with status") > ends
+        def noticed(before: int = attempt, ends: int = ends) -> bool:
+            return soak.attempt() > before or soak.log().count("ranks ended with status") > ends
 
         if name in ENDS_NOTHING:
             count = count_rewinds if name == "not_a_number" else count_long_evaluations
             wait_until(lambda count=count, before=before[count]: count(soak) > before, 240, soak)
-            assert soak.incarnation() == incarnation, soak.log()[-4000:]
+            assert soak.attempt() == attempt, soak.log()[-4000:]
             detected = recovered = time.monotonic() - began
         else:
             wait_until(noticed, 240, soak)
             detected = time.monotonic() - began
-            wait_until(lambda before=incarnation: soak.incarnation() > before, 240, soak)
-            wait_until(lambda: soak.last_step(soak.incarnation()) >= 0, 240, soak)
+            wait_until(lambda before=attempt: soak.attempt() > before, 240, soak)
+            wait_until(lambda: soak.last_step(soak.attempt()) >= 0, 240, soak)
             recovered = time.monotonic() - began
         soak.table.append(Outcome(name, round(detected, 1), round(recovered, 1), verdict(soak, name)))
         with (folder / "faults.jsonl").open("a") as file:
@@ -304,14 +304,14 @@ def wait_for_progress(soak: Soak) -> int:
     """Wait until a start has made some steps; its number. A start that a fault of before still ends does not count."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        incarnation = soak.incarnation()
-        first = soak.last_step(incarnation)
-        if incarnation and first >= 0:
+        attempt = soak.attempt()
+        first = soak.last_step(attempt)
+        if attempt and first >= 0:
             until = time.monotonic() + 60
-            while soak.incarnation() == incarnation and time.monotonic() < until:
+            while soak.attempt() == attempt and time.monotonic() < until:
                 # Past a checkpoint of its own, or the job would rightly give up; two, so that one may be damaged.
-                if soak.last_step(incarnation) >= first + SAVE_EVERY + 10 and len(list_checkpoints(soak.run_dir)) > 1:
-                    return incarnation
+                if soak.last_step(attempt) >= first + SAVE_EVERY + 10 and len(list_checkpoints(soak.run_dir)) > 1:
+                    return attempt
                 time.sleep(0.1)
         time.sleep(0.2)
     raise AssertionError(f"no progress: {soak.cluster.job(soak.job_id)}\n{soak.log()[-3000:]}")
@@ -325,7 +325,7 @@ def verdict(soak: Soak, name: str) -> str:
         return str(metrics.of_kind("rewind")[-1]["reason"])
     if name == "long_evaluation":
         return f"evaluated, although for longer than {LONG_SECONDS} s"
-    rows = [r for r in metrics.all_rows if r["kind"] in ("stop", "watchdog") and r["incarnation"] == soak.incarnation() - 1]
+    rows = [r for r in metrics.all_rows if r["kind"] in ("stop", "watchdog") and r["incarnation"] == soak.attempt() - 1]
     if rows:
         row = rows[-1]
         more = f", rank {row['rank']}" if "rank" in row else f", in {row['interrupted']}" if row.get("interrupted") else ""
@@ -436,7 +436,7 @@ def main() -> None:
     about = (
         f"One run of {found['steps']:,} steps on a real SLURM of three nodes, two of them in the job, under {len(faults)} "
         f"faults, with planned changes of its data every {PHASE} steps and {windows} windows of noise in each source. It took "
-        f"{seconds:,} s and {soak.incarnation()} starts; the "
+        f"{seconds:,} s and {soak.attempt()} starts; the "
         f"guard went back {count_rewinds(soak)} times. Against an uninterrupted run with the same samples left out: weights "
         f"bitwise equal: {found['weights_equal']}; losses equal: {found['losses_equal']}. The ledger: "
         f"{found['ledger'][0]}. Detected: until the run had noticed and ended or gone back."
@@ -449,7 +449,7 @@ def main() -> None:
         "seed": seed,
         "seconds": seconds,
         **found,
-        "starts": soak.incarnation(),
+        "starts": soak.attempt(),
         "rewinds": count_rewinds(soak),
         "faults": [asdict(outcome) for outcome in soak.table],
     }

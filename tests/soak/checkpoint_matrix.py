@@ -35,7 +35,7 @@ from ranks import run_ranks  # noqa: E402
 from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engine, train_steps, variations_on  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.checkpoint.ownership import claim_run  # noqa: E402
+from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
 from megagpt.checkpoint.partitions import index_of, write_partitions  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
@@ -125,8 +125,8 @@ def rewrite(world: World, root: Path, names: list[str], losses: int, layouts: li
             engine, copy = build(world, variant, engine_name), root / variant_name / f"{engine_name}_{world.size}"
             restored = checkpoint.restore(root / variant_name / "reference", engine, world)
             assert restored is not None
-            incarnation = claim_run(copy, world)
-            saver = checkpoint.Saver(copy, world, incarnation, background=world.size % 2 == 0)
+            attempt = take_ownership(copy, world)
+            saver = checkpoint.Saver(copy, world, attempt, background=world.size % 2 == 0)
             saver.save(engine, restored.state, {})
             assert engine.updates == TRAINED
             # What is written in the background must be the state of now, whatever training does meanwhile.

@@ -41,7 +41,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 from ranks import free_port  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.checkpoint.ownership import claim_run  # noqa: E402
+from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
@@ -80,12 +80,12 @@ def save_until_killed(rank: int, port: int, run_dir: Path, mode: str, diary: Pat
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
     world = init_world(timeout_seconds=120)
-    incarnation = claim_run(run_dir, world)
+    attempt = take_ownership(run_dir, world)
     engine = build_engine(MODEL, OptimConfig(), FSDPConfig(), world, precision="fp32", micro_batch_size=1)
     loaded = load_and_compare(engine, world, run_dir, diary)
     if loaded == 0 and not first_start:
         write(diary, f"BAD rank {rank}: no checkpoint although some were committed\n")
-    saver = checkpoint.Saver(run_dir, world, incarnation, background=mode == "background")
+    saver = checkpoint.Saver(run_dir, world, attempt, background=mode == "background")
     for version in count(loaded + 1):
         fill(engine, version)
 
@@ -339,15 +339,15 @@ def fill_the_disk(folder: Path, times: int, seed: int) -> dict[str, Any]:
     world, rng, outcome = init_world(), random.Random(seed), Counter[str]()
     run_dir, filler = folder / "run", folder / "filler"
     engine = build_engine(MODEL, OptimConfig(), FSDPConfig(), world, precision="fp32", micro_batch_size=1)
-    incarnation, good, wrong = claim_run(run_dir, world), 0, []
+    attempt, good, wrong = take_ownership(run_dir, world), 0, []
     fill(engine, 1)
-    checkpoint.Saver(run_dir, world, incarnation).save(engine, TrainState(step=1), {"version": 1})
+    checkpoint.Saver(run_dir, world, attempt).save(engine, TrainState(step=1), {"version": 1})
     size = sum(file.stat().st_size for file in checkpoint.list_checkpoints(run_dir)[0].iterdir())
     for version in range(2, times + 2):
         room = rng.choice([0, rng.randrange(size), size + rng.randrange(-4096, 16384)])
         filler.write_bytes(b"\0" * max(0, shutil.disk_usage(folder).free - room))
         fill(engine, version)
-        saver = checkpoint.Saver(run_dir, world, incarnation, background=version % 2 == 0)
+        saver = checkpoint.Saver(run_dir, world, attempt, background=version % 2 == 0)
         try:
             saver.save(engine, TrainState(step=version), {"version": version}, lambda _: checkpoint.prune(run_dir, keep_last=1))
             saver.close()

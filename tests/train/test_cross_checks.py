@@ -44,7 +44,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"max_steps": 10, "optim": {"schedule": {"warmup_steps": 9}}},
     {"max_steps": 10, "optim": wsd(warmup_steps=4, decay_steps=6)},
     {"data": {"shuffle_block": 1}},
-    {"data": {"mask_documents": True}},
+    {"data": {"document_mask": True}},
     {"keep_every_steps": 8},
 ]
 REPORTED = [
@@ -96,7 +96,7 @@ def test_what_may_be_meant_is_reported(changes: dict[str, Any], message: str, sh
 
 def test_documents_shorter_than_samples_are_reported_where_attention_stays_inside_them(shards: Path, tmp_path: Path) -> None:
     model = {"vocab_size": 257, "seq_len": 256, "num_layers": 2, "num_heads": 2, "hidden_size": 32}
-    long = make(shards, tmp_path, model=model, data={"seq_len": 200, "mask_documents": True})
+    long = make(shards, tmp_path, model=model, data={"seq_len": 200, "document_mask": True})
     (warning,) = warnings_of(long, open_data(long.data))
     assert "data.seq_len=200 is longer than every document (at most " in warning
     across = make(shards, tmp_path, model=model, data={"seq_len": 200})

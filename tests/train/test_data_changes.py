@@ -123,7 +123,7 @@ def test_planned_weights_are_no_change_before_they_begin(corpora: dict[str, Path
         ({"seed": 5}, "data.order (seed: 0 -> 5)"),
         ({"shuffle_block": 2}, "data.order (shuffle_block: 4 -> 2)"),
         ({"seq_len": 16}, "data.seq_len (seq_len: 32 -> 16)"),
-        ({"mask_documents": True}, "data.seq_len (mask_documents: False -> True)"),
+        ({"document_mask": True}, "data.seq_len (document_mask: False -> True)"),
         ({"document_end_loss": False}, "data.seq_len (document_end_loss: True -> False)"),
         ({"sources": "other shards"}, "data.shards (other shards of a)"),
     ],
@@ -292,17 +292,17 @@ def test_the_ledger_is_checked_by_what_each_start_drew_from(corpora: dict[str, P
         {"a": (corpora["a"], 3.0), "b": (corpora["b"], 1.0)},
         {"b": (corpora["b"], 1.0), "c": (corpora["c"], 1.0)},
     ]
-    for incarnation, sources in enumerate(starts, start=1):
+    for attempt, sources in enumerate(starts, start=1):
         config = make(tmp_path, sources)
         data = open_data(config.data)
         if saved is not None:
             state = continue_mixture(config.data, saved, state, tmp_path / "checkpoints" / "step_1")
         record = {"world_size": 1, "config": config.model_dump(mode="json")}
         mixture = {"mixture": asdict(state.mixture)} if state.mixture else {}
-        write_json(tmp_path / "starts" / f"{incarnation:04d}.json", {**record, **mixture})
+        write_json(tmp_path / "starts" / f"{attempt:04d}.json", {**record, **mixture})
         for _ in range(4):
             batches = step_batches(data.train, state, global_batch_size=8, micro_batch_size=4, rank=0, size=1)
-            writer.write(entry_of(state, 8, batches.fed_hash, incarnation))
+            writer.write(entry_of(state, 8, batches.fed_hash, attempt))
             state = state.advance(8, batches.num_targets)
         saved = saved_by(config, data, state)
         write_text(tmp_path / "config.yaml", json.dumps(config.model_dump(mode="json")))

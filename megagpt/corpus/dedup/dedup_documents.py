@@ -35,7 +35,7 @@ from megagpt.corpus.dedup.reference_corpora import KnownBlock, KnownCorpus, copy
 from megagpt.corpus.dedup.repeated_lines import drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
+from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_work, require_ownership, take_ownership, work_of
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import StageSummary, clear, is_finished, read_summary, run_stage
 from megagpt.corpus.text.shingles import load_kernels
@@ -56,7 +56,7 @@ class _Work:
     """What is deduplicated, where, and against what. Known documents have the first numbers, then come those of `blocks`."""
 
     config: DedupConfig
-    claim: Claim
+    ownership: Ownership
     index: Path
     known: tuple[KnownCorpus, ...]
     blocks: tuple[Block, ...]
@@ -93,15 +93,15 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     _refuse_other_work(marker, made_with, overwrite=execution.overwrite)
     if made_with.keeps(marker, finished=is_finished(output_dir), overwrite=execution.overwrite):
         return read_summary(output_dir)
-    claim = take(marker, made_with.config_hash, **made_with.to_json())
-    work = _Work(config, claim, folder_of(marker.parent, claim.work), known, tuple(blocks), execution)
+    ownership = take_ownership(marker, made_with.config_hash, **made_with.to_json())
+    work = _Work(config, ownership, folder_of(marker.parent, ownership.work), known, tuple(blocks), execution)
     remove_leftovers((output_dir / "index", work.index, output_dir / "duplicates"))
     _drop_damaged(output_dir, verify=execution.verify)
-    with work_of(claim):
+    with work_of(ownership):
         indexed = _find_duplicates(work)
         if indexed is None or (config.drop_repeated and not _find_repeated(work, work.own(indexed))):
             return None
-    refuse_left_over(claim)
+    require_ownership(ownership)
     own = work.own(indexed)
     firsts = first_parts(work.part_folders()) if config.drop_repeated else [0] * len(own)
     places = {(b.path, b.index): (i, first) for b, i, first in zip(blocks, own, firsts, strict=True)}
@@ -301,7 +301,7 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
     counts = Counter[str]()
     for path in sorted((index / "decisions").glob("*.json")):
         counts.update(read_json(path))
-    refuse_left_over(work.claim)
+    require_ownership(work.ownership)
     write_json(output_dir / "dedup.json", {name: counts[name] for name in near_duplicates.COUNTS})
     if counts["limited"]:
         log.info("dedup: %d documents share a band with more kept documents than max_comparisons allows", counts["limited"])
@@ -333,4 +333,4 @@ def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock]
                         "similarity": round(float(similarity[number]), 4),
                     }
                     stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
-        refuse_left_over(work.claim)
+        require_ownership(work.ownership)

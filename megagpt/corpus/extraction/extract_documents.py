@@ -15,7 +15,7 @@ from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs, 
 from megagpt.corpus.readers.mediawiki import wiki_outcomes
 from megagpt.corpus.readers.records import datasets_outcomes, jsonl_outcomes, parquet_outcomes, text_outcomes
 from megagpt.corpus.readers.warc import Record, read_records
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.corpus.text.fasttext_models import bundled_language_model, load_language_model
@@ -80,7 +80,7 @@ def read_outcomes(block: Block, *, config: ExtractConfig) -> Iterator[Outcome]:
 def web_outcomes(block: Block, config: ExtractConfig) -> Iterator[Outcome]:
     """Pages of WARC, ARC and WET records as documents; other types of content, errors and empty pages rejected."""
     for record in read_records(block):
-        if isinstance(record, Fault):
+        if isinstance(record, MalformedRecord):
             yield record
             continue
         yield Seen(record.type or "unknown")
@@ -106,7 +106,7 @@ def _page_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outcome]:
         return
     body, problems = decode_body(message)
     decoded = decode_text(body, charset_of(content_type))
-    yield from (Fault(problem, _readable(record.where)) for problem in (*problems, *decoded.problems))
+    yield from (MalformedRecord(problem, _readable(record.where)) for problem in (*problems, *decoded.problems))
     if not body.strip():
         yield Rejected(empty, "source:empty")
     elif decoded.unreadable > MAX_UNREADABLE:
@@ -155,7 +155,7 @@ def _page_text(page: str, url: str | None, config: ExtractConfig) -> tuple[str, 
 def _conversion_outcomes(record: Record, config: ExtractConfig) -> Iterator[Outcome]:
     """Text that the crawl's publisher extracted (WET)."""
     decoded = decode_text(record.body, "utf-8")
-    yield from (Fault(problem, _readable(record.where)) for problem in decoded.problems)
+    yield from (MalformedRecord(problem, _readable(record.where)) for problem in decoded.problems)
     document = Document(record.where, decoded.text.strip(), config.source, record.url, {"date": record.date})
     yield document if document.text else Rejected(document, "source:empty")
 

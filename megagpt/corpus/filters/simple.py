@@ -15,7 +15,7 @@ from megagpt.documents import Document, Rejected
 
 
 class MinLengthConfig(Config):
-    """Refuse short documents (in no paper's default recipe)."""
+    """Refuse short documents (in no paper's default set of filters)."""
 
     min_characters: Annotated[int, Field(ge=0)] | None = 200
     """Unicode code points."""

@@ -24,7 +24,7 @@ MERGE_ENTRIES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Leak:
+class Overlap:
     """A training document that is left out, and the validation document that it is too similar to."""
 
     id: str
@@ -83,7 +83,7 @@ def build_index(blocks: Sequence[Path], folder: Path) -> None:
         write_json(temporary / "block.json", {"documents": int(firsts[-1])})
 
 
-class LeakIndex:
+class OverlapIndex:
     """The validation documents, to look up training documents in; files are mapped, so workers share their memory."""
 
     def __init__(self, folder: Path, threshold: float) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import xxhash
 
 from megagpt.corpus.packing.config import TokenizeConfig
-from megagpt.corpus.packing.overlap import Leak, LeakIndex, build_index, write_validation
+from megagpt.corpus.packing.overlap import Overlap, OverlapIndex, build_index, write_validation
 from megagpt.corpus.runner.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.runner.ownership import Claim
+from megagpt.corpus.runner.ownership import Ownership
 from megagpt.corpus.runner.run_phase import SMALL_PHASE_BYTES, Task, run_phase
 from megagpt.corpus.text.shingles import load_kernels
 from megagpt.data.arrow import number_column, text_column
@@ -52,7 +52,7 @@ class Job:
 
     segments: str
     tokenizer: str
-    claim: Claim
+    ownership: Ownership
     config: TokenizeConfig
     dtype: str
 
@@ -145,18 +145,18 @@ def _split(documents: Iterator[Document], config: TokenizeConfig, left: dict[str
 
 def _index_validation(blocks: Sequence[Block], cuts: Cuts, job: Job, execution: Execution) -> bool:
     """Make the index of validation documents, to look up training documents in. False: other parts remain."""
-    if job.config.leak_threshold is None or job.config.validation_fraction == 0:
+    if job.config.overlap_threshold is None or job.config.validation_fraction == 0:
         return True
     load_kernels()
     if not _each_block("validation", blocks, job, execution, _gather_validation, cuts):
         return False
-    if not _leak_index(job).is_dir():
-        build_index([_record(job, block, "validation").with_suffix("") for block in blocks], _leak_index(job))
-    LeakIndex(_leak_index(job), job.config.leak_threshold).find(["once"])  # workers are forked with its loop loaded
+    if not _overlap_index(job).is_dir():
+        build_index([_record(job, block, "validation").with_suffix("") for block in blocks], _overlap_index(job))
+    OverlapIndex(_overlap_index(job), job.config.overlap_threshold).find(["once"])  # workers are forked with its loop loaded
     return True
 
 
-def _leak_index(job: Job) -> Path:
+def _overlap_index(job: Job) -> Path:
     return Path(job.segments) / ".validation"
 
 
@@ -239,13 +239,13 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
     tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder)
     segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
     begin = None if tokenizer.bos_id is None else np.array([tokenizer.bos_id], np.uint32)
-    leaks: list[Leak] = []
+    leaks: list[Overlap] = []
     pieces = _split(read_block(block), job.config, _left(block, cuts))
-    threshold = job.config.leak_threshold
-    index = LeakIndex(_leak_index(job), threshold) if threshold is not None and _leak_index(job).is_dir() else None
+    threshold = job.config.overlap_threshold
+    index = OverlapIndex(_overlap_index(job), threshold) if threshold is not None and _overlap_index(job).is_dir() else None
     for batch in batches(pieces, lambda piece: len(piece[2])):
         if index is not None:
-            batch = _without_leaks(batch, index, leaks)
+            batch = _without_overlaps(batch, index, leaks)
         batch_ids = tokenizer.encode_batch([text for _, _, text in batch])
         for (split, document, text), ids in zip(batch, batch_ids, strict=True):
             if not text:
@@ -256,19 +256,19 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
             segments.add(split, document, ids, len(text) if text.isascii() else len(text.encode()))
             documents += 1
     segments.flush()
-    found = {"documents": documents, "empty": empty, "leaks": [asdict(leak) for leak in leaks]}
+    found = {"documents": documents, "empty": empty, "leaks": [asdict(overlap) for overlap in leaks]}
     write_json(_record(job, block, "tokenize"), {"segments": segments.written, **found})
     return documents
 
 
-def _without_leaks(batch: list[_Piece], index: LeakIndex, leaks: list[Leak]) -> list[_Piece]:
+def _without_overlaps(batch: list[_Piece], index: OverlapIndex, leaks: list[Overlap]) -> list[_Piece]:
     """Leave out of train what is too similar to a validation document; `leaks` grows by it."""
     found = iter(index.find([text for split, _, text in batch if split == "train"]))
     kept = []
     for split, document, text in batch:
-        leak = next(found) if split == "train" else None
-        if leak is None:
+        overlap = next(found) if split == "train" else None
+        if overlap is None:
             kept.append((split, document, text))
         else:
-            leaks.append(Leak(document.id, document.url, *leak))
+            leaks.append(Overlap(document.id, document.url, *overlap))
     return kept

@@ -37,7 +37,7 @@ from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.segments import SPLITS, Job, cached_tokenizer, tokenize_blocks
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.runner.executors import Execution, run_tasks
-from megagpt.corpus.runner.ownership import Claim, folder_of, is_of_other_work, refuse_left_over, take, work_of
+from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_work, require_ownership, take_ownership, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import (
@@ -101,20 +101,20 @@ def pack_documents(
     made_with = MadeWith(
         _plan(blocks, tokenizer, config), "tokenize", _shaping(config), {"tokenizer": tokenizer.fingerprint}, FORMAT
     )
-    claim = _claim(output_dir, made_with, overwrite=execution.overwrite)
+    ownership = _take_ownership(output_dir, made_with, overwrite=execution.overwrite)
     if (output_dir / "summary.json").is_file() and _is_whole(output_dir, tokenizer, verify=execution.verify):
         log.info("%s: complete", output_dir)
         _sweep(output_dir)
         return PackSummary(**read_json(output_dir / "summary.json"))
     job = Job(
-        str(folder_of(output_dir / ".segments", claim.work)),
+        str(folder_of(output_dir / ".segments", ownership.work)),
         str(tokenizer_path),
-        claim,
+        ownership,
         config,
         token_dtype(tokenizer.vocab_size).newbyteorder("=").name,
     )
     try:
-        with work_of(claim):
+        with work_of(ownership):
             records = tokenize_blocks(blocks, job, execution)
             if records is not None:
                 folders = _folders(records, config)
@@ -122,7 +122,7 @@ def pack_documents(
                 shards = _write_shards(records, folders, output_dir, job, execution, kept)
                 return _finish(output_dir, tokenizer, job, folders, shards, records)
     except (FileNotFoundError, UserError):
-        if is_of_other_work(claim.marker, claim.work):
+        if is_of_other_work(ownership.marker, ownership.work):
             raise
         # Another part may have finished everything, and removed the segments, in the meantime.
         if not (output_dir / "summary.json").is_file():
@@ -148,14 +148,14 @@ def _shaping(config: TokenizeConfig) -> TokenizeConfig:
     return config.model_copy(update={"inputs": (), "tokenizer": None, "encoder": "tiktoken"})
 
 
-def _claim(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Claim:
+def _take_ownership(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Ownership:
     marker = output_dir / "stage.json"
     finished, is_other = (output_dir / "summary.json").is_file(), is_of_other_work(marker, made_with.config_hash)
     if is_other and not overwrite:
         what = f"holds shards made with {made_with.other(read_json(marker))}"
         raise UserError(f"{output_dir}: {what}: choose another output directory, or overwrite=true to replace them")
     if not is_other and made_with.keeps(marker, finished=finished, overwrite=overwrite):
-        return Claim(marker, made_with.config_hash)
+        return Ownership(marker, made_with.config_hash)
     if is_other or not made_with.fits(marker, finished=finished):
         forget_list(output_dir)
         for manifest in [*output_dir.glob("*/manifest.json"), *output_dir.glob("*/*/manifest.json")]:
@@ -164,7 +164,7 @@ def _claim(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Claim:
             shutil.rmtree(index.parent, ignore_errors=True)  # also those of a run that ended before its manifests
         shutil.rmtree(output_dir / ".segments", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
-    return take(marker, made_with.config_hash, stage="shards", **made_with.to_json())
+    return take_ownership(marker, made_with.config_hash, stage="shards", **made_with.to_json())
 
 
 def _is_whole(output_dir: Path, tokenizer: Tokenizer, *, verify: bool) -> bool:
@@ -325,7 +325,7 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
                 pieces = [sources[origin[i]][s : s + n] for i, s, n in zip(chosen, starts, lengths, strict=True)]
                 columns = {column: part[column].to_pylist() for column in ("id", "url", "source", "bytes")}
                 writer.add_many(np.concatenate(pieces), lengths, columns)
-        refuse_left_over(job.claim)
+        require_ownership(job.ownership)
         info = writer.close()
     write_json(record, asdict(info))
     return info
@@ -343,7 +343,7 @@ def _finish(
     outputs: dict[str, dict[str, Any]] = {}
     settings_hash = fingerprint(_shaping(config))
     for source, folder in folders.items():
-        refuse_left_over(job.claim)
+        require_ownership(job.ownership)
         tokenizer.save(output_dir / folder / "tokenizer")
         for split in SPLITS:
             infos, directory = tuple(shards[source, split]), output_dir / folder / split
@@ -357,12 +357,12 @@ def _finish(
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,
             }  # fmt: skip
-    refuse_left_over(job.claim)
-    _write_leaks(records, output_dir)
+    require_ownership(job.ownership)
+    _write_overlaps(records, output_dir)
     empty, leaked = (sum(record["empty"] for record in records), sum(len(record["leaks"]) for record in records))
     paths = [output_dir / "leaks.jsonl", *(p for f in folders.values() for p in (output_dir / f / "tokenizer").iterdir())]
     outputs |= {str(path.relative_to(output_dir)): describe_file(path) for path in paths}
-    refuse_left_over(job.claim)
+    require_ownership(job.ownership)
     summary = PackSummary(True, splits, empty, leaked, write_list(output_dir, outputs))
     write_json(output_dir / "summary.json", asdict(summary))
     _sweep(output_dir)
@@ -381,12 +381,12 @@ def _listed(directory: Path, manifest: Manifest, output_dir: Path) -> dict[str, 
     return entries
 
 
-def _write_leaks(records: list[dict[str, Any]], output_dir: Path) -> None:
+def _write_overlaps(records: list[dict[str, Any]], output_dir: Path) -> None:
     """leaks.jsonl: a line per training document that was left out for its likeness to a validation document."""
     with atomic_path(output_dir / "leaks.jsonl") as temporary, temporary.open("wb") as file:
         for record in records:
-            for leak in record["leaks"]:
-                file.write(orjson.dumps(leak, option=orjson.OPT_APPEND_NEWLINE))
+            for overlap in record["leaks"]:
+                file.write(orjson.dumps(overlap, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _sweep(output_dir: Path) -> None:

@@ -19,7 +19,7 @@ from typing import IO
 from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.wiki_sites import Site, site_of
 from megagpt.corpus.extraction.wikitext import is_redirect, read_wikitext
-from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Outcome, Seen
+from megagpt.corpus.runner.blocks import Block, DroppedText, MalformedRecord, Outcome, Seen
 from megagpt.documents import Document, Rejected
 
 CHUNK_BYTES = 1 << 20
@@ -61,7 +61,7 @@ def wiki_outcomes(block: Block, source: str, max_page_cpu_seconds: float = 20.0)
     found = 0
     for page in read_pages(block):
         found += 1
-        if isinstance(page, Fault):
+        if isinstance(page, MalformedRecord):
             yield page
             continue
         yield Seen("page")
@@ -85,7 +85,7 @@ def wiki_outcomes(block: Block, source: str, max_page_cpu_seconds: float = 20.0)
         else:
             yield Rejected(document, reason or "source:empty")
     if found == block.start == 0 and head and "<mediawiki" not in head:
-        yield Fault("no MediaWiki dump", f"{Path(block.path).name}: offset 0")
+        yield MalformedRecord("no MediaWiki dump", f"{Path(block.path).name}: offset 0")
 
 
 def read_site(head: str) -> Site:
@@ -106,7 +106,7 @@ def _reason_against(page: Page) -> str | None:
     return None if page.text.strip() else "source:empty"
 
 
-def read_pages(block: Block) -> Iterator[Page | Fault]:
+def read_pages(block: Block) -> Iterator[Page | MalformedRecord]:
     """The pages that begin in a block, and a Fault for each damaged one."""
     name = Path(block.path).name
     with open(block.path, "rb") as file:
@@ -114,7 +114,7 @@ def read_pages(block: Block) -> Iterator[Page | Fault]:
         buffer, places, base, owned = b"", list[tuple[int, str, int]](), 0, True
         limit = 0
         for piece in pieces:
-            if isinstance(piece, Fault):
+            if isinstance(piece, MalformedRecord):
                 yield piece
                 continue
             label, offset, data, in_range = piece
@@ -128,7 +128,7 @@ def read_pages(block: Block) -> Iterator[Page | Fault]:
                 if not owned and base + start >= limit:
                     return
                 where = _locate(places, base + start, name)
-                yield Fault(fault, _readable(where)) if fault else _parse(page, where)
+                yield MalformedRecord(fault, _readable(where)) if fault else _parse(page, where)
             buffer = buffer[consumed:]
             base += consumed
             while len(places) > 1 and places[1][0] <= base:
@@ -136,11 +136,11 @@ def read_pages(block: Block) -> Iterator[Page | Fault]:
             if not owned and base >= limit:
                 return
             if len(buffer) > MAX_PAGE_BYTES:
-                yield Fault("page longer than 64 MiB", _readable(_locate(places, base, name)))
+                yield MalformedRecord("page longer than 64 MiB", _readable(_locate(places, base, name)))
                 base, buffer = base + len(buffer), b""
                 places = places[-1:]
         if _PAGE in buffer:
-            yield Fault("truncated page", _readable(_locate(places, base + buffer.index(_PAGE), name)))
+            yield MalformedRecord("truncated page", _readable(_locate(places, base + buffer.index(_PAGE), name)))
 
 
 def split_dump(path: Path, block_bytes: int) -> list[tuple[int, int | None]]:
@@ -158,7 +158,9 @@ def split_dump(path: Path, block_bytes: int) -> list[tuple[int, int | None]]:
 # ---- bytes
 
 
-def _pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[tuple[str, int, bytes, bool] | Fault]:
+def _pieces(
+    file: IO[bytes], name: str, start: int, end: int | None
+) -> Iterator[tuple[str, int, bytes, bool] | MalformedRecord]:
     """(label of the stream, offset inside it, data, whether the block owns it) from `start` to the end of the file."""
     magic = file.read(3)
     if magic == b"BZh" or name.endswith(".bz2"):
@@ -171,7 +173,9 @@ def _pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator
         position += len(data)
 
 
-def _bz2_pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[tuple[str, int, bytes, bool] | Fault]:
+def _bz2_pieces(
+    file: IO[bytes], name: str, start: int, end: int | None
+) -> Iterator[tuple[str, int, bytes, bool] | MalformedRecord]:
     size = file.seek(0, 2)
     offset = 0 if start == 0 else _next_stream(file, start, size)
     while offset is not None:
@@ -186,12 +190,12 @@ def _bz2_pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iter
                 plain = decoder.decompress(data, CHUNK_BYTES)  # 6 KB of bz2 may hold 4.8 GB
             except OSError:
                 damaged, plain = True, b""
-                yield Fault("damaged bz2 stream", f"{name}: offset {offset}")
+                yield MalformedRecord("damaged bz2 stream", f"{name}: offset {offset}")
             if plain:
                 yield f"{name}:{offset}+", inside, plain, end is None or offset < end
                 inside += len(plain)
             if cut_off and not decoder.eof:
-                yield Fault("truncated bz2 stream", f"{name}: offset {offset}")
+                yield MalformedRecord("truncated bz2 stream", f"{name}: offset {offset}")
                 return
         following = offset + 1 if damaged else position - len(decoder.unused_data)
         if following >= size:
@@ -199,7 +203,7 @@ def _bz2_pieces(file: IO[bytes], name: str, start: int, end: int | None) -> Iter
         file.seek(following)
         found = following if _STREAM_START.match(file.read(10)) else _next_stream(file, following, size)
         if found != following and not damaged:
-            yield Fault("garbage between bz2 streams", f"{name}: offset {following}")
+            yield MalformedRecord("garbage between bz2 streams", f"{name}: offset {following}")
         offset = found
 
 
@@ -213,12 +217,14 @@ def _next_stream(file: IO[bytes], offset: int, size: int) -> int | None:
     return None
 
 
-def _recoded(pieces: Iterator[tuple[str, int, bytes, bool] | Fault]) -> Iterator[tuple[str, int, bytes, bool] | Fault]:
+def _recoded(
+    pieces: Iterator[tuple[str, int, bytes, bool] | MalformedRecord],
+) -> Iterator[tuple[str, int, bytes, bool] | MalformedRecord]:
     """UTF-16 with a BOM, which some tools make of a dump, becomes UTF-8; offsets stay those of the file's own bytes."""
     decoder = None
     first = True
     for piece in pieces:
-        if isinstance(piece, Fault):
+        if isinstance(piece, MalformedRecord):
             yield piece
             continue
         label, offset, data, in_range = piece

@@ -12,7 +12,7 @@ import zstandard
 
 from megagpt.config import UserError
 from megagpt.corpus.readers.http import decode_text
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
 from megagpt.documents import Document, Rejected, open_lines, parse_json
 
 MAX_LINE_BYTES = 64 << 20
@@ -28,7 +28,7 @@ def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outco
     """Documents of a .jsonl file (plain, gz, zst): the text in `text_field`, url if there is one, other fields under meta."""
     name = Path(block.path).name
     for offset, line in _lines(block, name):
-        if isinstance(line, Fault):
+        if isinstance(line, MalformedRecord):
             yield line
             continue
         if not line.strip():
@@ -37,11 +37,11 @@ def jsonl_outcomes(block: Block, source: str, text_field: str) -> Iterator[Outco
         try:
             value = parse_json(line)
         except orjson.JSONDecodeError:
-            yield Fault("line that is not JSON", f"{name}: offset {offset}")
+            yield MalformedRecord("line that is not JSON", f"{name}: offset {offset}")
             continue
         text = value.get(text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            yield Fault(f"line without a text in {text_field!r}", f"{name}: offset {offset}")
+            yield MalformedRecord(f"line without a text in {text_field!r}", f"{name}: offset {offset}")
             continue
         yield _from_fields(f"{name}:{offset}", value, text, source, text_field)
 
@@ -51,17 +51,17 @@ def text_outcomes(block: Block, source: str, unit: TextUnit) -> Iterator[Outcome
     name = Path(block.path).name
     lines, size = list[bytes](), 0
     for offset, line in _lines(block, name):
-        if isinstance(line, Fault):
+        if isinstance(line, MalformedRecord):
             yield line
             continue
         size += len(line)
         if size > MAX_TEXT_BYTES:
-            yield Fault("text file longer than 1 GiB", f"{name}: offset {offset}")
+            yield MalformedRecord("text file longer than 1 GiB", f"{name}: offset {offset}")
             break
         lines.append(line)
     decoded = decode_text(b"".join(lines), None)
     for problem in decoded.problems:
-        yield Fault(problem, f"{name}: offset 0")
+        yield MalformedRecord(problem, f"{name}: offset 0")
     separators = {"file": None, "paragraph": "\n\n", "line": "\n"}
     separator = separators[unit]
     text = decoded.text.replace("\r\n", "\n")
@@ -86,7 +86,7 @@ def parquet_outcomes(block: Block, source: str, text_field: str) -> Iterator[Out
     try:
         yield from _parquet_rows(pyarrow.parquet.ParquetFile(block.path), block, name, source, text_field)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Fault("damaged Parquet file", f"{name}: {error}")
+        yield MalformedRecord("damaged Parquet file", f"{name}: {error}")
 
 
 def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field: str) -> Iterator[Outcome]:
@@ -112,14 +112,14 @@ def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field:
                         yield from _batch_rows(batch, name, position, source, text_field)
                         position += len(batch)
                 except (pyarrow.ArrowException, OSError) as error:
-                    yield Fault("damaged row group", f"{name}: row group {group}: {error}")
+                    yield MalformedRecord("damaged row group", f"{name}: row group {group}: {error}")
                 finally:
                     row += metadata.num_rows
             else:
                 row += metadata.num_rows
 
 
-def _readable_columns(file: Any, group: int, name: str) -> tuple[list[str], list[Fault]]:
+def _readable_columns(file: Any, group: int, name: str) -> tuple[list[str], list[MalformedRecord]]:
     """The columns of a row group that can be read, by trying its first rows; a Fault for each that cannot."""
     import pyarrow
 
@@ -136,7 +136,7 @@ def _readable_columns(file: Any, group: int, name: str) -> tuple[list[str], list
             next(file.iter_batches(1, row_groups=[group], columns=[column]), None)
             found.append(column)
         except (pyarrow.ArrowException, OSError) as error:
-            faults.append(Fault("column that cannot be read", f"{name}: row group {group}, column {column}: {error}"))
+            faults.append(MalformedRecord("column that cannot be read", f"{name}: row group {group}, column {column}: {error}"))
     return found, faults
 
 
@@ -146,7 +146,7 @@ def _batch_rows(batch: Any, name: str, position: int, source: str, text_field: s
         where = f"{name}:{position + number}"
         value = {column: cells[number] for column, cells in columns.items()}
         for column in [column for column, cell in value.items() if cell is _UNREADABLE]:
-            yield Fault("cell that cannot be read", f"{name}: row {position + number}, column {column}")
+            yield MalformedRecord("cell that cannot be read", f"{name}: row {position + number}, column {column}")
             value[column] = None
             if column == text_field:
                 break
@@ -224,7 +224,7 @@ def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, Fault]]:
+def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, MalformedRecord]]:
     """(offset, line) of the lines that begin in a block; of a compressed file the offset is that of the plain text.
 
     A line longer than MAX_LINE_BYTES is passed over, and a Fault says so.
@@ -239,12 +239,12 @@ def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, F
                     size += _rest_of_line(file) if not line.endswith(b"\n") else 0
             except (EOFError, zlib.error, zstandard.ZstdError) as error:
                 kind = "truncated file" if isinstance(error, EOFError) else "damaged compressed data"
-                yield offset, Fault(kind, f"{name}: offset {offset}")
+                yield offset, MalformedRecord(kind, f"{name}: offset {offset}")
                 return
             if not line:
                 return
             if size > MAX_LINE_BYTES:
-                yield offset, Fault("line longer than 64 MiB", f"{name}: offset {offset}")
+                yield offset, MalformedRecord("line longer than 64 MiB", f"{name}: offset {offset}")
             else:
                 yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
             offset += size

@@ -19,7 +19,7 @@ from typing import IO
 
 import zstandard
 
-from megagpt.corpus.runner.blocks import Block, Fault
+from megagpt.corpus.runner.blocks import Block, MalformedRecord
 from megagpt.documents import decompressed
 
 CHUNK_BYTES = 1 << 16
@@ -51,7 +51,7 @@ class Record:
     is_http: bool
 
 
-def read_records(block: Block) -> Iterator[Record | Fault]:
+def read_records(block: Block) -> Iterator[Record | MalformedRecord]:
     """The records of a block, and a Fault for each damage met."""
     path = Path(block.path)
     with path.open("rb") as file:
@@ -161,25 +161,25 @@ class _Tape:
         self.offset -= len(data)
 
 
-def _read_gzip(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[Record | Fault]:
+def _read_gzip(file: IO[bytes], name: str, start: int, end: int | None) -> Iterator[Record | MalformedRecord]:
     tape = _Tape(file)
     offset = start if start == 0 and _is_member(file, 0) else _next_start(file, start, None)
     if offset is None and start == 0 and file.seek(0, 2):
-        yield Fault("no gzip member in the file", f"{name}: offset 0")
+        yield MalformedRecord("no gzip member in the file", f"{name}: offset 0")
     if offset is not None and start == 0 and offset > 0:
-        yield Fault("garbage between gzip members", f"{name}: offset 0")
+        yield MalformedRecord("garbage between gzip members", f"{name}: offset 0")
     tape.move(offset or 0)
     while offset is not None and (end is None or offset < end):
         member = _Member(_gzip_chunks(tape), "truncated gzip member")
         yield from _read_member(member, name, offset, plain=False)
         if member.damage:
-            yield Fault(member.damage, f"{name}: offset {offset}")
+            yield MalformedRecord(member.damage, f"{name}: offset {offset}")
             offset = _next_start(file, offset + 1, None)
             tape.move(offset or 0)
             continue
         offset, garbage = _after_member(file, tape)
         if garbage is not None:
-            yield Fault("garbage between gzip members", f"{name}: offset {garbage}")
+            yield MalformedRecord("garbage between gzip members", f"{name}: offset {garbage}")
 
 
 def _gzip_chunks(tape: _Tape) -> Iterator[bytes]:
@@ -247,7 +247,7 @@ def _begins_record(data: bytes) -> bool:
 # ---- records
 
 
-def _read_member(member: _Member, name: str, offset: int, *, plain: bool) -> Iterator[Record | Fault]:
+def _read_member(member: _Member, name: str, offset: int, *, plain: bool) -> Iterator[Record | MalformedRecord]:
     """Cut a member into records. Its own damage (member.damage) is left to the caller if it is a gzip member."""
     first = True
     while True:
@@ -267,11 +267,11 @@ def _read_member(member: _Member, name: str, offset: int, *, plain: bool) -> Ite
             yield from _warc_record(member, where)
         else:
             if member.damage is None:
-                yield Fault("garbage between records", _readable(where))
+                yield MalformedRecord("garbage between records", _readable(where))
             _to_next_start(member)
         first = False
     if plain and member.damage:
-        yield Fault(member.damage, f"{name}: offset {member.position}")
+        yield MalformedRecord(member.damage, f"{name}: offset {member.position}")
 
 
 def _to_next_start(member: _Member) -> None:
@@ -283,11 +283,11 @@ def _to_next_start(member: _Member) -> None:
         member.line()
 
 
-def _warc_record(member: _Member, where: str) -> Iterator[Record | Fault]:
+def _warc_record(member: _Member, where: str) -> Iterator[Record | MalformedRecord]:
     headers = _read_headers(member)
     length = headers.get("content-length", "")
     if not length.isascii() or not length.isdigit():
-        yield Fault("record without a valid length", _readable(where))
+        yield MalformedRecord("record without a valid length", _readable(where))
         _to_next_start(member)
         return
     mime = headers.get("content-type", "")
@@ -297,7 +297,7 @@ def _warc_record(member: _Member, where: str) -> Iterator[Record | Fault]:
     yield from _with_body(member, int(length), where, head, is_http)
 
 
-def _arc_record(member: _Member, match: re.Match[bytes], where: str) -> Iterator[Record | Fault]:
+def _arc_record(member: _Member, match: re.Match[bytes], where: str) -> Iterator[Record | MalformedRecord]:
     url = match["url"].decode("utf-8", "replace")
     kind = "warcinfo" if url.startswith("filedesc:") else "response"
     mime = match["mime"].decode("latin-1")
@@ -307,9 +307,9 @@ def _arc_record(member: _Member, match: re.Match[bytes], where: str) -> Iterator
 
 def _with_body(
     member: _Member, length: int, where: str, head: tuple[str, str | None, str | None, str, dict[str, str]], is_http: bool
-) -> Iterator[Record | Fault]:
+) -> Iterator[Record | MalformedRecord]:
     if length > MAX_RECORD_BYTES:
-        yield Fault("record longer than 64 MiB", _readable(where))
+        yield MalformedRecord("record longer than 64 MiB", _readable(where))
         _skip_long(member, length)
         return
     ready = member.fill(length + 64)
@@ -317,12 +317,12 @@ def _with_body(
     if ready < length or not _ends_here(member, length):
         inside = member.find(_WARC_INSIDE, length + 64)
     if 0 <= inside < length:
-        yield Fault("record length reaches into the next record", _readable(where))
+        yield MalformedRecord("record length reaches into the next record", _readable(where))
         body = member.take(inside).rstrip(b"\r\n")
     else:
         body = member.take(length)
         if len(body) < length:
-            yield Fault("truncated record", _readable(where))
+            yield MalformedRecord("truncated record", _readable(where))
     yield Record(where, *head, body, is_http)
 
 

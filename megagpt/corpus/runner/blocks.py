@@ -35,7 +35,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class MalformedRecord:
     """A damaged record that was skipped or only partly used: what was wrong, and where ("<file>: offset <n>")."""
 
     kind: str
@@ -58,7 +58,7 @@ class DroppedText:
     count: int = 1
 
 
-Outcome: TypeAlias = Document | Rejected | Fault | Seen | DroppedText
+Outcome: TypeAlias = Document | Rejected | MalformedRecord | Seen | DroppedText
 Process: TypeAlias = Callable[[Block], Iterable[Outcome]]
 
 

@@ -16,8 +16,8 @@ import xxhash
 import zstandard
 
 from megagpt.config import UserError
-from megagpt.corpus.runner.blocks import Block, DroppedText, Fault, Process, Seen
-from megagpt.corpus.runner.ownership import Claim, folder_of, refuse_left_over
+from megagpt.corpus.runner.blocks import Block, DroppedText, MalformedRecord, Process, Seen
+from megagpt.corpus.runner.ownership import Ownership, folder_of, require_ownership
 from megagpt.documents import Document, Rejected, format_document
 from megagpt.files import atomic_path, read_json, sha256_file, write_json
 from megagpt.terminal import without_secrets
@@ -45,7 +45,7 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
                     rejected[reason] += 1
                     dropped.write(_format_drop(document, reason))
                     _offer(samples.setdefault(reason, []), outcome)
-                case Fault(kind, where):
+                case MalformedRecord(kind, where):
                     faults[kind] += 1
                     if faults[kind] <= EXAMPLES_PER_FAULT:
                         examples.setdefault(kind, []).append(where)
@@ -108,7 +108,7 @@ def committed(output_dir: Path, block: Block, plan: str) -> dict[str, Any] | Non
         return None
 
 
-def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, blocks: list[Block], claim: Claim) -> None:
+def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, blocks: list[Block], ownership: Ownership) -> None:
     """Concatenate a file's blocks once all are committed. Two parts may do this at once: both write the same bytes.
 
     Raises UserError if another start has claimed the folder for other work.
@@ -123,8 +123,8 @@ def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, block
         counts = add_counts([part for part in parts if part])
         input_name = Path(without_secrets(blocks[0].path)).name
         done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": input_name, **counts}
-        merged = _merge(output_dir, plan, blocks, claim)
-        refuse_left_over(claim)
+        merged = _merge(output_dir, plan, blocks, ownership)
+        require_ownership(ownership)
         write_json(output_dir / f"{name}.done.json", {**done, **merged})
     except FileNotFoundError:
         if not is_done(output_dir, name, plan):
@@ -132,27 +132,27 @@ def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, block
     shutil.rmtree(folder_of(output_dir / ".parts" / name, plan), ignore_errors=True)
 
 
-def _merge(output_dir: Path, plan: str, blocks: list[Block], claim: Claim) -> dict[str, Any]:
+def _merge(output_dir: Path, plan: str, blocks: list[Block], ownership: Ownership) -> dict[str, Any]:
     """Write a file's three outputs from its blocks; returns where its frames begin, and sizes and sha256 of the outputs."""
     name, parts = blocks[0].name, [_part(output_dir, block, plan) for block in blocks]
-    sizes = _concatenate(output_dir / name, [part.with_suffix(".kept") for part in parts], claim)
-    _concatenate(output_dir / "dropped" / name, [part.with_suffix(".dropped") for part in parts], claim)
-    _merge_samples(output_dir / "rejected" / name, [part.with_suffix(".samples") for part in parts], claim)
+    sizes = _concatenate(output_dir / name, [part.with_suffix(".kept") for part in parts], ownership)
+    _concatenate(output_dir / "dropped" / name, [part.with_suffix(".dropped") for part in parts], ownership)
+    _merge_samples(output_dir / "rejected" / name, [part.with_suffix(".samples") for part in parts], ownership)
     files = {str(path): _describe(output_dir / path) for path in (name, f"dropped/{name}", f"rejected/{name}")}
     return {"frames": [0, *itertools.accumulate(sizes)][:-1], "files": files}
 
 
-def _concatenate(path: Path, parts: list[Path], claim: Claim) -> list[int]:
+def _concatenate(path: Path, parts: list[Path], ownership: Ownership) -> list[int]:
     with atomic_path(path) as temporary:
         with temporary.open("wb") as out:
             for part in parts:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
-        refuse_left_over(claim)
+        require_ownership(ownership)
     return [part.stat().st_size for part in parts]
 
 
-def _merge_samples(path: Path, parts: list[Path], claim: Claim) -> None:
+def _merge_samples(path: Path, parts: list[Path], ownership: Ownership) -> None:
     samples: dict[str, list[tuple[int, Rejected]]] = {}
     for document in itertools.chain.from_iterable(_read_frame(part) for part in parts):
         _offer(samples.setdefault(document.meta["rejected"], []), Rejected(document, document.meta["rejected"]))
@@ -160,7 +160,7 @@ def _merge_samples(path: Path, parts: list[Path], claim: Claim) -> None:
         for reason in sorted(samples):
             for item in _smallest(samples[reason]):
                 stream.write(format_document(item[1].document))
-        refuse_left_over(claim)
+        require_ownership(ownership)
 
 
 def _read_frame(path: Path) -> Iterator[Document]:

@@ -2,7 +2,7 @@
 
 A start may be left over on a node that SLURM has lost, while another one with other settings works in the same folder, and must
 not mix its results with that one's. So unfinished results lie in a folder named by the work, into which no other work looks
-(`folder_of`), and before a finished file gets its final name the marker is read again (`refuse_left_over`). Starts of the same
+(`folder_of`), and before a finished file gets its final name the marker is read again (`require_ownership`). Starts of the same
 work write the same bytes and need no fence. The moment between that look and the renaming stays open.
 """
 
@@ -17,17 +17,17 @@ from megagpt.files import read_json, write_json
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Ownership:
     """The marker file of an output folder, and the work that this start does there."""
 
     marker: Path
     work: str
 
 
-def take(marker: Path, work: str, **said: Any) -> Claim:
+def take_ownership(marker: Path, work: str, **said: Any) -> Ownership:
     """Write the marker, with what else is `said` of the work. Starts of other work end when they next look."""
     write_json(marker, {**said, "work": work})
-    return Claim(marker, work)
+    return Ownership(marker, work)
 
 
 def is_of_other_work(marker: Path, work: str) -> bool:
@@ -35,19 +35,19 @@ def is_of_other_work(marker: Path, work: str) -> bool:
     return marker.is_file() and read_json(marker).get("work") != work
 
 
-def refuse_left_over(claim: Claim) -> None:
+def require_ownership(ownership: Ownership) -> None:
     """Raise UserError where another start has claimed the folder for other work since."""
-    if is_of_other_work(claim.marker, claim.work):
-        raise UserError(f"{claim.marker.parent}: a later start makes something else here: this one ends")
+    if is_of_other_work(ownership.marker, ownership.work):
+        raise UserError(f"{ownership.marker.parent}: a later start makes something else here: this one ends")
 
 
 @contextlib.contextmanager
-def work_of(claim: Claim) -> Iterator[None]:
+def work_of(ownership: Ownership) -> Iterator[None]:
     """Where files of the work in the body are gone because a later start has removed them, say that instead."""
     try:
         yield
     except (FileNotFoundError, UserError):
-        refuse_left_over(claim)
+        require_ownership(ownership)
         raise
 
 

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import UserError
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Process, Seen, num_bytes, plan_hash
+from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Process, Seen, num_bytes, plan_hash
 from megagpt.corpus.runner.commit import add_counts, commit_block, committed, finish_file, is_done
 from megagpt.corpus.runner.executors import Execution, run_tasks
-from megagpt.corpus.runner.ownership import Claim, refuse_left_over, take, work_of
+from megagpt.corpus.runner.ownership import Ownership, require_ownership, take_ownership, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.files import read_json, remove_leftovers, write_json
 from megagpt.output_list import check_outputs, describe_file, forget_list, list_or_none, problems_of_file, write_list
 from megagpt.settings_record import MadeWith
 
-__all__ = ["Block", "Execution", "Fault", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
+__all__ = ["Block", "Execution", "MalformedRecord", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
 
 MAX_TEMPLATE_NAMES = 1000
 
@@ -88,7 +88,7 @@ def run_stage(
     finished = is_finished(output_dir) and all(is_done(output_dir, file, plan) for file, plan in plans.items())
     if made_with.keeps(output_dir / "stage.json", finished=finished, overwrite=execution.overwrite):
         return read_summary(output_dir)
-    claim = _claim(output_dir, name, made_with, plans)
+    ownership = _take_ownership(output_dir, name, made_with, plans)
     remove_leftovers((output_dir, output_dir / "dropped", output_dir / "rejected"))
     index, count = execution.part_of
     unlisted = finished and read_summary(output_dir).outputs is None
@@ -104,19 +104,19 @@ def run_stage(
         if block in mine and committed(output_dir, block, plans[file]) is None
     ]
     total = sum(num_bytes(block) for block in todo)
-    with work_of(claim), Progress(name, total, skipped=len(mine) - len(todo)) as progress:
+    with work_of(ownership), Progress(name, total, skipped=len(mine) - len(todo)) as progress:
 
         def consume(block: Block, counts: dict[str, Any]) -> None:
             progress.add(num_bytes(block), kept=counts["kept"], rejected=sum(counts["rejected"].values()))
-            finish_file(name, output_dir, config_hash, plans[block.name], files[block.name], claim)
+            finish_file(name, output_dir, config_hash, plans[block.name], files[block.name], ownership)
 
         tasks = [(block, commit_block, (block, output_dir, process, plans[block.name])) for block in todo]
         if tasks:
             run_tasks(tasks, execution, consume, lambda block: f"{block.path} from byte {block.start}")
     for file in pending:
-        finish_file(name, output_dir, config_hash, plans[file], files[file], claim)
+        finish_file(name, output_dir, config_hash, plans[file], files[file], ownership)
     # What an earlier release finished gets no list now: nobody can say that it still is what was written.
-    summary = _write_summary(name, output_dir, config_hash, files, claim, finish, listed=bool(pending) or not unlisted)
+    summary = _write_summary(name, output_dir, config_hash, files, ownership, finish, listed=bool(pending) or not unlisted)
     if summary.complete:
         _sweep(output_dir)
     return summary
@@ -176,12 +176,12 @@ def _refuse_other_work(output_dir: Path, name: str, made_with: MadeWith, plans: 
         clear(output_dir)
 
 
-def _claim(output_dir: Path, name: str, made_with: MadeWith, plans: dict[str, str]) -> Claim:
+def _take_ownership(output_dir: Path, name: str, made_with: MadeWith, plans: dict[str, str]) -> Ownership:
     output_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(output_dir, os.W_OK | os.X_OK):
         raise UserError(f"{output_dir}: not writable")
     work = hashlib.sha256(json.dumps([name, made_with.config_hash, sorted(plans.items())]).encode()).hexdigest()
-    return take(output_dir / "stage.json", work, stage=name, **made_with.to_json())
+    return take_ownership(output_dir / "stage.json", work, stage=name, **made_with.to_json())
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -229,7 +229,7 @@ def _write_summary(
     output_dir: Path,
     config_hash: str,
     files: dict[str, list[Block]],
-    claim: Claim,
+    ownership: Ownership,
     finish: Callable[[], Mapping[Path, bool]],
     *,
     listed: bool,
@@ -243,12 +243,12 @@ def _write_summary(
         frequent = sorted(total["dropped_templates"].items(), key=lambda item: (-item[1], item[0]))[:MAX_TEMPLATE_NAMES]
         total["dropped_templates"] = dict(frequent)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
-        refuse_left_over(claim)
+        require_ownership(ownership)
         written_last = finish() if complete else {}
         if complete and listed:
             records = {output_dir / f"{name}.done.json": True for name in files}
             summary = replace(summary, outputs=_write_list(output_dir, {**records, **written_last}))
-            refuse_left_over(claim)
+            require_ownership(ownership)
         # What an older version's summary lacks is absent, so that it stays as it is.
         absent = {"outputs": summary.outputs is None, "dropped_templates": not summary.dropped_templates}
         written = {name: value for name, value in asdict(summary).items() if not absent.get(name)}

@@ -76,7 +76,7 @@ def make_corpus(folder: Path, files: int = 3, documents: int = 120) -> list[Path
 def run(inputs: list[Path], output: Path, tokenizer: str = "bytes", workers: int = 0, part: str = "0/1", **values: Any):
     """Pack with a pool of workers, or in this process (workers=0), which spares the seconds a pool takes to start."""
     overwrite = values.pop("overwrite", False)
-    config = TokenizeConfig(**{"validation_fraction": 0.1, "leak_threshold": None, **values})
+    config = TokenizeConfig(**{"validation_fraction": 0.1, "overlap_threshold": None, **values})
     executor = "process" if workers else "inline"
     execution = Execution(executor=executor, num_workers=max(workers, 1), part=part, overwrite=overwrite)
     return pack_documents(inputs, output, tokenizer, config, execution)
@@ -200,7 +200,7 @@ def test_parts_do_not_change_a_byte(corpus: list[Path], packed: Path, tmp_path: 
 @pytest.mark.slow
 def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
     words = [f"tokenize.inputs={[str(path) for path in corpus]}", "tokenize.tokenizer=bytes", "tokenize.shard_tokens=4000"]
-    words += ["tokenize.validation_fraction=0.1", "tokenize.leak_threshold=null", f"work_dir={tmp_path}", "num_workers=1"]
+    words += ["tokenize.validation_fraction=0.1", "tokenize.overlap_threshold=null", f"work_dir={tmp_path}", "num_workers=1"]
     tool = Path(__file__).parents[3] / "tools" / "tokenize_documents.py"
     command = [sys.executable, str(tool), *words]
     delays = np.random.default_rng(3).uniform(0.3, 3.0, 8)
@@ -229,7 +229,7 @@ def test_a_start_that_was_left_over_commits_no_shard(
     output, write = tmp_path / "shards", ShardWriter.add_many
 
     def add_many(writer: ShardWriter, *arguments: Any) -> None:
-        pack._claim(output, MadeWith("of other settings"), overwrite=True)
+        pack._take_ownership(output, MadeWith("of other settings"), overwrite=True)
         write(writer, *arguments)
 
     monkeypatch.setattr(ShardWriter, "add_many", add_many)
@@ -362,7 +362,7 @@ def test_no_training_document_is_a_near_duplicate_of_a_validation_document(
     monkeypatch.setattr(leaks, "MERGE_ENTRIES", 300)  # the index is merged in many ranges
     inputs, tokenizer = leaky_corpus(tmp_path), open_tokenizer("bytes")
     run(inputs, tmp_path / "all", validation_fraction=0.3, split_by=split_by)
-    summary = run(inputs, tmp_path / "s", validation_fraction=0.3, split_by=split_by, leak_threshold=0.8)
+    summary = run(inputs, tmp_path / "s", validation_fraction=0.3, split_by=split_by, overlap_threshold=0.8)
     before, after, validation = (
         {row["id"]: shingled(row["text"]) for row in read_split(tmp_path / name, tokenizer)}
         for name in ("all/train", "s/train", "s/validation")
@@ -389,7 +389,7 @@ def test_lookups_equal_comparing_with_every_validation_document(tmp_path: Path, 
         assert leaks.write_validation([(f"v{i}", texts[i]) for i in chosen], tmp_path / f"{number}") == 100
     leaks.write_validation([], tmp_path / "none")
     leaks.build_index([tmp_path / "0", tmp_path / "none", tmp_path / "1"], tmp_path / "index")
-    index = leaks.LeakIndex(tmp_path / "index", threshold)
+    index = leaks.OverlapIndex(tmp_path / "index", threshold)
     hits = 0
     for answer, shingle_set in zip(index.find(texts[200:]), sets[200:], strict=True):
         similarities = [jaccard(shingle_set, other) for other in sets[:200]]
@@ -402,7 +402,7 @@ def test_lookups_equal_comparing_with_every_validation_document(tmp_path: Path, 
 
 def test_leaks_do_not_depend_on_parts(tmp_path: Path) -> None:
     inputs = leaky_corpus(tmp_path)
-    values: dict[str, Any] = {"validation_fraction": 0.3, "leak_threshold": 0.8, "shard_tokens": 20_000}
+    values: dict[str, Any] = {"validation_fraction": 0.3, "overlap_threshold": 0.8, "shard_tokens": 20_000}
     run(inputs, tmp_path / "whole", **values)
     for _ in range(3):
         for part in ("1/2", "0/2"):
@@ -413,7 +413,9 @@ def test_leaks_do_not_depend_on_parts(tmp_path: Path) -> None:
 def test_without_validation_documents_nothing_leaks(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl.zst", [Document("a:0", "a few words here", "web")] * 2)
     for fraction in (0, 1e-9):
-        summary = run([tmp_path / "a.jsonl.zst"], tmp_path / f"s{fraction}", validation_fraction=fraction, leak_threshold=0.8)
+        summary = run(
+            [tmp_path / "a.jsonl.zst"], tmp_path / f"s{fraction}", validation_fraction=fraction, overlap_threshold=0.8
+        )
         assert (summary.splits["train"]["documents"], summary.leaked_documents) == (2, 0)
 
 
@@ -535,7 +537,7 @@ def close(writer):
 
 if sys.argv[1] == "full":
     pack.ShardWriter.close = close
-config = pack.TokenizeConfig(validation_fraction=0.1, leak_threshold=None, shard_tokens=4000)
+config = pack.TokenizeConfig(validation_fraction=0.1, overlap_threshold=None, shard_tokens=4000)
 inputs = [Path(path) for path in {[str(path) for path in corpus]!r}]
 pack.pack_documents(inputs, Path({str(tmp_path / "s")!r}), "bytes", config, Execution(num_workers=1))
 assert "pandas" not in sys.modules  # half a second and 40 MB in every worker

@@ -13,7 +13,7 @@ from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.readers.http import decode_body, decode_text, parse_message
 from megagpt.corpus.readers.warc import Record, read_records
-from megagpt.corpus.runner.blocks import Block, Fault
+from megagpt.corpus.runner.blocks import Block, MalformedRecord
 from megagpt.documents import Document, Rejected
 
 LINES = [f"Sentence number {number} of the page is long enough to be taken for a paragraph of prose." for number in range(6)]
@@ -32,12 +32,12 @@ def record(payload: bytes, *headers: str, kind: str = "response", url: str = "ht
     return "\r\n".join(["WARC/1.0", *head, "", ""]).encode() + payload + b"\r\n\r\n"
 
 
-def outcomes(tmp_path: Path, *records: bytes) -> list[Document | Rejected | Fault]:
+def outcomes(tmp_path: Path, *records: bytes) -> list[Document | Rejected | MalformedRecord]:
     path = tmp_path / "a.warc"
     path.write_bytes(b"".join(records))
     config = ExtractConfig(inputs=(str(path),))
     found = read_outcomes(Block(str(path), "x"), config=config)
-    return [item for item in found if isinstance(item, Document | Rejected | Fault)]
+    return [item for item in found if isinstance(item, Document | Rejected | MalformedRecord)]
 
 
 def response(head: str, body: bytes | str) -> bytes:

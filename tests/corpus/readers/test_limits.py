@@ -12,7 +12,7 @@ import zstandard
 from megagpt.corpus.readers import records
 from megagpt.corpus.readers.mediawiki import CHUNK_BYTES, read_pages
 from megagpt.corpus.readers.records import jsonl_outcomes, text_outcomes
-from megagpt.corpus.runner.blocks import Block, Fault
+from megagpt.corpus.runner.blocks import Block, MalformedRecord
 from megagpt.documents import Document, decompressed
 
 
@@ -39,15 +39,17 @@ def test_a_bz2_file_is_decompressed_in_pieces(tmp_path: Path, monkeypatch: pytes
     items = list(read_pages(Block(str(tmp_path / "a.xml.bz2"), "x")))
     assert sum(sizes) == 10_000_013 + len(tail)
     assert max(sizes) <= CHUNK_BYTES
-    assert items[0] == Fault("page longer than 64 MiB", "a.xml.bz2: offset 0+0")
-    assert [item.text for item in items if not isinstance(item, Fault)] == ["last"] * bool(tail)
+    assert items[0] == MalformedRecord("page longer than 64 MiB", "a.xml.bz2: offset 0+0")
+    assert [item.text for item in items if not isinstance(item, MalformedRecord)] == ["last"] * bool(tail)
 
 
 def test_a_cut_bz2_stream_is_counted_though_it_ends_within_a_piece(tmp_path: Path) -> None:
     whole = bz2.compress(b"<page><title>T</title><text>" + b"word " * 200_000 + b"</text></page>", 1)
     for cut in (20, len(whole) // 2, len(whole) - 1):
         (tmp_path / "a.xml.bz2").write_bytes(whole[:cut])
-        faults = [item.kind for item in read_pages(Block(str(tmp_path / "a.xml.bz2"), "x")) if isinstance(item, Fault)]
+        faults = [
+            item.kind for item in read_pages(Block(str(tmp_path / "a.xml.bz2"), "x")) if isinstance(item, MalformedRecord)
+        ]
         assert "truncated bz2 stream" in faults
 
 
@@ -78,8 +80,8 @@ def test_a_line_beyond_the_limit_costs_itself(tmp_path: Path, monkeypatch: pytes
     items = list(jsonl_outcomes(Block(str(tmp_path / name), "x"), "s", "text"))
     assert [item.text for item in items if isinstance(item, Document)] == ["one", "two", "z" * 80, "three"]
     offsets = [len(b"\n".join(LINES[:number])) + 1 for number in (1, 3)]
-    assert [item for item in items if isinstance(item, Fault)] == [
-        Fault("line longer than 64 MiB", f"{name}: offset {offset}") for offset in offsets
+    assert [item for item in items if isinstance(item, MalformedRecord)] == [
+        MalformedRecord("line longer than 64 MiB", f"{name}: offset {offset}") for offset in offsets
     ]
 
 
@@ -103,4 +105,6 @@ def test_a_text_file_beyond_the_limit_is_cut_and_counted(tmp_path: Path, monkeyp
     (tmp_path / "a.txt").write_text("first line\nsecond\nthird line\n")
     items = list(text_outcomes(Block(str(tmp_path / "a.txt"), "x"), "s", "line"))
     assert [item.text for item in items if isinstance(item, Document)] == ["first line", "second"]
-    assert [item for item in items if isinstance(item, Fault)] == [Fault("text file longer than 1 GiB", "a.txt: offset 18")]
+    assert [item for item in items if isinstance(item, MalformedRecord)] == [
+        MalformedRecord("text file longer than 1 GiB", "a.txt: offset 18")
+    ]

@@ -25,7 +25,7 @@ from megagpt.corpus.readers.http import Message, charset_of, decode_body, decode
 from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs
 from megagpt.corpus.readers.mediawiki import read_pages, wiki_outcomes
 from megagpt.corpus.readers.warc import Record, read_records, split_gzip
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen
+from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
@@ -61,14 +61,14 @@ def outcomes(path: Path, **values: Any) -> list[Outcome]:
 def counts(items: list[Outcome]) -> tuple[int, Counter[str], Counter[str]]:
     """(kept, rejected by reason, faults by kind)."""
     rejected = Counter(item.reason for item in items if isinstance(item, Rejected))
-    faults = Counter(item.kind for item in items if isinstance(item, Fault))
+    faults = Counter(item.kind for item in items if isinstance(item, MalformedRecord))
     return sum(isinstance(item, Document) for item in items), rejected, faults
 
 
 def record_counts(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     records, faults = Counter[str](), Counter[str]()
     for item in read_records(Block(str(path), "x")):
-        if isinstance(item, Fault):
+        if isinstance(item, MalformedRecord):
             faults[item.kind] += 1
         else:
             records[item.type] += 1
@@ -263,7 +263,7 @@ def test_garbage_between_records(tmp_path: Path) -> None:
     between_lines.write_bytes(good + b"garbage\nWARC/x\n\n" + good)
     items = outcomes(between_lines)
     assert counts(items) == (2, Counter(), Counter({"garbage between records": 1}))
-    assert [item.where for item in items if isinstance(item, Fault)] == [f"b.warc: offset {len(good)}"]
+    assert [item.where for item in items if isinstance(item, MalformedRecord)] == [f"b.warc: offset {len(good)}"]
     padded = tmp_path / "c.warc.gz"
     padded.write_bytes(gzip.compress(good) + bytes(1000) + gzip.compress(good) + bytes(100))
     assert counts(outcomes(padded)) == (2, Counter(), Counter())
@@ -458,7 +458,7 @@ def test_multistream_blocks_cover_every_page_once(tmp_path: Path) -> None:
     plain = tmp_path / "c.xml"
     plain.write_text(xml)
     ids = [
-        [i.where for b in input_blocks([str(plain)], "auto", n) for i in read_pages(b) if not isinstance(i, Fault)]
+        [i.where for b in input_blocks([str(plain)], "auto", n) for i in read_pages(b) if not isinstance(i, MalformedRecord)]
         for n in (99, 10**9)
     ]
     assert ids[0] == ids[1]
@@ -553,7 +553,7 @@ def test_parquet(tmp_path: Path) -> None:
         outcomes(path)
     path.write_bytes(path.read_bytes()[:-9])
     (fault,) = outcomes(path, text_field="content")
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, MalformedRecord)
     assert (fault.kind, fault.where[:11]) == ("damaged Parquet file", "a.parquet: ")
 
 
@@ -647,7 +647,7 @@ def test_fuzzed_warc(tmp_path_factory: pytest.TempPathFactory, noise: bytes, pos
     path = tmp_path_factory.getbasetemp() / f"fuzz.warc{'' if kind == 'plain' else '.gz'}"
     path.write_bytes(data[:position] + noise + data[position:])
     found = list(read_records(Block(str(path), "x")))
-    assert all(isinstance(item, Record | Fault) for item in found)
+    assert all(isinstance(item, Record | MalformedRecord) for item in found)
     if kind == "gz" and noise and position:
         assert sum(isinstance(item, Record) for item in found) >= 2
 

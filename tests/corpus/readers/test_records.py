@@ -13,7 +13,7 @@ from megagpt.config import UserError
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.readers.inputs import input_blocks
-from megagpt.corpus.runner.blocks import Fault, Outcome
+from megagpt.corpus.runner.blocks import MalformedRecord, Outcome
 from megagpt.documents import Document, format_document, parse_document, parse_json, read_documents
 
 
@@ -27,7 +27,7 @@ def documents(path: Path) -> list[Document]:
 
 
 def faults(path: Path) -> list[tuple[str, str]]:
-    return [(item.kind, item.where) for item in outcomes(path) if isinstance(item, Fault)]
+    return [(item.kind, item.where) for item in outcomes(path) if isinstance(item, MalformedRecord)]
 
 
 @pytest.mark.parametrize(

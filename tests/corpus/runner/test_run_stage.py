@@ -20,7 +20,16 @@ from conftest import SmallDisk
 
 from megagpt.config import UserError, validate
 from megagpt.corpus.runner import commit
-from megagpt.corpus.runner.blocks import Block, Fault, Outcome, Seen, document_blocks, output_name, plan_hash, read_block
+from megagpt.corpus.runner.blocks import (
+    Block,
+    MalformedRecord,
+    Outcome,
+    Seen,
+    document_blocks,
+    output_name,
+    plan_hash,
+    read_block,
+)
 from megagpt.corpus.runner.executors import Execution, WorkerDiedError
 from megagpt.corpus.runner.run_stage import read_summary, run_stage, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
@@ -38,7 +47,7 @@ def numbers(block: Block) -> Iterator[Outcome]:
         )
         yield Seen("line")
         yield Rejected(document, f"test:{i % 2}") if i % 3 == 0 else document
-    yield Fault("bad line", f"{Path(block.path).name}: offset {block.start}")
+    yield MalformedRecord("bad line", f"{Path(block.path).name}: offset {block.start}")
 
 
 def slow_numbers(block: Block) -> Iterator[Outcome]:
