@@ -129,12 +129,11 @@ def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shard
                 os.kill(pid, signal.SIGKILL)
         cluster.start_node(node)
     assert cluster.job(job_id)["Restarts"] == "1", "the left-over batch script must not requeue the job"
-    # It trained on beside the new start, and ended when it wanted to commit, if srun did not end it before.
+    # Whatever it trained beside the new start (srun may have ended it before), it ended when it wanted to commit.
     rows = read_metrics(run_dir).all_rows
     started_again = next(i for i, row in enumerate(rows) if row["kind"] == "start" and row["incarnation"] == 2)
     left_over = [row["step"] for row in rows[started_again:] if row["incarnation"] == 1]
-    assert left_over
-    assert max(left_over) <= 200 < steps
+    assert max(left_over, default=0) <= 200 < steps
     saved_by = {step_of(path): read_json(path / "state.json")["incarnation"] for path in list_checkpoints(run_dir)}
     assert {by for step, by in saved_by.items() if step > 50} == {2}, saved_by
     assert_as_if_nothing_had_happened(run_dir, uninterrupted(tmp_path / "clean", shards, steps, 1))
@@ -241,5 +240,5 @@ def test_too_few_gpus_are_refused_at_submission(cluster: Cluster, shards: Path, 
     settings = site / "slurm" / "env.sh"
     settings.write_text(settings.read_text().replace("pretrain_options=(--nodes=2 --time=30)", f"pretrain_options=({options})"))
     with pytest.raises(subprocess.CalledProcessError) as error:
-        cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(tmp_path / "run", shards, 10))
+        cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(tmp_path / "run", shards, 40))
     assert named in error.value.stderr
