@@ -131,8 +131,7 @@ class Saver:
     def _write(self, shares: Shares, step: int, saved: dict[str, Any], after: Callable[[Path], None] | None) -> Path:
         world, folder = self._world, self._run_dir / "checkpoints"
         final, temporary = folder / f"step_{step:08d}", folder / f"tmp_{self._attempt}_step_{step:08d}"
-        if world.broadcast(world.rank == 0 and not still_owner(self._run_dir, self._attempt)):
-            raise UserError(f"{self._run_dir}: a later start has taken this run over; attempt {self._attempt} saves nothing")
+        self._refuse_if_lost()
         made = _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)) if world.rank == 0 else None
         made = world.broadcast(made)
         outcomes = world.gather(made or _attempt(lambda: write_partitions(temporary, world.rank, shares, world.progress)))
@@ -145,10 +144,16 @@ class Saver:
         if failures:
             if world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+            self._refuse_if_lost()  # the later start may have come, and removed the files, while they were written
             raise CheckpointError(f"{final} was not saved: {'; '.join(failures)}")
         if after is not None and world.rank == 0:
             after(final)
         return final
+
+    def _refuse_if_lost(self) -> None:
+        """Raise UserError on every rank if a later start has taken the run over."""
+        if self._world.broadcast(self._world.rank == 0 and not still_owner(self._run_dir, self._attempt)):
+            raise UserError(f"{self._run_dir}: a later start has taken this run over; attempt {self._attempt} saves nothing")
 
 
 def restore(

@@ -44,6 +44,8 @@ def promised_gpus(environment: Mapping[str, str], dev: Path = Path("/dev")) -> s
     if on_node.isdigit() and int(on_node) > 0:
         return f"SLURM_GPUS_ON_NODE={on_node}"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if "CROSS_RANK" in environment:  # deepspeed's launcher numbers its ranks there, on machines without GPUs too
+        visible = None
     if visible not in (None, "", "-1", "NoDevFiles"):
         return f"CUDA_VISIBLE_DEVICES={visible}"
     if visible is None and (dev / "nvidiactl").exists():

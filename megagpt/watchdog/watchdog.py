@@ -294,6 +294,7 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
     stuck = [report for report in reports.values() if report["stuck_seconds"] > report["limit_seconds"]]
     if not silent and not stuck:
         return None
+    done = max((report["step"] for report in reports.values()), default=0)  # a silent rank's last report may be older
     # A rank that went quiet is missing, and so is one that ended while others wait, even if its limit is not reached.
     gone = {rank: silent_seconds[rank] for rank in silent} | {
         rank: silent_seconds.get(rank, 0.0) for rank, report in reports.items() if report["ended"]
@@ -302,14 +303,14 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
         gone = {r: s for r, s in silent_seconds.items() if s > max(5.0, 0.5 * silence_limit)}
     if gone:
         rank = max(gone, key=lambda r: gone[r])
-        last: Report = reports.get(rank) or {"host": "unknown", "step": 0, "activity": "start", "ended": False}
+        last: Report = reports.get(rank) or {"host": "unknown", "activity": "start", "ended": False}
         cause = "ended" if last["ended"] else "silent"
         what = (
             "its process has ended, the others go on waiting"
             if last["ended"]
             else f"not heard for {gone[rank]:.0f} s: process, node or step daemon gone or stopped, or its interpreter blocked"
         )
-        return Verdict(rank, last["host"], last["step"], last["activity"], cause, what)
+        return Verdict(rank, last["host"], done, last["activity"], cause, what)
     missing, different = most_behind(list(reports.values()))
     named = missing[0]
     if named["stuck_seconds"] <= named["limit_seconds"]:
@@ -317,10 +318,10 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
     cause, what = named.get("cause", "code"), named.get("what", "no stack yet")
     if len(missing) == len(reports) and named.get("waits_for_others"):
         what = f"all ranks are inside {'different collectives' if different else 'the same collective'}: {different or what}"
-        return Verdict(None, "", named["step"], named["activity"], "collective", what)
+        return Verdict(None, "", done, named["activity"], "collective", what)
     what += f"; the others: {different}" if different else ""
     others = f" (and ranks {[report['rank'] for report in missing[1:9]]})" if len(missing) > 1 else ""
-    return Verdict(named["rank"], named["host"], named["step"], named["activity"], cause, what + others)
+    return Verdict(named["rank"], named["host"], done, named["activity"], cause, what + others)
 
 
 def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:

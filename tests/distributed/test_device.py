@@ -57,6 +57,8 @@ def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch
         ({"CUDA_VISIBLE_DEVICES": ""}, ""),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, ""),
         ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_RANK": "0"}, ""),  # deepspeed's launcher sets both, with or without GPUs
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_RANK": "0", "SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
     ],
 )
 def test_what_promises_gpus(environment: dict[str, str], promised: str, tmp_path: Path) -> None:

@@ -382,6 +382,7 @@ def test_weights_of_another_shape_are_refused(uninterrupted: Path, shards: Path,
         settings(shards, tmp_path / "run"),
         1,
         "max_steps=4",
+        "optim.schedule.warmup_steps=0",
         f"continue_from={uninterrupted}/checkpoints/step_{STEPS:08d}",
     )
     assert fewer.wait() == [EXIT_USER_ERROR], fewer.output()

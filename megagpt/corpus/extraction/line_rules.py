@@ -82,10 +82,10 @@ def is_boilerplate(page: PageLines, i: int) -> bool:
 
 _SENTENCE_ENDS = frozenset(".!?\"'”’»…)]｣。！？．｡」』】）〉》؟۔॥।။၊។៕་།፧።՞՜։;")
 _ADVERTISEMENT = re.compile(
-    r"\W*(?:advert(?:isement|isements|s)?|anzeige|werbung|publicité|comments?|sponsored|广告|廣告)\W*$", re.IGNORECASE
+    r"\A\W*+(?:advert(?:isement|isements|s)?|anzeige|werbung|publicité|comments?|sponsored|广告|廣告)\W*$", re.IGNORECASE
 )
 _NOTICE = re.compile(
-    r"(?:https?://\S+"
+    r"\A(?:https?://\S+"
     r"|(?:[Bb]y|BY|[Vv]on|VON|[Pp]ar|PAR):? [A-ZÀ-ÞА-Я]\S*(?: \S+){0,3}"
     r"|(?:[Ff]irst )?(?:Updated|UPDATED|updated|Published|PUBLISHED|published|Posted|POSTED|posted)\b.{0,70}"
     r"|(?:Read|READ|Share|SHARE|Sign [Uu]p|SIGN UP|Subscribe|SUBSCRIBE|Follow [Uu]s|FOLLOW US|Click [Hh]ere|CLICK HERE|"

@@ -30,9 +30,9 @@ _RAISED = re.compile("\ufdd0([^\ufdd0-\ufdd3]*)\ufdd1")
 _LOWERED = re.compile("\ufdd2([^\ufdd0-\ufdd3]*)\ufdd3")
 _CODE_MARKS = re.compile("[\ufdd4\ufdd5]")
 _INLINE_CODE = re.compile("\ufdd4([^\ufdd4\ufdd5]*)\ufdd5")
-_EXPONENT = re.compile(r"[+\-−–]?(?:\d+(?:[.,/]\d+)?|[nkijmxyztpqNT]|[0-9A-Za-z]{1,3}(?:[+\-−–/*][0-9A-Za-z]{1,3})+)$")
+_EXPONENT = re.compile(r"\A[+\-−–]?(?:\d+(?:[.,/]\d+)?|[nkijmxyztpqNT]|[0-9A-Za-z]{1,3}(?:[+\-−–/*][0-9A-Za-z]{1,3})+)$")
 _SHORT_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]{1,3}$")
-_PERMALINK = re.compile(r"\s*[¶#§🔗]\s*$")
+_PERMALINK = re.compile(r"(?<!\s)\s*+[¶#§🔗]\s*+$")
 
 
 @dataclass(frozen=True, slots=True)
