@@ -310,7 +310,9 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
             if last["ended"]
             else f"not heard for {gone[rank]:.0f} s: process, node or step daemon gone or stopped, or its interpreter blocked"
         )
-        return Verdict(rank, last["host"], done, last["activity"], cause, what)
+        # What a silent rank was doing last it could not tell; the others wait for it in what all were to do.
+        waiting = max((r for r in reports.values() if r["rank"] != rank), key=lambda r: r["stuck_seconds"], default=last)
+        return Verdict(rank, last["host"], done, (last if last["ended"] else waiting)["activity"], cause, what)
     missing, different = most_behind(list(reports.values()))
     named = missing[0]
     if named["stuck_seconds"] <= named["limit_seconds"]:

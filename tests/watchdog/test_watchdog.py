@@ -33,10 +33,10 @@ def report(rank: int, position: tuple[int, int], stuck: float, **more: Any) -> R
 
 
 def test_the_step_of_a_verdict_is_the_last_update_done_whoever_reported_it() -> None:
-    reports = {0: report(0, (8, 1), 9.0), 1: report(1, (3, 1), 0.0)}
+    reports = {0: report(0, (8, 1), 9.0), 1: report(1, (3, 1), 0.0, activity="save")}
     verdict = judge(reports, {1: 30.0}, 10.0)
     assert verdict is not None
-    assert (verdict.rank, verdict.cause, verdict.step) == (1, "silent", 8)
+    assert (verdict.rank, verdict.cause, verdict.step, verdict.activity) == (1, "silent", 8, "train")
 
 
 def test_nobody_is_blamed_while_all_get_on() -> None:
