@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.runner.blocks import Block, batches, read_block
+from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.text.shingles import MinHashSettings, exact_digests, minhash
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, sync, write_json

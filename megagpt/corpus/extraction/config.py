@@ -1,14 +1,15 @@
 """The extract section of a corpus."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from megagpt.config import Config
-from megagpt.corpus.extraction.html import Comments
-from megagpt.corpus.extraction.markup import Markup
 from megagpt.corpus.readers.inputs import Format
 from megagpt.corpus.readers.records import TextUnit
+
+Markup: TypeAlias = Literal["text", "markdown"]
+Comments: TypeAlias = Literal["drop", "keep"]
 
 
 class ExtractConfig(Config):

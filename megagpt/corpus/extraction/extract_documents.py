@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import assert_never
 
 from megagpt.corpus.extraction.config import ExtractConfig
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.html import main_text, parse_page, prose
+from megagpt.corpus.extraction.wiki_pages import wiki_outcomes
 from megagpt.corpus.readers.http import Decoded, Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs, local_copy
-from megagpt.corpus.readers.mediawiki import wiki_outcomes
 from megagpt.corpus.readers.records import datasets_outcomes, jsonl_outcomes, parquet_outcomes, text_outcomes
 from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
+from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.corpus.text.fasttext_models import bundled_language_model, load_language_model

@@ -11,16 +11,16 @@ scoring of bodies follows readability.
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
+from megagpt.corpus.extraction.config import Comments, Markup
 from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict
 from megagpt.corpus.extraction.formulas import replace_formulas
 from megagpt.corpus.extraction.json_articles import article_of_json
 from megagpt.corpus.extraction.line_rules import is_aside, is_boilerplate, is_sentence, trim
-from megagpt.corpus.extraction.markup import Markup, Structure, read_structure, write
+from megagpt.corpus.extraction.markup import Structure, read_structure, write
 from megagpt.corpus.extraction.page_lines import (
     ALWAYS_BAD,
     RAW_TAGS,
@@ -35,7 +35,6 @@ from megagpt.corpus.extraction.page_lines import (
     words,
 )
 
-Comments: TypeAlias = Literal["drop", "keep"]
 MIN_BODY_CHARACTERS = 200  # a named element with less prose is not the body
 MIN_LEAD_CHARACTERS = 80
 MEANINGLESS = 0.5  # a name that holds more of the page's prose says nothing

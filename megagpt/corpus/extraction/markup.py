@@ -7,13 +7,12 @@ forms no number changes its value: 10<sup>6</sup> is 10^6, and the cells of a ro
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 
+from megagpt.corpus.extraction.config import Markup
 from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, attributes_of, is_sectioning
 
-Markup: TypeAlias = Literal["text", "markdown"]
 MAX_CELL_WIDTH, MAX_MEAN_CELL_WIDTH, MAX_CELL_LINES = 300, 80, 4
 _CODE_NAMES = re.compile(
     r"(?<![a-z])(?:blob-code|code(?:hilite|block|-block|mirror)?|highlight(?:table)?|source-?code|syntaxhighlighter|hljs|prettyprint|rouge|"

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import Config
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.filters.classifier import ClassifierConfig, score_of
 from megagpt.corpus.filters.language import LanguageConfig
 from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters, build_filters, rules_passed
 from megagpt.corpus.filters.score_quantile import score_of_top, write_scores
 from megagpt.corpus.filters.spec import Filter
 from megagpt.corpus.runner.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
+from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage

@@ -10,17 +10,12 @@ import bz2
 import codecs
 import html
 import re
-import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.extraction.wiki_sites import Site, site_of
-from megagpt.corpus.extraction.wikitext import is_redirect, read_wikitext
-from megagpt.corpus.runner.blocks import Block, DroppedText, MalformedRecord, Outcome, Seen
-from megagpt.documents import Document, Rejected
+from megagpt.corpus.runner.blocks import Block, MalformedRecord
 
 CHUNK_BYTES = 1 << 20
 MAX_PAGE_BYTES = 64 << 20
@@ -28,10 +23,6 @@ _STREAM_START = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 _PAGE, _PAGE_END = b"<page>", b"</page>"
 _TEXT = re.compile(r"<text\b([^<>]*+)>")
 _REVISION = re.compile(r"<revision\b[^<>]*+>")
-_NAMESPACE = re.compile(r'<namespace key="(?:6|14|-2)"[^<>]*+>([^<]*+)</namespace>')
-_LANGUAGE = re.compile(r'<mediawiki\b[^<>]*?\bxml:lang="([A-Za-z-]{2,20})"')
-_DATABASE = re.compile(r"<dbname>([a-z_]{2,20}?)wiki\w{0,20}</dbname>")
-_BASE = re.compile(r"<base>([^<]*/)[^</]*+</base>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,69 +36,14 @@ class Page:
     date: str
     model: str
     redirects: bool
+    """The dump says so. Older dumps say it in the text alone."""
     text: str
     older_revisions: int = 0
     deleted: bool = False
 
 
-def wiki_outcomes(block: Block, source: str, max_page_cpu_seconds: float = 20.0) -> Iterator[Outcome]:
-    """Articles of a block as documents; redirects, other namespaces, deleted and empty pages rejected.
-
-    Of several revisions of a page the newest counts. Templates whose text is missing in a sentence are counted by name.
-    """
-    head = _read_head(Path(block.path))
-    base = _BASE.search(head)
-    site = read_site(head)
-    found = 0
-    for page in read_pages(block):
-        found += 1
-        if isinstance(page, MalformedRecord):
-            yield page
-            continue
-        yield Seen("page")
-        if page.older_revisions:
-            yield Seen("older revision", page.older_revisions)
-        url = base[1] + urllib.parse.quote(page.title.replace(" ", "_"), safe="/:(),'!*;@&=$~") if base else None
-        meta = {"title": page.title, "page_id": page.page_id, "date": page.date}
-        reason = _reason_against(page)
-        article = None
-        if reason is None:
-            try:
-                with cpu_limit(max_page_cpu_seconds):
-                    article = read_wikitext(page.text, site, page.title)
-            except CpuLimitExceededError:
-                reason = "source:cpu_limit"
-        text = article.text if article else ""
-        document = Document(page.where, f"{page.title}\n{text}" if text else "", source, url, meta)
-        if article and text:
-            yield document
-            yield from (DroppedText(name, count) for name, count in article.dropped_templates.items())
-        else:
-            yield Rejected(document, reason or "source:empty")
-    if found == block.start == 0 and head and "<mediawiki" not in head:
-        yield MalformedRecord("no MediaWiki dump", f"{Path(block.path).name}: offset 0")
-
-
-def read_site(head: str) -> Site:
-    """The wiki that a dump's first bytes describe: its language, and what it calls its files and categories."""
-    language = _LANGUAGE.search(head) or _DATABASE.search(head)
-    return site_of(language[1] if language else "", (html.unescape(name) for name in _NAMESPACE.findall(head)))
-
-
-def _reason_against(page: Page) -> str | None:
-    if page.redirects:
-        return "source:redirect"
-    if page.namespace != 0:
-        return "source:namespace"
-    if page.model != "wikitext":
-        return "source:model"
-    if page.deleted:
-        return "source:deleted"
-    return None if page.text.strip() else "source:empty"
-
-
 def read_pages(block: Block) -> Iterator[Page | MalformedRecord]:
-    """The pages that begin in a block, and a Fault for each damaged one."""
+    """The pages that begin in a block, and a MalformedRecord for each damaged one."""
     name = Path(block.path).name
     with open(block.path, "rb") as file:
         pieces = _recoded(_pieces(file, name, block.start, block.end))
@@ -146,7 +82,7 @@ def read_pages(block: Block) -> Iterator[Page | MalformedRecord]:
 def split_dump(path: Path, block_bytes: int) -> list[tuple[int, int | None]]:
     """Byte ranges of about block_bytes for plain XML and for bz2 of many streams; one range for anything else."""
     size = path.stat().st_size
-    if size <= block_bytes or _read_head(path, recode=False).startswith("\ufffd"):
+    if size <= block_bytes or read_head(path, recode=False).startswith("\ufffd"):
         return [(0, None)]
     with path.open("rb") as file:
         if file.read(3) == b"BZh" and _next_stream(file, 1, size) is None:
@@ -234,7 +170,7 @@ def _recoded(
         yield label, offset, decoder.decode(data).encode() if decoder else data, in_range
 
 
-def _read_head(path: Path, *, recode: bool = True) -> str:
+def read_head(path: Path, *, recode: bool = True) -> str:
     """The first 64 KiB of the XML, where <siteinfo> is."""
     with path.open("rb") as file:
         pieces = _pieces(file, path.name, 0, None)
@@ -284,7 +220,7 @@ def _parse(page: bytes, where: str) -> Page:
         _field(head, "id"),
         _field(revision, "timestamp"),
         _field(revision, "model") or "wikitext",
-        "<redirect " in head or is_redirect(content),
+        "<redirect " in head,
         content,
         len(starts) - 1,
         "deleted=" in attributes,

@@ -13,7 +13,6 @@ from selectolax.lexbor import LexborHTMLParser
 
 from bench.data.extraction import body_pages, score_bodies, score_segments
 from megagpt.corpus.extraction.config import ExtractConfig
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.extraction.element_names import STRONG
 from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.extraction.html import extract_html
@@ -27,9 +26,10 @@ from megagpt.corpus.extraction.page_lines import (
     read_page,
     words,
 )
+from megagpt.corpus.extraction.wiki_pages import wiki_outcomes
 from megagpt.corpus.extraction.wikitext import is_redirect, wikitext_to_text
-from megagpt.corpus.readers.mediawiki import wiki_outcomes
 from megagpt.corpus.runner.blocks import Block
+from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.documents import Document, Rejected
 
 SENTENCE = "This is a sentence of the article that is long enough to count as prose. "
@@ -322,7 +322,7 @@ def test_cpu_limit_stops_work_but_not_sleep() -> None:
 
 TRACED_AFTERWARDS = """
 import sys
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
+from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
 
 try:
     with cpu_limit(0.1):

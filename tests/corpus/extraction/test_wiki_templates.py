@@ -7,10 +7,10 @@ import pytest
 
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.extract_documents import extract_documents
+from megagpt.corpus.extraction.wiki_pages import read_site, wiki_outcomes
 from megagpt.corpus.extraction.wiki_render import evaluate
 from megagpt.corpus.extraction.wiki_sites import site_of
 from megagpt.corpus.extraction.wikitext import read_wikitext
-from megagpt.corpus.readers.mediawiki import read_site, wiki_outcomes
 from megagpt.corpus.runner.blocks import Block, DroppedText, Seen
 from megagpt.corpus.runner.executors import Execution
 from megagpt.documents import Document, Rejected

@@ -21,9 +21,10 @@ from megagpt.config import UserError
 from megagpt.corpus.config import match_paths
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.extract_documents import extract_documents, read_outcomes
+from megagpt.corpus.extraction.wiki_pages import wiki_outcomes
 from megagpt.corpus.readers.http import Message, charset_of, decode_body, decode_text, parse_message
 from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs
-from megagpt.corpus.readers.mediawiki import read_pages, wiki_outcomes
+from megagpt.corpus.readers.mediawiki import read_pages
 from megagpt.corpus.readers.warc import Record, read_records, split_gzip
 from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
 from megagpt.corpus.runner.executors import Execution

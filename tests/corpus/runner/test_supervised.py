@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from test_run_stage import import_path, session_members, tree
 
-from megagpt.corpus.extraction.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.runner.blocks import Block, Outcome
+from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
 from megagpt.corpus.runner.executors import Execution, WorkerDiedError, run_tasks
 from megagpt.corpus.runner.run_stage import StageSummary, run_stage
 from megagpt.documents import Document, Rejected
