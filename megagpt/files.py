@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,27 @@ def _umask() -> int:
 
 
 _UMASK = threading.Lock()
+
+
+def matching_files(pattern: str, field: str) -> list[str]:
+    """The local files of a path (whatever characters are in it) or else of a glob, sorted.
+
+    Raises UserError, naming `field`, if there is none, or if a file's name, of which ids are made, is not UTF-8.
+    """
+    matches = [pattern] if os.path.isfile(pattern) else [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not matches and os.path.isdir(pattern):
+        raise UserError(f"{field}: {pattern!r} is a folder: say which files, such as {pattern.rstrip('/')}/*")
+    if not matches:
+        raise UserError(f"{field}: no file matches {pattern!r}")
+    for path in matches:
+        if not _is_utf8(os.path.basename(path)):
+            raise UserError(f"{field}: the file name {os.fsencode(path)!r} is not UTF-8, and ids are made of it: rename it")
+    return sorted(matches)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -22,7 +22,7 @@ from megagpt.corpus.dedup import dedup_documents as dedup
 from megagpt.corpus.extraction import extract_documents as extraction
 from megagpt.corpus.filters import filter_documents as filtering
 from megagpt.corpus.packing import tokenize_documents as packing
-from megagpt.corpus.runner.run_stage import stage_outputs
+from megagpt.corpus.runner.summary import stage_outputs
 from megagpt.data.open_data import open_data
 from megagpt.documents import read_documents
 from megagpt.files import read_json, write_json

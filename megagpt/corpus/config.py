@@ -7,9 +7,9 @@ from megagpt.corpus.dedup.config import DedupConfig
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.filters.registry import FilterConfig
 from megagpt.corpus.packing.config import TokenizeConfig
-from megagpt.corpus.readers.inputs import matching_files
-from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.runner.run_stage import stage_outputs
+from megagpt.corpus.runner.config import Execution
+from megagpt.corpus.runner.summary import stage_outputs
+from megagpt.files import matching_files
 from megagpt.tokenizer.config import TokenizerConfig
 
 Stage: TypeAlias = Literal["extract", "filter", "dedup", "tokenizer", "shards"]

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from megagpt.config import Config, UserError, read_yaml
-from megagpt.corpus.runner.run_stage import stage_outputs
+from megagpt.corpus.runner.summary import stage_outputs
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.mixture import Mixture
 from megagpt.data.open_data import DataConfig, open_data

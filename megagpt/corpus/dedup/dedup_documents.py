@@ -34,10 +34,11 @@ from megagpt.corpus.dedup.index import DocumentIds, IndexedBlock, index_block, o
 from megagpt.corpus.dedup.reference_corpora import KnownBlock, KnownCorpus, copy_kept, open_known, write_own
 from megagpt.corpus.dedup.repeated_lines import drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_work, require_ownership, take_ownership, work_of
 from megagpt.corpus.runner.run_phase import Task, run_phase
-from megagpt.corpus.runner.run_stage import StageSummary, clear, is_finished, read_summary, run_stage
+from megagpt.corpus.runner.run_stage import clear, is_finished, run_stage
+from megagpt.corpus.runner.summary import StageSummary, read_summary
 from megagpt.corpus.text.shingles import load_kernels
 from megagpt.documents import Document, Rejected
 from megagpt.files import atomic_path, read_json, remove_leftovers, write_json

@@ -15,7 +15,7 @@ from megagpt.config import Config, UserError
 from megagpt.corpus.dedup.index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.ownership import folder_of
-from megagpt.corpus.runner.run_stage import stage_outputs
+from megagpt.corpus.runner.summary import stage_outputs
 from megagpt.files import read_json, write_json
 from megagpt.settings_record import filled
 

@@ -5,8 +5,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from megagpt.config import Config
-from megagpt.corpus.readers.inputs import Format
-from megagpt.corpus.readers.records import TextUnit
+from megagpt.corpus.readers.config import Format, TextUnit
 
 Markup: TypeAlias = Literal["text", "markdown"]
 Comments: TypeAlias = Literal["drop", "keep"]

@@ -15,9 +15,10 @@ from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs, 
 from megagpt.corpus.readers.records import datasets_outcomes, jsonl_outcomes, parquet_outcomes, text_outcomes
 from megagpt.corpus.readers.warc import Record, read_records
 from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.runner.run_stage import StageSummary, run_stage
+from megagpt.corpus.runner.run_stage import run_stage
+from megagpt.corpus.runner.summary import StageSummary
 from megagpt.corpus.text.fasttext_models import bundled_language_model, load_language_model
 from megagpt.documents import Document, JsonValue, Rejected
 from megagpt.settings_record import MadeWith, fingerprint

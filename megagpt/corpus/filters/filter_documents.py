@@ -14,10 +14,11 @@ from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters
 from megagpt.corpus.filters.score_quantile import score_of_top, write_scores
 from megagpt.corpus.filters.spec import Filter
 from megagpt.corpus.runner.blocks import Block, document_blocks, num_bytes, plan_hash, read_block
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.runner.executors import Execution
 from megagpt.corpus.runner.run_phase import Task, run_phase
-from megagpt.corpus.runner.run_stage import StageSummary, run_stage
+from megagpt.corpus.runner.run_stage import run_stage
+from megagpt.corpus.runner.summary import StageSummary
 from megagpt.corpus.text.fasttext_models import load_classifier
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json, sha256_file, write_json

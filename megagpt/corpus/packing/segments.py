@@ -17,7 +17,7 @@ import xxhash
 from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.overlap import Overlap, OverlapIndex, build_index, write_validation
 from megagpt.corpus.runner.blocks import Block, batches, num_bytes, read_block
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.ownership import Ownership
 from megagpt.corpus.runner.run_phase import SMALL_PHASE_BYTES, Task, run_phase
 from megagpt.corpus.text.shingles import load_kernels

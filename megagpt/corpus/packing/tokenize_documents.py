@@ -36,7 +36,8 @@ from megagpt.corpus.packing.best_fit import best_fit_order
 from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.segments import SPLITS, Job, cached_tokenizer, tokenize_blocks
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
-from megagpt.corpus.runner.executors import Execution, run_tasks
+from megagpt.corpus.runner.config import Execution
+from megagpt.corpus.runner.executors import run_tasks
 from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_work, require_ownership, take_ownership, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of

@@ -1,11 +1,11 @@
 """Inputs of a corpus: which files there are, which format each has, and how each is split into blocks.
 
-To add a format: a name in SourceFormat, a row in FORMATS, a case in `_ranges` and in extract_documents.read_outcomes (the type
-checker names them), a reader beside this file, and an example in tests/corpus/readers/test_formats.py.
+To add a format: a name in SourceFormat (config.py), a row in FORMATS, a case in `_ranges` and in
+extract_documents.read_outcomes (the type checker names them), a reader beside this file, and an example in
+tests/corpus/readers/test_formats.py.
 """
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
@@ -13,22 +13,20 @@ import urllib.parse
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
-from typing import Literal, TypeAlias, assert_never
+from typing import assert_never
 
 import zstandard
 
 from megagpt.config import UserError
+from megagpt.corpus.readers.config import Format, SourceFormat
 from megagpt.corpus.readers.mediawiki import split_dump
 from megagpt.corpus.readers.records import DATASETS
 from megagpt.corpus.readers.warc import split_gzip
 from megagpt.corpus.runner.blocks import Block, output_name
 from megagpt.documents import open_lines
+from megagpt.files import matching_files
 from megagpt.terminal import without_secrets
-
-SourceFormat: TypeAlias = Literal["web", "wikipedia", "jsonl", "text", "parquet", "datasets"]
-Format: TypeAlias = Literal["auto", SourceFormat]
 
 DOWNLOAD_ATTEMPTS = 5
 COMPRESSIONS = (".gz", ".zst", ".bz2")
@@ -74,30 +72,6 @@ def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
             for path in matching_files(pattern, "extract.inputs"):
                 found |= dict.fromkeys(_read_list(Path(path), root) if _is_list(path) else [path])
     return list(found)
-
-
-def matching_files(pattern: str, field: str) -> list[str]:
-    """The local files of a path (whatever characters are in it) or else of a glob, sorted.
-
-    Raises UserError, naming `field`, if there is none, or if a file's name, of which ids are made, is not UTF-8.
-    """
-    matches = [pattern] if os.path.isfile(pattern) else [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
-    if not matches and os.path.isdir(pattern):
-        raise UserError(f"{field}: {pattern!r} is a folder: say which files, such as {pattern.rstrip('/')}/*")
-    if not matches:
-        raise UserError(f"{field}: no file matches {pattern!r}")
-    for path in matches:
-        if not _is_utf8(os.path.basename(path)):
-            raise UserError(f"{field}: the file name {os.fsencode(path)!r} is not UTF-8, and ids are made of it: rename it")
-    return sorted(matches)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def format_of(path: str, declared: Format) -> SourceFormat:

@@ -5,12 +5,13 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any
 
 import orjson
 import zstandard
 
 from megagpt.config import UserError
+from megagpt.corpus.readers.config import TextUnit
 from megagpt.corpus.readers.http import decode_text
 from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
 from megagpt.documents import Document, Rejected, open_lines, parse_json
@@ -18,7 +19,6 @@ from megagpt.documents import Document, Rejected, open_lines, parse_json
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 30
 """What of a text file is read; the rest is left, and a Fault says so."""
-TextUnit: TypeAlias = Literal["file", "paragraph", "line"]
 DATASETS = "datasets:"
 """What an input's name begins with that is a data set and no file."""
 _UNREADABLE = object()

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from megagpt.corpus.runner.executors import Execution, run_tasks
+from megagpt.corpus.runner.config import Execution
+from megagpt.corpus.runner.executors import run_tasks
 from megagpt.corpus.runner.progress import Progress
 
 Task: TypeAlias = tuple[Path, Callable[..., Any], tuple[Any, ...]]

@@ -19,18 +19,20 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megagpt.config import UserError
 from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Process, Seen, num_bytes, plan_hash
 from megagpt.corpus.runner.commit import add_counts, commit_block, committed, finish_file, is_done
-from megagpt.corpus.runner.executors import Execution, run_tasks
+from megagpt.corpus.runner.config import Execution
+from megagpt.corpus.runner.executors import run_tasks
 from megagpt.corpus.runner.ownership import Ownership, require_ownership, take_ownership, work_of
 from megagpt.corpus.runner.progress import Progress
+from megagpt.corpus.runner.summary import StageSummary, read_summary, stage_outputs
 from megagpt.files import read_json, remove_leftovers, write_json
-from megagpt.output_list import check_outputs, describe_file, forget_list, list_or_none, problems_of_file, write_list
+from megagpt.output_list import describe_file, forget_list, list_or_none, problems_of_file, write_list
 from megagpt.settings_record import MadeWith
 
 __all__ = ["Block", "Execution", "MalformedRecord", "Outcome", "Process", "Seen", "StageSummary", "run_stage", "stage_outputs"]
@@ -38,28 +40,6 @@ __all__ = ["Block", "Execution", "MalformedRecord", "Outcome", "Process", "Seen"
 MAX_TEMPLATE_NAMES = 1000
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StageSummary:
-    """What a stage did, summed over its finished files. documents_in = kept + rejected."""
-
-    stage: str
-    config_hash: str
-    files: int = 0
-    files_total: int = 0
-    complete: bool = False
-    documents_in: int = 0
-    kept: int = 0
-    characters_out: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    faults: dict[str, int] = field(default_factory=dict)
-    fault_examples: dict[str, list[str]] = field(default_factory=dict)
-    records: dict[str, int] = field(default_factory=dict)
-    dropped_templates: dict[str, int] = field(default_factory=dict)
-    """Templates of a wiki that left a hole in a sentence, with how many; the most frequent MAX_TEMPLATE_NAMES of them."""
-    outputs: dict[str, Any] | None = None
-    """Size and sha256 of outputs.json; None: unfinished, or made by an earlier release."""
 
 
 def run_stage(
@@ -120,28 +100,6 @@ def run_stage(
     if summary.complete:
         _sweep(output_dir)
     return summary
-
-
-def read_summary(output_dir: Path) -> StageSummary:
-    """The summary of a stage's output. Raises UserError if there is none."""
-    return StageSummary(**read_json(output_dir / "summary.json"))
-
-
-def stage_outputs(output_dir: Path, *, verify: bool = False) -> list[Path]:
-    """The document files of a complete stage, sorted.
-
-    Raises UserError if the stage has not run, or not to its end, or if a file is missing or has another size (with `verify`:
-    another sha256) than was written.
-    """
-    if not (output_dir / "summary.json").is_file():
-        raise UserError(f"{output_dir}: no finished stage here (summary.json is missing): run the stage that writes it first")
-    summary = read_summary(output_dir)
-    if not summary.complete:
-        raise UserError(
-            f"{output_dir}: {summary.stage} has finished {summary.files} of {summary.files_total} files: "
-            "run the same command again (or the other parts) first"
-        )
-    return [path.with_name(path.name.removesuffix(".done.json")) for path in check_outputs(output_dir, verify=verify)]
 
 
 # ---- what is done already

@@ -29,7 +29,7 @@ from megagpt.corpus.dedup.config import DedupConfig
 from megagpt.corpus.dedup.dedup_documents import dedup_documents
 from megagpt.corpus.dedup.external_join import equal_key_pairs
 from megagpt.corpus.runner.blocks import Block
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.text import shingle_kernels
 from megagpt.corpus.text.characters import plain_characters
 from megagpt.corpus.text.shingles import (
@@ -411,7 +411,7 @@ import sys
 from pathlib import Path
 from megagpt.corpus.dedup.config import DedupConfig
 from megagpt.corpus.dedup.dedup_documents import dedup_documents
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     dedup_documents(DedupConfig(), sorted(folder.glob("*.jsonl.zst")), folder / "out", Execution(num_workers=1))

@@ -12,7 +12,7 @@ from megagpt.corpus.extraction.wiki_render import evaluate
 from megagpt.corpus.extraction.wiki_sites import site_of
 from megagpt.corpus.extraction.wikitext import read_wikitext
 from megagpt.corpus.runner.blocks import Block, DroppedText, Seen
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json
 

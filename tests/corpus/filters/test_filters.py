@@ -17,7 +17,7 @@ from megagpt.corpus.filters.registry import FILTERS, FilterConfig, apply_filters
 from megagpt.corpus.filters.score_quantile import score_of_top
 from megagpt.corpus.filters.spec import Filter
 from megagpt.corpus.filters.url import UrlConfig, UrlLists, url
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.text.fasttext_models import bundled_language_model, load_classifier, load_language_model
 from megagpt.corpus.text.words import (
     DEFAULT_SPLITTER,

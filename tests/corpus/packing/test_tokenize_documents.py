@@ -24,7 +24,7 @@ from megagpt.corpus.packing.best_fit import best_fit_order, num_cut
 from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.tokenize_documents import pack_documents
 from megagpt.corpus.runner import blocks
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 from megagpt.data.shards import ShardWriter, open_shard, read_manifest, verify_shard
 from megagpt.documents import Document, read_documents, write_documents
 from megagpt.settings_record import MadeWith
@@ -517,7 +517,7 @@ import resource, signal, sys
 from pathlib import Path
 from megagpt.corpus.packing import tokenize_documents as pack
 from megagpt.corpus.runner import run_phase as phases
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.runner.config import Execution
 
 def run_here(tasks, execution, consume, describe=str):
     for key, function, arguments in tasks:

@@ -12,8 +12,9 @@ import pytest
 from megagpt.config import describe
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.extract_documents import extract_documents
-from megagpt.corpus.readers.inputs import FORMATS, Format, SourceFormat, format_of
-from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.readers.config import Format, SourceFormat
+from megagpt.corpus.readers.inputs import FORMATS, format_of
+from megagpt.corpus.runner.config import Execution
 from megagpt.documents import read_documents
 
 TEXT = "The harbour was quiet when the two sisters came down to the water, and nobody spoke to them."

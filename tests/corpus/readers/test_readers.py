@@ -27,8 +27,8 @@ from megagpt.corpus.readers.inputs import format_of, input_blocks, list_inputs
 from megagpt.corpus.readers.mediawiki import read_pages
 from megagpt.corpus.readers.warc import Record, read_records, split_gzip
 from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Seen
-from megagpt.corpus.runner.executors import Execution
-from megagpt.corpus.runner.run_stage import stage_outputs
+from megagpt.corpus.runner.config import Execution
+from megagpt.corpus.runner.summary import stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
 
 PAGE = "<html><body><p>" + "A sentence that is long enough to be the text of a page. " * 6 + "</p></body></html>"

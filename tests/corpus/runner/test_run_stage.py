@@ -30,8 +30,10 @@ from megagpt.corpus.runner.blocks import (
     plan_hash,
     read_block,
 )
-from megagpt.corpus.runner.executors import Execution, WorkerDiedError
-from megagpt.corpus.runner.run_stage import read_summary, run_stage, stage_outputs
+from megagpt.corpus.runner.config import Execution
+from megagpt.corpus.runner.executors import WorkerDiedError
+from megagpt.corpus.runner.run_stage import run_stage
+from megagpt.corpus.runner.summary import read_summary, stage_outputs
 from megagpt.documents import Document, Rejected, read_documents
 from megagpt.files import atomic_path, remove_leftovers
 from megagpt.settings_record import MadeWith
@@ -344,7 +346,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, reference: tuple[P
         from pathlib import Path
         sys.path[:0] = sys.argv[1].split(":")
         from test_run_stage import make_blocks, slow_numbers
-        from megagpt.corpus.runner.executors import Execution
+        from megagpt.corpus.runner.config import Execution
         from megagpt.corpus.runner.run_stage import run_stage
         from megagpt.settings_record import MadeWith
         if __name__ == "__main__":
@@ -386,7 +388,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, project: Path) -> None:
     """Also in the middle of a long block."""
     code = (
         "import sys; from pathlib import Path; from test_run_stage import make_blocks, sleeps;"
-        "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
+        "from megagpt.corpus.runner.config import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
         "from megagpt.settings_record import MadeWith;"
         "run_stage('t', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), sleeps, made_with=MadeWith('a'),"
         "execution=Execution(num_workers=2))"
@@ -512,7 +514,7 @@ def test_dask_gives_the_same_bytes(tmp_path: Path, reference: tuple[Path, dict[s
             time.sleep(0.1)
         code = (
             "import sys; from pathlib import Path; from test_run_stage import make_blocks, numbers;"
-            "from megagpt.corpus.runner.executors import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
+            "from megagpt.corpus.runner.config import Execution; from megagpt.corpus.runner.run_stage import run_stage;"
             "from megagpt.settings_record import MadeWith;"
             "run_stage('test', make_blocks(Path(sys.argv[1])), Path(sys.argv[2]), numbers, made_with=MadeWith('a'),"
             "execution=Execution(executor='dask', scheduler_file=Path(sys.argv[3])))"

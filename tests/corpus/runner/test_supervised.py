@@ -14,9 +14,11 @@ import pytest
 from test_run_stage import import_path, session_members, tree
 
 from megagpt.corpus.runner.blocks import Block, Outcome
+from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.runner.executors import Execution, WorkerDiedError, run_tasks
-from megagpt.corpus.runner.run_stage import StageSummary, run_stage
+from megagpt.corpus.runner.executors import WorkerDiedError, run_tasks
+from megagpt.corpus.runner.run_stage import run_stage
+from megagpt.corpus.runner.summary import StageSummary
 from megagpt.documents import Document, Rejected
 from megagpt.settings_record import MadeWith
 

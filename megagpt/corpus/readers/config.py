@@ -1,0 +1,11 @@
+"""The words that settings have for kinds of inputs."""
+
+from typing import Literal, TypeAlias
+
+SourceFormat: TypeAlias = Literal["web", "wikipedia", "jsonl", "text", "parquet", "datasets"]
+
+
+Format: TypeAlias = Literal["auto", SourceFormat]
+
+
+TextUnit: TypeAlias = Literal["file", "paragraph", "line"]
