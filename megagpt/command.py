@@ -70,7 +70,7 @@ def run_words(config_class: type[C], run: Callable[[C], int | None], about: str,
             return _fail(UserError(f"{error.filename}: {error.strerror}"), EXIT_USER_ERROR, "--debug" in options)
         raise
     except KeyboardInterrupt:
-        print("interrupted; what was committed is whole, the same command goes on from there", file=sys.stderr)
+        print("interrupted; committed results are complete, and the same command resumes from them", file=sys.stderr)
         return 130
 
 

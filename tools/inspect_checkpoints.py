@@ -19,7 +19,7 @@ def run(config: InspectConfig) -> int:
     for item in found:
         loss = "" if item.validation_loss is None else f"  validation loss {item.validation_loss:.4f}"
         state = "DAMAGED: " + "; ".join(item.problems) if item.problems else ("good" if config.verify else "")
-        notes = f"{loss}{'  best' if item.best else ''}{'  set aside' if item.aside else ''}"
+        notes = f"{loss}{'  best' if item.best else ''}{'  quarantined' if item.aside else ''}"
         print(safe_line(f"{item.path}  {item.bytes / 1e6:,.1f} MB  {item.saved_at}{notes}  {state}".rstrip()))
     if not found:
         print(f"{config.run_dir / 'checkpoints'}: no checkpoints")

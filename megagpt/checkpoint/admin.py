@@ -33,7 +33,7 @@ class InspectConfig(Config):
     verify: bool = False
     """Read every file and compare it with its sha256."""
     prune: bool = False
-    """Delete all but the newest keep_last, the best, and multiples of keep_every_steps; and what was set aside."""
+    """Delete all but the newest keep_last, the best, and multiples of keep_every_steps; and quarantined ones."""
     keep_last: int = Field(default=2, gt=0)
     """prune: how many of the newest stay."""
     keep_every_steps: int = Field(default=0, ge=0)

@@ -213,7 +213,7 @@ def _kinds(names: Iterable[str]) -> set[str]:
 
 
 def set_aside(run_dir: Path, *, newer_than: int, attempt: int) -> None:
-    """Rename newer checkpoints to `aside_<attempt>_step_*`: damaged ones, and those of a course that is given up."""
+    """Rename newer checkpoints to `aside_<attempt>_step_*`: damaged ones, and those of an abandoned branch."""
     leaving = [path for path in list_checkpoints(run_dir) if step_of(path) > newer_than]
     best = run_dir / "checkpoints" / "best.json"
     of_best: dict[str, Any] = read_json(best) if best.exists() else {"step": -1}
@@ -225,7 +225,7 @@ def set_aside(run_dir: Path, *, newer_than: int, attempt: int) -> None:
                 mark_best(run_dir, step_of(path), loss, of_best.get("validation_set"))
     for path in leaving:
         path.rename(path.with_name(f"aside_{attempt}_{path.name}"))
-        log.warning("%s is not used and was set aside as aside_%d_%s", path, attempt, path.name)
+        log.warning("%s is not used; it was renamed to aside_%d_%s", path, attempt, path.name)
 
 
 def load_weights(run_dir: Path, engine: Engine, world: World, *, check: Check | None = None) -> Path:

@@ -60,7 +60,7 @@ class Planned:
 
 
 def plan_tensors(family: Family, config: ModelConfig, vocab_size: int | None = None) -> list[Planned]:
-    """Every tensor of theirs for this model; with `vocab_size` embedding and head have only so many rows.
+    """Every tensor of theirs for this model; with `vocab_size` embedding and head have that many rows.
 
     Raises RuntimeError if a parameter of ours is used twice or not at all: a mistake in the table.
     """

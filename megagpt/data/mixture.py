@@ -16,7 +16,7 @@ class Mixture:
 
     Computed, not stored: the sources are halved, sample i of the two halves goes to the first one when its share of the first
     i + 1 samples, rounded, is more than its share of i; and so on within the half. Each source counts its own samples, so it
-    has epochs of its own. Weights may change at given samples: the proportions then begin anew, each source's count goes on.
+    has epochs of its own. Weights may change at given samples: the proportions then start anew; each source's count continues.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     format: int = FORMAT
     pack_seq_len: int | None = None
-    """Documents were placed so that samples of so many tokens cut few of them; None: they were not."""
+    """Documents were placed so that samples of this many tokens cut few of them; None: they were not."""
 
     @property
     def tokens(self) -> int:

@@ -30,7 +30,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 RECORDER_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "500", "TORCH_NCCL_ENABLE_TIMING": "1"}
-"""Torch's flight recorder keeps so many collectives per rank, and with NCCL knows which of them run; see collectives.py."""
+"""Collectives that torch's flight recorder keeps per rank; with NCCL it knows which of them run (see flight_recorder.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 """One line: kind, step (updates done), time (Unix seconds), attempt (1 = first start), seconds (see goodput.py), values."""
 
 CONTINUES = ("start", "rewind")
-"""Kinds of rows whose step is where training goes on: later steps logged before them are done again."""
+"""Kinds of rows whose step is where training resumes: later steps logged before them are repeated."""
 
 EVENTS = (*CONTINUES, "damaged", "stop", "watchdog", "done")
 """Kinds of rows that are history, never superseded."""
@@ -70,8 +70,8 @@ def read_metrics(run_dir: Path) -> Metrics:
 def superseded(rows: list[Row]) -> list[bool]:
     """For each row, whether later rows replaced it; rows are in file order.
 
-    Replaced is a row whose step lies after the step from which a later start or rewind went on, a row of the same kind and step
-    as one of a later attempt, and a row that a left-over process of an earlier attempt wrote after the next start.
+    A row is replaced if its step is after the step from which a later attempt or rewind resumed, if a later attempt has a row of
+    the same kind and step, or if a process of an earlier attempt wrote it after the next attempt had begun.
     """
     result = [False] * len(rows)
     newest = 0

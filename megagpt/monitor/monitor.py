@@ -251,7 +251,7 @@ class WandbRun:
         try:
             self._run.log(dict(_flat(kind, values)), step=step)
         except Exception as error:
-            # Whatever breaks in W&B's own process, training goes on and metrics.jsonl stays complete.
+            # Whatever breaks in W&B's own process: training continues and metrics.jsonl stays complete.
             log.warning("W&B failed (%s): nothing more is sent from this start", error)
             self._run = None
 

@@ -178,7 +178,7 @@ def _sbatch(config: PlanConfig, cluster: Cluster) -> Iterator[str]:
             " run saves a checkpoint and goes back to the queue"
         )
     elif seconds and warning >= seconds:
-        yield f"sbatch: --time={limit} is not more than the {warning} s of --signal: the job is told to stop as it starts"
+        yield f"sbatch: --time={limit} is not more than the {warning} s of --signal: the job gets the stop signal as it starts"
 
 
 def _script(path: Path) -> Iterator[str]:

@@ -32,7 +32,7 @@ Gradients = Literal["kept", "taken"]
 class StorageTracker(TorchDispatchMode):
     """Adds up the bytes of all storages that operations have touched and that are still alive; use it as a context.
 
-    live: bytes now. peak: the most since `start_peak`; peaks: the same by `label`, which says what is going on. With `fake` it
+    live: bytes now. peak: the most since `start_peak`; peaks: the same by `label`, the current activity. With `fake` it
     counts tensors without memory, and only those.
     """
 

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page made from what lies in its run directory and its corpora."""
+"""The report of a run: one self-contained HTML page made from its run directory and its corpora."""
 
 import contextlib
 import statistics
@@ -186,7 +186,7 @@ def _loss_chart(facts: Facts) -> str:
         return ""
     values = [value for line in lines for value in line.y]
     chart = Chart("Loss", tuple(lines), _restarts(facts), unit="nats per token", size=(11.0, 3.6), y_limits=_limits(values))
-    note = '<p class="muted">dashed lines: steps from which a later start went on</p>' if chart.restarts else ""
+    note = '<p class="muted">dashed lines: steps from which a later attempt resumed</p>' if chart.restarts else ""
     rest = f'<p class="muted">not drawn: {", ".join(map(escape, names[4:]))}</p>' if len(names) > 4 else ""
     return to_svg(chart) + note + rest
 
@@ -335,7 +335,7 @@ def _read_checkpoints(run_dir: Path) -> list[dict[str, Any]]:
     best = read_json(best_path) if best_path.exists() else {}
     found = []
     for path in list_checkpoints(run_dir):
-        with contextlib.suppress(FileNotFoundError):  # the run goes on, and deletes old ones
+        with contextlib.suppress(FileNotFoundError):  # the run continues, and deletes old ones
             sizes = [file.stat().st_size for file in path.iterdir()]
             is_best = f"best: {best['validation_loss']:.4f}" if step_of(path) == best.get("step") else ""
             found.append({"step": step_of(path), "bytes": sum(sizes), "files": len(sizes), "best": is_best})

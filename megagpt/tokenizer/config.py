@@ -23,4 +23,4 @@ class TokenizerConfig(Config):
     max_characters: int = Field(default=100_000_000, ge=1)
     """Characters of text to train on; SentencePiece takes roughly 10 bytes of memory for each."""
     max_files: int = Field(default=256, ge=1)
-    """At most so many input files are read, evenly spaced over their sorted names."""
+    """The largest number of input files that are read, evenly spaced over their sorted names."""

@@ -29,7 +29,7 @@ class BatchPhase(Config):
 
 
 class TrainConfig(Config):
-    """One complete training run. The same command starts it and, after any stop, goes on with it."""
+    """One complete training run. The same command starts it and, after any stop, resumes it."""
 
     run_dir: Path
     """Where everything of this run lies: checkpoints, metrics, ledger, tokenizer, report."""
@@ -79,7 +79,7 @@ class TrainConfig(Config):
     save_every_steps: int = Field(default=1000, gt=0)
     """Steps between checkpoints; one more is saved at the end and on a stop signal."""
     save_in_background: bool = True
-    """Copy the state to host memory and write it while training goes on; needs host memory for one copy of it."""
+    """Copy the state to host memory and write it while training continues; needs host memory for one copy of it."""
     keep_last: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept; the one with the best validation loss stays too."""
     keep_every_steps: int = Field(default=0, ge=0)
@@ -96,7 +96,7 @@ class TrainConfig(Config):
     """Another run's checkpoint (its `checkpoints/step_...`) with which a new run begins: weights, optimizer states, step and
     place in the data. For a cooldown, or several, from one long run."""
     resume_step: int | None = Field(default=None, ge=0)
-    """Go back to this step's checkpoint; newer ones are set aside. The same command later goes on with what it began."""
+    """Go back to this step's checkpoint; newer ones are quarantined. The same command later resumes this branch."""
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the checkpoint's although a resume refuses them: model (what keeps the weights' meaning),
     data.shards (other tokens of the same source), data.order (seed, shuffle_block), data.weights (other weights from the next

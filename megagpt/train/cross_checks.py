@@ -18,7 +18,7 @@ from megagpt.engine.optim import OptimConfig, lr_at
 from megagpt.train.config import TrainConfig
 
 SHARDS_SEARCHED = 16
-"""Of a source so many shards are searched for a document as long as a sample; one is nearly always in the first."""
+"""Shards of a source that are searched for a document as long as a sample; the first nearly always has one."""
 LR_JUMP = 1.05
 """A learning rate that changes by more than this factor from one step to the next one by a resume is reported."""
 

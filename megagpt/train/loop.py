@@ -64,7 +64,7 @@ class Run:
 
 
 def train(config: TrainConfig) -> int:
-    """Start or go on with a run until max_steps or a stop signal; returns the exit status (0 done, 75 stopped and saved).
+    """Start or resume a run until max_steps or a stop signal; returns the exit status (0 done, 75 stopped and saved).
 
     Raises UserError before any work if configuration, data, tokenizer or an earlier checkpoint do not fit together.
     """
@@ -302,8 +302,8 @@ def restore_or_start(run: Run) -> TrainState:
 
 
 def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
-    """Leave out the samples from the step at `state` on, in which the guard saw a problem, and go on from before it; or, if the
-    guard takes back what it said of this step, use all samples."""
+    """Leave out the samples from the step at `state` on, in which the guard saw a problem, and resume before it; or, if the
+    guard withdraws its verdict on this step, use all samples."""
     config = run.config
     with run.monitor.clock("save"):
         run.saver.wait()  # before anything below may end the run: what was begun shall be committed
@@ -424,7 +424,7 @@ def stop_mark(owned: Ownership) -> Path:
 
 
 def last_words(owned: Ownership, monitor: Monitor, reason: str) -> None:
-    """Of a start that is told to stop before its first update: in metrics.jsonl (rank 0), and for the other ranks."""
+    """Record a stop request that came before the first update: in metrics.jsonl (rank 0), and for the other ranks."""
     stop_mark(owned).touch()
     step = max((checkpoint.step_of(path) for path in checkpoint.list_checkpoints(owned.run_dir)), default=0)
     monitor.log_from_a_thread("stop", step, reason=reason)

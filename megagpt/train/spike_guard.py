@@ -42,14 +42,14 @@ class GuardConfig(Config):
     window_steps: int = Field(default=128, ge=8)
     """Steps before a step that it is compared with."""
     min_steps: int = Field(default=64, ge=8)
-    """Only once so many steps can be compared with is a step called a spike."""
+    """The number of earlier steps that the guard needs before it can call a step a spike."""
     loss_z: float = Field(default=10.0, gt=0)
-    """A spike is a loss that rises over the median of the last few steps by so many robust standard deviations (MAD) more than
-    usual ..."""
+    """A spike is a loss that rises above the median of the last few steps by this many robust standard deviations (MAD)
+    more than usual ..."""
     loss_rise: float = Field(default=0.5, gt=0)
-    """... and by at least so many nats."""
+    """... and by at least this many nats."""
     grad_norm_ratio: float = Field(default=100.0, gt=1)
-    """An explosion is a gradient norm, before clipping, of so many times the median of the steps before."""
+    """An explosion is a gradient norm, before clipping, of this many times the median of the steps before."""
     max_non_finite_steps: int = Field(default=3, gt=0)
     """So many non-finite steps in a row are left out one by one; one more, and the run goes back."""
     skip_steps: int = Field(default=4, gt=0)
@@ -81,11 +81,11 @@ class Step:
 
 
 RECENT = 5
-"""A loss is compared with the median of so many before it, so that the fall in a run's beginning does not count as spread."""
+"""A loss is compared with the median of this many before it: the fall at the start of a run does not count as spread."""
 
 SETTLING_RISE = 4.0
-"""Within min_steps of a planned change a spike has to rise by so many `loss_rise`, and by more than the change itself: batches
-are mixed otherwise than before, and how much their losses differ is not known yet."""
+"""Within min_steps of a planned change a spike has to rise by this many `loss_rise`, and by more than the change itself:
+the new mixture's spread of losses is not known yet."""
 
 Regime = Mapping[str, Any]
 """What the loss depends on by plan at a step, by name: JSON values."""
@@ -139,7 +139,7 @@ class Guard:
         if used >= self.config.max_rewinds:
             raise UserError(
                 f"guard.max_rewinds={self.config.max_rewinds}: the run went back so often already; now step {state.step}: "
-                f"{problem}. Look at the samples of {self._path}: if they are bad, a higher guard.max_rewinds goes on; if they "
+                f"{problem}. Look at the samples of {self._path}: if they are bad, raise guard.max_rewinds; if they "
                 f"are good, the guard is wrong: guard.cleared_windows={len(self._rewinds)} uses them, and guard.enabled=false "
                 f"or a higher guard.loss_z ends the rewinds"
             )

@@ -1,4 +1,4 @@
-"""What the threads of this process do at this moment: Python stacks, the system call, and in plain words why it does not go on.
+"""What the threads of this process do now: Python stacks, the system call, and in plain words why it makes no progress.
 
 Works from a thread of the same process while others are stuck, as long as somebody lets go of the interpreter's lock.
 """
@@ -109,7 +109,7 @@ def culprit(found: Sequence[Thread], activity: str) -> Thread:
 
 
 def explain(found: Sequence[Thread], activity: str) -> tuple[str, str]:
-    """(cause, what) of a process that does not go on: cause is one of loader, file system, lock, collective, code."""
+    """(cause, what) of a process that makes no progress: cause is one of loader, file system, lock, collective, code."""
     thread = culprit(found, activity)
     kind = _kind(thread)
     where = own_line(thread.stack)

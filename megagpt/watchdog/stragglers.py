@@ -16,7 +16,7 @@ Progress = dict[str, float]
 clock, "forward": seconds in forward passes, "collective": seconds of waiting in collectives, "looks": what that rests on."""
 
 MIN_LOOKS = 100
-"""What rests on looks is told once there were so many: then a share of the time is right within 0.05."""
+"""Samples of the stack needed before a share of the time is reported: it is then right within 0.05."""
 
 
 class RankTimes:

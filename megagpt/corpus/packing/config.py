@@ -27,7 +27,7 @@ class TokenizeConfig(Config):
     shard_tokens: int = Field(default=1 << 27, ge=1)
     """Tokens in a shard, about; one worker holds the rows of one shard in memory, not its tokens."""
     pack_seq_len: int | None = Field(default=None, ge=2)
-    """Place documents so that samples of so many tokens (training's data.seq_len) cut few of them; null = keys alone decide."""
+    """Place documents so that samples of this length (training's data.seq_len) cut few of them; null: keys alone decide."""
     overlap_threshold: float | None = Field(default=0.8, gt=0, le=1)
     """Training documents whose Jaccard similarity (sets of 5 words) to a validation document is at least this are dropped; each
     is compared with every validation document that could reach it. null = no check."""

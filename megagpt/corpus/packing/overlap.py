@@ -121,7 +121,7 @@ def _mapped(path: Path, dtype: type) -> np.ndarray:
 
 
 def _join(blocks: Sequence[Path], name: str, offsets: type | None, path: Path) -> None:
-    """Concatenate a column of all blocks; numbers in it (`offsets`, their type) go on where the block before ended."""
+    """Concatenate a column of all blocks; numbers in it (`offsets`, their type) continue where the block before ended."""
     last = 0
     with path.open("wb") as out:
         for block in blocks:

@@ -3,7 +3,7 @@
 How it works. Every document gets a key, a hash of its id.
 1. Blocks of the input are split and tokenized by workers into segments of at most 16 Mi tokens, sorted by key (segments.py).
    Training documents that are near duplicates of validation documents are left out (leaks.py).
-2. The total says how many shards of `shard_tokens` there will be. Shard k of K holds the documents whose keys lie in the k-th
+2. The total says how many shards of `shard_tokens` there will be. Shard k of K holds the documents whose keys are in the k-th
    K-th of the 64-bit range: its worker looks up that range in every segment and merges, so the concatenation of all shards is
    the corpus in the order of keys. Neither blocks nor workers nor parts leave a trace in that order. With pack_seq_len
    documents then move a little so that samples cut few of them (best_fit.py).
@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PackSummary:
-    """What lies in the shards, by folder and split; `complete` is false while other parts are at work."""
+    """What the shards hold, by folder and split; `complete` is false while other parts run."""
 
     complete: bool
     splits: dict[str, dict[str, int]]

@@ -191,7 +191,7 @@ def _commonness(body: bytes, codec: str) -> float:
 
 _ISO_2022 = re.compile(rb"\x1b\$(?:[@B]|\)C|\([A-D])")
 _UTF8_LEADS = bytes(range(0xC2, 0xF5))
-DAMAGED_UTF8 = 10  # so many whole multi-byte characters for each damaged one, and it is UTF-8
+DAMAGED_UTF8 = 10  # whole multi-byte characters per damaged one from which a text counts as UTF-8
 _HAN_CODECS = ("gb18030", "big5hkscs")
 _COMMON_IDEOGRAPHS = (
     "的一是不了人在有我他这這中大来來上个個国國到说說们們为為子和你地出道也时時年得就那要下以生会會自着著去之过過家学學对對可里後后么麼心"

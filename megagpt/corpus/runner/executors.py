@@ -51,7 +51,7 @@ def run_tasks(
             raise WorkerDiedError(
                 "a worker process was killed (out of memory, or a crash in a library); it was at work on one of these:\n  "
                 + "\n  ".join(names)
-                + "\neverything else is committed: the same command goes on from there"
+                + "\neverything else is committed; the same command resumes from it"
             ) from None
         finally:
             for future in flying:

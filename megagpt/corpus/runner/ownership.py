@@ -1,7 +1,7 @@
 """Who owns an output folder. Its marker file names the work that is made there: a hash of settings and inputs.
 
 A start may be left over on a node that SLURM has lost, while another one with other settings works in the same folder, and must
-not mix its results with that one's. So unfinished results lie in a folder named by the work, into which no other work looks
+not mix its results with that one's. Unfinished results are in a folder named by the work, which no other work reads
 (`folder_of`), and before a finished file gets its final name the marker is read again (`require_ownership`). Starts of the same
 work write the same bytes and need no fence. The moment between that look and the renaming stays open.
 """

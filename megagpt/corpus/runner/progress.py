@@ -20,7 +20,7 @@ class _Bar(tqdm):
 
 
 class Progress:
-    """Counts bytes of input towards `total_bytes`, with running counts of what `add` is told (kept, rejected, documents)."""
+    """Counts bytes of input towards `total_bytes`, with running counts of what `add` receives (kept, rejected, documents)."""
 
     def __init__(self, label: str, total_bytes: int, *, skipped: int = 0) -> None:
         self._label, self._total, self._done, self._counts = label, total_bytes, 0, Counter[str]()

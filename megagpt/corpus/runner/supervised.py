@@ -78,7 +78,7 @@ def supervise(function: Callable[..., Any], arguments: tuple[Any, ...], *, fork:
             if code == 0 and not record:  # it had waited too long for a task
                 continue
             raise ChildDiedError(f"exit status {code}") from None
-        except BaseException:  # this worker is told to stop: what the child would still do is not wanted
+        except BaseException:  # a stop request: the child's remaining work is not wanted
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
             _end(child)

@@ -22,7 +22,7 @@ def code_lines(lines: list[str]) -> list[int | None]:
     """
     found: list[int | None] = [None] * len(lines)
     base, inside = -1, False  # base: indentation of the line that the block began with, -1 between blocks
-    # inside: the block goes on after a blank line
+    # inside: the block continues after a blank line
     position = 0
     while position < len(lines):
         line = lines[position]

@@ -11,7 +11,7 @@ UNPUNCTUATED_LANGUAGES = frozenset({"th", "lo"})
 """Languages whose sentences end without a mark: rules about marks and sentences do not apply to them."""
 DENSE_LANGUAGES = frozenset({"zh", "ja", "wuu", "yue"})
 DENSE_WEIGHT = 2.5
-"""A character of a dense language stands for about so many Latin ones: limits in characters are divided by it."""
+"""One character of a dense language stands for about this many Latin ones: limits in characters are divided by it."""
 
 _SAMPLE_CHARACTERS = 2000
 _SCRIPTS = {
