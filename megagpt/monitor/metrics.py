@@ -70,8 +70,8 @@ def read_metrics(run_dir: Path) -> Metrics:
 def superseded(rows: list[Row]) -> list[bool]:
     """For each row, whether later rows replaced it; rows are in file order.
 
-    A row is replaced if its step is after the step from which a later attempt or rewind resumed, if a later attempt has a row of
-    the same kind and step, or if a process of an earlier attempt wrote it after the next attempt had begun.
+    A row is replaced if its step is after the step from which a later attempt or rewind resumed, if a later attempt has a row
+    of the same kind and step, or if a process of an earlier attempt wrote it after the next attempt had begun.
     """
     result = [False] * len(rows)
     newest = 0
