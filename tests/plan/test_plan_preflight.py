@@ -38,7 +38,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sbatch for other GPUs": ({"gpus": 2, "sbatch": "--nodes=2 --gpus-per-node=8 --signal=B:USR1@300"}, "make them equal"),
     "no warning before the time limit": ({"sbatch": "--time=24:00:00"}, "give B:USR1@300"),
-    "a time limit within the warning": ({"sbatch": "--time=5 --signal=B:USR1@300"}, "told to stop as it starts"),
+    "a time limit within the warning": ({"sbatch": "--time=5 --signal=B:USR1@300"}, "gets the stop signal as it starts"),
 }
 
 
