@@ -67,6 +67,8 @@ BAD_INPUT = {
     "generate_text": [
         (["run_dir={tmp}/none"], "{tmp}/none"),
         (["run_dir={tmp}", "temperature=-1"], "temperature=-1"),
+        (["run_dir={tmp}", "min_p=2"], "min_p=2"),
+        (["run_dir={tmp}", 'stop=["a", ""]'], "an empty stop string would end every text at its start"),
     ],
     "export_model": [
         (["run_dir={tmp}/none", "output_dir={tmp}/out"], "{tmp}/none"),

@@ -1,6 +1,7 @@
 """Generate text from a prompt with a trained model; the text streams to standard output.
 
 python tools/generate_text.py run_dir=runs/plays prompt=ROMEO max_tokens=200 temperature=0.8 seed=1
+python tools/generate_text.py run_dir=runs/plays prompt=ROMEO min_p=0.05 frequency_penalty=0.3 stop='["\\n\\n", "JULIET"]'
 """
 
 import sys

@@ -137,7 +137,7 @@ def _compare(ours: GPT, theirs: Callable[[Tensor, Tensor], Tensor], vocab_size: 
     add(ours(ids), theirs(ids, torch.arange(ids.shape[1])))
     length = min(seq_len, LONG)
     if length > SHORT:
-        ids, cache = sample_ids(vocab_size, length, seed=2)[1:], ours.new_cache()
+        ids, cache = sample_ids(vocab_size, length, seed=2)[1:], ours.new_cache(1, length)
         ends = [*range(CHUNK, length, CHUNK), length]
         lasts = [ours(ids[:, start:end], cache=cache) for start, end in pairwise([0, *ends])]
         add(torch.cat(lasts, dim=1), theirs(ids, torch.tensor(ends) - 1))

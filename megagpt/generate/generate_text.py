@@ -8,7 +8,8 @@ from pydantic import Field
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.distributed.world import pick_device
-from megagpt.generate.sampling import SamplingConfig, stream_texts
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import stream_texts
 
 
 class GenerateConfig(SamplingConfig):

@@ -1,17 +1,12 @@
-"""Sampling as small pure functions, and generation with a key/value cache."""
+"""How the next token is drawn: settings, and small pure functions of logits."""
 
-import codecs
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from megagpt.checkpoint.load_model import LoadedModel
 from megagpt.config import Config
-from megagpt.data.permutation import mix
-from megagpt.model.gpt import KeyValues, ModelConfig
-from megagpt.tokenizer.base import Tokenizer, prompt_ids
 
 GREEDY = 0.0
 """The temperature at which the likeliest token is always taken."""
@@ -28,88 +23,49 @@ class SamplingConfig(Config):
     """Draw among the k likeliest tokens only; null = all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw among the likeliest tokens that together have this probability (nucleus, arXiv 1904.09751)."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw among tokens with at least this share of the likeliest one's probability (arXiv 2407.01082); 0 = off."""
     repetition_penalty: float = Field(default=1.0, ge=1)
     """Divides positive logits of tokens already there and multiplies negative ones (arXiv 1909.05858); 1 = off."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from a token's logit for each time that it was generated, as OpenAI defines it; 0 = off."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from a token's logit once it was generated, as OpenAI defines it; 0 = off."""
+    stop: tuple[str, ...] = ()
+    """A text ends before the first of these strings: stop='["\\n\\n"]'."""
     seed: int = 0
     """The same seed gives the same text. Row i of a batch draws from a stream of its own."""
     stop_at_eot: bool = True
-    """End a text at an end-of-text token."""
+    """End a text at an end-of-text token, of which a tokenizer may have several."""
+
+    @field_validator("stop")
+    @classmethod
+    def _check(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("an empty stop string would end every text at its start")
+        return stop
 
 
-@torch.inference_mode()
-def stream_texts(loaded: LoadedModel, prompts: Sequence[str], sampling: SamplingConfig) -> Iterator[tuple[int, str]]:
-    """(index of the prompt, piece of text) for every piece; the prompts themselves are not repeated.
-
-    Prompts that have equally many tokens are computed together, the others one after another.
-    """
-    tokenizer, device = loaded.tokenizer, next(loaded.model.parameters()).device
-    by_length: dict[int, list[int]] = {}
-    all_ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    for i, ids in enumerate(all_ids):
-        by_length.setdefault(len(ids), []).append(i)
-    for rows in by_length.values():
-        decoders = [StreamDecoder(tokenizer, at_start=not prompts[i]) for i in rows]
-        ids_bt = torch.tensor([all_ids[i] for i in rows], device=device)
-        eos_ids = tokenizer.eos_ids if sampling.stop_at_eot else ()
-        steps = generate_ids(
-            loaded.model, loaded.model_config, ids_bt, sampling, vocab_size=tokenizer.vocab_size, eos_ids=eos_ids, streams=rows
-        )
-        for tokens in steps:
-            for row, decoder, token in zip(rows, decoders, tokens, strict=True):
-                text = decoder.push(token) if token is not None else ""
-                if text:
-                    yield row, text
-        for row, decoder in zip(rows, decoders, strict=True):
-            rest = decoder.finish()
-            if rest:
-                yield row, rest
-
-
-@torch.no_grad()
-def generate_ids(
-    model: Callable[..., Tensor],
-    config: ModelConfig,
-    ids_bt: Tensor,
-    sampling: SamplingConfig,
-    *,
-    vocab_size: int | None = None,
-    eos_ids: Collection[int] = (),
-    streams: Sequence[int] | None = None,
-) -> Iterator[list[int | None]]:
-    """After each forward the next token of every row of `ids_bt` [B, T], None for rows that have ended at one of `eos_ids`.
-
-    `vocab_size`: ids from there on (padding of the embedding) are never drawn. `streams`: number of each row's random stream;
-    None = 0, 1, …. With eot_id None every call makes exactly max_tokens forwards, which ranks that share a model need. When
-    the model's seq_len is full, generation continues from its last half, with positions counted from 0 again. Put the model in
-    evaluation mode first.
-    """
-    generators = [torch.Generator().manual_seed(mix(sampling.seed, i) >> 1) for i in streams or range(len(ids_bt))]
-    cache = [KeyValues() for _ in range(config.num_layers)]
-    all_ids, new_ids = ids_bt, ids_bt[:, -config.seq_len :]
-    ended = [False] * len(ids_bt)
-    for _ in range(sampling.max_tokens):
-        if len(cache[0]) + new_ids.shape[1] > config.seq_len:
-            cache = [KeyValues() for _ in range(config.num_layers)]
-            new_ids = all_ids[:, -max(1, config.seq_len // 2) :]
-        logits_bv = model(new_ids, cache=cache)[:, -1, :vocab_size].float()
-        draws_b = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-        new_ids = next_token(logits_bv, all_ids, draws_b.to(logits_bv.device), sampling)[:, None]
-        all_ids = torch.cat((all_ids, new_ids), dim=1)
-        tokens = new_ids[:, 0].tolist()
-        ended = [done or token in eos_ids for done, token in zip(ended, tokens, strict=True)]
-        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-        if all(ended):
-            return
-
-
-def next_token(logits_bv: Tensor, ids_bt: Tensor, draws_b: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The next id of each row, [B], from its logits [B, V], the ids before it, and a number drawn from [0, 1)."""
-    logits_bv = penalise_repetition(logits_bv, ids_bt, sampling.repetition_penalty)
+def next_token(logits_bv: Tensor, draws_b: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The next id of each row, [B], from its logits [B, V] (penalised already) and a number drawn from [0, 1)."""
     if sampling.temperature == GREEDY:
         return logits_bv.argmax(dim=-1)
     device = drawing_device(logits_bv.device)
     logits_bv = keep_top_k(logits_bv.to(device) / sampling.temperature, sampling.top_k)
-    return pick(keep_top_p(logits_bv.softmax(dim=-1), sampling.top_p), draws_b.to(device)).to(ids_bt.device)
+    probabilities_bv = logits_bv.softmax(dim=-1)
+    kept_bv = keep_min_p(keep_top_p(probabilities_bv, sampling.top_p), sampling.min_p)
+    return pick(kept_bv, draws_b.to(device)).to(logits_bv.device)
+
+
+def penalise(logits_v: Tensor, prompt: Sequence[int], generated: Sequence[int], sampling: SamplingConfig) -> Tensor:
+    """The logits [V] of one text under its three penalties: that of repetition knows the prompt too, OpenAI's do not."""
+    if sampling.repetition_penalty != 1.0:
+        ids_bt = torch.tensor([[*prompt, *generated]], device=logits_v.device)
+        logits_v = penalise_repetition(logits_v[None], ids_bt, sampling.repetition_penalty)[0]
+    if generated and (sampling.frequency_penalty or sampling.presence_penalty):
+        counts_v = torch.bincount(torch.tensor(generated), minlength=len(logits_v)).to(logits_v.device)
+        logits_v = logits_v - counts_v * sampling.frequency_penalty - (counts_v > 0) * sampling.presence_penalty
+    return logits_v
 
 
 def drawing_device(device: torch.device) -> torch.device:
@@ -142,30 +98,15 @@ def keep_top_p(probabilities_bv: Tensor, p: float) -> Tensor:
     return probabilities_bv.scatter(1, order, descending.masked_fill(unneeded, 0.0))
 
 
+def keep_min_p(probabilities_bv: Tensor, p: float) -> Tensor:
+    """0 for all tokens of each row with less than p times its largest probability; not normalised again."""
+    if p == 0.0:
+        return probabilities_bv
+    return probabilities_bv.masked_fill(probabilities_bv < p * probabilities_bv.amax(dim=-1, keepdim=True), 0.0)
+
+
 def pick(weights_bv: Tensor, draws_b: Tensor) -> Tensor:
     """For each row the id whose interval of the cumulated weights holds draw x total: id i has probability weight i / total."""
     cumulated = weights_bv.double().cumsum(dim=-1)
     index = torch.searchsorted(cumulated, draws_b[:, None] * cumulated[:, -1:], right=True)
     return index[:, 0].clamp(max=weights_bv.shape[-1] - 1)
-
-
-class StreamDecoder:
-    """Tokens to text, one at a time: a character is returned when its last byte is known; invalid UTF-8 becomes U+FFFD.
-
-    `at_start`: the tokens begin a document, so that a tokenizer's dummy prefix is left out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, at_start: bool = False) -> None:
-        self._pieces, self._drop_space = tokenizer.token_bytes(), at_start and tokenizer.dummy_prefix
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes, maybe none."""
-        piece = self._pieces[token]
-        if self._drop_space and piece:
-            piece, self._drop_space = piece.removeprefix(b" "), False
-        return self._decoder.decode(piece)
-
-    def finish(self) -> str:
-        """What is left: U+FFFD if the last character is incomplete."""
-        return self._decoder.decode(b"", final=True)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megagpt.config import Config
 from megagpt.model.attention import Mask, attend, attention_mask
+from megagpt.model.cache import Cache, KeyValues, ragged_mask
 from megagpt.model.loss import summed_loss_terms
 from megagpt.model.rope import RopeScaling, rope_table, rotate
 
@@ -94,25 +95,6 @@ class ModelConfig(Config):
         if self.mlp_size is not None:
             return self.mlp_size
         return 4 * self.hidden_size if self.family == "gpt2" else 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
-
-
-class KeyValues:
-    """Keys and values of the tokens one attention layer has seen, for generation: two [B, K, T, E] tensors that grow."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(self, keys_bkte: Tensor, values_bkte: Tensor) -> tuple[Tensor, Tensor]:
-        """Append along T; returns all keys and values so far."""
-        if self.keys is not None and self.values is not None:
-            keys_bkte = torch.cat((self.keys, keys_bkte), dim=2)
-            values_bkte = torch.cat((self.values, values_bkte), dim=2)
-        self.keys, self.values = keys_bkte, values_bkte
-        return keys_bkte, values_bkte
-
-    def __len__(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
 
 
 class Attention(nn.Module):
@@ -240,37 +222,46 @@ class GPT(nn.Module):
         ids: Tensor,
         targets: Tensor | None = None,
         doc_lengths: Tensor | None = None,
-        cache: list[KeyValues] | None = None,
+        cache: Cache | None = None,
+        first_slot: int = 0,
     ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = no loss) the SUMMED loss, an fp32 scalar in nats.
 
         doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents.
-        cache: one KeyValues per block, filled in place; ids are then the tokens that follow those in the cache, and the logits
-        are the last token's only, [B, 1, V].
+        cache: filled in place; the rows of ids are then the tokens that follow those in the cache's slots first_slot,
+        first_slot + 1, ..., and the logits are the last token's only, [B, 1, V].
 
         Raises ValueError for more tokens than seq_len, and for targets beside a cache.
         """
         if targets is not None and cache is not None:
             raise ValueError("targets beside a cache: only the last token's logits are computed")
-        start, length = (len(cache[0]) if cache else 0), ids.shape[1]
+        start, length = (cache.place(first_slot, *ids.shape, ids.device) if cache is not None else 0), ids.shape[1]
         if start + length > self.config.seq_len:
             raise ValueError(f"{start + length} tokens are more than seq_len={self.config.seq_len}")
+        ragged_bt = cache.positions_bt if cache is not None else None
         x_btd = self.embedding(ids)
         rope_2te = None
         if self.positions is not None:
-            x_btd = x_btd + self.positions(torch.arange(start, start + length, device=ids.device))
+            positions = torch.arange(start, start + length, device=ids.device) if ragged_bt is None else ragged_bt
+            x_btd = x_btd + self.positions(positions)
         else:
             config = self.config
-            rope_2te = rope_table(config.head_width, config.rope_theta, config.rope_scaling, start, length, ids.device)
-        blockwise = ids.is_cuda and not (self.training and self.config.dropout)
-        mask = attention_mask(start, length, doc_lengths, ids.device, blockwise=blockwise)
+            rope_2te = rope_table(
+                config.head_width, config.rope_theta, config.rope_scaling, start, length, ids.device, ragged_bt
+            )
+        if ragged_bt is None:
+            blockwise = ids.is_cuda and not (self.training and self.config.dropout)
+            mask = attention_mask(start, length, doc_lengths, ids.device, blockwise=blockwise)
+        else:
+            mask = ragged_mask(ragged_bt, start + length)
         x_btd = self.dropout(x_btd)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
                 x_btd = checkpoint(block, x_btd, rope_2te, mask, use_reentrant=False, context_fn=self.checkpoint_contexts)
             else:
-                x_btd = block(x_btd, rope_2te, mask, cache[i] if cache else None)
+                x_btd = block(x_btd, rope_2te, mask, cache.layers[i] if cache is not None else None)
         if cache is not None:
+            cache.advance(first_slot, *ids.shape)
             x_btd = x_btd[:, -1:]
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
 
@@ -279,9 +270,9 @@ class GPT(nn.Module):
         adds to it (`z_loss`). {} where it was the loss alone."""
         return dict(self.head.loss_terms)
 
-    def new_cache(self) -> list[KeyValues]:
-        """An empty cache for `forward(..., cache=)`."""
-        return [KeyValues() for _ in self.blocks]
+    def new_cache(self, num_slots: int, max_tokens: int | None = None) -> Cache:
+        """An empty cache for `forward(..., cache=)`, for that many sequences of `max_tokens` (None = seq_len) each."""
+        return Cache(len(self.blocks), num_slots, self.config.seq_len if max_tokens is None else max_tokens)
 
 
 def keep_products() -> Any:

@@ -69,13 +69,24 @@ RopeScaling: TypeAlias = Annotated[
 
 
 def rope_table(
-    head_size: int, theta: float, scaling: RopeScaling | None, start: int, length: int, device: torch.device
+    head_size: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    start: int,
+    length: int,
+    device: torch.device,
+    positions_bt: Tensor | None = None,
 ) -> Tensor:
-    """Cosines and sines [2, T, E/2], fp32, of the positions start .. start + length (arXiv 2104.09864, eq. 15)."""
+    """Cosines and sines [2, T, E/2], fp32, of the positions start .. start + length (arXiv 2104.09864, eq. 15).
+
+    With `positions_bt` [B, T] of those instead, [2, B, 1, T, E/2]: each row has its own, the same for all heads.
+    """
     frequencies, sharpness = rope_frequencies(head_size, theta, scaling, device)
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angles_te = torch.outer(positions, frequencies)
-    return torch.stack((angles_te.cos(), angles_te.sin())) * sharpness
+    if positions_bt is not None:
+        angles = positions_bt[:, None, :, None].float() * frequencies
+    else:
+        angles = torch.outer(torch.arange(start, start + length, device=device, dtype=torch.float32), frequencies)
+    return torch.stack((angles.cos(), angles.sin())) * sharpness
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> tuple[Tensor, float]:

@@ -32,7 +32,9 @@ from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
 from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode, validation_set
-from megagpt.generate.sampling import SamplingConfig, StreamDecoder, generate_ids
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import generate_ids
+from megagpt.generate.text_stream import StreamDecoder
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.metrics import interrupted_at, read_metrics
 from megagpt.monitor.monitor import Monitor

@@ -8,17 +8,19 @@ import torch
 
 from megagpt.checkpoint.load_model import LoadedModel
 from megagpt.convert.llama2c import load_llama2c
+from megagpt.generate.batch import Batch
 from megagpt.generate.sampling import (
     SamplingConfig,
-    StreamDecoder,
-    generate_ids,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     next_token,
+    penalise,
     penalise_repetition,
     pick,
-    stream_texts,
 )
+from megagpt.generate.streams import generate_ids, stream_texts
+from megagpt.generate.text_stream import StreamDecoder, TextStream
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tokenizer.plain_bytes import Bytes
 
@@ -62,6 +64,25 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
     assert penalise_repetition(logits, torch.tensor([[0, 1]]), 1.0) is logits
 
 
+@pytest.mark.parametrize(
+    ("p", "kept"), [(0.0, [0, 1, 2, 3]), (0.1, [0, 1, 2, 3]), (0.11, [0, 1, 3]), (0.5, [1, 3]), (1.0, [1])]
+)
+def test_min_p_is_a_share_of_the_largest(p: float, kept: list[int]) -> None:
+    result = keep_min_p(torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64), p)
+    assert result.nonzero()[:, 1].tolist() == kept
+
+
+def test_openai_s_penalties_count_what_was_generated_and_not_the_prompt() -> None:
+    logits, sampling = torch.tensor([1.0, 2.0, 3.0, 4.0]), SamplingConfig(frequency_penalty=0.5, presence_penalty=0.25)
+    # https://platform.openai.com/docs: mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence
+    assert penalise(logits, [0, 0], [1, 3, 3, 3], sampling).tolist() == [1.0, 1.25, 3.0, 2.25]
+    assert penalise(logits, [0, 0], [], sampling).tolist() == [1.0, 2.0, 3.0, 4.0]
+    negative = SamplingConfig(frequency_penalty=-2.0)
+    assert penalise(logits, [0], [1], negative).tolist() == [1.0, 4.0, 3.0, 4.0]
+    both = SamplingConfig(repetition_penalty=2.0, presence_penalty=1.0)
+    assert penalise(logits, [0], [1], both).tolist() == [0.5, 0.0, 3.0, 4.0]
+
+
 def test_pick_follows_the_weights() -> None:
     weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0])
     draws = torch.arange(0, 1, 1 / 400, dtype=torch.float64)
@@ -69,12 +90,12 @@ def test_pick_follows_the_weights() -> None:
     assert torch.bincount(picked, minlength=5).tolist() == [0, 100, 0, 200, 100]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}, {"min_p": 1.0}]
+)
 def test_settings_that_leave_one_token_take_the_likeliest(settings: dict[str, float]) -> None:
     logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(0))
-    tokens = next_token(
-        logits, torch.zeros(16, 1, dtype=torch.long), torch.rand(16).double(), SamplingConfig.model_validate(settings)
-    )
+    tokens = next_token(logits, torch.rand(16).double(), SamplingConfig.model_validate(settings))
     assert tokens.tolist() == logits.argmax(dim=-1).tolist()
 
 
@@ -82,7 +103,7 @@ def test_draws_have_the_models_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     draws = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sampling = SamplingConfig(temperature=0.5)
-    tokens = next_token(logits.expand(len(draws), -1), torch.zeros(len(draws), 1, dtype=torch.long), draws, sampling)
+    tokens = next_token(logits.expand(len(draws), -1), draws, sampling)
     found = torch.bincount(tokens, minlength=4) / len(draws)
     # The standard error of a share of 20,000 draws is at most 0.0035.
     torch.testing.assert_close(found, (logits[0] / 0.5).softmax(dim=0), rtol=0, atol=0.015)
@@ -161,13 +182,102 @@ def test_texts_of_prompts_of_different_lengths() -> None:
     model = loaded(small_gpt())
     prompts = ["ab", "", "cd", "efg"]
     sampling = SamplingConfig(max_tokens=12, temperature=1.0, stop_at_eot=False)
-    texts = [""] * 4
-    for row, piece in stream_texts(model, prompts, sampling):
-        texts[row] += piece
+    texts = texts_of(model, prompts, sampling)
     for row, prompt in enumerate(prompts):
         ids = Bytes().encode(prompt) or [256]
         tokens = ids_of(model.model, [ids], max_tokens=12, temperature=1.0, vocab_size=257, streams=[row])
         assert texts[row] == Bytes().decode(token for (token,) in tokens if token is not None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_texts_that_join_and_leave_are_those_generated_alone(family: str) -> None:
+    model = small_gpt(family)
+    prompts = [[5, 6, 7], list(range(20)), [9], [1, 2, 3, 4], [30, 31]]
+    limits = [6, 9, 25, 3, 12]
+    alone = [
+        [token for (token,) in ids_of(model, [prompt], max_tokens=limit, temperature=0.0)]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    batch = Batch(model, model.new_cache(3), 32, torch.device("cpu"), max_prompt_tokens=7)
+    waiting, found, ends = list(range(5)), {}, []
+    while waiting or batch.texts:
+        while waiting and len(batch.texts) < batch.num_slots:
+            i = waiting.pop(0)
+            found[batch.add(prompts[i], SamplingConfig(max_tokens=limits[i], temperature=0.0), stream=i)] = i
+        for drawn in batch.step():
+            if len(drawn.text.ids) - drawn.text.num_prompt == drawn.text.sampling.max_tokens:
+                batch.remove(drawn.text)
+                ends.append(found[drawn.text])
+    assert {i: text.ids[text.num_prompt :] for text, i in found.items()} == dict(enumerate(alone))
+    assert ends == [0, 3, 1, 4, 2]  # the long prompt is computed in three steps, and waits for nobody
+
+
+def test_the_cache_is_allocated_once() -> None:
+    model = small_gpt()
+    batch = Batch(model, model.new_cache(2), 32, torch.device("cpu"))
+    batch.add([1, 2], SamplingConfig())
+    batch.step()
+    stores = [store.data_ptr() for layer in batch.cache.layers for store in (layer.keys, layer.values) if store is not None]
+    batch.add([3], SamplingConfig(), stream=1)
+    for _ in range(60):
+        batch.step()
+    assert [s.data_ptr() for layer in batch.cache.layers for s in (layer.keys, layer.values) if s is not None] == stores
+    assert len(stores) == 4
+    with pytest.raises(ValueError, match="all 2 slots are taken"):
+        batch.add([3], SamplingConfig())
+
+
+def test_logprobs_are_of_the_model_s_own_distribution() -> None:
+    model = small_gpt()
+    batch = Batch(model, model.new_cache(1), 32, torch.device("cpu"), vocab_size=300)
+    batch.add([1, 2], SamplingConfig(temperature=0.0, frequency_penalty=2.0), num_logprobs=3)
+    (drawn,) = batch.step()
+    with torch.no_grad():
+        expected = model(torch.tensor([[1, 2]]))[0, -1, :300].log_softmax(dim=-1)
+    assert drawn.logprob is not None
+    assert drawn.logprob.token == drawn.token == int(expected.argmax())
+    # one forward with and one without a cache: other orders of fp32 sums
+    assert drawn.logprob.logprob == pytest.approx(float(expected.max()), abs=1e-5)
+    assert [i for i, _ in drawn.logprob.likeliest] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces"),
+    [
+        ("abcd", [], ["a", "b", "c", "d", ""]),
+        ("abcd", ["bc"], ["a", "", "", ""]),
+        ("abxbcd", ["bc"], ["a", "", "bx", "", "", ""]),
+        ("ababac", ["abac"], ["", "", "", "ab", "", "", ""]),
+        ("ab", ["abc"], ["", "", "ab"]),
+        ("é\n\nx", ["\n\n", "é!"], ["", "", "é", "", ""]),
+        ("xay", ["y", "a"], ["x", "", ""]),
+        ("xyz", ["z", "yz"], ["x", "", "", ""]),
+    ],
+)
+def test_nothing_of_a_stop_string_is_released(text: str, stop: list[str], pieces: list[str]) -> None:
+    stream, found = TextStream(StreamDecoder(Bytes()), stop), []
+    for byte in text.encode():
+        if not stream.stopped:
+            found.append(stream.push(byte))
+    assert [*found, stream.finish()] == pieces
+    assert stream.num_characters == len("".join(pieces))
+
+
+def test_stop_strings_end_only_their_own_text() -> None:
+    model = loaded(small_gpt())
+    sampling = SamplingConfig(max_tokens=40, temperature=1.0, stop_at_eot=False)
+    free = texts_of(model, ["ab", "c"], sampling)
+    stop = free[0][7:9]
+    ended = texts_of(model, ["ab", "c"], sampling.model_copy(update={"stop": (stop,)}))
+    assert stop not in free[1]
+    assert ended == [free[0][: free[0].index(stop)], free[1]]
+
+
+def texts_of(model: LoadedModel, prompts: list[str], sampling: SamplingConfig) -> list[str]:
+    texts = [""] * len(prompts)
+    for row, piece in stream_texts(model, prompts, sampling):
+        texts[row] += piece
+    return texts
 
 
 # A published model: 260K parameters, trained on TinyStories, and the text that its authors' own code gives.

@@ -137,7 +137,7 @@ def test_tokens_one_by_one_through_the_cache_give_the_same_logits(family: str) -
     _, model = small(family=family)
     with torch.no_grad():
         whole = model(ids())
-        cache = model.new_cache()
+        cache = model.new_cache(num_slots=2)
         parts = [model(ids()[:, :10], cache=cache)]
         parts += [model(ids()[:, t : t + 1], cache=cache) for t in range(10, 24)]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, 9:], atol=1e-5, rtol=1e-5)  # the last token's only
@@ -234,7 +234,7 @@ def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="25 tokens are more than seq_len=24"):
         model(ids(length=25))
     with pytest.raises(ValueError, match="targets beside a cache"):
-        model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), cache=model.new_cache())
+        model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), cache=model.new_cache(1))
 
 
 @pytest.mark.slow

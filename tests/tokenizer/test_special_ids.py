@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megagpt.config import UserError
-from megagpt.generate.sampling import SamplingConfig, StreamDecoder, generate_ids
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import generate_ids
+from megagpt.generate.text_stream import StreamDecoder
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tokenizer.base import prompt_ids
 from megagpt.tokenizer.open_tokenizer import open_tokenizer

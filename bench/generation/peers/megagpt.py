@@ -9,7 +9,8 @@ from statistics import median
 import torch
 
 from bench.training.clock import peak_resident_bytes
-from megagpt.generate.sampling import SamplingConfig, generate_ids
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import generate_ids
 from megagpt.model.gpt import GPT, ModelConfig
 
 
