@@ -1,7 +1,6 @@
 """How good a model is: validation loss, perplexity and bits per byte, and likelihoods of given texts for tasks with answers."""
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,12 @@ from megagpt.config import Config, UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.world import lone_world, pick_device
-from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
+from megagpt.evaluate.likelihood import text_scorer
 from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
 from megagpt.evaluate.results import keep_result
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
-from megagpt.tokenizer.base import prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +61,8 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     Raises UserError if run, checkpoint, shards or tasks are missing or do not fit, before the model is loaded where possible.
     """
     questions = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}
-    device = pick_device(config.device)
-    loaded = load_model(config.run_dir, config.step, device=str(device))
+    world = lone_world(pick_device(config.device))
+    loaded = load_model(config.run_dir, config.step, device=str(world.device))
     data_config = _data_config(config, loaded)
     datasets = _datasets(config, loaded, data_config)
     sources = evaluate_sources(
@@ -72,14 +70,16 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
         loaded.model,
         datasets,
         loaded.tokenizer,
-        lone_world(device),
+        world,
         micro_batch_size=config.micro_batch_size,
         max_samples=config.max_samples,
         document_mask=data_config.document_mask,
     )
     entropies = {name: unigram_entropy(dataset) for name, dataset in datasets.items()}
-    log_likelihood = _scorer(loaded, config.micro_batch_size)
-    tasks = {name: score_task(log_likelihood, items) for name, items in questions.items()}
+    scorer = text_scorer(
+        loaded.model, loaded.model_config, loaded.tokenizer, micro_batch_size=config.micro_batch_size, world=world
+    )
+    tasks = {name: score_task(scorer, items) for name, items in questions.items()}
     path = config.run_dir / "evaluations" / f"step_{loaded.step:08d}.json"
     result = Evaluation(path, loaded.step, combine(sources.values()), sources, entropies, tasks)
     measured = {
@@ -113,9 +113,11 @@ def describe(result: Evaluation) -> str:
             f"  {name:<20} loss {score.loss:.4f}{beaten}  perplexity {score.perplexity:.4g}{bits}  tokens {score.tokens:,}"
         )
     for name, task in result.tasks.items():
+        error = "" if task.standard_error is None else f" ± {task.standard_error:.3f}"
         lines.append(
-            f"  {name:<20} accuracy {task.accuracy:.3f} ± {task.standard_error:.3f} (per byte {task.accuracy_per_byte:.3f}, "
-            f"chance {task.chance:.3f}) of {task.questions:,} questions"
+            f"  {name:<20} accuracy {task.accuracy:.3f}{error} (per character {task.accuracy_per_character:.3f}, per byte "
+            f"{task.accuracy_per_byte:.3f}, chance {task.chance:.3f})  bits_per_byte {task.bits_per_byte:.4f}  of "
+            f"{task.questions:,} questions"
         )
     return "\n".join([*lines, f"written to {result.path}"])
 
@@ -128,25 +130,6 @@ def unigram_entropy(dataset: TokenDataset) -> float:
         counts += np.bincount(dataset.tokens(start, step), minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
-
-
-def _scorer(loaded: LoadedModel, micro_batch_size: int) -> Callable[[Sequence[tuple[str, str]]], list[tuple[float, bool]]]:
-    """(context, continuation) texts to (nats, is_greedy), for tasks.score_task."""
-    tokenizer, device = loaded.tokenizer, next(loaded.model.parameters()).device
-
-    def score(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        requests = [LikelihoodRequest(tuple(prompt_ids(tokenizer, a)), tuple(tokenizer.encode(b))) for a, b in pairs]
-        found = log_likelihoods(
-            loaded.model,
-            loaded.model_config,
-            requests,
-            eot_id=tokenizer.eot_id,
-            micro_batch_size=micro_batch_size,
-            device=device,
-        )
-        return [(likelihood.nats, likelihood.is_greedy) for likelihood in found]
-
-    return score
 
 
 def _data_config(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:

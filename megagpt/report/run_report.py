@@ -258,7 +258,7 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> str:
         (
             f"{found['step']:,}",
             name,
-            f"{task['accuracy']:.3f} ± {task['standard_error']:.3f}",
+            f"{task['accuracy']:.3f}" + ("" if task["standard_error"] is None else f" ± {task['standard_error']:.3f}"),
             f"{task['chance']:.3f}",
             _limit(found),
         )

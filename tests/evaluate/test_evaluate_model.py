@@ -23,7 +23,7 @@ from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine.base import Partition
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
-from megagpt.evaluate.likelihood import LikelihoodRequest, log_likelihoods
+from megagpt.evaluate.likelihood import Likelihood, LikelihoodRequest, encode_request, log_likelihoods
 from megagpt.evaluate.loss import Score, combine, evaluate_sources
 from megagpt.evaluate.results import read_results
 from megagpt.evaluate.tasks import Question, read_task, score_task
@@ -205,6 +205,19 @@ def test_likelihoods_equal_the_slow_ones_in_order(micro_batch_size: int) -> None
     assert found[-1].is_greedy
 
 
+def likelihoods_on_ranks(world: World) -> list[Likelihood]:
+    model = small_gpt().eval()
+    rng = np.random.default_rng(2)
+    requests = [LikelihoodRequest((*rng.integers(0, 300, 1 + i % 9).tolist(),), (i, i + 1)) for i in range(20)]
+    return log_likelihoods(model, model.config, requests, eot_id=256, micro_batch_size=3, world=world)
+
+
+@pytest.mark.slow
+def test_likelihoods_have_the_same_bits_on_two_ranks(tmp_path: Path) -> None:
+    alone = likelihoods_on_ranks(lone_world(CPU))
+    assert run_ranks(likelihoods_on_ranks, 2, tmp_path) == [alone, alone]
+
+
 def test_likelihoods_at_the_limits_of_the_context() -> None:
     model = small_gpt().eval()
     long = list(range(100))
@@ -241,10 +254,24 @@ def test_every_piece_of_a_long_continuation_must_be_greedy() -> None:
 @pytest.mark.parametrize(
     ("line", "question"),
     [
-        ({"context": "I see", "continuation": "you"}, Question((("I see", " you"),), 0)),
-        ({"query": "Q:\n", "choices": ["a", "b"], "gold": 1}, Question((("Q:\n", "a"), ("Q:\n", "b")), 1)),
-        ({"context_options": ["A", "B"], "continuation": "ran.", "gold": 1}, Question((("A", " ran."), ("B", " ran.")), 1)),
-        ({"sentence_good": "He is.", "sentence_bad": "He are."}, Question((("", "He is."), ("", "He are.")), 0)),
+        ({"context": "I see", "continuation": "you"}, Question((("I see", " you"),), 0, ("you",))),
+        ({"query": "Q:\n", "choices": ["a", "b"], "gold": 1}, Question((("Q:\n", "a"), ("Q:\n", "b")), 1, ("a", "b"))),
+        (
+            {"query": "Question: Why?\n", "choices": ["a", "b"], "gold": 1},
+            Question((("Question: Why?\nAnswer:", " a"), ("Question: Why?\nAnswer:", " b")), 1, ("a", "b")),
+        ),
+        (
+            {"query": "Question: Why?\nAnswer:", "choices": ["a"], "gold": 0},
+            Question((("Question: Why?\nAnswer:", " a"),), 0, ("a",)),
+        ),
+        (
+            {"context_options": ["A", "B"], "continuation": "ran.", "gold": 1},
+            Question((("A", " ran."), ("B", " ran.")), 1, ("ran.", "ran.")),
+        ),
+        (
+            {"sentence_good": "He is.", "sentence_bad": "He are."},
+            Question((("", "He is."), ("", "He are.")), 0, ("He is.", "He are.")),
+        ),
     ],
 )
 def test_kinds_of_questions(tmp_path: Path, line: dict[str, Any], question: Question) -> None:
@@ -271,17 +298,70 @@ def test_what_is_no_task_is_named(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_accuracy_counts() -> None:
-    table = {"aa": -1.0, "bbbb": -1.5, "c": -3.0, "d": -2.0, "e": -0.5}
+    table = {"aa": -1.0, "bbbb": -1.5, " c": -3.0, " ddd": -2.0, "e": -0.5, " éé": -2.0, " abc": -2.4}
     questions = [
-        Question((("", "aa"), ("", "bbbb")), 0),  # right by likelihood, wrong per byte
-        Question((("", "c"), ("", "d"), ("", "e")), 1),
-        Question((("", "e"),), 0),
+        Question((("", "aa"), ("", "bbbb")), 0, ("aa", "bbbb")),  # right by likelihood, wrong by length
+        Question((("x", " c"), ("x", " ddd")), 1, ("c", "ddd")),  # right either way
+        Question((("", "e"),), 0, ("e",)),
+        # Per character -1 against -0.8, per byte -0.5 against -0.8: the characters of é count once, the space never.
+        Question((("x", " éé"), ("x", " abc")), 0, ("éé", "abc")),
     ]
     result = score_task(lambda pairs: [(table[text], text == "e") for _, text in pairs], questions)
-    assert (result.questions, result.accuracy, result.accuracy_per_byte) == (3, 2 / 3, 1 / 3)
-    assert result.chance == pytest.approx((1 / 2 + 1 / 3) / 3)
-    assert result.loss_of_gold == pytest.approx((1.0 + 2.0 + 0.5) / 3)
-    assert result.standard_error == pytest.approx(math.sqrt(2 / 9 / 3))
+    assert (result.questions, result.accuracy, result.accuracy_per_character, result.accuracy_per_byte) == (4, 1.0, 0.5, 0.75)
+    assert result.chance == pytest.approx((1 / 2 + 1 / 2 + 1 / 2) / 4)
+    assert result.loss_of_gold == pytest.approx((1.0 + 2.0 + 0.5 + 2.0) / 4)
+    assert result.bits_per_byte == pytest.approx((1.0 + 2.0 + 0.5 + 2.0) / math.log(2) / (2 + 3 + 1 + 4))
+    assert result.standard_error == 0.0
+    assert result.standard_error_per_character == pytest.approx(math.sqrt(0.25 * 4 / 3 / 4))  # sqrt(p (1 - p) / (n - 1))
+    assert result.standard_error_per_byte == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert score_task(lambda pairs: [(-1.0, True)], questions[2:3]).standard_error is None
+
+
+class Merging(Bytes):
+    """Bytes whose "a b" and "ab" are one id each, as a byte-pair encoding may have it."""
+
+    def encode(self, text: str) -> list[int]:
+        return [*text.replace("a b", "\x01").replace("ab", "\x02").encode()]
+
+
+class Beginning(Merging):
+    bos_id = 3
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "context", "continuation", "expected"),
+    [
+        (Merging(), "xa", "yb", ("xa", "yb")),
+        (Merging(), "xa", " bc", ("xa", "c")),  # together x, "a b", c: cut behind as many ids as the context has alone
+        (Merging(), "x \n", "y", ("x", " \ny")),  # white space of the context goes over
+        (Merging(), "", "ab", ([256], "\x02")),
+        (Merging(), " ", "y", ([256], " y")),
+        (Beginning(), "", "xy", ([3], "xy")),
+        (Beginning(), "x", "y", ("\x03x", "y")),
+    ],
+)
+def test_context_and_continuation_are_encoded_together(
+    tokenizer: Tokenizer, context: str, continuation: str, expected: tuple[str | list[int], str]
+) -> None:
+    first, second = ((*part.encode(),) if isinstance(part, str) else tuple(part) for part in expected)
+    found = encode_request(tokenizer, context, continuation)
+    assert found == LikelihoodRequest(first, second)
+
+
+def test_a_continuation_that_adds_no_token_is_named() -> None:
+    with pytest.raises(UserError, match="continuation 'b' after 'xa' adds no token to the 2 before it"):
+        encode_request(Merging(), "xa", "b")
+
+
+def test_padding_of_the_vocabulary_gets_no_probability() -> None:
+    model = small_gpt().eval()
+    request = LikelihoodRequest((5, 6), (7,))
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6]]))[0, -1]
+    for vocab_size in (None, 300):
+        [found] = log_likelihoods(model, model.config, [request], eot_id=256, vocab_size=vocab_size)
+        assert found.nats == pytest.approx(float(logits[:vocab_size].log_softmax(-1)[7]), abs=1e-6)
+    assert log_likelihoods(model, model.config, [LikelihoodRequest((5,), ())], eot_id=256) == [Likelihood(0.0, True)]
 
 
 @pytest.mark.realdata
