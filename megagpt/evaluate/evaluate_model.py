@@ -110,7 +110,8 @@ def describe(result: Evaluation) -> str:
         bits = "" if score.bits_per_byte is None else f"  bits_per_byte {score.bits_per_byte:.4f}"
         beaten = "" if entropy is None else f"  (unigram entropy {entropy:.4f})"
         lines.append(
-            f"  {name:<20} loss {score.loss:.4f}{beaten}  perplexity {score.perplexity:.4g}{bits}  tokens {score.tokens:,}"
+            f"  {name:<20} loss {score.loss:.4f}{beaten}  perplexity {score.perplexity:.4g}{bits}  "
+            f"accuracy {score.accuracy:.4f}  tokens {score.tokens:,}"
         )
     for name, task in result.tasks.items():
         error = "" if task.standard_error is None else f" ± {task.standard_error:.3f}"

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte on validation data; what the training loop calls."""
+"""Loss, perplexity, bits per byte and token accuracy on validation data; what the training loop calls."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.loader import MicroBatch, eval_batches
 from megagpt.distributed.world import World
 from megagpt.files import sha256_file
+from megagpt.model.gpt import GPT
 from megagpt.tokenizer.base import Tokenizer, token_lengths
 
 
@@ -29,6 +30,8 @@ class Score:
     """Targets counted, end-of-text tokens included."""
     text_bytes: int
     """UTF-8 bytes of the text that the targets stand for (end-of-text tokens stand for none)."""
+    hits: int
+    """Targets that were the likeliest token."""
 
     @property
     def loss(self) -> float:
@@ -45,15 +48,20 @@ class Score:
         """Bits that the whole text takes, document ends included, per byte of text: comparable between tokenizers."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
 
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the likeliest token."""
+        return self.hits / self.tokens
+
     def summary(self) -> dict[str, float | int | None]:
-        """loss, perplexity, bits_per_byte, tokens, text_bytes: as metrics.jsonl and the tool's result have them."""
-        names = ("loss", "perplexity", "bits_per_byte", "tokens", "text_bytes")
+        """loss, perplexity, bits_per_byte, accuracy, tokens, text_bytes: as metrics.jsonl and the tool's result have them."""
+        names = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "text_bytes")
         return {name: getattr(self, name) for name in names}
 
 
 def evaluate_sources(
     model: Callable[..., Tensor],
-    module: nn.Module,
+    module: GPT,
     datasets: Mapping[str, TokenDataset],
     tokenizer: Tokenizer,
     world: World,
@@ -79,23 +87,26 @@ def evaluate_sources(
                 document_mask=document_mask,
                 token_lengths=lengths,
             )
-            scores[name] = evaluate(model, batches, world)
+            scores[name] = evaluate(model, module, batches, world)
     return scores
 
 
 @torch.no_grad()
-def evaluate(model: Callable[..., Tensor], batches: Iterable[MicroBatch], world: World) -> Score:
+def evaluate(model: Callable[..., Tensor], module: GPT, batches: Iterable[MicroBatch], world: World) -> Score:
     """Sum the loss over the batches of all ranks. The loss is summed in fp64 and fetched from the device once, at the end.
+    What a forward pass has hit is counted with its loss, chunk by chunk, and asked of `module`.
 
     Raises Stopped on all ranks before the next batch once one was told to stop, and what was wrong with a rank's data on all.
     """
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    hits = torch.zeros((), dtype=torch.int64, device=world.device)
     tokens = text_bytes = 0
     for batch in _together(batches, world):
         lengths = None if batch.doc_lengths is None else batch.doc_lengths.to(world.device)
         nats += model(batch.ids.to(world.device), batch.targets.to(world.device), lengths)
+        hits += module.loss_terms()["hits"]
         tokens, text_bytes = tokens + batch.num_targets, text_bytes + batch.num_bytes
-    return combine(Score(*sums) for sums in world.gather((float(nats), tokens, text_bytes)))
+    return combine(Score(*sums) for sums in world.gather((float(nats), tokens, text_bytes, int(hits))))
 
 
 def _together(batches: Iterable[MicroBatch], world: World) -> Iterator[MicroBatch]:
@@ -134,6 +145,7 @@ def combine(scores: Iterable[Score]) -> Score:
         math.fsum(score.nats for score in scores),
         sum(score.tokens for score in scores),
         sum(score.text_bytes for score in scores),
+        sum(score.hits for score in scores),
     )
 
 

@@ -118,7 +118,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 def _question(line: dict[str, Any]) -> Question:
     if "sentence_good" in line:
         choices = [line["sentence_good"], line["sentence_bad"]]
-        return Question(tuple(("", choice) for choice in choices), 0, tuple(choices))
+        return Question(tuple(_join("", choice) for choice in choices), 0, tuple(choices))
     if "context_options" in line:
         contexts, choices = line["context_options"], [line["continuation"]] * len(line["context_options"])
     elif "choices" in line:
@@ -138,5 +138,5 @@ def _prompt(query: str) -> str:
 
 
 def _join(context: str, continuation: str) -> tuple[str, str]:
-    """A space goes to the front of the continuation unless the context ends in white space."""
-    return (context, continuation) if not context or context[-1].isspace() else (context, f" {continuation}")
+    """A space goes to the front of the continuation, as lm-eval's target_delimiter, unless the context ends in white space."""
+    return (context, continuation) if context[-1:].isspace() else (context, f" {continuation}")

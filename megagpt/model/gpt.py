@@ -266,8 +266,8 @@ class GPT(nn.Module):
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
 
     def loss_terms(self) -> dict[str, Tensor]:
-        """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats, and what training
-        adds to it (`z_loss`). {} where it was the loss alone."""
+        """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats and what training
+        adds to it (`z_loss`), {} where it was the loss alone; under no_grad also `hits` (see loss.py)."""
         return dict(self.head.loss_terms)
 
     def new_cache(self, num_slots: int, max_tokens: int | None = None) -> Cache:

@@ -38,7 +38,8 @@ def summed_loss_terms(
     compiled: bool = False,
     chunk_elements: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `summed_cross_entropy` gives, and its terms without gradient: `loss` in nats and `z_loss`; {} without z-loss.
+    """What `summed_cross_entropy` gives, and its terms without gradient: with z-loss `loss` in nats and `z_loss`; where no
+    gradient is computed `hits`, the number of counted targets (int64) that are the likeliest token.
 
     `chunk_elements`: logits made at a time; None = CHUNK_ELEMENTS of the device.
     """
@@ -46,21 +47,25 @@ def summed_loss_terms(
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
     chunk = chunk_elements or (CHUNK_ELEMENTS_GPU if hidden_nd.is_cuda else CHUNK_ELEMENTS)
     results = _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, compiled, chunk)
-    total, nats, added = results  # type: ignore[misc]
-    return total, {"loss": nats, "z_loss": added} if z_loss else {}
+    total, nats, added, hits = results  # type: ignore[misc]
+    terms = {"loss": nats, "z_loss": added} if z_loss else {}
+    return total, terms if torch.is_grad_enabled() else {**terms, "hits": hits}
 
 
 def loss_and_gradient(
     logits_nv: Tensor, targets_n: Tensor, z_loss: float, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed loss, summed z-loss, the gradient of their sum with respect to the logits, in their dtype), computed in fp32;
-    `logits_nv` may be overwritten.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(summed loss, summed z-loss, hits, the gradient of the losses' sum with respect to the logits, in their dtype), computed
+    in fp32; `logits_nv` may be overwritten.
 
-    Without `wants_gradient` the last result means nothing.
+    Hits are counted without `wants_gradient` only, and the last result then means nothing.
     """
     counted_n1 = (targets_n != IGNORE)[:, None]
     index_n1 = targets_n.clamp(min=0)[:, None]
     values_nv = logits_nv.float()
+    hits = torch.zeros((), dtype=torch.int64, device=logits_nv.device)
+    if not wants_gradient:
+        hits = (logits_nv.argmax(dim=-1) == targets_n).sum()  # IGNORE is no id
     largest_n1 = values_nv.amax(dim=-1, keepdim=True)
     values_nv -= largest_n1
     target_n1 = values_nv.gather(1, index_n1)
@@ -77,11 +82,11 @@ def loss_and_gradient(
             values_nv = values_nv - hits_nv.to(values_nv.dtype)
         else:
             values_nv.scatter_add_(1, index_n1, -counted_n1.to(values_nv.dtype))
-    return nats, added, values_nv.to(logits_nv.dtype)
+    return nats, added, hits, values_nv.to(logits_nv.dtype)
 
 
 @cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return torch.compile(loss_and_gradient)
 
 
@@ -95,25 +100,26 @@ class _SummedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         compiled: bool,
         chunk_elements: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         between = _compiled() if compiled and hidden_nd.is_cuda else loss_and_gradient
         nats = added = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
+        hits = torch.zeros((), dtype=torch.int64, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
         grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants_grad else None
         chunk = max(1, chunk_elements // weight_vd.shape[0])
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
-            chunk_nats, chunk_added, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
-            nats, added = nats + chunk_nats, added + chunk_added
+            chunk_nats, chunk_added, chunk_hits, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
+            nats, added, hits = nats + chunk_nats, added + chunk_added, hits + chunk_hits
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[start : start + chunk] = grad @ weight_vd
                 grad_weight += grad.T @ hidden
             del grad  # else the next chunk's logits are made beside this one's gradient
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_vd.dtype))
-        ctx.mark_non_differentiable(nats, added)
-        return nats + added, nats, added
+        ctx.mark_non_differentiable(nats, added, hits)
+        return nats + added, nats, added, hits
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None, None]:

@@ -248,6 +248,7 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> str:
             f"{score['unigram_entropy']:.4f}",
             f"{score['perplexity']:.4g}",
             None if score["bits_per_byte"] is None else f"{score['bits_per_byte']:.4f}",
+            None if score.get("accuracy") is None else f"{score['accuracy']:.4f}",
             f"{score['tokens']:,}",
             _limit(found),
         )
@@ -265,8 +266,8 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> str:
         for found in evaluations
         for name, task in found["tasks"].items()
     ]
-    head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "tokens", "samples")
-    html = table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7)) if rows else ""
+    head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "token accuracy", "tokens", "samples")
+    html = table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7, 8)) if rows else ""
     head = ("step", "task", "accuracy", "chance", "samples")
     return html + (table(head, tasks, numbers=(0, 2, 3, 4)) if tasks else "")
 

@@ -22,6 +22,9 @@ from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine.base import Partition
+from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
+from megagpt.engine.optim import OptimConfig
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
 from megagpt.evaluate.likelihood import Likelihood, LikelihoodRequest, encode_request, log_likelihoods
 from megagpt.evaluate.loss import Score, combine, evaluate_sources
@@ -98,7 +101,7 @@ def run_dir(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slow_score(model: GPT, dataset: TokenDataset, tokenizer: Tokenizer, max_samples: int | None = None) -> Score:
     """Token by token: windows of 32 targets, each token but the very first a target once."""
     tokens = dataset.tokens(0, dataset.num_tokens).tolist()
-    nats, count, text = 0.0, 0, 0
+    nats, count, text, hits = 0.0, 0, 0, 0
     for start in range(0, len(tokens) - 1, 32)[:max_samples]:
         window = tokens[start : start + 33]
         with torch.no_grad():
@@ -106,7 +109,8 @@ def slow_score(model: GPT, dataset: TokenDataset, tokenizer: Tokenizer, max_samp
         for position, target in enumerate(window[1:]):
             nats -= float(log_p[position, target])
             count, text = count + 1, text + len(tokenizer.token_bytes()[target])
-    return Score(nats, count, text)
+            hits += int(log_p[position].argmax()) == target
+    return Score(nats, count, text, hits)
 
 
 @pytest.mark.parametrize(("micro_batch_size", "max_samples"), [(1, None), (3, None), (64, None), (4, 5)])
@@ -116,7 +120,9 @@ def test_scores_equal_the_slow_sum(source: Path, micro_batch_size: int, max_samp
     options = {"micro_batch_size": micro_batch_size, "max_samples": max_samples}
     found = evaluate_sources(model, model, {"toy": dataset}, Bytes(), lone_world(CPU), **options)["toy"]
     expected = slow_score(model, dataset, Bytes(), max_samples)
-    assert (found.tokens, found.text_bytes) == (expected.tokens, expected.text_bytes)
+    assert (found.tokens, found.text_bytes, found.hits) == (expected.tokens, expected.text_bytes, expected.hits)
+    assert found.hits > 0
+    assert found.accuracy == expected.hits / expected.tokens
     assert found.nats == pytest.approx(expected.nats, rel=1e-6)  # fp32 logits, other batch shapes
     assert found.perplexity == pytest.approx(math.exp(expected.nats / expected.tokens), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(expected.nats / math.log(2) / expected.text_bytes, rel=1e-6)
@@ -145,8 +151,28 @@ def test_ranks_share_the_work_and_agree(source: Path, tmp_path: Path) -> None:
     alone = scores_on_ranks(lone_world(CPU), source)
     first, second, third = run_ranks(scores_on_ranks, 3, tmp_path, source)
     assert first == second == third
-    assert (first.tokens, first.text_bytes) == (alone.tokens, alone.text_bytes)
+    assert (first.tokens, first.text_bytes, first.hits) == (alone.tokens, alone.text_bytes, alone.hits)
     assert first.nats == pytest.approx(alone.nats, rel=1e-12)  # the same batches, summed in another order in fp64
+
+
+def scores_on_engines(world: World, source: Path) -> list[Score]:
+    datasets, scores = {"toy": TokenDataset(source / "validation", seq_len=32)}, []
+    for engine in (DeepSpeedConfig(zero_stage=1), DeepSpeedConfig(zero_stage=3), FSDPConfig()):
+        config = small_gpt().config
+        built = build_engine(config, OptimConfig(), engine, world, precision="fp32", micro_batch_size=3)
+        draw_weights(built, config, seed=4)
+        options = {"micro_batch_size": 3}
+        scores.append(evaluate_sources(built.model, built.module, datasets, Bytes(), world, **options)["toy"])
+    return scores
+
+
+@pytest.mark.slow
+def test_every_engine_counts_what_the_model_hits(source: Path, tmp_path: Path) -> None:
+    alone = scores_on_ranks(lone_world(CPU), source)
+    for scores in run_ranks(scores_on_engines, 2, tmp_path, source):
+        for score in scores:
+            assert (score.hits, score.tokens) == (alone.hits, alone.tokens)
+            assert score.nats == pytest.approx(alone.nats, rel=1e-6)
 
 
 def test_dropout_and_z_loss_are_off_while_evaluating_and_back_afterwards(source: Path) -> None:
@@ -159,10 +185,10 @@ def test_dropout_and_z_loss_are_off_while_evaluating_and_back_afterwards(source:
 
 
 def test_scores_combine_by_tokens() -> None:
-    total = combine([Score(10.0, 4, 9), Score(2.0, 12, 3)])
-    assert (total.nats, total.tokens, total.text_bytes, total.loss) == (12.0, 16, 12, 0.75)
+    total = combine([Score(10.0, 4, 9, 3), Score(2.0, 12, 3, 5)])
+    assert (total.nats, total.tokens, total.text_bytes, total.loss, total.accuracy) == (12.0, 16, 12, 0.75, 0.5)
     assert total.bits_per_byte == pytest.approx(1 / math.log(2))
-    assert Score(1.0, 1, 0).bits_per_byte is None
+    assert Score(1.0, 1, 0, 0).bits_per_byte is None
 
 
 def test_unigram_entropy_by_hand(source: Path) -> None:
@@ -270,7 +296,7 @@ def test_every_piece_of_a_long_continuation_must_be_greedy() -> None:
         ),
         (
             {"sentence_good": "He is.", "sentence_bad": "He are."},
-            Question((("", "He is."), ("", "He are.")), 0, ("He is.", "He are.")),
+            Question((("", " He is."), ("", " He are.")), 0, ("He is.", "He are.")),
         ),
     ],
 )

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config import UserError, validate
+from megagpt.documents import IGNORE
 from megagpt.model import loss as loss_module
 from megagpt.model.attention import attend, attention_mask
 from megagpt.model.gpt import GPT, ModelConfig, initial_value, initialise
-from megagpt.model.loss import summed_cross_entropy
+from megagpt.model.loss import summed_cross_entropy, summed_loss_terms
 
 SMALL = {"vocab_size": 50, "seq_len": 24, "num_layers": 2, "num_heads": 4, "hidden_size": 32}
 
@@ -109,6 +110,19 @@ def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(whole, reference)
     for a, b in zip(torch.autograd.grad(reference * 3, (hidden, weight)), grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_hits_are_counted_without_gradients_in_chunks_and_only_where_a_target_counts() -> None:
+    hidden, weight = torch.randn(30, 8), torch.randn(50, 8)
+    likeliest = (hidden @ weight.T).argmax(-1)
+    targets = likeliest.clone()
+    targets[:7] = (likeliest[:7] + 1) % 50
+    targets[7:10] = IGNORE
+    for chunk_elements in (None, 50 * 4):
+        with torch.no_grad():
+            _, terms = summed_loss_terms(hidden, weight, targets, chunk_elements=chunk_elements)
+        assert terms["hits"].item() == 20
+    assert summed_loss_terms(hidden, weight, targets)[1] == {}
 
 
 def test_z_loss_counts_in_training_only() -> None:
