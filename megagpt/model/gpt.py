@@ -21,6 +21,7 @@ from megagpt.config import Config
 from megagpt.model.attention import Mask, attend, attention_mask
 from megagpt.model.cache import Cache, KeyValues, ragged_mask
 from megagpt.model.loss import summed_loss_terms
+from megagpt.model.positions import document_positions
 from megagpt.model.rope import RopeScaling, rope_table, rotate
 
 
@@ -227,7 +228,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = no loss) the SUMMED loss, an fp32 scalar in nats.
 
-        doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents.
+        doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents, and learned
+        positions count from the start of each.
         cache: filled in place; the rows of ids are then the tokens that follow those in the cache's slots first_slot,
         first_slot + 1, ..., and the logits are the last token's only, [B, 1, V].
 
@@ -242,8 +244,8 @@ class GPT(nn.Module):
         x_btd = self.embedding(ids)
         rope_2te = None
         if self.positions is not None:
-            positions = torch.arange(start, start + length, device=ids.device) if ragged_bt is None else ragged_bt
-            x_btd = x_btd + self.positions(positions)
+            places = torch.arange(start, start + length, device=ids.device) if ragged_bt is None else ragged_bt
+            x_btd = x_btd + self.positions(places if doc_lengths is None else document_positions(doc_lengths, length))
         else:
             config = self.config
             rope_2te = rope_table(

@@ -157,13 +157,15 @@ def test_tokens_one_by_one_through_the_cache_give_the_same_logits(family: str) -
         torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, 9:], atol=1e-5, rtol=1e-5)  # the last token's only
 
 
-def test_attention_does_not_cross_documents() -> None:
-    _, model = small()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_document_in_a_sample_gives_what_it_gives_alone(family: str) -> None:
+    _, model = small(family=family)
     lengths = torch.tensor([[10, 14, 0], [3, 3, 18]])
     with torch.no_grad():
         masked = model(ids(), doc_lengths=lengths)
-        alone = model(ids()[:1, 10:])  # rotary positions are relative, so a document of its own gives the same
+        alone = model(ids()[:1, 10:])  # rotary positions are relative, learned ones count from the document's start
         torch.testing.assert_close(masked[:1, 10:], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(masked[1:, 6:], model(ids()[1:, 6:]), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(masked[:1, 10:], model(ids())[:1, 10:], atol=1e-3)
 
 
