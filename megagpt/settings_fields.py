@@ -9,7 +9,9 @@ from typing import Any
 LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": [], "document_end_loss": True},
+    "DeepSpeedConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "ExtractConfig": {"comments": "drop", "markup": "text"},
+    "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "ModelConfig": {"head_size": None, "qkv_bias": False},
     "TrainConfig": {"if_running": "refuse", "device": "auto"},

@@ -139,6 +139,29 @@ class World:
     control: Any
     stop: StopRequest = field(default_factory=StopRequest)
     progress: Progress = field(default_factory=Progress)
+    cp_size: int = 1
+    """Ranks that hold parts of the same samples; see mesh.py, which also makes their group."""
+    cp_group: Any = None
+
+    @property
+    def dp_size(self) -> int:
+        """Groups that samples are dealt to."""
+        return self.size // self.cp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Number of this rank's group."""
+        return self.rank // self.cp_size
+
+    @property
+    def cp_rank(self) -> int:
+        """Which part of its group's samples this rank has."""
+        return self.rank % self.cp_size
+
+    @property
+    def counts(self) -> int:
+        """1 on one rank of each context-parallel group, 0 on the others: what is a sample's is counted once."""
+        return int(self.cp_rank == 0)
 
     def with_own_group(self) -> "World":
         """The same ranks with a gloo group of their own, for collectives in another thread."""

@@ -9,6 +9,7 @@ from megagpt.distributed.world import World
 from megagpt.engine.base import Engine
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
 from megagpt.engine.optim import OPTIMIZERS, OptimConfig
+from megagpt.model.context_parallel import ContextParallel, refuse_context_parallel
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initial_value
 
@@ -33,11 +34,16 @@ def build_engine(
     """
     refuse_unsupported(engine, optim, precision, canonical=canonical)
     refuse_float8(float8, model_config, precision, canonical=canonical)
+    refuse_shared_samples(engine, model_config, seq_len=None, canonical=canonical)
+    assert engine.context_parallel_size == world.cp_size, "the world's groups are not those of the settings"
 
     def make() -> GPT:
         model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
         if float8 != "none":
             use_float8(model.blocks, float8, emulate=world.device.type == "cpu")
+        if world.cp_size > 1:
+            method = engine.context_parallel_method
+            model.context_parallel = ContextParallel(method, world.cp_rank, world.cp_size, world.cp_group)
         model.head.compile_loss = compile_blocks
         for block in model.blocks if compile_blocks else ():
             block.compile()
@@ -67,6 +73,14 @@ def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Prec
         raise UserError(f"{name} with {stage}: it needs whole matrices, ZeRO cuts them; use engine.kind=fsdp or zero_stage=0")
     if optimizer.updates_in == "group" and engine.zero_stage == 3:
         raise UserError(f"{name} with {stage}: its step count is in the groups, which stage 3 empties; use 0 to 2 or fsdp")
+
+
+def refuse_shared_samples(engine: EngineConfig, model: ModelConfig, *, seq_len: int | None, canonical: bool) -> None:
+    """Raise UserError if the ranks of a context-parallel group cannot share samples of `seq_len` tokens (None: any)."""
+    size, method = engine.context_parallel_size, engine.context_parallel_method
+    seq_len = 2 * size if seq_len is None else seq_len
+    options = {"num_heads": model.num_heads, "seq_len": seq_len, "dropout": model.dropout}
+    refuse_context_parallel(size, method, canonical=canonical, **options)
 
 
 def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:

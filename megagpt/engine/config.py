@@ -5,6 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, Tag, model_validator
 
 from megagpt.config import Config, by_kind
+from megagpt.model.context_parallel import ContextParallelMethod
 
 ReduceType: TypeAlias = Literal["fp32", "bf16"]
 
@@ -34,6 +35,11 @@ class DeepSpeedConfig(Config):
     """Stage 3: keep the working weights in host memory too, except those in use (arXiv 2104.07857)."""
     reduce_dtype: ReduceType = "fp32"
     """The type in which gradients are added across ranks. bf16 halves the traffic and rounds the sums."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sample, every one holding a part of its tokens; divides the ranks and data.seq_len. 1 = off."""
+    context_parallel_method: ContextParallelMethod = "ulysses"
+    """ulysses: ranks exchange tokens for heads around attention (arXiv 2309.14509), num_heads is a multiple of the size.
+    gather: each rank gets the keys and values of all tokens (as in arXiv 2407.21783), any number of heads."""
     hpz_partition_size: int = Field(default=1, ge=1)
     """Stage 3: ranks that share a secondary copy of the weights, usually those of one node (arXiv 2306.10209); 1 = off."""
 
@@ -63,6 +69,11 @@ class FSDPConfig(Config):
     """Keep weights, gradients and optimizer states in host memory; the update runs there."""
     reduce_dtype: ReduceType = "fp32"
     """The type in which gradients are added across ranks. bf16 halves the traffic and rounds the sums."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sample, every one holding a part of its tokens; divides the ranks and data.seq_len. 1 = off."""
+    context_parallel_method: ContextParallelMethod = "ulysses"
+    """ulysses: ranks exchange tokens for heads around attention (arXiv 2309.14509), num_heads is a multiple of the size.
+    gather: each rank gets the keys and values of all tokens (as in arXiv 2407.21783), any number of heads."""
 
 
 EngineConfig: TypeAlias = Annotated[

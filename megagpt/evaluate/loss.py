@@ -81,8 +81,8 @@ def evaluate_sources(
             batches = eval_batches(
                 dataset,
                 micro_batch_size=micro_batch_size,
-                rank=world.rank,
-                size=world.size,
+                rank=world.dp_rank,
+                size=world.dp_size,
                 max_samples=max_samples,
                 document_mask=document_mask,
                 token_lengths=lengths,
@@ -106,7 +106,9 @@ def evaluate(model: Callable[..., Tensor], module: GPT, batches: Iterable[MicroB
         nats += model(batch.ids.to(world.device), batch.targets.to(world.device), lengths)
         hits += module.loss_terms()["hits"]
         tokens, text_bytes = tokens + batch.num_targets, text_bytes + batch.num_bytes
-    return combine(Score(*sums) for sums in world.gather((float(nats), tokens, text_bytes, int(hits))))
+    # The nats and hits are of this rank's part of the tokens.
+    sums = (float(nats), world.counts * tokens, world.counts * text_bytes, int(hits))
+    return combine(Score(*parts) for parts in world.gather(sums))
 
 
 def _together(batches: Iterable[MicroBatch], world: World) -> Iterator[MicroBatch]:

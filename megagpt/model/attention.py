@@ -29,28 +29,40 @@ def attend(q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor, mask: Mask, *, dropou
 
 
 def attention_mask(
-    start: int, length: int, doc_lengths: Tensor | None, device: torch.device, *, blockwise: bool = False
+    start: int,
+    length: int,
+    doc_lengths: Tensor | None,
+    device: torch.device,
+    *,
+    blockwise: bool = False,
+    rows: Tensor | None = None,
 ) -> Mask:
     """Where `length` tokens behind `start` others may look: [T, start + T], with documents [B, 1, T, T]; None = plain causal.
 
     `blockwise` with documents: a BlockMask instead (arXiv 2412.05496), which skips pairs of different documents and holds no
-    [T, T] array; it needs a GPU for the backward pass.
+    [T, T] array; it needs a GPU for the backward pass. `rows`: positions of the queries, where they are only some of the
+    tokens (`start` is 0): [B, 1, rows, T], or a BlockMask, with and without documents.
     """
-    if doc_lengths is None:
+    if doc_lengths is None and rows is None:
         if start == 0:
             return None
         return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(diagonal=start)
-    ends, positions = doc_lengths.cumsum(dim=1), torch.arange(length, device=device)
-    document = torch.searchsorted(ends, positions.expand(len(ends), -1).contiguous(), right=True)
+    positions = torch.arange(length, device=device)
+    rows = positions if rows is None else rows
+    if doc_lengths is None:
+        document = torch.zeros(1, length, dtype=torch.int64, device=device)
+    else:
+        ends = doc_lengths.cumsum(dim=1)
+        document = torch.searchsorted(ends, positions.expand(len(ends), -1).contiguous(), right=True)
     if blockwise:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (document[b, q] == document[b, k]) & (q >= k)
+            return (document[b, rows[q]] == document[b, k]) & (rows[q] >= k)
 
-        return create_block_mask(allowed, len(ends), None, length, length, device=str(device))
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+        return create_block_mask(allowed, len(document), None, len(rows), length, device=str(device))
+    causal = rows[:, None] >= positions
+    return ((document[:, rows, None] == document[:, None, :]) & causal)[:, None]
 
 
 @cache

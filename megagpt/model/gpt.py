@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from megagpt.config import Config
 from megagpt.model.attention import Mask, attend, attention_mask
 from megagpt.model.cache import Cache, KeyValues, ragged_mask
+from megagpt.model.context_parallel import ContextParallel, GroupMask, attend_in_group
 from megagpt.model.loss import summed_loss_terms
 from megagpt.model.positions import document_positions
 from megagpt.model.rope import RopeScaling, rope_table, rotate
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. `mask` as megagpt.model.attention has it; None = causal."""
+        """x [B, T, D] -> [B, T, D]. `mask` as megagpt.model.attention has it; None = causal. GroupMask: T / n tokens of it."""
         batch, length, _ = x_btd.shape
         q_bhte = self.query_norm(self.query(x_btd).view(batch, length, self.num_heads, self.head_size)).transpose(1, 2)
         k_bkte = self.key_norm(self.key(x_btd).view(batch, length, self.kv_heads, self.head_size)).transpose(1, 2)
@@ -124,7 +125,10 @@ class Attention(nn.Module):
             q_bhte, k_bkte = rotate(q_bhte, rope_2te), rotate(k_bkte, rope_2te)
         if cache is not None:
             k_bkte, v_bkte = cache.extend(k_bkte, v_bkte)
-        y_bhte = attend(q_bhte, k_bkte, v_bkte, mask, dropout=self.dropout if self.training else 0.0)
+        if isinstance(mask, GroupMask):
+            y_bhte = attend_in_group(q_bhte, k_bkte, v_bkte, mask)
+        else:
+            y_bhte = attend(q_bhte, k_bkte, v_bkte, mask, dropout=self.dropout if self.training else 0.0)
         return self.out(y_bhte.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_size))
 
 
@@ -205,6 +209,9 @@ class GPT(nn.Module):
     compute, and recomputes the rest.
     """
 
+    context_parallel: ContextParallel | None = None
+    """Of a model whose ranks share samples: with targets it takes its own tokens of them, and its loss is of these."""
+
     def __init__(self, config: ModelConfig, *, checkpoint_every: int = 0, checkpoint_selectively: bool = False) -> None:
         super().__init__()
         self.checkpoint_contexts = keep_products if checkpoint_selectively else noop_context_fn
@@ -237,25 +244,37 @@ class GPT(nn.Module):
         """
         if targets is not None and cache is not None:
             raise ValueError("targets beside a cache: only the last token's logits are computed")
-        start, length = (cache.place(first_slot, *ids.shape, ids.device) if cache is not None else 0), ids.shape[1]
+        start, length = (
+            (cache.place(first_slot, ids.shape[0], ids.shape[1], ids.device) if cache is not None else 0),
+            ids.shape[1],
+        )
         if start + length > self.config.seq_len:
             raise ValueError(f"{start + length} tokens are more than seq_len={self.config.seq_len}")
         ragged_bt = cache.positions_bt if cache is not None else None
+        config, blockwise, across = self.config, ids.is_cuda and not (self.training and self.config.dropout), None
+        runs = [(start, length)]
+        if self.context_parallel is not None and targets is not None:
+            across = self.context_parallel
+            runs, ids, targets = across.runs(length), across.of(ids), across.of(targets)
         x_btd = self.embedding(ids)
         rope_2te = None
         if self.positions is not None:
-            places = torch.arange(start, start + length, device=ids.device) if ragged_bt is None else ragged_bt
-            x_btd = x_btd + self.positions(places if doc_lengths is None else document_positions(doc_lengths, length))
+            if doc_lengths is not None:
+                places = document_positions(doc_lengths, length)
+                places = places if across is None else across.of(places)
+            elif ragged_bt is not None:
+                places = ragged_bt
+            else:
+                places = _joined([torch.arange(s, s + n, device=ids.device) for s, n in runs], dim=0)
+            x_btd = x_btd + self.positions(places)
         else:
-            config = self.config
-            rope_2te = rope_table(
-                config.head_width, config.rope_theta, config.rope_scaling, start, length, ids.device, ragged_bt
-            )
-        if ragged_bt is None:
-            blockwise = ids.is_cuda and not (self.training and self.config.dropout)
-            mask = attention_mask(start, length, doc_lengths, ids.device, blockwise=blockwise)
+            scaled = config.head_width, config.rope_theta, config.rope_scaling
+            rope_2te = _joined([rope_table(*scaled, s, n, ids.device, ragged_bt) for s, n in runs], dim=1)
+        if ragged_bt is not None:
+            mask: Mask | GroupMask | None = ragged_mask(ragged_bt, start + length)
         else:
-            mask = ragged_mask(ragged_bt, start + length)
+            mask_of = partial(attention_mask, start) if across is None else across.mask
+            mask = mask_of(length, doc_lengths, ids.device, blockwise=blockwise)
         x_btd = self.dropout(x_btd)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
@@ -313,6 +332,10 @@ def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) 
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _norm_of(config: ModelConfig) -> Callable[[], nn.Module]:

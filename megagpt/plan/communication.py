@@ -4,14 +4,15 @@ Bytes are those of the whole buffer (the larger of a collective's input and outp
 receives (R - 1) / R of them, twice that for an all-reduce.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
 from megagpt.plan.memory_zero import gathered_per_micro_batch
-from megagpt.plan.timeline import Job, shapes_of, shard_elements, units_of, width_of
+from megagpt.plan.timeline import Job, checkpointing_of, shapes_of, shard_elements, units_of, width_of
 
-Collective = Literal["all-gather", "reduce-scatter", "all-reduce"]
+Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ def step_traffic(job: Job) -> list[Traffic]:
     if job.ranks == 1:
         return []
     traffic = _fsdp(job, job.engine) if isinstance(job.engine, FSDPConfig) else _zero(job, job.engine)
+    traffic.append(_shared_samples(job))
     return [item for item in traffic if item.bytes and item.ranks > 1]
 
 
@@ -77,6 +79,23 @@ def _zero(job: Job, engine: DeepSpeedConfig) -> list[Traffic]:
         *([near] if group > 1 else []),
         Traffic("reduce-scatter", "gradients", reduce_width * numel * job.accumulation, job.ranks),
     ]
+
+
+def _shared_samples(job: Job) -> Traffic:
+    """What the ranks of a context-parallel group exchange around attention: in the forward pass, again where it is recomputed,
+    and as many gradients. `job.seq_len` is a rank's part of the tokens."""
+    engine, model = job.engine, job.model
+    size = engine.context_parallel_size
+    if size == 1:
+        return Traffic("all-to-all", "attention", 0, 1)
+    if engine.context_parallel_method == "ulysses":  # queries and outputs; keys and values, repeated to a multiple of the ranks
+        heads = 2 * model.num_heads + 2 * math.lcm(model.kv_heads, size)
+    else:  # the keys and values of all tokens
+        heads = 2 * model.kv_heads * size
+    recomputed = len([number for number in range(model.num_layers) if checkpointing_of(job, number) != "none"])
+    times = 2 * model.num_layers + recomputed
+    elements = job.micro_batch_size * job.seq_len * heads * model.head_width
+    return Traffic("all-to-all", "attention", width_of(job) * elements * times * job.accumulation, size, "near")
 
 
 def traffic_seconds(traffic: list[Traffic], *, gpus_per_node: int, node_bandwidth: float, network_bandwidth: float) -> float:

@@ -23,6 +23,7 @@ COLLECTIVES = {
     "_reduce_scatter_base_": "reduce-scatter",
     "reduce_scatter_": "reduce-scatter",
     "allreduce_": "all-reduce",
+    "all_to_all_single": "all-to-all",
 }
 """torch's names of the operations, and what they are."""
 
@@ -84,7 +85,7 @@ class CollectiveCounter(TorchDispatchMode):
             return NotImplemented  # DTensor runs first, its local operations come here
         result = func(*args, **(kwargs or {}))
         namespace, _, name = func.overloadpacket._qualified_op_name.partition("::")
-        if namespace == "c10d":
+        if namespace == "c10d" or name == "all_to_all_single":
             sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             if sum(sizes) > 1024:  # not norms and counters
                 self.bytes[COLLECTIVES.get(name) or str(name)] += max(sizes)

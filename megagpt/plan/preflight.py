@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megagpt.config import UserError
 from megagpt.data.open_data import open_data
-from megagpt.engine.build import refuse_unsupported
+from megagpt.engine.build import refuse_shared_samples, refuse_unsupported
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.model.float8 import refuse_float8
 from megagpt.plan.run_plan import Cluster, PlanConfig, RunPlan
@@ -29,7 +29,7 @@ def preflight_job(config: PlanConfig, cluster: Cluster, plan: RunPlan | UserErro
     run = config.train_config()
     checks: list[Callable[[], Iterator[str]]] = [
         lambda: _settings(run),
-        lambda: _batches(run, cluster.gpus),
+        lambda: _batches(run, max(1, cluster.gpus // run.engine.context_parallel_size)),
         lambda: _schedule(run),
         lambda: _data(run),
         lambda: _sbatch(config, cluster),
@@ -44,7 +44,9 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     canonical = config.determinism == "canonical"
     try:
         refuse_unsupported(config.engine, config.optim, config.precision, canonical=canonical)
-        refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=config.data.seq_len)
+        refuse_shared_samples(config.engine, config.model, seq_len=config.data.seq_len, canonical=canonical)
+        tokens = config.data.seq_len // config.engine.context_parallel_size
+        refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=tokens)
     except UserError as error:
         yield str(error)
     engine = config.engine
@@ -56,9 +58,8 @@ def _settings(config: TrainConfig) -> Iterator[str]:
 
 
 def _batches(config: TrainConfig, ranks: int) -> Iterator[str]:
-    sizes = [("global_batch_size", config.global_batch_size)]
-    sizes += [(f"batch_warmup until step {p.until_step}: global_batch_size", p.global_batch_size) for p in config.batch_warmup]
-    for name, size in sizes:
+    """`ranks` get other samples; with context parallelism they are groups, and all the ranks of one wait."""
+    for name, size in config.batch_sizes():
         micro_batches = -(-size // config.micro_batch_size)
         if micro_batches < ranks:
             yield (

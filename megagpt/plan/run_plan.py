@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from megagpt.config import UserError
+from megagpt.distributed.mesh import refuse_groups
 from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
 from megagpt.model.flops import FlopsPerToken, flops_per_token
 from megagpt.plan.communication import Traffic, step_traffic, traffic_seconds
@@ -139,6 +140,8 @@ def job_of(config: TrainConfig, ranks: int, global_batch_size: int | None = None
         raise UserError(f"engine.shard_size={engine.shard_size} does not divide the {ranks} ranks")
     if isinstance(engine, DeepSpeedConfig) and ranks % engine.hpz_partition_size:
         raise UserError(f"engine.hpz_partition_size={engine.hpz_partition_size} does not divide the {ranks} ranks")
+    refuse_groups(ranks, engine.context_parallel_size)
+    groups = ranks // engine.context_parallel_size
     micro_batches = -(-(global_batch_size or config.global_batch_size) // config.micro_batch_size)
     return Job(
         config.model,
@@ -146,9 +149,9 @@ def job_of(config: TrainConfig, ranks: int, global_batch_size: int | None = None
         config.optim,
         config.precision,
         config.micro_batch_size,
-        config.data.seq_len,
+        config.data.seq_len // engine.context_parallel_size,
         ranks,
-        accumulation=-(-micro_batches // ranks),
+        accumulation=-(-micro_batches // groups),
         checkpoint_every=config.checkpoint_every,
         checkpoint_selectively=config.activation_checkpointing == "selective",
         documents=config.data.document_mask,
@@ -193,6 +196,9 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
         notes += _time_notes(config, cluster, efficiency.max_gpus, efficiency.float8_speedup)
     if config.optim.kind == "muon":
         notes.append("memory: the whole matrices that Muon orthogonalises one by one are not counted")
+    if config.engine.context_parallel_size > 1:
+        notes.append("memory: what ranks that share samples exchange around attention is in buffers that are not counted")
+        notes.append("time: no published runs with context parallelism are known; its traffic counts as all other")
     if config.determinism == "canonical":
         notes.append("determinism=canonical reduces every micro-batch by itself: its buffers and time are not counted")
     if config.compile:

@@ -37,6 +37,7 @@ class Job:
     precision: Precision
     micro_batch_size: int
     seq_len: int
+    """Tokens of a sample that a rank has: with context parallelism its part of them."""
     ranks: int
     accumulation: int = 1
     checkpoint_every: int = 0

@@ -377,7 +377,8 @@ def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:
     size, width = start["world_size"], start["config"]["micro_batch_size"]
     if rank >= size:
         raise UserError(f"rank={rank}: step {entry.step} was made by ranks 0 to {size - 1}")
-    return [index for i, index in enumerate(indices) if i // width % size == rank]
+    shared = start["config"].get("engine", {}).get("context_parallel_size", 1)  # ranks that had parts of the same samples
+    return [index for i, index in enumerate(indices) if i // width % (size // shared) == rank // shared]
 
 
 def _end(entries: Sequence[Entry]) -> int:

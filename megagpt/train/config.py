@@ -137,6 +137,12 @@ class TrainConfig(Config):
         sizes = (phase.global_batch_size for phase in self.batch_warmup if step < phase.until_step)
         return next(sizes, self.global_batch_size)
 
+    def batch_sizes(self) -> list[tuple[str, int]]:
+        """(setting, samples per step) of every batch size of the run."""
+        name, phases = "global_batch_size", self.batch_warmup
+        warmup = [(f"batch_warmup until step {phase.until_step}: {name}", phase.global_batch_size) for phase in phases]
+        return [(name, self.global_batch_size), *warmup]
+
     def num_samples(self) -> int:
         """Samples of the whole run."""
         samples = start = 0

@@ -26,6 +26,7 @@ from megagpt.data.sample_hash import HASH_MASK
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.data.state import TrainState, sample_indices
 from megagpt.distributed.determinism import make_deterministic
+from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import Stopped, StopRequest, World, abort_world, close_world, init_world
 from megagpt.engine.base import Engine
 from megagpt.engine.build import build_engine, draw_weights
@@ -80,6 +81,7 @@ def train(config: TrainConfig) -> int:
     stop.install()
     stop.end_at_once()
     world = init_world(stop=stop, wanted_device=config.device)
+    world = with_context_parallel(world, config.engine.context_parallel_size)
     monitor = watchdog = owned = None
     try:
         owned = take_run(config.run_dir, world, config.if_running)
@@ -137,8 +139,8 @@ def loop(run: Run, state: TrainState) -> int:
         run.data.train,
         global_batch_size=config.batch_size_at,
         micro_batch_size=config.micro_batch_size,
-        rank=world.rank,
-        size=world.size,
+        rank=world.dp_rank,
+        size=world.dp_size,
         document_mask=config.data.document_mask,
     )
     ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
@@ -151,7 +153,8 @@ def loop(run: Run, state: TrainState) -> int:
             with monitor.clock("data_wait"):
                 batches = loader.step(state)  # pure in TrainState: a rewind is only another state
             stop = bool(world.stop.signal_name)
-            num_targets, stopping, fed_hash = world.sum([batches.num_targets, stop, batches.fed_hash])
+            counts = [world.counts * batches.num_targets, world.counts * batches.fed_hash]
+            num_targets, fed_hash, stopping = world.sum([*counts, stop])
             if stopping:
                 break
 

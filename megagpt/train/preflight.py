@@ -18,8 +18,9 @@ from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
 from megagpt.data.open_data import Data
 from megagpt.data.state import TrainState
+from megagpt.distributed.mesh import refuse_groups, refuse_idle_groups
 from megagpt.distributed.world import World, place_from_environment, utc_now
-from megagpt.engine.build import refuse_unsupported, whole_shapes
+from megagpt.engine.build import refuse_shared_samples, refuse_unsupported, whole_shapes
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.engine.dtypes import declared_formats
 from megagpt.engine.optim import STATES
@@ -49,7 +50,13 @@ def check_run(config: TrainConfig, data: Data) -> None:
     """Raise UserError unless tokenizer, model, engine, disk and run_dir fit together; log what follows from the settings."""
     canonical = config.determinism == "canonical"
     refuse_unsupported(config.engine, config.optim, config.precision, canonical=canonical)
-    refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=config.data.seq_len)
+    ranks = place_from_environment(dict(os.environ)).size
+    if ranks > 1 or not config.check:  # check=true on one process may be for a run on many
+        refuse_groups(ranks, config.engine.context_parallel_size)
+        refuse_idle_groups(ranks, config.engine.context_parallel_size, config.batch_sizes(), config.micro_batch_size)
+    refuse_shared_samples(config.engine, config.model, seq_len=config.data.seq_len, canonical=canonical)
+    tokens = config.data.seq_len // config.engine.context_parallel_size
+    refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=tokens)
     refuse_compiled_dropout(config, torch.__version__, on_gpu=torch.cuda.is_available())
     check_wandb(config.monitor)
     if data.vocab_size > config.model.vocab_size:

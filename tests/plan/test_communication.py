@@ -1,5 +1,6 @@
 """Planned traffic against the collectives that real engines run on gloo."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from ranks import run_ranks
 
+from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import World
 from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.config import EngineConfig, FSDPConfig
@@ -26,6 +28,11 @@ CELLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"kind": "deepspeed", "zero_stage": 1}, {"precision": "bf16", "accumulation": 2}),
     ({"kind": "deepspeed", "zero_stage": 2}, {"precision": "fp32", "accumulation": 1}),
     ({"kind": "deepspeed", "zero_stage": 3, "stage3_persistence_elements": 0}, {"precision": "bf16", "accumulation": 1}),
+    ({"kind": "fsdp", "context_parallel_size": 2}, {"precision": "bf16", "accumulation": 2}),
+    (
+        {"kind": "fsdp", "context_parallel_size": 4, "context_parallel_method": "gather"},
+        {"precision": "fp32", "accumulation": 1, "checkpoint_every": 2},
+    ),
 ]
 
 
@@ -36,7 +43,10 @@ def engine_of(values: dict[str, Any]) -> EngineConfig:
 def count_cells(world: World) -> list[dict[str, int]]:
     counts, ids = [], torch.zeros(1, MODEL.seq_len, dtype=torch.long)
     for values, run in CELLS:
-        engine = build_engine(MODEL, OptimConfig(), engine_of(values), world, precision=run["precision"], micro_batch_size=1)
+        config = engine_of(values)
+        shared = with_context_parallel(world, config.context_parallel_size)
+        options = {key: run[key] for key in ("precision", "checkpoint_every") if key in run}
+        engine = build_engine(MODEL, OptimConfig(), config, shared, micro_batch_size=1, **options)
         draw_weights(engine, MODEL, 0)
         for _ in range(3):
             with CollectiveCounter() as counter:
@@ -51,7 +61,10 @@ def count_cells(world: World) -> list[dict[str, int]]:
 def test_bytes_equal_what_is_counted_on_gloo(tmp_path: Path) -> None:
     counted = run_ranks(count_cells, 4, tmp_path, timeout_seconds=1800)[0]
     for (values, run), found in zip(CELLS, counted, strict=True):
-        job = Job(MODEL, engine_of(values), OptimConfig(), run["precision"], 1, MODEL.seq_len, 4, run["accumulation"])
+        config = engine_of(values)
+        tokens = MODEL.seq_len // config.context_parallel_size
+        job = Job(MODEL, config, OptimConfig(), run["precision"], 1, tokens, 4, run["accumulation"])
+        job = replace(job, checkpoint_every=run.get("checkpoint_every", 0))
         planned: dict[str, int] = {}
         for item in step_traffic(job):
             planned[item.collective] = planned.get(item.collective, 0) + item.bytes

@@ -26,6 +26,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"gpus": 2, "engine": {"kind": "fsdp", "shard_size": 3}},
         "engine.shard_size=3 does not divide the 2 ranks",
     ),
+    "context-parallel groups that do not divide": (
+        {"gpus": 3, "engine": {"context_parallel_size": 2}, "model.dropout": 0.0},
+        "engine.context_parallel_size=2 does not divide the 3 ranks",
+    ),
+    "more ranks that share samples than heads": (
+        {"gpus": 4, "engine": {"kind": "fsdp", "context_parallel_size": 4}, "model.dropout": 0.0},
+        "engine.context_parallel_method=gather takes any number of heads",
+    ),
     "a warm-up that never ends": ({"optim": {"schedule": {"warmup_steps": 5000}}}, "the run would end in its warm-up"),
     "a run without checkpoints": ({"save_every_steps": 100_000}, "a failure loses the whole run"),
     "a vocabulary that is too small": ({"model.vocab_size": 100}, "set it to 320"),

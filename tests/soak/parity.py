@@ -55,7 +55,7 @@ from megagpt.engine.build import draw_weights, whole_shapes  # noqa: E402
 from megagpt.engine.config import Precision  # noqa: E402
 from megagpt.engine.optim import OptimConfig, build_optimizer, lr_at, parameter_groups  # noqa: E402
 from megagpt.measurement import RESULTS, write_results  # noqa: E402
-from megagpt.model.gpt import GPT, initialise  # noqa: E402
+from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402
 
 MICRO_BATCH_SIZES = (2, 3, 5)
 CANONICAL = ("zero1", "fsdp", "fsdp_kept")
@@ -168,10 +168,10 @@ def run_cells(
     return outcomes
 
 
-def whole_weights(engine: Engine, world: World) -> Weights:
+def whole_weights(engine: Engine, world: World, model: ModelConfig = MODEL) -> Weights:
     """The fp32 weights of all ranks put together, on every rank."""
     mine = {key: (partition.start, partition.data) for key, partition in engine.state().items() if key.startswith("param.")}
-    whole = {name: torch.full((shape.numel(),), float("nan")) for name, shape in whole_shapes(MODEL).items()}
+    whole = {name: torch.full((shape.numel(),), float("nan")) for name, shape in whole_shapes(model).items()}
     for part in world.gather(mine):
         for key, (start, data) in part.items():
             whole[key.removeprefix("param.")][start : start + len(data)] = data

@@ -14,6 +14,7 @@ from megagpt.engine.base import Engine
 from megagpt.engine.build import build_engine
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
 from megagpt.engine.optim import OptimConfig, ScheduleConfig, lr_at
+from megagpt.model.context_parallel import ContextParallelMethod
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
 
@@ -31,7 +32,8 @@ WHOLE_MATRICES = ("zero0", "fsdp", "fsdp_kept", "fsdp_offload", "hsdp")
 
 
 class ToyDataset:
-    """Arithmetic sequences modulo the vocabulary with some tokens replaced; of some samples the first targets are masked."""
+    """Arithmetic sequences modulo the vocabulary with some tokens replaced; of some samples the first targets are masked. Each
+    is three documents, for who looks at their lengths."""
 
     def __len__(self) -> int:
         return 1 << 30
@@ -43,7 +45,8 @@ class ToyDataset:
         tokens = np.where(rng.random(length + 1) < 0.1, rng.integers(MODEL.vocab_size, size=length + 1), tokens)
         targets = tokens[1:].copy()
         targets[: 3 * (index % 5)] = IGNORE
-        return Sample(tokens[:-1], targets, np.array([length], np.int32))
+        ends = np.sort(rng.choice(np.arange(1, length), 2, replace=False))
+        return Sample(tokens[:-1], targets, np.diff(ends, prepend=0, append=length).astype(np.int32))
 
 
 DATASET = ToyDataset()
@@ -61,8 +64,14 @@ def variations_on(size: int) -> list[str]:
     return [*names, "zero3_hpz"] if size % 2 == 0 else names
 
 
-def engine_config(name: str, size: int) -> EngineConfig:
-    """Its settings on `size` ranks. ZeRO 3 shards everything; HSDP is pairs on an even number of ranks, else copies."""
+def engine_config(name: str, world: World, method: ContextParallelMethod = "ulysses") -> EngineConfig:
+    """Its settings on these ranks, in the groups that the world has."""
+    shared = {"context_parallel_size": world.cp_size, "context_parallel_method": method}
+    return _engine_config(name, world.size).model_copy(update=shared)
+
+
+def _engine_config(name: str, size: int) -> EngineConfig:
+    """ZeRO 3 shards everything; HSDP is pairs on an even number of ranks, else copies."""
     if name.startswith("zero"):
         values: dict[str, Any] = {"zero_stage": int(name[4]), "stage3_persistence_elements": 0}
         if name.endswith("_offload"):
@@ -86,12 +95,13 @@ def make_engine(
     compile_blocks: bool = False,
     canonical: bool = False,
     float8: Float8 = "none",
+    method: ContextParallelMethod = "ulysses",
 ) -> Engine:
     """The engine of that name on the toy model."""
     return build_engine(
         model,
         optim,
-        engine_config(name, world.size),
+        engine_config(name, world, method),
         world,
         precision=precision,
         micro_batch_size=micro_batch_size,
@@ -109,15 +119,23 @@ def at_step(step: int) -> TrainState:
 
 
 def train_steps(
-    engine: Engine, world: World, steps: range, optim: OptimConfig = ADAMW, micro_batch_size: int = MICRO_BATCH_SIZE
+    engine: Engine,
+    world: World,
+    steps: range,
+    optim: OptimConfig = ADAMW,
+    micro_batch_size: int = MICRO_BATCH_SIZE,
+    *,
+    document_mask: bool = False,
 ) -> list[float]:
     """Losses of the steps, on every rank."""
-    losses, layout = [], {"micro_batch_size": micro_batch_size, "rank": world.rank, "size": world.size}
+    losses = []
+    layout: dict[str, Any] = {"micro_batch_size": micro_batch_size, "rank": world.dp_rank, "size": world.dp_size}
+    layout |= {"global_batch_size": GLOBAL_BATCH_SIZE, "document_mask": document_mask}
     for step in steps:
-        batches = step_batches(DATASET, at_step(step), global_batch_size=GLOBAL_BATCH_SIZE, **layout)
-        (num_targets,), loss = world.sum([batches.num_targets]), torch.zeros(())
+        batches = step_batches(DATASET, at_step(step), **layout)
+        (num_targets,), loss = world.sum([world.counts * batches.num_targets]), torch.zeros(())
         for i, batch in enumerate(batches.micro_batches):
-            micro_loss = engine.model(batch.ids, batch.targets) / num_targets
+            micro_loss = engine.model(batch.ids, batch.targets, batch.doc_lengths) / num_targets
             engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
             loss += micro_loss.detach()
         result = engine.step(lr_at(optim, step, MAX_STEPS), optim.max_grad_norm)
