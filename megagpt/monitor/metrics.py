@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +52,55 @@ def read_metrics(run_dir: Path) -> Metrics:
     """
     path = run_dir / METRICS_FILE
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: not the directory of a run that has started") from None
-    rows, torn = [], 0
+    return _standing(*parse_rows(data), _last_start(run_dir))
+
+
+class MetricsFollower:
+    """Reads a metrics.jsonl again and again while it grows; of each reading only what is new is parsed."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._rows: list[Row] = []
+        self._torn, self._offset = 0, 0
+
+    def read(self) -> Metrics:
+        """`read_metrics` of this moment. A line that is still being written is left for the next call."""
+        path = self._run_dir / METRICS_FILE
+        try:
+            with path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:  # another file: somebody put a copy in its place
+                    self._rows, self._torn, self._offset = [], 0, 0
+                file.seek(self._offset)
+                data = file.read()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: not the directory of a run that has started") from None
+        whole = data[: data.rfind(b"\n") + 1]
+        rows, torn = parse_rows(whole)
+        self._rows += rows
+        self._torn += torn
+        self._offset += len(whole)
+        return _standing(self._rows, self._torn, _last_start(self._run_dir))
+
+
+def parse_rows(data: bytes) -> tuple[list[Row], int]:
+    """The rows in some lines of a metrics.jsonl, and how many lines are torn."""
+    lines = [line for line in data.split(b"\n") if line]
+    rows = [row for row in map(_parse, lines) if row is not None]
+    return rows, len(lines) - len(rows)
+
+
+def _last_start(run_dir: Path) -> float:
     numbers = [int(file.stem) for file in (run_dir / "starts").glob("*") if file.stem.isdecimal()]
-    last_start = max(numbers, default=math.inf)
-    for line in filter(None, lines):
-        row = _parse(line)
-        if row is None or row["incarnation"] > last_start:
-            torn += 1
-        else:
-            rows.append(row)
-    kept = tuple(row for row, is_superseded in zip(rows, superseded(rows), strict=True) if not is_superseded)
-    return Metrics(rows=kept, all_rows=tuple(rows), torn_lines=torn)
+    return max(numbers, default=math.inf)
+
+
+def _standing(rows: list[Row], torn: int, last_start: float) -> Metrics:
+    known = [row for row in rows if row["incarnation"] <= last_start]
+    kept = tuple(row for row, is_superseded in zip(known, superseded(known), strict=True) if not is_superseded)
+    return Metrics(rows=kept, all_rows=tuple(known), torn_lines=torn + len(rows) - len(known))
 
 
 def superseded(rows: list[Row]) -> list[bool]:
@@ -140,5 +176,8 @@ def _parse(line: bytes) -> Row | None:
         return None
     step, start, time = (row.get(name) for name in ("step", "incarnation", "time"))
     if type(step) is not int or type(start) is not int or type(time) not in (int, float):
+        return None
+    seconds = row.get("seconds", {})
+    if not isinstance(seconds, dict) or not all(type(spent) in (int, float) for spent in seconds.values()):
         return None
     return {key: _NON_FINITE.get(item, item) if isinstance(item, str) else item for key, item in row.items()}
