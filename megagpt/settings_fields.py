@@ -14,6 +14,7 @@ LATER: dict[str, dict[str, Any]] = {
     "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "ModelConfig": {"head_size": None, "qkv_bias": False},
+    "TokenizeConfig": {"pattern": None},
     "TrainConfig": {"if_running": "refuse", "device": "auto"},
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""

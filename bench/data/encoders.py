@@ -32,7 +32,8 @@ def encoder(name: str, gpt2: Path, tokenizer_json: str) -> Callable[[list[str]],
         return lambda texts: [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
     import tiktoken
 
-    from megagpt.tokenizer.bpe import GPT2_PATTERN, ranks_from_merges
+    from megagpt.tokenizer.bpe import ranks_from_merges
+    from megagpt.tokenizer.reading import GPT2_PATTERN
 
     ranks = ranks_from_merges(gpt2 / "encoder.json", gpt2 / "vocab.bpe").ranks
     model = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})

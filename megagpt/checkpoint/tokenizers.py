@@ -17,7 +17,7 @@ def tokenizer_of(run_dir: Path, sha256: str | None) -> Tokenizer:
     """The tokenizer of a checkpoint of the run. Raises UserError if it is not there, or another one."""
     first = run_dir / "tokenizer"
     later = run_dir / f"tokenizer_{sha256[:NAME_CHARACTERS]}" if sha256 else first
-    tokenizer = open_tokenizer(later if later.is_dir() else first)
+    tokenizer = open_tokenizer(later if later.is_dir() else first, saved=True)
     if sha256 is not None and tokenizer.fingerprint != sha256:
         raise UserError(f"{first}: its sha256 {tokenizer.fingerprint} is not that of the checkpoint's tokenizer, {sha256}")
     return tokenizer
@@ -27,7 +27,7 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> Path:
     """Write a tokenizer into the run so that `tokenizer_of` finds it, and no other one is replaced; returns its folder."""
     first = run_dir / "tokenizer"
     try:
-        found = open_tokenizer(first).fingerprint
+        found = open_tokenizer(first, saved=True).fingerprint
     except UserError:  # none yet, or torn by a kill
         found = ""
     if found == tokenizer.fingerprint:

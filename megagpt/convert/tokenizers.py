@@ -4,6 +4,7 @@ Nothing is kept that does not give equal ids on the test strings. What tokenizer
 """
 
 import itertools
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +14,15 @@ from megagpt.config import UserError
 from megagpt.convert.compare_logits import ConversionError
 from megagpt.files import read_json, write_json
 from megagpt.tokenizer.base import Tokenizer
-from megagpt.tokenizer.bpe import GPT2_PATTERN, BytePairs, byte_characters, probe_texts
+from megagpt.tokenizer.bpe import BytePairs, byte_characters, probe_texts
+from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
+from megagpt.tokenizer.reading import GPT2_PATTERN
 from megagpt.tokenizer.sentencepiece import SPACE_MARK, SentencePiece
 from megagpt.tokenizer.special_ids import write_special_ids
+
+log = logging.getLogger(__name__)
 
 CHAT_TEMPLATE = "chat_template.jinja"
 HARD_TEXTS = (
@@ -31,16 +36,20 @@ HARD_TEXTS = (
 def import_tokenizer(source: Path, given: Path | None, folder: Path) -> Tokenizer:
     """Copy the tokenizer of a model in Hugging Face's format into `folder`, with the ids that its settings name.
 
-    Raises UserError if it is none that `open_tokenizer` knows, or gives other ids than the source's tokenizer.json.
+    tokenizer.json, which transformers uses, decides where other files give other ids. Raises UserError if there is none that
+    `open_tokenizer` knows.
     """
     where = given or source
+    reference = (where if where.is_dir() else where.parent) / "tokenizer.json"
     try:
         tokenizer = open_tokenizer(where)
+        if reference.is_file() and differing_texts(tokenizer, reference):
+            log.info("%s: the %s files beside it give other ids and are not used", reference, tokenizer.kind)
+            tokenizer = HuggingFaceTokenizer(reference)
     except UserError as error:
         raise UserError(f"{error} (tokenizer=PATH names another)") from None
-    reference = (where if where.is_dir() else where.parent) / "tokenizer.json"
-    if reference.is_file():
-        _refuse_other_ids(tokenizer, reference)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.lossless:
+        log.warning("%s: it rewrites or drops text (%s)", reference, tokenizer.losses)
     tokenizer.save(folder)
     bos_id, eos_ids = _special_ids(source, tokenizer, reference)
     if not isinstance(tokenizer, Bytes):
@@ -51,7 +60,7 @@ def import_tokenizer(source: Path, given: Path | None, folder: Path) -> Tokenize
         shutil.copyfile(template, folder / CHAT_TEMPLATE)
     elif isinstance(settings.get("chat_template"), str):
         (folder / CHAT_TEMPLATE).write_text(settings["chat_template"], encoding="utf-8")
-    return open_tokenizer(folder)
+    return open_tokenizer(folder, saved=True)
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path, seq_len: int) -> list[str]:
@@ -69,6 +78,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path, seq_len: 
         notes.append("a text with U+2581 gets other ids: tokenizer.json cannot tell it from a space")
     elif isinstance(tokenizer, BytePairs):
         value = byte_pairs_json(tokenizer)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        value = {**read_json(tokenizer.path), "post_processor": None}
     else:
         value = _byte_level_json({_BYTE_TO_TEXT[i]: i for i in range(256)}, [], {"<|endoftext|>": Bytes.eot_id}, GPT2_PATTERN)
     names = _names(value)
@@ -153,7 +164,8 @@ def byte_pairs_json(tokenizer: BytePairs) -> dict[str, Any]:
         merges = [tuple(_as_text(part) for part in pair) for pair in recover_merges(vocabulary.ranks)]
     vocab = {_as_text(piece): rank for piece, rank in vocabulary.ranks.items()}
     unused = set(range(vocabulary.size)) - set(vocabulary.ranks.values())
-    special = {f"<|special_{i}|>" if i != tokenizer.eot_id else "<|endoftext|>": i for i in sorted(unused)}
+    names = {tokenizer.eot_id: "<|endoftext|>"} | {i: name for name, i in vocabulary.reading.special.items()}
+    special = {names.get(i, f"<|special_{i}|>"): i for i in sorted(unused)}
     return _byte_level_json(vocab, [list(pair) for pair in merges], special, vocabulary.pattern)
 
 
@@ -234,7 +246,7 @@ def _special_ids(source: Path, tokenizer: Tokenizer, reference: Path) -> tuple[i
         name = token.get("content") if isinstance(token, dict) else token
         if isinstance(name, str) and name in known:
             return known[name]
-        if isinstance(name, str) and isinstance(tokenizer, SentencePiece):
+        if isinstance(name, str) and isinstance(tokenizer, SentencePiece | HuggingFaceTokenizer):
             return tokenizer.id_of(name)
         found = config.get(f"{role}_id")
         return found if isinstance(found, int) else None
@@ -256,15 +268,6 @@ def _begins_texts(settings: dict[str, Any], value: dict[str, Any]) -> bool:
         steps = [processor, *processor.get("processors", [])]
         return any("SpecialToken" in next(iter(step.get("single") or [{}])) for step in steps)
     return str(settings.get("tokenizer_class", "")).startswith("Llama")
-
-
-def _refuse_other_ids(tokenizer: Tokenizer, reference: Path) -> None:
-    differing = differing_texts(tokenizer, reference)
-    if differing:
-        raise UserError(
-            f"{reference}: gives other ids than the {tokenizer.kind} files beside it for {len(differing)} test strings, "
-            f"among them {differing[0]!r}"
-        )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

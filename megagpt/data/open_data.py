@@ -132,7 +132,7 @@ def open_data(config: DataConfig) -> Data:
                 where, other = dataset.directory, next(iter(train.values())).directory
                 values = f"{field}={getattr(dataset.manifest, field)} but {getattr(first, field)} in {other}"
                 raise UserError(f"{where}: {values}: all sources need the same tokenizer")
-    tokenizer = open_tokenizer(next(iter(config.sources.values())).path / "tokenizer")
+    tokenizer = open_tokenizer(next(iter(config.sources.values())).path / "tokenizer", saved=True)
     if tokenizer.fingerprint != first.tokenizer_sha256:
         where = next(iter(config.sources.values())).path
         raise UserError(f"{where / 'tokenizer'}: sha256 {tokenizer.fingerprint} is not the shards' {first.tokenizer_sha256}")

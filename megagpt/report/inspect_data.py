@@ -187,7 +187,7 @@ def verify_splits(splits: Sequence[Path], listed: Path | None = None) -> Iterato
 def check_tokenizer(directory: Path, manifest: Manifest) -> Iterator[str]:
     """One message if the tokenizer beside a split is lost, or not the one that its shards were made with."""
     try:
-        tokenizer = open_tokenizer(directory.parent / "tokenizer")
+        tokenizer = open_tokenizer(directory.parent / "tokenizer", saved=True)
     except UserError as error:
         yield str(error)
         return
@@ -219,7 +219,7 @@ def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator
 
 def show_tokens(directory: Path, token: int, num_tokens: int, dumps: Path | None = None) -> Iterator[str]:
     """The documents that tokens [token, token + num_tokens) of a split come from, back to the record of the dump."""
-    dataset, tokenizer = TokenDataset(directory, seq_len=1), open_tokenizer(directory.parent / "tokenizer")
+    dataset, tokenizer = TokenDataset(directory, seq_len=1), open_tokenizer(directory.parent / "tokenizer", saved=True)
     if token + num_tokens > dataset.num_tokens:
         raise UserError(f"{directory}: tokens {token} to {token + num_tokens} asked of {dataset.num_tokens}")
     for place in places(dataset, token, num_tokens):

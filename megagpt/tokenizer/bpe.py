@@ -13,12 +13,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from megagpt.config import UserError
+from megagpt.tokenizer.reading import GPT2_PATTERN, PATTERNS, Reading, write_reading
 from megagpt.tokenizer.special_ids import read_special_ids
 
 Encoder: TypeAlias = Literal["tiktoken", "fastokens"]
 """The library that encodes byte-level BPE in batches."""
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
 _LONG_BLANKS = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 """White space as tiktoken's expressions mean it, which Python's has four control characters more than."""
 MOST_BLANKS = 900_000
@@ -28,13 +27,19 @@ EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "<|
 
 
 class Vocabulary:
-    """A byte-level BPE: bytes -> rank (rank is the id and the merge order), the pre-split pattern, the end-of-text id, and the
-    merges as the file spells them where it has them."""
+    """A byte-level BPE: bytes -> rank (rank is the id and the merge order), the pre-split pattern, the end-of-text id, the
+    merges as the file spells them where it has them, and what of it does not stand in the files (`reading`)."""
 
     def __init__(
-        self, ranks: dict[bytes, int], pattern: str, eot_id: int | None = None, size: int = 0, merges: list[Any] | None = None
+        self,
+        ranks: dict[bytes, int],
+        pattern: str,
+        eot_id: int | None = None,
+        size: int = 0,
+        merges: list[Any] | None = None,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
     ) -> None:
-        self.ranks, self.pattern, self.merges = ranks, pattern, merges
+        self.ranks, self.pattern, self.merges, self.reading = ranks, pattern, merges, reading
         self.eot_id = max(ranks.values()) + 1 if eot_id is None else eot_id
         self.size = max(size, self.eot_id + 1, max(ranks.values()) + 1)
 
@@ -45,22 +50,27 @@ class BytePairs:
     """
 
     kind = "bpe"
-    lossless = True
     dummy_prefix = False
 
     def __init__(self, vocabulary: Vocabulary, files: list[Path], encoder: Encoder = "tiktoken") -> None:
         import tiktoken
 
-        special = read_special_ids(files[0].parent, vocabulary.eot_id, vocabulary.size)
+        special = read_special_ids(files[0].parent, vocabulary.eot_id, vocabulary.size, vocabulary.reading.bos_id)
         self.eot_id, self.eos_ids, self.bos_id = special.eot_id, special.eos_ids, special.bos_id
         self.vocab_size = vocabulary.size
-        self.fingerprint = files_fingerprint(self.kind, [*files, *special.files])
+        self.fingerprint = files_fingerprint(self.kind, [*files, *special.files], vocabulary.reading)
         self._ranks, self._pattern = vocabulary.ranks, vocabulary.pattern
         self.files = [*files, *special.files]
         self.vocabulary = vocabulary
-        self._encoding = tiktoken.Encoding(
-            "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                "megagpt", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={}
+            )
+        except ValueError as error:
+            raise UserError(f"tokenizer {files[0]}: tokenize.pattern={vocabulary.pattern!r}: {error}") from None
+        # tiktoken drops what a pattern does not match.
+        known = vocabulary.pattern in PATTERNS.values()
+        self.lossless = known or all(self.decode(self.encode(text)) == text for text in probe_texts())
         self._unchecked = _open_fastokens(vocabulary, files[0]) if encoder == "fastokens" else None
 
     def encode(self, text: str) -> list[int]:
@@ -91,6 +101,7 @@ class BytePairs:
 
     def save(self, directory: Path) -> None:
         copy_files(self.files, directory)
+        write_reading(directory, self.vocabulary.reading)
 
     @cached_property
     def _fast(self) -> Any:
@@ -108,8 +119,8 @@ class BytePairs:
         return pieces
 
 
-def ranks_from_tiktoken(path: Path) -> Vocabulary:
-    """A `.tiktoken` file: lines of base64 and rank. Raises UserError naming the line."""
+def ranks_from_tiktoken(path: Path, reading: Reading) -> Vocabulary:
+    """A rank file: lines of base64 and rank. Raises UserError naming the line."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line:
@@ -118,10 +129,10 @@ def ranks_from_tiktoken(path: Path) -> Vocabulary:
                 ranks[base64.b64decode(piece, validate=True)] = int(rank)
             except ValueError:
                 raise UserError(f"tokenizer {path}: line {number}: expected `<base64> <rank>`") from None
-    return _checked(Vocabulary(ranks, GPT2_PATTERN), path)
+    return _checked(Vocabulary(ranks, reading.pattern, reading.eot_id, reading.vocab_size, reading=reading), path)
 
 
-def ranks_from_merges(vocabulary: Path, merges: Path) -> Vocabulary:
+def ranks_from_merges(vocabulary: Path, merges: Path, reading: Reading = Reading()) -> Vocabulary:  # noqa: B008 (frozen)
     """GPT-2's encoder.json with vocab.bpe, or vocab.json with merges.txt. Raises UserError."""
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
@@ -129,11 +140,14 @@ def ranks_from_merges(vocabulary: Path, merges: Path) -> Vocabulary:
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {vocabulary}: cannot be read ({error})") from None
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return _from_ids(ids, pairs, {}, GPT2_PATTERN, vocabulary)
+    return _from_ids(ids, pairs, {}, reading, vocabulary)
 
 
-def ranks_from_tokenizer_json(path: Path) -> Vocabulary:
-    """A Hugging Face tokenizer.json. Raises UserError unless it is byte-level BPE that keeps every text."""
+def ranks_from_tokenizer_json(path: Path, *, saved: bool = False) -> Vocabulary:
+    """A Hugging Face tokenizer.json. Raises UserError unless tiktoken gives its ids: byte-level BPE that keeps every text.
+
+    Release 0.1, which `saved` it, took every added token for a special one.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         model = value["model"]
@@ -141,10 +155,16 @@ def ranks_from_tokenizer_json(path: Path) -> Vocabulary:
             raise UserError(f"tokenizer {path}: only byte-level BPE without a normalizer can be kept lossless")
         pattern = _pattern(value.get("pre_tokenizer"), path)
         added = {token["content"]: token["id"] for token in value.get("added_tokens", [])}
+        if not saved and not all(token["special"] for token in value.get("added_tokens", [])):
+            raise UserError(f"tokenizer {path}: added tokens that are not special are no byte pairs")
         pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-        return _from_ids(model["vocab"], pairs, added, pattern, path)
+        vocabulary = _from_ids(model["vocab"], pairs, added, Reading(pattern=pattern), path)
+        if not saved and len(vocabulary.ranks) > 256 + len(set(map("".join, pairs))):
+            raise UserError(f"tokenizer {path}: pieces of the vocabulary come from no merge")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error!r})") from None
+    vocabulary.reading = Reading()  # the file says it
+    return vocabulary
 
 
 def _pattern(pre_tokenizer: Any, path: Path) -> str:
@@ -161,7 +181,7 @@ def _pattern(pre_tokenizer: Any, path: Path) -> str:
     raise UserError(f"tokenizer {path}: pre-tokenizer {kinds} is not known; ByteLevel, or Split by regex and ByteLevel, are")
 
 
-def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], pattern: str, path: Path) -> Vocabulary:
+def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], reading: Reading, path: Path) -> Vocabulary:
     try:
         merged = [ids[left + right] for left, right in pairs]
     except (KeyError, ValueError) as error:
@@ -179,8 +199,8 @@ def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], patt
         ) from None
     specials = {**{name: i for name, i in ids.items() if name in known}, **added}
     eot_id = next((specials[name] for name in EOT_NAMES if name in specials), None)
-    vocabulary = Vocabulary(ranks, pattern, eot_id, size=max(specials.values(), default=-1) + 1, merges=pairs)
-    return _checked(vocabulary, path)
+    size = max(specials.values(), default=-1) + 1
+    return _checked(Vocabulary(ranks, reading.pattern, eot_id, size, pairs, reading), path)
 
 
 def _checked(vocabulary: Vocabulary, path: Path) -> Vocabulary:
@@ -229,19 +249,21 @@ def probe_texts() -> list[str]:
     return ["", "<|endoftext|>", "we'll  they've\n\n 12345 \t x", *(f"{word} {word[0]}1{word[-1]}'s  {word}" for word in words)]
 
 
-def files_fingerprint(kind: str, files: Sequence[Path]) -> str:
-    """sha256 (hex) of a kind and the contents of files."""
+def files_fingerprint(kind: str, files: Sequence[Path], reading: Reading = Reading()) -> str:  # noqa: B008 (frozen)
+    """sha256 (hex) of a kind, the contents of files, and how they are read where that is not the default."""
     digest = hashlib.sha256(kind.encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest.update(reading.as_bytes)
     return digest.hexdigest()
 
 
 def copy_files(files: Sequence[Path], directory: Path) -> None:
-    """Copy files into a directory under their own names."""
+    """Copy files into a directory under the names that opening it looks for: a .json without merges is its tokenizer.json."""
     directory.mkdir(parents=True, exist_ok=True)
+    names = {"encoder.json", "vocab.json", "special_ids.json"}
     for file in files:
-        target = directory / file.name
+        target = directory / ("tokenizer.json" if file.suffix == ".json" and file.name not in names else file.name)
         if file.resolve() != target.resolve():
             shutil.copyfile(file, target)
 

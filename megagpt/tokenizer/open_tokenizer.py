@@ -1,8 +1,11 @@
 """Opens a tokenizer by name, file or folder."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 from megagpt.config import UserError
+from megagpt.files import read_json
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.bpe import (
     BytePairs,
@@ -11,51 +14,111 @@ from megagpt.tokenizer.bpe import (
     ranks_from_tiktoken,
     ranks_from_tokenizer_json,
 )
+from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
+from megagpt.tokenizer.reading import FILE_NAME, Reading, pattern_of, read_reading, reading_of_ranks
 from megagpt.tokenizer.sentencepiece import SentencePiece
 
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+$")
 
-def open_tokenizer(path: str | Path, encoder: Encoder = "tiktoken") -> Tokenizer:
-    """Open a tokenizer: the word `bytes`, a SentencePiece `.model`, a `.tiktoken` rank file, a `tokenizer.json` of byte-level
-    BPE, or a directory with one of these or with `encoder.json` and `vocab.bpe`. Raises UserError that says what was expected.
 
-    `encoder` is the library that encodes batches of byte-level BPE; ids do not depend on it.
+def open_tokenizer(
+    path: str | Path, encoder: Encoder = "tiktoken", *, pattern: str | None = None, saved: bool = False
+) -> Tokenizer:
+    """Open a tokenizer: the word `bytes`, a SentencePiece `.model`, a rank file (`.tiktoken`, Llama 3's `tokenizer.model`), a
+    `tokenizer.json`, or a directory with one of these or with `encoder.json` and `vocab.bpe`. Raises UserError that says what
+    was expected.
+
+    `encoder` is the library that encodes batches of byte-level BPE; ids do not depend on it. `pattern`, a name or a regular
+    expression, is how text is cut for files that do not say it. `saved`: this program wrote the folder beside shards or a run,
+    so it is read as the release read it that wrote it.
     """
     if str(path) == "bytes":
         return Bytes()
     path = Path(path)
+    saved = saved or _is_beside_results(path)
     if path.is_dir():
-        return _open_directory(path, encoder)
+        return _open_directory(path, encoder, pattern, saved=saved)
     if not path.is_file():
         raise UserError(f"tokenizer {path}: no such file or directory (or the word bytes)")
     if path.name == "bytes.tokenizer":
         return Bytes()
+    if path.suffix == ".tiktoken" or (path.suffix == ".model" and _is_rank_file(path)):
+        return BytePairs(ranks_from_tiktoken(path, reading_of_ranks(path, pattern, saved=saved)), [path], encoder)
     if path.suffix == ".model":
         return SentencePiece(path)
-    if path.suffix == ".tiktoken":
-        return BytePairs(ranks_from_tiktoken(path), [path], encoder)
-    if path.name in ("encoder.json", "vocab.json"):
-        return _open_directory(path.parent, encoder)
+    for vocabulary, merges in _MERGE_FILES:
+        if path.name == vocabulary:
+            return _open_merges(path, path.parent / merges, encoder, pattern, saved=saved)
     if path.suffix == ".json":
-        return BytePairs(ranks_from_tokenizer_json(path), [path], encoder)
+        return _open_json(path, encoder, saved=saved)
     raise UserError(f"tokenizer {path}: known are `bytes`, *.model, *.tiktoken, tokenizer.json, encoder.json with vocab.bpe")
 
 
-def _open_directory(directory: Path, encoder: Encoder) -> Tokenizer:
+_MERGE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+
+
+def _open_directory(directory: Path, encoder: Encoder, pattern: str | None, *, saved: bool) -> Tokenizer:
     if (directory / "bytes.tokenizer").is_file():
         return Bytes()
     models = sorted(directory.glob("*.model"))
     ranks = sorted(directory.glob("*.tiktoken"))
     if len(models) > 1 or (not models and len(ranks) > 1):
         raise UserError(f"tokenizer {directory}: several models in it ({models[:2] or ranks[:2]}): name the file")
-    if models:
-        return SentencePiece(models[0])
-    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-        files = [directory / vocabulary, directory / merges]
-        if all(file.is_file() for file in files):
-            return BytePairs(ranks_from_merges(*files), files, encoder)
-    if (directory / "tokenizer.json").is_file():
-        return BytePairs(ranks_from_tokenizer_json(directory / "tokenizer.json"), [directory / "tokenizer.json"], encoder)
-    if ranks:
-        return BytePairs(ranks_from_tiktoken(ranks[0]), ranks, encoder)
+    found = [
+        *models,
+        *(directory / vocabulary for vocabulary, merges in _MERGE_FILES[:1] if (directory / merges).is_file()),
+        directory / "tokenizer.json",  # before vocab.json with merges.txt, which do not say how text is cut
+        *(directory / vocabulary for vocabulary, merges in _MERGE_FILES[1:] if (directory / merges).is_file()),
+        *ranks,
+    ]
+    for path in found:
+        if path.is_file():
+            return open_tokenizer(path, encoder, pattern=pattern, saved=saved)
     raise UserError(f"tokenizer {directory}: holds no *.model, tokenizer.json, *.tiktoken, nor encoder.json with vocab.bpe")
+
+
+def _is_beside_results(path: Path) -> bool:
+    """Whether a folder is the tokenizer of shards or of a run."""
+    beside = (path.parent / name for name in ("train/manifest.json", "validation/manifest.json", "checkpoints"))
+    return path.name.startswith("tokenizer") and path.is_dir() and any(other.exists() for other in beside)
+
+
+def _is_rank_file(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(_RANK_LINE.match(file.readline(4096).rstrip()))
+
+
+def _open_merges(vocabulary: Path, merges: Path, encoder: Encoder, pattern: str | None, *, saved: bool) -> BytePairs:
+    """vocab.json and merges.txt do not say how text is cut: GPT-2's way, unless they lie in the folder of another model."""
+    reading = Reading()
+    record = vocabulary.parent / FILE_NAME
+    settings: Any = vocabulary.parent / "tokenizer_config.json"
+    if record.is_file():
+        reading = read_reading(record)
+    elif pattern is not None and not saved:
+        reading = Reading(pattern=pattern_of(pattern))
+    elif settings.is_file() and not saved:
+        name = str((read_json(settings) or {}).get("tokenizer_class", "GPT2Tokenizer"))
+        if not name.startswith(("GPT2", "Roberta", "Bart", "CodeGen", "OPT", "PreTrained")):
+            raise UserError(
+                f"tokenizer {vocabulary}: it is a {name}'s, and vocab.json with merges.txt do not say how text is cut: open "
+                "its tokenizer.json, or give tokenize.pattern"
+            )
+    return BytePairs(ranks_from_merges(vocabulary, merges, reading), [vocabulary, merges], encoder)
+
+
+def _open_json(path: Path, encoder: Encoder, *, saved: bool) -> Tokenizer:
+    record = path.parent / FILE_NAME
+    by_library = record.is_file() and read_reading(record).library == "tokenizers"
+    if not by_library:
+        try:
+            tokenizer = BytePairs(ranks_from_tokenizer_json(path, saved=saved), [path], encoder)
+            if tokenizer.lossless or saved:
+                return tokenizer
+        except UserError:
+            if saved:
+                raise
+    if encoder == "fastokens":
+        raise UserError(f"tokenizer {path}: encoder=fastokens encodes GPT-2's byte pairs only: use encoder=tiktoken")
+    return HuggingFaceTokenizer(path)

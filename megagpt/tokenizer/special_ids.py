@@ -27,11 +27,14 @@ class SpecialIds:
     files: tuple[Path, ...] = ()
 
 
-def read_special_ids(folder: Path, eot_id: int, vocab_size: int) -> SpecialIds:
-    """The ids of the tokenizer in a folder, whose own end-of-text id is `eot_id`. Raises UserError naming file and field."""
+def read_special_ids(folder: Path, eot_id: int, vocab_size: int, bos_id: int | None = None) -> SpecialIds:
+    """The ids of the tokenizer in a folder, whose own end-of-text id is `eot_id` and begin-of-text id `bos_id`.
+
+    Raises UserError naming file and field.
+    """
     path = folder / FILE_NAME
     if not path.is_file():
-        return SpecialIds(eot_id, (eot_id,))
+        return SpecialIds(eot_id, (eot_id,), bos_id)
     value = read_json(path)
     fields = ("eos_ids", "bos_id")
     if not isinstance(value, dict) or set(value) != set(fields) or not isinstance(value["eos_ids"], list):

@@ -10,10 +10,18 @@ import pytest
 
 from megagpt.config import UserError
 from megagpt.convert.compare_logits import ConversionError, import_transformers
-from megagpt.convert.tokenizers import HARD_TEXTS, export_tokenizer, import_tokenizer, recover_merges, sentencepiece_json
+from megagpt.convert.tokenizers import (
+    HARD_TEXTS,
+    differing_texts,
+    export_tokenizer,
+    import_tokenizer,
+    recover_merges,
+    sentencepiece_json,
+)
 from megagpt.files import read_json
 from megagpt.tokenizer.bpe import byte_characters
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
+from megagpt.tokenizer.reading import CL100K_PATTERN
 from megagpt.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 from megagpt.tokenizer.special_ids import write_special_ids
 
@@ -153,15 +161,46 @@ def test_a_post_processor_tells_that_texts_begin_with_a_token(folders: dict[str,
     assert import_tokenizer(source, None, tmp_path / "ours").bos_id == 0
 
 
-def test_files_that_disagree_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    """vocab.json and merges.txt say nothing of how text is cut; tokenizer.json beside them does."""
+def test_tokenizer_json_decides_where_files_disagree(folders: dict[str, Path], tmp_path: Path) -> None:
+    """vocab.json and merges.txt say nothing of how text is cut; tokenizer.json beside them does. So does it beside a .model."""
+    digits = {"type": "Digits", "individual_digits": True}
+    value = read_json(folders["json"] / "tokenizer.json")
+    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, value["pre_tokenizer"]]}
+    for kind in ("gpt2", "bpe"):
+        source = shutil.copytree(folders[kind], tmp_path / kind)
+        (source / "tokenizer.json").write_text(json.dumps(value))
+        tokenizer = import_tokenizer(source, None, tmp_path / "ours" / kind)
+        assert tokenizer.kind == "tokenizer.json"
+        assert differing_texts(tokenizer, source / "tokenizer.json") == []
+        assert sorted(path.name for path in (tmp_path / "ours" / kind).iterdir()) == [
+            "reading.json", "special_ids.json", "tokenizer.json"
+        ]  # fmt: skip
+        assert tokenizer.encode("1234") != open_tokenizer(folders[kind]).encode("1234")
+
+
+def test_a_folder_like_qwen_s_is_imported_and_exported(folders: dict[str, Path], tmp_path: Path) -> None:
+    """vocab.json and merges.txt beside a tokenizer.json with another pattern, NFC and added tokens, some of them special."""
     source = shutil.copytree(folders["gpt2"], tmp_path / "source")
     value = read_json(folders["json"] / "tokenizer.json")
-    digits = {"type": "Digits", "individual_digits": True}
-    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, value["pre_tokenizer"]]}
+    split = {"type": "Split", "pattern": {"Regex": CL100K_PATTERN}, "behavior": "Isolated", "invert": False}
+    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {**value["pre_tokenizer"], "use_regex": False}]}
+    value["normalizer"] = {"type": "NFC"}
+    size, flags = len(value["model"]["vocab"]), {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for i, (name, special) in enumerate((("<|im_start|>", True), ("<|im_end|>", True), ("<tool_call>", False))):
+        value["added_tokens"].append({"id": size + i, "content": name, "special": special, **flags})
     (source / "tokenizer.json").write_text(json.dumps(value))
-    with pytest.raises(UserError, match=r"tokenizer.json: gives other ids than the bpe files beside it for \d+ test strings"):
-        import_tokenizer(source, None, tmp_path / "ours")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [size + 1, 0]}))
+    tokenizer = import_tokenizer(source, None, tmp_path / "ours")
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.lossless) == ((size + 1, 0), None, False)
+    assert tokenizer.encode("<tool_call>") == [size + 2]
+    assert size not in tokenizer.encode("<|im_start|>user")
+    notes = export_tokenizer(tokenizer, tmp_path / "ours", tmp_path / "theirs", seq_len=64)
+    assert any("special token" in note for note in notes)
+    loaded = import_transformers().AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert loaded.eos_token_id == size + 1
+    for text in (*HARD_TEXTS, TEXT, "<tool_call>{}"):
+        assert loaded(text)["input_ids"] == tokenizer.encode(text), text
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

@@ -175,14 +175,15 @@ def test_hugging_face_library_gives_the_same_ids(small_bpe: Path) -> None:
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}, "a merge does not fit"),
         ({"model": {"type": "BPE", "vocab": {"日": 0}, "merges": []}}, "the character '日' stands for no byte"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "a b": 1}, "merges": []}}, "the character ' ' stands for no byte"),
+        ({"added_tokens": [{"id": 0, "content": "a", "special": False}]}, "added tokens that are not special"),
         ({"model": {"type": "BPE"}}, r"not a Hugging Face tokenizer\.json"),
     ],
 )
-def test_tokenizer_json_that_cannot_be_kept_lossless(tmp_path: Path, small_bpe: Path, change: dict, message: str) -> None:
+def test_tokenizer_json_that_tiktoken_cannot_express(tmp_path: Path, small_bpe: Path, change: dict, message: str) -> None:
     value = json.loads((small_bpe / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**value, **change}))
     with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
-        open_tokenizer(tmp_path)
+        ranks_from_tokenizer_json(tmp_path / "tokenizer.json")
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         ("absent", "no such file"),
     ]:
         with pytest.raises(UserError, match=message):
-            open_tokenizer(tmp_path / name)
+            open_tokenizer(tmp_path / name, pattern="gpt2")
 
 
 def test_fastokens_gives_the_same_ids(small_bpe: Path) -> None:

@@ -15,6 +15,9 @@ class TokenizeConfig(Config):
     """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs; empty = the output of deduplication."""
     tokenizer: str | None = None
     """`bytes`, or the path of a tokenizer; null = the one that tools/train_tokenizer.py left in work_dir/tokenizer."""
+    pattern: str | None = None
+    """How a rank file (.tiktoken), or vocab.json with merges.txt, cuts text before merging: gpt2, cl100k, o200k, llama3 or a
+    regular expression. null = as the publisher does; a file that is not known is refused."""
     encoder: Encoder = "tiktoken"
     """What encodes byte-level BPE: tiktoken, or fastokens (several times as fast; compared with tiktoken at every start)."""
     split_by: Literal["hash", "tail"] = "hash"

@@ -174,16 +174,16 @@ def _left(block: Block, cuts: Cuts) -> dict[str, int]:
 
 
 # ---- tokenize into segments
-def cached_tokenizer(path: str, encoder: Encoder) -> Tokenizer:
+def cached_tokenizer(path: str, encoder: Encoder, pattern: str | None) -> Tokenizer:
     """`open_tokenizer`, once in a process and its forks while the files stay as they are."""
     files = sorted(Path(path).iterdir() if Path(path).is_dir() else [Path(path)])
     stamps = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-    return _open_tokenizer(path, encoder, stamps)
+    return _open_tokenizer(path, encoder, pattern, stamps)
 
 
 @lru_cache(maxsize=1)
-def _open_tokenizer(path: str, encoder: Encoder, _: tuple[tuple[str, int, int], ...]) -> Tokenizer:
-    return open_tokenizer(path, encoder)
+def _open_tokenizer(path: str, encoder: Encoder, pattern: str | None, _: tuple[tuple[str, int, int], ...]) -> Tokenizer:
+    return open_tokenizer(path, encoder, pattern=pattern)
 
 
 class _Segments:
@@ -236,7 +236,7 @@ class _Segments:
 
 
 def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
-    tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder)
+    tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder, job.config.pattern)
     segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
     begin = None if tokenizer.bos_id is None else np.array([tokenizer.bos_id], np.uint32)
     leaks: list[Overlap] = []

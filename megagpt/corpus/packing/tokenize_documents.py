@@ -56,6 +56,7 @@ from megagpt.files import atomic_path, read_json, write_json
 from megagpt.output_list import describe_file, forget_list, list_or_none, problem_of, write_list
 from megagpt.settings_record import MadeWith, fingerprint
 from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
 
@@ -87,9 +88,12 @@ def pack_documents(
     Of finished shards what is missing or damaged is made again, and only that: sizes are compared, with execution.verify sums.
     Raises UserError if output_dir holds shards of other inputs or settings (unless overwrite), or the tokenizer does not suit.
     """
-    tokenizer = cached_tokenizer(str(tokenizer_path), config.encoder)
+    tokenizer = cached_tokenizer(str(tokenizer_path), config.encoder, config.pattern)
     if config.require_lossless and not tokenizer.lossless:
-        raise UserError(f"tokenizer {tokenizer_path}: it rewrites or drops text; require_lossless=false takes it all the same")
+        losses = f" ({tokenizer.losses})" if isinstance(tokenizer, HuggingFaceTokenizer) else ""
+        raise UserError(
+            f"tokenizer {tokenizer_path}: it rewrites or drops text{losses}; require_lossless=false takes it all the same"
+        )
     blocks = document_blocks(inputs)
     paths = {block.name: block.path for block in blocks}
     for block in blocks:
@@ -146,7 +150,7 @@ def _plan(blocks: Sequence[Block], tokenizer: Tokenizer, config: TokenizeConfig)
 
 def _shaping(config: TokenizeConfig) -> TokenizeConfig:
     """The settings that shape the shards: not where inputs and tokenizer lie (their contents are hashed apart)."""
-    return config.model_copy(update={"inputs": (), "tokenizer": None, "encoder": "tiktoken"})
+    return config.model_copy(update={"inputs": (), "tokenizer": None, "pattern": None, "encoder": "tiktoken"})
 
 
 def _take_ownership(output_dir: Path, made_with: MadeWith, *, overwrite: bool) -> Ownership:
