@@ -83,7 +83,7 @@ def score_task(score: Scorer, questions: Sequence[Question]) -> TaskResult:
         nats_of_gold.append(-nats[question.gold])
         bytes_of_gold += len(question.choices[question.gold].encode())
         if len(found) == 1:
-            right.append((found[0][1],) * 3)
+            right.append((found[0][1], found[0][1], found[0][1]))
             continue
         characters = [n / max(1, len(text)) for n, text in zip(nats, question.choices, strict=True)]
         utf8 = [n / max(1, len(text.encode())) for n, text in zip(nats, question.choices, strict=True)]
