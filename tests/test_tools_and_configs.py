@@ -89,6 +89,7 @@ BAD_INPUT = {
         (["configs/train/debug_cpu.yaml", "gups=8"], "did you mean gpus"),
     ],
     "report_run": [(["run_dir={tmp}/none"], "{tmp}/none")],
+    "watch_run": [(["run_dir={tmp}/none", "once=true"], "{tmp}/none")],
 }
 CASES = [(tool, words, named) for tool, cases in BAD_INPUT.items() for words, named in cases]
 
