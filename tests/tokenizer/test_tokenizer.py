@@ -223,7 +223,7 @@ def test_fastokens_is_refused_when_its_ids_differ(small_bpe: Path, tmp_path: Pat
     fast = BytePairs(ranks_from_tokenizer_json(small_bpe / "tokenizer.json"), [small_bpe / "tokenizer.json"], "fastokens")
     other = {**value, "model": {**value["model"], "merges": value["model"]["merges"][-1:]}}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    fast._unchecked = _open_fastokens(ranks_from_tokenizer_json(tmp_path / "other.json"), tmp_path / "other.json")
+    fast._unchecked = _open_fastokens(ranks_from_tokenizer_json(tmp_path / "other.json", saved=True), tmp_path / "other.json")
     with pytest.raises(UserError, match="give different ids: use encoder=tiktoken"):
         fast.encode_batch([TEXT])
 
