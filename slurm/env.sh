@@ -16,6 +16,10 @@ preprocess_options=(--nodes=1 --time=24:00:00)
 pretrain_words=(configs/train/gpt_124m.yaml)
 preprocess_words=(configs/corpus/common_crawl.yaml)
 
+# The kind of GPU, a name of megagpt/plan/hardware.yaml, for the plan that slurm/pretrain.sh prints before it submits. Another
+# name gets the memory plan and no time. Empty: no plan.
+gpu=${gpu:-h100_80gb}
+
 # The Python that has megagpt, at a path that every node sees; modules, if the site has them, are loaded here.
 # module load cuda
 python=${python:-$PWD/.venv/bin/python}

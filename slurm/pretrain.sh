@@ -6,15 +6,15 @@
 #SBATCH --output=megagpt-%j.log
 # Trains on SLURM, over as many starts as it takes.
 #
-#   slurm/pretrain.sh CONFIG [key=value ...]                     checks the run, then submits it with env.sh's options
+#   slurm/pretrain.sh CONFIG [key=value ...]                     checks and plans the run, then submits it with env.sh's options
 #   sbatch [options] slurm/pretrain.sh CONFIG [key=value ...]    the same without the check beforehand, from the project's root
 #
 # Without words it runs those that env.sh names. A job that was submitted without options, and so has no GPUs or too few nodes,
 # submits itself once with env.sh's.
 #
-# The same command runs at every start; the trainer goes on from its newest good checkpoint. What becomes of the job:
+# The same command runs at every start; the trainer resumes from its newest good checkpoint. What becomes of the job:
 #   0   the run is complete
-#   2   a mistake in the settings or the data: ends, is not started again
+#   2   usage or configuration error: ends, is not started again
 #   75  stopped on request (time limit, preemption), with a checkpoint if there was an update to save: starts again
 #   76  ended by the watchdog: starts again
 #   else  a crash: starts again, until max_starts_without_progress starts in a row brought no newer checkpoint
@@ -49,8 +49,17 @@ check() {
   }
 }
 
+# The plan in six lines and what the preflight finds. Its memory and times are estimates: they warn, and do not stop a submission.
+plan() {
+  local asked="${site_options[*]} ${pretrain_options[*]}"
+  [ -n "$gpu" ] && [[ $asked == *gpu* ]] || return 0
+  "${launch[@]}" "$python" tools/plan_run.py "$@" "gpu=$gpu" "sbatch=$asked" script=slurm/pretrain.sh preflight=true summary=true ||
+    say "the plan has warnings (above); the job is submitted" >&2
+}
+
 if ! "$in_job"; then
   check "$@" check=true
+  plan "$@"
   # A successor of this job has to be submitted with the same options.
   export MEGAGPT_SBATCH_OPTIONS="${site_options[*]} ${pretrain_options[*]}"
   exec sbatch "${site_options[@]}" "${pretrain_options[@]}" slurm/pretrain.sh "$@"

@@ -12,6 +12,7 @@ from megagpt.engine.build import refuse_shared_samples, refuse_unsupported
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.model.float8 import refuse_float8
 from megagpt.plan.run_plan import Cluster, PlanConfig, RunPlan
+from megagpt.plan.sbatch import gpus_asked, sbatch_options, slurm_seconds
 from megagpt.train.config import TrainConfig
 from megagpt.train.cross_checks import refuse_contradictions
 
@@ -153,23 +154,20 @@ def _disk(config: TrainConfig, plan: RunPlan) -> Iterator[str]:
 
 
 def _sbatch(config: PlanConfig, cluster: Cluster) -> Iterator[str]:
-    options = dict(_options(config.sbatch))
+    options = sbatch_options(config.sbatch)
     if config.script is not None:
         yield from _script(config.script)
         if config.script.is_file():
             lines = re.findall(r"^#SBATCH (.*)$", config.script.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            options = {**dict(_options(" ".join(lines))), **options}
-    per_node = options.get("gpus-per-node") or re.sub(r"^gpu:([^:]*:)?", "", options.get("gres", ""))
-    nodes = options.get("nodes", "")
-    if nodes.isdigit() and per_node.rpartition(":")[2].isdigit():
-        asked = int(nodes) * int(per_node.rpartition(":")[2])
-        if asked != cluster.gpus:
-            yield (
-                f"sbatch: --nodes={nodes} with {per_node} GPUs each are {asked} GPUs, the run is planned for {cluster.gpus}:"
-                " make them equal"
-            )
+            options = {**sbatch_options(" ".join(lines)), **options}
+    asked = gpus_asked(options)
+    if asked is not None and asked[0] * asked[1] != cluster.gpus:
+        yield (
+            f"sbatch: {asked[0]} nodes with {asked[1]} GPUs each are {asked[0] * asked[1]} GPUs, the run is planned for"
+            f" {cluster.gpus}: make them equal"
+        )
     limit, signal = options.get("time"), options.get("signal", "")
-    seconds = _slurm_seconds(limit) if limit else None
+    seconds = slurm_seconds(limit) if limit else None
     if limit and seconds is None:
         yield f"sbatch: --time={limit} is no time of SLURM's: minutes, hours:minutes:seconds or days-hours are expected"
     warning = int(signal.rpartition("@")[2]) if signal.rpartition("@")[2].isdigit() else 0
@@ -191,22 +189,3 @@ def _script(path: Path) -> Iterator[str]:
         yield f"script={path}: not valid for bash: {done.stderr.strip().splitlines()[0]}"
     if not re.search(r"^#SBATCH --requeue", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
         yield f"script={path}: has no `#SBATCH --requeue`: a job that a node takes down does not start again"
-
-
-def _options(text: str) -> Iterator[tuple[str, str]]:
-    for word in re.findall(r"--([a-z-]+(?:[= ][^-\s]\S*)?)", text):
-        name, _, value = word.replace(" ", "=", 1).partition("=")
-        yield name, value
-
-
-def _slurm_seconds(text: str) -> int | None:
-    """Seconds of SLURM's time formats; None if it is none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
-        return None
-    days, first, second, third = (int(group) if group else 0 for group in match.groups())
-    if match[1]:
-        return ((days * 24 + first) * 60 + second) * 60 + third
-    if match[4]:
-        return (first * 60 + second) * 60 + third
-    return first * 60 + second  # minutes, or minutes:seconds

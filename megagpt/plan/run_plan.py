@@ -13,6 +13,7 @@ from megagpt.model.flops import FlopsPerToken, flops_per_token
 from megagpt.plan.communication import Traffic, step_traffic, traffic_seconds
 from megagpt.plan.hardware import Gpu, efficiency_of, find_gpu, find_network, hardware
 from megagpt.plan.memory import plan_memory
+from megagpt.plan.sbatch import gpus_asked, sbatch_options
 from megagpt.plan.speed import StepTime, Workload, block_flops, step_time
 from megagpt.plan.timeline import Job, MemoryPlan, shapes_of, state_bytes
 from megagpt.train.config import TrainConfig
@@ -24,7 +25,7 @@ class PlanConfig(TrainConfig):
     """A training run, and the GPUs it is planned for."""
 
     gpus: int | None = Field(default=None, gt=0)
-    """GPUs, one rank each; null = nodes x those of a usual node."""
+    """GPUs, one rank each; null = those that `sbatch` asks for, or nodes x those of a usual node."""
     nodes: int | None = Field(default=None, gt=0)
     """Nodes; null = as many as the GPUs fill."""
     gpu: str = "h100_80gb"
@@ -50,7 +51,7 @@ class PlanConfig(TrainConfig):
     preflight: bool = False
     """Check the whole job for these GPUs, disk and data included; exit status 2 if something is wrong."""
     sbatch: str = ""
-    """Options that the job is submitted with, for the preflight: --nodes, --gpus-per-node, --time, --signal."""
+    """Options that the job is submitted with: --nodes, --gpus-per-node, --time, --signal."""
     script: Path | None = None
     """Job script whose shell syntax and #SBATCH lines the preflight checks."""
     summary: bool = False
@@ -116,7 +117,10 @@ def cluster_of(config: PlanConfig, gpus: int | None = None) -> Cluster:
     """The GPUs that the configuration asks for, or another number of them. Raises UserError on an unknown network."""
     gpu = find_gpu(config.gpu)
     usual = gpu.gpus_per_node if gpu else 8
-    if gpus is None:
+    asked = gpus_asked(sbatch_options(config.sbatch))
+    if gpus is None and config.gpus is None and config.nodes is None and asked is not None:
+        gpus, per_node = asked[0] * asked[1], asked[1]
+    elif gpus is None:
         gpus = config.gpus or (config.nodes or 1) * usual
         nodes = config.nodes or -(-gpus // usual)
         per_node = gpus // nodes if gpus % nodes == 0 else usual

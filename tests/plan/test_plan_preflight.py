@@ -13,6 +13,7 @@ from small_run import settings, write_shards
 from megagpt.config import UserError, validate
 from megagpt.plan.preflight import preflight_job
 from megagpt.plan.run_plan import PlanConfig, RunPlan, cluster_of, make_plan
+from megagpt.plan.sbatch import gpus_asked, sbatch_options
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -112,3 +113,18 @@ def test_7b_on_512_ranks_takes_less_than_a_minute_and_2_gib() -> None:
     assert "plan: 6.74 B parameters on 512 x h100_80gb" in done.stdout, done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60, f"{time.perf_counter() - began:.0f} s"
     assert after.ru_maxrss < 2 * 2**20  # KiB, of the largest child so far
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ("--exclusive --mem=0 --nodes=4 --gpus-per-node=8 --time=24:00:00", (4, 8)),
+        ("--gres=gpu:h100:4", (1, 4)),
+        ("--nodes=1-3 --gres=gpu:2", (3, 2)),
+        ("--nodes 2 --gpus-per-node h100:8 --nodes=3", (3, 8)),
+        ("--nodes=2 --time=30", None),
+        ("--nodes=2 --gpus-per-node=0", None),
+    ],
+)
+def test_the_gpus_of_a_job_are_read_from_its_options(options: str, asked: tuple[int, int] | None) -> None:
+    assert gpus_asked(sbatch_options(options)) == asked

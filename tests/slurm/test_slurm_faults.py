@@ -242,3 +242,5 @@ def test_too_few_gpus_are_refused_at_submission(cluster: Cluster, shards: Path, 
     with pytest.raises(subprocess.CalledProcessError) as error:
         cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(tmp_path / "run", shards, 40))
     assert named in error.value.stderr
+    heads = ["plan", "batch", "memory", "speed", "time", "checkpoints"]
+    assert [line.partition(":")[0] for line in error.value.stdout.splitlines() if line.partition(":")[0] in heads] == heads

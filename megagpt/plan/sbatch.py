@@ -1,0 +1,33 @@
+"""What options of sbatch ask for, as far as a plan depends on them."""
+
+import re
+from collections.abc import Mapping
+
+
+def sbatch_options(text: str) -> dict[str, str]:
+    """Name -> value of the long options in a command line; the last one counts, and "" stands for an option without a value."""
+    found = {}
+    for word in re.findall(r"--([a-z-]+(?:[= ][^-\s]\S*)?)", text):
+        name, _, value = word.replace(" ", "=", 1).partition("=")
+        found[name] = value
+    return found
+
+
+def gpus_asked(options: Mapping[str, str]) -> tuple[int, int] | None:
+    """(nodes, GPUs per node); None if no GPUs are asked for by node. Of a range of nodes (1-3) the largest number counts."""
+    per_node = options.get("gpus-per-node") or re.sub(r"^gpu:?", "", options.get("gres", ""))
+    number, nodes = per_node.rpartition(":")[2], options.get("nodes", "1").rpartition("-")[2]
+    return (int(nodes), int(number)) if number.isdigit() and nodes.isdigit() and int(nodes) and int(number) else None
+
+
+def slurm_seconds(text: str) -> int | None:
+    """Seconds of SLURM's time formats; None if it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        return None
+    days, first, second, third = (int(group) if group else 0 for group in match.groups())
+    if match[1]:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    if match[4]:
+        return (first * 60 + second) * 60 + third
+    return first * 60 + second  # minutes, or minutes:seconds
