@@ -70,6 +70,13 @@ BAD_INPUT = {
         (["run_dir={tmp}", "min_p=2"], "min_p=2"),
         (["run_dir={tmp}", 'stop=["a", ""]'], "an empty stop string would end every text at its start"),
     ],
+    "serve_model": [
+        (["run_dir={tmp}/none"], "{tmp}/none"),
+        ([], "run_dir=RUN or export=FOLDER, one of them"),
+        (["run_dir={tmp}", "port=70000"], "port=70000"),
+        (["run_dir={tmp}", "host=0.0.0.0"], "host=0.0.0.0 lets other machines in"),
+        (["export={tmp}"], "holds no checked.json"),
+    ],
     "export_model": [
         (["run_dir={tmp}/none", "output_dir={tmp}/out"], "{tmp}/none"),
         (["run_dir={tmp}", "output_dir={tmp}"], "output_dir={tmp} exists"),

@@ -80,7 +80,7 @@ def _import_folder(config: ImportConfig) -> Path:
             folder,
             model_config,
             tokenizer,
-            _tensors(plan, weights, whole_shapes(model_config)),
+            source_tensors(plan, weights, whole_shapes(model_config)),
             [planned.ours for planned in plan],
             {"format": family.architecture, "files": {file.name: sha256_file(file) for file in _files(config.source)}},
         )
@@ -123,6 +123,15 @@ def read_source(source: Path, seq_len: int | None) -> tuple[Family, ModelConfig,
         if found != shape:
             raise UserError(f"{source}: {name} has shape {list(found)}, config.json makes it {list(shape)}")
     return family, model_config, weights, plan
+
+
+def source_tensors(
+    plan: Sequence[Planned], weights: WeightFolder, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, values in fp32) of every parameter, in the plan's order."""
+    rows = {name: shape[0] for name, shape in shapes.items()}
+    for planned in plan:
+        yield from split(planned, weights.read(planned.theirs).float(), rows).items()
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
@@ -208,12 +217,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _tensors(plan: Sequence[Planned], weights: WeightFolder, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    rows = {name: shape[0] for name, shape in shapes.items()}
-    for planned in plan:
-        yield from split(planned, weights.read(planned.theirs).float(), rows).items()
 
 
 def _slices(header: bytes, names: Sequence[str], tensors: Iterator[tuple[str, Tensor]]) -> Iterator[memoryview]:

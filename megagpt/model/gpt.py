@@ -244,10 +244,7 @@ class GPT(nn.Module):
         """
         if targets is not None and cache is not None:
             raise ValueError("targets beside a cache: only the last token's logits are computed")
-        start, length = (
-            (cache.place(first_slot, ids.shape[0], ids.shape[1], ids.device) if cache is not None else 0),
-            ids.shape[1],
-        )
+        start, length = (cache.place(first_slot, len(ids), ids.shape[1], ids.device) if cache is not None else 0), ids.shape[1]
         if start + length > self.config.seq_len:
             raise ValueError(f"{start + length} tokens are more than seq_len={self.config.seq_len}")
         ragged_bt = cache.positions_bt if cache is not None else None
@@ -282,7 +279,7 @@ class GPT(nn.Module):
             else:
                 x_btd = block(x_btd, rope_2te, mask, cache.layers[i] if cache is not None else None)
         if cache is not None:
-            cache.advance(first_slot, *ids.shape)
+            cache.advance(first_slot, len(ids), length)
             x_btd = x_btd[:, -1:]
         return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
 

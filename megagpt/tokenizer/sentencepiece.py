@@ -75,6 +75,11 @@ class SentencePiece:
         i = self._model.piece_to_id(piece)
         return i if self._model.id_to_piece(i) == piece else None
 
+    def special_names(self) -> dict[str, int]:
+        """Name and id of every control piece: `</s>` say."""
+        model = self._model
+        return {model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)}
+
     def save(self, directory: Path) -> None:
         copy_files(self._special_files, directory)
         if self.path.resolve() != (directory / "tokenizer.model").resolve():

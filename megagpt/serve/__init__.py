@@ -1,0 +1,1 @@
+"""A trained model behind an HTTP interface that OpenAI's clients understand."""
