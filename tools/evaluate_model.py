@@ -1,16 +1,28 @@
-"""Evaluate a run's checkpoint: validation loss, perplexity and bits per byte by source, and tasks with right answers.
+"""Evaluate a run's checkpoint: validation loss by source, tasks with right answers, lm-eval's tasks, generated answers.
 
 python tools/evaluate_model.py run_dir=runs/plays step=best
 python tools/evaluate_model.py run_dir=runs/gpt tasks.piqa=/data/eval/piqa.jsonl
+python tools/evaluate_model.py run_dir=runs/gpt harness='[lambada_openai, piqa]' harness_folder=/data/harness
+torchrun --nproc-per-node 8 tools/evaluate_model.py run_dir=runs/gpt harness='[hellaswag]'     (the ranks share the work)
+
+Stopped (SIGTERM, SIGUSR1, Ctrl-C; status 75 or 130), the same command resumes tasks and answers where they were.
 """
 
-from megagpt.command import main
+from megagpt.command import EXIT_DONE, EXIT_STOPPED, main
+from megagpt.distributed.world import Stopped, joined_world
 from megagpt.evaluate.evaluate_model import EvaluateConfig, describe, evaluate_run
 
 
-def run(config: EvaluateConfig) -> None:
+def run(config: EvaluateConfig) -> int:
     """Print the scores, and where they are written."""
-    print(describe(evaluate_run(config)))
+    with joined_world(config.device) as world:
+        try:
+            found = evaluate_run(config, world)
+        except Stopped:
+            return EXIT_STOPPED
+        if world.rank == 0:
+            print(describe(found))
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -339,6 +339,24 @@ def abort_world() -> None:
 def lone_world(device: torch.device) -> World:
     """A world of one process that is in no process group, for tools."""
     return World(0, 1, 0, device, "none", None)
+
+
+@contextlib.contextmanager
+def joined_world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
+    """The ranks that a launcher has started a tool on, or one process alone.
+
+    Raises UserError as init_world and pick_device do.
+    """
+    if place_from_environment(dict(os.environ)).size == 1:
+        yield lone_world(pick_device(device))
+        return
+    try:
+        world = init_world(wanted_device="cpu" if device == "cpu" else "auto")
+        if device == "cuda" and world.device.type != "cuda":
+            raise UserError("device=cuda: torch sees no GPU on this machine")
+        yield world
+    finally:
+        close_world()
 
 
 def pick_device(name: str = "auto") -> torch.device:

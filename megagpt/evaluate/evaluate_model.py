@@ -1,4 +1,4 @@
-"""How good a model is: validation loss, perplexity and bits per byte, and likelihoods of given texts for tasks with answers."""
+"""How good a model is: loss on validation data, our own tasks, tasks of lm-eval, and generated answers."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -12,11 +12,15 @@ from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config, UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import DataConfig
-from megagpt.distributed.world import lone_world, pick_device
+from megagpt.distributed.world import World, lone_world, pick_device
+from megagpt.evaluate.answers import Journal
+from megagpt.evaluate.generated_answers import AnswerRequest, generate_answers, read_exercises
+from megagpt.evaluate.harness import HarnessTask, evaluate_harness, import_harness, open_adapter
 from megagpt.evaluate.likelihood import text_scorer
 from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
 from megagpt.evaluate.results import keep_result
 from megagpt.evaluate.tasks import TaskResult, read_task, score_task
+from megagpt.evaluate.text_scores import TextScores, score_texts
 from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
 
@@ -24,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class EvaluateConfig(Config):
-    """Evaluate a checkpoint of a run, on one process."""
+    """Evaluate a checkpoint of a run: on one process, or on several (torchrun, srun), each with a copy of the model."""
 
     run_dir: Path
     """The run whose checkpoint is evaluated."""
@@ -34,10 +38,24 @@ class EvaluateConfig(Config):
     """Folders of shards to evaluate on, by name (each with a manifest.json); empty = the run's own validation splits."""
     tasks: dict[str, Path] = Field(default_factory=dict)
     """Multiple-choice and last-word tasks, by name: .jsonl files of the kinds that megagpt/evaluate/tasks.py describes."""
+    harness: tuple[str, ...] = ()
+    """Tasks, groups and tags of lm-evaluation-harness (megagpt[evaluate]), by name."""
+    harness_folder: Path | None = None
+    """Folder of the harness's YAML task files, searched first; nothing is downloaded. Data files in them are relative to it.
+    null = the tasks that come with the harness, whose data it downloads."""
+    harness_num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each question of the harness; null = as each task has it."""
+    exercises: dict[str, Path] = Field(default_factory=dict)
+    """Prompts with right answers, by name: .jsonl files as megagpt/evaluate/generated_answers.py describes. Greedy answers are
+    scored by exact match, token F1, ROUGE and BLEU (megagpt[evaluate])."""
+    answer_tokens: int = Field(default=64, gt=0)
+    """Longest answer to an exercise."""
+    answer_stop: tuple[str, ...] = ("\n",)
+    """Texts before which an answer to an exercise ends."""
     micro_batch_size: int = Field(default=8, gt=0)
     """Samples per forward."""
     max_samples: int | None = Field(default=None, gt=0)
-    """Samples per source and questions per task at most; null = all."""
+    """Samples per source, questions per task and exercises at most; null = all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto = the GPU if there is one."""
 
@@ -48,23 +66,31 @@ class Evaluation:
 
     path: Path
     step: int
-    total: Score
+    total: Score | None
+    """None where there is no validation data, and something else to evaluate."""
     sources: dict[str, Score]
     unigram_entropies: dict[str, float]
     """Nats per token of each source if tokens were drawn independently with their own frequencies: what loss must beat."""
     tasks: dict[str, TaskResult]
+    harness: dict[str, HarnessTask]
+    exercises: dict[str, TextScores]
 
 
-def evaluate_run(config: EvaluateConfig) -> Evaluation:
+def evaluate_run(config: EvaluateConfig, world: World | None = None) -> Evaluation:
     """Load a checkpoint, evaluate it, and add the result to run_dir/evaluations/step_<step>.json (see evaluate/results.py).
 
-    Raises UserError if run, checkpoint, shards or tasks are missing or do not fit, before the model is loaded where possible.
+    All ranks of `world` call it together; each loads the model. What was computed before a stop is used by the next call that
+    evaluates the same checkpoint. Raises UserError if run, checkpoint, shards or tasks are missing or do not fit, before the
+    model is loaded where possible; Stopped once a rank was told to stop.
     """
+    world = world or lone_world(pick_device(config.device))
     questions = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}
-    world = lone_world(pick_device(config.device))
+    exercises = {name: read_exercises(path)[: config.max_samples] for name, path in config.exercises.items()}
+    if config.harness:
+        import_harness(offline=config.harness_folder is not None)
     loaded = load_model(config.run_dir, config.step, device=str(world.device))
     data_config = _data_config(config, loaded)
-    datasets = _datasets(config, loaded, data_config)
+    datasets = _datasets(config, loaded, data_config) if data_config is not None else {}
     sources = evaluate_sources(
         loaded.model,
         loaded.model,
@@ -73,23 +99,65 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
         world,
         micro_batch_size=config.micro_batch_size,
         max_samples=config.max_samples,
-        document_mask=data_config.document_mask,
+        document_mask=data_config is not None and data_config.document_mask,
     )
     entropies = {name: unigram_entropy(dataset) for name, dataset in datasets.items()}
-    scorer = text_scorer(
-        loaded.model, loaded.model_config, loaded.tokenizer, micro_batch_size=config.micro_batch_size, world=world
-    )
-    tasks = {name: score_task(scorer, items) for name, items in questions.items()}
     path = config.run_dir / "evaluations" / f"step_{loaded.step:08d}.json"
-    result = Evaluation(path, loaded.step, combine(sources.values()), sources, entropies, tasks)
-    measured = {
-        "checkpoint": sha256_file(loaded.path / "manifest.json"),
-        "validation_set": validation_set(datasets, max_samples=config.max_samples, document_mask=data_config.document_mask),
+    checkpoint = sha256_file(loaded.path / "manifest.json")
+    journal = Journal((path.parent / f"unfinished_{path.stem}_{checkpoint[:8]}_{world.device.type}").resolve())
+    parts = (loaded.model, loaded.model_config, loaded.tokenizer)
+    options = {"micro_batch_size": config.micro_batch_size, "world": world, "journal": journal}
+    tasks = {name: score_task(text_scorer(*parts, **options), items) for name, items in questions.items()}
+    harness = {}
+    if config.harness:
+        harness = evaluate_harness(
+            open_adapter(*parts, **options),
+            config.harness,
+            world,
+            folder=config.harness_folder,
+            num_fewshot=config.harness_num_fewshot,
+            max_questions=config.max_samples,
+        )
+    answered = {}
+    for name, items in exercises.items():
+        asked = [AnswerRequest(item.prompt, config.answer_stop, config.answer_tokens) for item in items]
+        texts = generate_answers(*parts, asked, **options)
+        answered[name] = score_texts(texts, [item.answers for item in items])
+    total = combine(sources.values()) if sources else None
+    result = Evaluation(path, loaded.step, total, sources, entropies, tasks, harness, answered)
+    if world.rank == 0:
+        masked = data_config is not None and data_config.document_mask
+        measured = {
+            "checkpoint": checkpoint,
+            **_measured(config, datasets, document_mask=masked),
+            **_more_measured(config, harness),
+        }
+        keep_result(path, {**to_json(result, config), "measured": measured})
+        journal.remove()
+    world.barrier()
+    return result
+
+
+def _measured(config: EvaluateConfig, datasets: dict[str, TokenDataset], *, document_mask: bool) -> dict[str, Any]:
+    return {
+        "validation_set": validation_set(datasets, max_samples=config.max_samples, document_mask=document_mask),
         "tasks": {name: sha256_file(path) for name, path in config.tasks.items()},
         "max_samples": config.max_samples,
     }
-    keep_result(path, {**to_json(result, config), "measured": measured})
-    return result
+
+
+def _more_measured(config: EvaluateConfig, harness: dict[str, HarnessTask]) -> dict[str, Any]:
+    """{} without them: results keep the key that they had before there were any."""
+    measured = {}
+    if harness:
+        measured["harness"] = {
+            "tasks": {name: task.documents_sha256 for name, task in harness.items()},
+            "num_fewshot": config.harness_num_fewshot,
+        }
+    if config.exercises:
+        measured["exercises"] = {name: sha256_file(path) for name, path in config.exercises.items()}
+        measured["answers"] = {"tokens": config.answer_tokens, "stop": list(config.answer_stop)}
+    return measured
 
 
 def to_json(result: Evaluation, config: EvaluateConfig) -> dict[str, Any]:
@@ -98,14 +166,18 @@ def to_json(result: Evaluation, config: EvaluateConfig) -> dict[str, Any]:
         name: {**score.summary(), "unigram_entropy": result.unigram_entropies[name]} for name, score in result.sources.items()
     }
     tasks = {name: asdict(task) for name, task in result.tasks.items()}
-    settings = config.model_dump(mode="json")
-    return {"step": result.step, **result.total.summary(), "sources": sources, "tasks": tasks, "config": settings}
+    total = {} if result.total is None else result.total.summary()
+    more = {
+        "harness": {name: asdict(task) for name, task in result.harness.items()},
+        "exercises": {name: asdict(scores) for name, scores in result.exercises.items()},
+    }
+    return {"step": result.step, **total, "sources": sources, "tasks": tasks, **more, "config": config.model_dump(mode="json")}
 
 
 def describe(result: Evaluation) -> str:
     """An evaluation as lines of text."""
     lines = [f"step {result.step}"]
-    for name, score in [*result.sources.items(), ("all", result.total)]:
+    for name, score in [*result.sources.items(), *([("all", result.total)] if result.total is not None else [])]:
         entropy = result.unigram_entropies.get(name)
         bits = "" if score.bits_per_byte is None else f"  bits_per_byte {score.bits_per_byte:.4f}"
         beaten = "" if entropy is None else f"  (unigram entropy {entropy:.4f})"
@@ -114,13 +186,29 @@ def describe(result: Evaluation) -> str:
             f"accuracy {score.accuracy:.4f}  tokens {score.tokens:,}"
         )
     for name, task in result.tasks.items():
-        error = "" if task.standard_error is None else f" ± {task.standard_error:.3f}"
+        by_length = f"per character {task.accuracy_per_character:.3f}, per byte {task.accuracy_per_byte:.3f}"
         lines.append(
-            f"  {name:<20} accuracy {task.accuracy:.3f}{error} (per character {task.accuracy_per_character:.3f}, per byte "
-            f"{task.accuracy_per_byte:.3f}, chance {task.chance:.3f})  bits_per_byte {task.bits_per_byte:.4f}  of "
-            f"{task.questions:,} questions"
+            f"  {name:<20} accuracy {task.accuracy:.3f}{_error(task.standard_error)} ({by_length}, chance {task.chance:.3f})  "
+            f"bits_per_byte {task.bits_per_byte:.4f}  of {task.questions:,} questions"
         )
+    for name, task in result.harness.items():
+        found = [
+            f"{metric} {_number(value)}{_error(task.standard_errors.get(metric))}" for metric, value in task.metrics.items()
+        ]
+        questions = "" if task.questions is None else f"  of {task.questions:,} questions"
+        lines.append(f"  {name:<20} {'  '.join(found)}{questions}")
+    for name, scores in result.exercises.items():
+        means = [f"{key} {getattr(scores, key):.3f}{_error(error)}" for key, error in scores.standard_errors.items()]
+        lines.append(f"  {name:<20} {'  '.join(means)}  bleu {scores.bleu:.2f}  of {scores.answers:,} answers")
     return "\n".join([*lines, f"written to {result.path}"])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.2g}"
 
 
 def unigram_entropy(dataset: TokenDataset) -> float:
@@ -133,20 +221,27 @@ def unigram_entropy(dataset: TokenDataset) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _data_config(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig:
-    """The run's settings of data; an imported model has none, and takes the shards that are named."""
+def _data_config(config: EvaluateConfig, loaded: LoadedModel) -> DataConfig | None:
+    """The run's settings of data; an imported model has none, and takes the shards that are named, or None if it needs none."""
     if "data" not in loaded.run_config and not config.shards:
+        if _has_more(config):
+            return None
         raise UserError(f"{config.run_dir}: an imported model has no data of its own; name shards=... to evaluate on")
     named = {name: {"path": str(path)} for name, path in config.shards.items()}
     values = loaded.run_config.get("data") or {"seq_len": loaded.model_config.seq_len, "sources": named}
     return read_settings(DataConfig, values, source=f"{loaded.path}/state.json")
 
 
+def _has_more(config: EvaluateConfig) -> bool:
+    """Whether there is something to evaluate besides validation data."""
+    return bool(config.tasks or config.harness or config.exercises)
+
+
 def _datasets(config: EvaluateConfig, loaded: LoadedModel, data_config: DataConfig) -> dict[str, TokenDataset]:
     """The splits to evaluate on, checked against the model's tokenizer."""
     own = {name: source.path / "validation" for name, source in data_config.sources.items()}
     folders = config.shards or {name: path for name, path in own.items() if path.is_dir()}
-    if not folders:
+    if not folders and not _has_more(config):
         raise UserError(f"{config.run_dir}: its sources have no validation split; name shards=... to evaluate on")
     options = {"seq_len": data_config.seq_len, "document_end_loss": data_config.document_end_loss}
     datasets = {name: TokenDataset(path, **options) for name, path in folders.items()}
