@@ -26,7 +26,8 @@ from megagpt.convert.tokenizers import export_tokenizer
 from megagpt.convert.weight_files import DTYPES, Parameters, check_weights_written, write_weights
 from megagpt.distributed.world import utc_now
 from megagpt.engine.build import whole_shapes
-from megagpt.files import read_json, sha256_file, write_json, write_text
+from megagpt.evaluate.results import read_results
+from megagpt.files import sha256_file, write_json, write_text
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.settings_record import read_settings
 from megagpt.tokenizer.base import Tokenizer
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class ExportConfig(Config):
-    """Write a run's model in the format of Hugging Face's transformers."""
+    """Write a run's model in the format of another program."""
 
     run_dir: Path
     """The run whose checkpoint is exported."""
@@ -43,8 +44,12 @@ class ExportConfig(Config):
     """The new folder."""
     step: int | Literal["last", "best"] = "last"
     """Which checkpoint: last, best (lowest validation loss), or a step."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """The type of the weights on disk; bf16 rounds the fp32 weights of the checkpoint."""
+    format: Literal["transformers", "onnx", "aotinductor", "llama2c"] = "transformers"
+    """transformers (also for vLLM and lm-eval), onnx (a graph with key/value cache, for onnxruntime), aotinductor (compiled for
+    this machine's CPU, opened by torch alone), llama2c (model.bin for github.com/karpathy/llama2.c)."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """The type of the weights on disk; bf16 rounds the fp32 weights of the checkpoint. null = bf16, and fp32 of the formats
+    that have no other (all but transformers)."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Largest weight file; a single tensor that is larger has a file of its own."""
 
@@ -54,27 +59,36 @@ def export_model(config: ExportConfig) -> Path:
     checkpoint is damaged, ConversionError if the export does not give the same model; output_dir then does not exist."""
     if config.output_dir.exists():
         raise UserError(f"output_dir={config.output_dir} exists; name a new one")
+    if config.format != "transformers" and config.dtype == "bf16":
+        raise UserError(f"dtype=bf16: format={config.format} is fp32")
     checkpoint = find_checkpoint(config.run_dir, config.step)
-    import_transformers()
+    if config.format == "transformers":
+        import_transformers()
     state = read_state(checkpoint)
     model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
-    family = family_for(model_config)
     tokenizer = tokenizer_of(config.run_dir, state.get("tokenizer_sha256"))
+    if config.format != "transformers":
+        from megagpt.convert.export_graph import write_graph_export
+
+        parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
+        lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
+        with new_folder(config.output_dir) as folder:
+            write_graph_export(config.format, folder, parameters, model_config, tokenizer, config.run_dir, lineage)
+        return config.output_dir
+    family, dtype = family_for(model_config), config.dtype or "bf16"
     vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)
     plan = plan_tensors(family, model_config, vocab_size)
     with new_folder(config.output_dir) as folder:
         parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
-        tensors = write_weights(folder, plan, parameters, dtype=config.dtype, shard_bytes=config.shard_bytes)
-        write_config(folder, family, model_config, tokenizer, vocab_size, config.dtype)
+        tensors = write_weights(folder, plan, parameters, dtype=dtype, shard_bytes=config.shard_bytes)
+        write_config(folder, family, model_config, tokenizer, vocab_size, dtype)
         notes = export_tokenizer(tokenizer, config.run_dir / "tokenizer", folder, model_config.seq_len)
         check_weights_written(folder, tensors)
-        ours = load_rounded(parameters, model_config, config.dtype)
+        ours = load_rounded(parameters, model_config, dtype)
         compared = compare_models(ours, open_reference(folder), family, plan, vocab_size)
         lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
-        write_text(
-            folder / "README.md", model_card(config.output_dir.name, model_config, family, lineage, compared, config.dtype)
-        )
-        write_json(folder / "checked.json", _record(folder, tensors, compared, lineage, notes, config.dtype))
+        write_text(folder / "README.md", model_card(config.output_dir.name, model_config, family, lineage, compared, dtype))
+        write_json(folder / "checked.json", _record(folder, tensors, compared, lineage, notes, dtype))
     log.info("exported %s: %s", checkpoint, describe_comparison(compared))
     for note in notes:
         log.info("tokenizer: %s", note)
@@ -118,7 +132,7 @@ def read_lineage(run_dir: Path, checkpoint: Path, state: Mapping[str, Any], toke
         manifest = Path(source["path"]) / "train" / "manifest.json"
         data[name] = {"weight": source.get("weight"), "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None}
     evaluation = run_dir / "evaluations" / f"{checkpoint.name}.json"
-    scores = read_json(evaluation) if evaluation.is_file() else {}
+    scores = (read_results(evaluation) or [{}])[-1]
     return {
         "checkpoint": checkpoint.name,
         "manifest_sha256": sha256_file(checkpoint / "manifest.json"),

@@ -7,7 +7,7 @@ tied), then fp32 arrays, each kind for all layers. Rotary positions turn neighbo
 import logging
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +18,25 @@ from torch import Tensor
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.config import UserError, validate
-from megagpt.convert.compare_logits import ConversionError, compare_with
+from megagpt.convert.compare_logits import Comparison, ConversionError, compare_with
 from megagpt.convert.import_hf import check_vocabulary, describe_comparison, record_comparison, write_import
 from megagpt.files import sha256_file
 from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.model.rope import rope_table
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
-from megagpt.tokenizer.sentencepiece import SentencePiece
+from megagpt.tokenizer.sentencepiece import SPACE_MARK, SentencePiece
 from megagpt.tokenizer.special_ids import write_special_ids
 
 log = logging.getLogger(__name__)
 
 ROW_SIZED = ("attention_norm", "query", "key", "value", "out", "mlp_norm", "gate", "down", "up")
 """The arrays of the blocks, in the file's order."""
+OUR_NAMES = {
+    **{name: f"attention.{name}" for name in ("query", "key", "value", "out")},
+    **{"gate": "mlp.gate", "down": "mlp.out", "up": "mlp.up"},
+}
+"""Ours, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,13 @@ def read_llama2c(path: Path) -> Llama2c:
 def parameters_of(source: Llama2c) -> Iterator[tuple[str, Tensor]]:
     """Our parameters, in order."""
     yield "embedding.weight", source.embedding
-    names = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "out": "attention.out"}
-    names |= {"gate": "mlp.gate", "down": "mlp.out", "up": "mlp.up"}
     for i in range(source.config.num_layers):
         for name in ROW_SIZED:
             weight = source.blocks[name][i]
             if name in ("query", "key"):  # per head, from rotating (2i, 2i + 1) to rotating (i, i + E/2)
                 by_head = weight.view(-1, source.config.head_width // 2, 2, source.config.hidden_size)
                 weight = by_head.transpose(1, 2).reshape(weight.shape)
-            yield f"blocks.{i}.{names.get(name, name)}.weight", weight
+            yield f"blocks.{i}.{OUR_NAMES.get(name, name)}.weight", weight
     yield "norm.weight", source.norm
     if source.head is not None:
         yield "head.weight", source.head
@@ -147,6 +151,73 @@ def llama2c_logits(source: Llama2c, ids: Tensor) -> Tensor:
         h = norm(x, w["mlp_norm"][i])
         x = x + (F.silu(h @ w["gate"][i].T) * (h @ w["up"][i].T)) @ w["down"][i].T
     return norm(x, source.norm) @ (source.embedding if source.head is None else source.head).T
+
+
+def write_llama2c(model: GPT, tokenizer: Tokenizer, vocab_size: int, folder: Path) -> tuple[Comparison, list[str]]:
+    """Write model.bin, and tokenizer.bin where run.c would encode as the tokenizer does; returns how close it is, and notes.
+
+    Raises UserError if the format cannot hold the model, ConversionError if what was written gives other logits.
+    """
+    config, path = model.config, folder / "model.bin"
+    fixed = {
+        "family": "llama", "head_size": None, "qk_norm": False, "qkv_bias": False, "rope_theta": 10000.0,
+        "rope_scaling": None, "norm_eps": 1e-5,
+    }  # fmt: skip
+    for name, value in fixed.items():
+        found = getattr(config, name)
+        if found != value and not (name == "head_size" and config.head_width * config.num_heads == config.hidden_size):
+            raise UserError(f"format=llama2c: model.{name}={found}: run.c computes {name}={value} only")
+    sizes = (config.hidden_size, config.mlp_width, config.num_layers, config.num_heads, config.kv_heads)
+    state = model.state_dict()
+    with path.open("wb") as file:
+        file.write(struct.pack("<7i", *sizes, vocab_size if config.tied_head else -vocab_size, config.seq_len))
+        for values in _arrays(state, config, vocab_size):
+            file.write(values.detach().contiguous().numpy().astype("<f4").data)
+    source = read_llama2c(path)
+    compared = compare_with(model, lambda ids: llama2c_logits(source, ids), vocab_size)
+    data, reason = tokenizer_bin(tokenizer)
+    if data is None:
+        return compared, [f"tokenizer.bin is not written: {reason}"]
+    (folder / "tokenizer.bin").write_bytes(data)
+    return compared, []
+
+
+def _arrays(state: Mapping[str, Tensor], config: ModelConfig, vocab_size: int) -> Iterator[Tensor]:
+    """All arrays of a file, in its order."""
+    yield state["embedding.weight"][:vocab_size]
+    for name in ROW_SIZED:
+        for i in range(config.num_layers):
+            weight = state[f"blocks.{i}.{OUR_NAMES.get(name, name)}.weight"]
+            if name in ("query", "key"):  # back from rotating (i, i + E/2) to rotating (2i, 2i + 1)
+                by_head = weight.view(-1, 2, config.head_width // 2, config.hidden_size)
+                weight = by_head.transpose(1, 2).reshape(weight.shape)
+            yield weight
+    yield state["norm.weight"]
+    yield from rope_table(config.head_width, config.rope_theta, None, 0, config.seq_len, torch.device("cpu"))
+    if not config.tied_head:
+        yield state["head.weight"][:vocab_size]
+
+
+def tokenizer_bin(tokenizer: Tokenizer) -> tuple[bytes | None, str]:
+    """A tokenizer in the format of run.c; None and the reason if run.c would encode a text otherwise."""
+    if not isinstance(tokenizer, SentencePiece):
+        return None, f"run.c reads SentencePiece models, this is {tokenizer.kind}"
+    from sentencepiece import sentencepiece_model_pb2 as protocol
+
+    model = protocol.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    model.ParseFromString(tokenizer.path.read_bytes())
+    kinds = protocol.ModelProto.SentencePiece.Type  # pyright: ignore[reportAttributeAccessIssue]
+    expected = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256]
+    if model.trainer_spec.model_type != 2 or [piece.type for piece in model.pieces[:259]] != expected:
+        return None, "run.c wants BPE with <unk>, <s>, </s> and the 256 bytes as its first pieces"
+    if not tokenizer.dummy_prefix or any(piece.type != kinds.NORMAL for piece in model.pieces[259:]):
+        return None, "run.c puts a space before every text and knows no user-defined pieces"
+    entries = []
+    for i, piece in enumerate(model.pieces):
+        text = ("\n<s>\n" if i == 1 else "\n</s>\n" if i == 2 else piece.piece.replace(SPACE_MARK, " ")).encode()
+        entries.append((piece.score, text))
+    longest = max(len(text) for _, text in entries)
+    return struct.pack("<i", longest) + b"".join(struct.pack("<fi", s, len(text)) + text for s, text in entries), ""
 
 
 def import_llama2c(path: Path, tokenizer_path: Path | None, folder: Path) -> None:
