@@ -14,8 +14,19 @@ LATER: dict[str, dict[str, Any]] = {
     "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "ModelConfig": {"head_size": None, "qkv_bias": False},
-    "TokenizeConfig": {"pattern": None},
-    "TrainConfig": {"if_running": "refuse", "device": "auto"},
+    "SupervisedConfig": {
+        "format": None,
+        "prompt": None,
+        "system": None,
+        "labels": {},
+        "template": "chatml",
+        "special_tokens": [],
+        "end_tokens": [],
+        "padding": "packed",
+        "max_malformed": 100,
+    },
+    "TokenizeConfig": {"pattern": None, "supervised": None},
+    "TrainConfig": {"if_running": "refuse", "device": "auto", "early_stop_evaluations": 0},
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""
 

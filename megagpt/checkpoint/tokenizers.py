@@ -37,12 +37,3 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # what another kind left there would be found first
     tokenizer.save(folder)
     return folder
-
-
-def extends(tokenizer: Tokenizer, other: Tokenizer) -> bool:
-    """Whether every id of `other` means the same in `tokenizer`, which may have more."""
-    return (
-        tokenizer.eot_id == other.eot_id
-        and tokenizer.vocab_size >= other.vocab_size
-        and tokenizer.token_bytes()[: other.vocab_size] == other.token_bytes()
-    )

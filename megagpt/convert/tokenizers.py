@@ -12,9 +12,10 @@ from typing import Any
 
 from megagpt.config import UserError
 from megagpt.convert.compare_logits import ConversionError
-from megagpt.files import read_json, write_json
+from megagpt.files import read_json, write_json, write_text
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.bpe import BytePairs, byte_characters, probe_texts
+from megagpt.tokenizer.extended import Extended
 from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
@@ -69,19 +70,22 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path, seq_len: 
     `folder` is where the tokenizer was opened. Raises ConversionError if a test string gets other ids.
     """
     notes = []
-    if isinstance(tokenizer, SentencePiece):
-        tokenizer.save(output)
+    base = tokenizer.base if isinstance(tokenizer, Extended) else tokenizer
+    if isinstance(base, SentencePiece):
+        base.save(output)
         (output / "special_ids.json").unlink(missing_ok=True)
-        value, reason = sentencepiece_json(tokenizer)
+        value, reason = sentencepiece_json(base)
         if value is None:
             return [f"tokenizer.json is not written ({reason}): load tokenizer.model with sentencepiece"]
         notes.append("a text with U+2581 gets other ids: tokenizer.json cannot tell it from a space")
-    elif isinstance(tokenizer, BytePairs):
-        value = byte_pairs_json(tokenizer)
-    elif isinstance(tokenizer, HuggingFaceTokenizer):
-        value = {**read_json(tokenizer.path), "post_processor": None}
+    elif isinstance(base, BytePairs):
+        value = byte_pairs_json(base)
+    elif isinstance(base, HuggingFaceTokenizer):
+        value = {**read_json(base.path), "post_processor": None}
     else:
         value = _byte_level_json({_BYTE_TO_TEXT[i]: i for i in range(256)}, [], {"<|endoftext|>": Bytes.eot_id}, GPT2_PATTERN)
+    if isinstance(tokenizer, Extended):
+        _add_special(value, tokenizer)
     names = _names(value)
     if tokenizer.bos_id is not None:
         value["post_processor"] = _begin_with(names[tokenizer.bos_id], tokenizer.bos_id)
@@ -95,13 +99,28 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path, seq_len: 
         "model_max_length": seq_len,
     }
     write_json(output / "tokenizer_config.json", settings)
-    if (folder / CHAT_TEMPLATE).is_file():
+    if isinstance(tokenizer, Extended) and tokenizer.template is not None:
+        write_text(output / CHAT_TEMPLATE, tokenizer.template)
+    elif (folder / CHAT_TEMPLATE).is_file():
         shutil.copyfile(folder / CHAT_TEMPLATE, output / CHAT_TEMPLATE)
     differing = differing_texts(tokenizer, output / "tokenizer.json")
     if differing:
         raise ConversionError(f"tokenizer.json gives other ids for {len(differing)} test strings, among them {differing[0]!r}")
     notes.append("the name of a special token, written in a text, becomes that token: megagpt keeps it as text")
     return notes
+
+
+def _add_special(value: dict[str, Any], tokenizer: Extended) -> None:
+    """Put the special tokens of an extended tokenizer into a tokenizer.json, under their ids."""
+    known = {token["id"] for token in value["added_tokens"]}
+    new = {name: number for name, number in tokenizer.tokens.items() if number not in known}
+    taken = sorted(set(new) & set(value["model"]["vocab"]))
+    if taken:
+        raise ConversionError(
+            f"the special token {taken[0]!r} has the name of a piece of text: tokenizer.json cannot hold both"
+        )
+    value["model"]["vocab"] |= new  # an added token that the vocabulary lacks would get another id
+    value["added_tokens"] += [_added(number, name) for name, number in new.items()]
 
 
 def differing_texts(tokenizer: Tokenizer, path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from megagpt.data.permutation import mix, permute, unpermute
-from megagpt.data.shards import Manifest, Shard, open_shard, read_manifest
+from megagpt.data.shards import Manifest, Shard, ShardError, open_shard, read_manifest
 from megagpt.documents import IGNORE
 
 
@@ -71,7 +71,11 @@ class TokenDataset:
         for info in self.manifest.shards:
             self._starts.append(self._starts[-1] + info.tokens)
         self._shards: dict[int, Shard] = {}
+        self._offsets: dict[int, np.ndarray] = {}
         self._length = max(0, (self.num_tokens - seq_len - 1) // self.stride + 1)
+        if self.manifest.supervised is not None:
+            self._refuse_other_samples()
+            self._length = self.num_tokens // seq_len
 
     def __len__(self) -> int:
         return self._length
@@ -133,7 +137,31 @@ class TokenDataset:
                 position += short_by
         return permute(position // size, blocks, key) * size + position % size
 
+    def _refuse_other_samples(self) -> None:
+        """Raise ShardError if rows of fine-tuning data are read in samples that would cut them."""
+        packed = self.manifest.pack_seq_len
+        if (self.seq_len, self.stride) != (packed, packed):
+            raise ShardError(
+                f"{self.directory}: its rows lie in samples of {packed} tokens (tokenize.pack_seq_len); data.seq_len="
+                f"{self.seq_len} with a stride of {self.stride} would cut them: set data.seq_len={packed} or tokenize again"
+            )
+
+    def _sample_of_rows(self, start: int) -> Sample:
+        """Whole rows of fine-tuning data: targets by the shard's mask, rows as its index has them. A sample is in one shard."""
+        number = bisect.bisect_right(self._starts, start) - 1
+        shard, offset = self._shard(number), start - self._starts[number]
+        inputs = shard.read(offset, self.seq_len).astype(np.int64)
+        targets = np.full(self.seq_len, IGNORE)
+        targets[:-1] = np.where(shard.targets(offset, self.seq_len)[1:], inputs[1:], IGNORE)
+        if number not in self._offsets:
+            self._offsets[number] = shard.document_offsets()
+        offsets = self._offsets[number]
+        first, last = np.searchsorted(offsets, (offset, offset + self.seq_len))
+        return Sample(inputs, targets, np.diff(offsets[first : last + 1]).astype(np.int32))
+
     def _window(self, start: int) -> Sample:
+        if self.manifest.supervised is not None:
+            return self._sample_of_rows(start)
         tokens = self.tokens(start, self.seq_len + 1)
         inputs, targets = tokens[:-1], tokens[1:]
         missing = self.seq_len - len(inputs)

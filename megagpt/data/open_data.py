@@ -125,6 +125,12 @@ def open_data(config: DataConfig) -> Data:
             dataset = TokenDataset(source.path / "validation", seed=config.seed, **geometry)
             if dataset.num_windows() > 0:
                 validation[name] = dataset
+    for dataset in (*train.values(), *validation.values()):
+        if dataset.manifest.supervised == "packed" and not config.document_mask:
+            raise UserError(
+                f"data.document_mask=false: {dataset.directory} has several rows in a sample, which would see each other: "
+                "set data.document_mask=true, or tokenize with supervised.padding=padded"
+            )
     first = next(iter(train.values())).manifest
     for dataset in (*train.values(), *validation.values()):
         for field in ("tokenizer_sha256", "vocab_size", "eot_id"):

@@ -3,6 +3,7 @@
 A split is one folder: `manifest.json`, and per shard `<name>.bin` (little-endian tokens, no header), `<name>.idx` (Megatron's
 index, byte for byte) and `<name>.docs.parquet` (one row per document: id, url, source, tokens, bytes). Every document ends with
 the end-of-text token, which counts as one of its tokens. The manifest is written last, so a folder without one is unfinished.
+Rows of fine-tuning data have `<name>.mask` besides: one bit per token, lowest first, 1 = a target (Manifest.supervised).
 
 Opening a split checks the manifest and the size of every file. A shard's index is checked when the shard is first touched, and
 each 4 MiB block of tokens (xxh3) when it is first read: nothing is read before it is needed, and nothing unverified is used.
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -28,8 +29,8 @@ BLOCK_BYTES = 4 << 20
 MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX"
 HEADER_BYTES = 34
 DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-FORMAT = 1
-"""Version of manifest.json."""
+FORMAT, SUPERVISED_FORMAT = 1, 2
+"""Versions of manifest.json; the second has masks, which a release that knows the first one only would leave out."""
 INDEX_HASH_BYTES = 64 << 20
 """An index up to this size is hashed when its shard is first touched; a larger one by `verify_shard` (header, size always)."""
 
@@ -54,6 +55,15 @@ class ShardInfo:
     docs_sha256: str
     blocks_xxh3: str
     """16 hex digits per 4 MiB block of `.bin`, concatenated."""
+    targets: int | None = None
+    """Tokens that are targets; None: no mask says so, all are."""
+    mask_bytes: int | None = None
+    mask_sha256: str | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Endings of its files."""
+        return (".bin", ".idx", ".docs.parquet", *(() if self.mask_sha256 is None else (".mask",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,8 @@ class Manifest:
     format: int = FORMAT
     pack_seq_len: int | None = None
     """Documents were placed so that samples of this many tokens cut few of them; None: they were not."""
+    supervised: Literal["packed", "padded"] | None = None
+    """Rows of fine-tuning data with masks, in samples of pack_seq_len tokens: several in one, or one. None: documents."""
 
     @property
     def tokens(self) -> int:
@@ -92,9 +104,19 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
 
 
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as JSON; what only rows of fine-tuning data have is absent from others, which stay as they were."""
+    value = asdict(manifest)
+    if manifest.supervised is None:
+        del value["supervised"]
+        later = ("targets", "mask_bytes", "mask_sha256")
+        value["shards"] = [{k: v for k, v in shard.items() if k not in later} for shard in value["shards"]]
+    return value
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json: from now on the split is complete."""
-    write_json(directory / "manifest.json", asdict(manifest))
+    write_json(directory / "manifest.json", manifest_json(manifest))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -115,8 +137,9 @@ def parse_manifest(path: Path) -> Manifest:
     except UserError as error:
         raise ShardError(str(error)) from None
     try:
-        if values["format"] != FORMAT:
-            raise ShardError(f"{path}: format={values['format']}, this version reads format {FORMAT}")
+        if values["format"] not in (FORMAT, SUPERVISED_FORMAT):
+            known = f"this version reads formats {FORMAT} and {SUPERVISED_FORMAT}"
+            raise ShardError(f"{path}: format={values['format']}, {known}")
         manifest = Manifest(**{**values, "shards": tuple(ShardInfo(**shard) for shard in values["shards"])})
         np.dtype(manifest.dtype)
     except (KeyError, TypeError) as error:
@@ -137,6 +160,7 @@ class Shard:
             raise ShardError(f"{self.path}: {self._bytes.size} bytes, the manifest says {info.bin_bytes}")
         self._tokens = self._bytes.view(self.dtype)
         self._verified = bytearray(_num_blocks(info.bin_bytes))
+        self._mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.info.tokens
@@ -151,6 +175,18 @@ class Shard:
                 if not self._verified[block]:
                     self.verify_block(block)
         return self._tokens[start : start + count]
+
+    def targets(self, start: int, count: int) -> np.ndarray:
+        """(count,) bool: which of the tokens from `start` on are targets. Raises ShardError on a damaged mask."""
+        if self._mask is None:
+            path = self.path.with_suffix(".mask")
+            problem = mask_problem(path, self.info)
+            if problem:
+                raise ShardError(problem)
+            self._mask = np.fromfile(path, np.uint8)
+        first, last = start // 8, -(-(start + count) // 8)
+        bits = np.unpackbits(self._mask[first:last], bitorder="little")
+        return bits[start - 8 * first :][:count].astype(np.bool_)
 
     def verify_block(self, block: int) -> None:
         """Compare one 4 MiB block with the manifest's xxh3. Raises ShardError naming file, block and rule."""
@@ -192,9 +228,24 @@ def verify_shard(directory: Path, info: ShardInfo, dtype: str) -> Iterator[str]:
         found = sha256_file(path)
         if found != expected:
             yield f"{path}: sha256 {found}, the manifest says {expected}"
+    if info.mask_sha256 is not None:
+        problem = mask_problem(directory / f"{info.name}.mask", info)
+        if problem:
+            yield problem
     offsets = shard.document_offsets()
     if int(offsets[-1]) != info.tokens:
         yield f"{shard.path.with_suffix('.idx')}: its documents hold {offsets[-1]} tokens, the manifest says {info.tokens}"
+
+
+def mask_problem(path: Path, info: ShardInfo) -> str:
+    """What is wrong with the mask of a shard, "" if nothing: its sha256 and the number of targets are compared."""
+    if info.mask_sha256 is None:
+        return f"{path}: the manifest names no mask for this shard"
+    found = sha256_file(path) if path.is_file() else "missing"
+    if found != info.mask_sha256:
+        return f"{path}: sha256 {found}, the manifest says {info.mask_sha256}"
+    targets = int(np.bitwise_count(np.fromfile(path, np.uint8)).sum())
+    return "" if targets == info.targets else f"{path}: {targets} targets, the manifest says {info.targets}"
 
 
 def check_index(path: Path, info: ShardInfo, dtype: np.dtype) -> None:
@@ -254,9 +305,10 @@ class ShardWriter:
     """Writes one shard in a `.tmp-*` folder of its own; nothing has its final name before `close`.
 
     Memory does not grow with the shard: lengths go to a file, blocks are hashed as they fill. Use it in a `with`.
+    `masked`: each document comes with its targets.
     """
 
-    def __init__(self, directory: Path, name: str, dtype: np.dtype) -> None:
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, *, masked: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.name, self.dtype = directory, name, dtype
         self.tokens = self.documents = self.sequences = self.text_bytes = 0
@@ -265,6 +317,7 @@ class ShardWriter:
         self._lengths = (self._temporary / "lengths").open("w+b")
         self._ends = (self._temporary / "ends").open("w+b")
         self._ends.write(struct.pack("<q", 0))
+        self._marks = (self._temporary / "marks").open("w+b") if masked else None
         self._hash, self._hash_bytes, self._blocks = xxhash.xxh3_64(), 0, []
         self._rows: dict[str, list[Any]] = {column: [] for column in ("id", "url", "source", "tokens", "bytes")}
         self._docs: Any = None
@@ -279,9 +332,16 @@ class ShardWriter:
         """Append one document, its end-of-text token included; an empty one has no sequence."""
         self.add_many(tokens, [len(tokens)], {"id": [id], "url": [url], "source": [source], "bytes": [text_bytes]})
 
-    def add_many(self, tokens: np.ndarray, lengths: Any, rows: Mapping[str, list[Any]]) -> None:
-        """Append documents: flat `tokens`, their `lengths`, and per document id, url, source, bytes (of UTF-8 text)."""
+    def add_many(
+        self, tokens: np.ndarray, lengths: Any, rows: Mapping[str, list[Any]], targets: np.ndarray | None = None
+    ) -> None:
+        """Append documents: flat `tokens`, their `lengths`, and per document id, url, source, bytes (of UTF-8 text); `targets`
+        of a masked shard: a bool per token."""
         lengths = np.asarray(lengths, np.int64)
+        if self._marks is not None:
+            assert targets is not None
+            assert len(targets) == len(tokens)
+            self._marks.write(np.ascontiguousarray(targets, np.bool_).data)
         if tokens.size and (int(tokens.max()) > np.iinfo(self.dtype).max or int(tokens.min()) < 0):
             raise ShardError(f"{self.directory / self.name}: token id {tokens.max()} does not fit {self.dtype}")
         data = np.ascontiguousarray(tokens, self.dtype).tobytes()
@@ -307,7 +367,9 @@ class ShardWriter:
         self._write_index()
         self._flush_rows()
         self._docs.close()
-        paths = {suffix: self._temporary / suffix[1:] for suffix in (".bin", ".idx", ".docs.parquet")}
+        suffixes = (".bin", ".idx", ".docs.parquet", *(() if self._marks is None else (".mask",)))
+        paths = {suffix: self._temporary / suffix[1:] for suffix in suffixes}
+        targets = None if self._marks is None else self._write_mask(self._marks)
         info = ShardInfo(
             name=self.name,
             tokens=self.tokens,
@@ -319,6 +381,9 @@ class ShardWriter:
             idx_sha256=sha256_file(paths[".idx"]),
             docs_sha256=sha256_file(paths[".docs.parquet"]),
             blocks_xxh3="".join(self._blocks),
+            targets=targets,
+            mask_bytes=None if targets is None else paths[".mask"].stat().st_size,
+            mask_sha256=None if targets is None else sha256_file(paths[".mask"]),
         )
         for suffix, path in paths.items():
             sync(path)
@@ -329,7 +394,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was not finished; after `close` only the helper files are left to remove."""
-        for file in (self._bin, self._lengths, self._ends):
+        for file in (self._bin, self._lengths, self._ends, *(() if self._marks is None else (self._marks,))):
             # A full disk fails again when the buffer is flushed; that must not hide the first error nor leave the folder.
             with contextlib.suppress(OSError):
                 file.close()
@@ -347,6 +412,16 @@ class ShardWriter:
             if self._hash_bytes == BLOCK_BYTES:
                 self._blocks.append(self._hash.hexdigest())
                 self._hash, self._hash_bytes = xxhash.xxh3_64(), 0
+
+    def _write_mask(self, marks: Any) -> int:
+        """Pack a byte per token into bits; returns how many are targets."""
+        targets = 0
+        with (self._temporary / "mask").open("wb") as file:
+            for chunk in _chunks(marks):  # of 2^20 bytes, a multiple of 8
+                found = np.frombuffer(chunk, np.bool_)
+                targets += int(np.count_nonzero(found))
+                file.write(np.packbits(found, bitorder="little").tobytes())
+        return targets
 
     def _write_index(self) -> None:
         code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == self.dtype)
@@ -394,7 +469,8 @@ def _num_blocks(size: int) -> int:
 def _check_sizes(directory: Path, info: ShardInfo, dtype: np.dtype) -> None:
     if info.tokens * dtype.itemsize != info.bin_bytes or len(info.blocks_xxh3) != 16 * _num_blocks(info.bin_bytes):
         raise ShardError(f"{directory / 'manifest.json'}: {info.name}: tokens, bin_bytes and blocks_xxh3 do not agree")
-    sizes = ((".bin", info.bin_bytes), (".idx", info.idx_bytes), (".docs.parquet", info.docs_bytes))
+    sizes = [(".bin", info.bin_bytes), (".idx", info.idx_bytes), (".docs.parquet", info.docs_bytes)]
+    sizes += [] if info.mask_bytes is None else [(".mask", info.mask_bytes)]
     for suffix, expected in sizes:
         path = directory / f"{info.name}{suffix}"
         try:

@@ -50,7 +50,11 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Partition]:
-        """`param.<name>` and `<optimizer state>.<name>` of this rank, as views: writing changes the engine."""
+        """`param.<name>` and `<optimizer state>.<name>` of what this rank trains, as views: writing changes the engine."""
+        ...
+
+    def frozen(self) -> dict[str, Partition]:
+        """`param.<name>` of what is not trained: this rank's part of the working weights, in their type, to be written once."""
         ...
 
     def refresh(self, updates: int) -> None:

@@ -12,6 +12,7 @@ from megagpt.engine.optim import OPTIMIZERS, OptimConfig
 from megagpt.model.context_parallel import ContextParallel, refuse_context_parallel
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initial_value
+from megagpt.model.tune import TuneConfig, initial_adapter, is_adapter, prepare
 
 
 def build_engine(
@@ -27,10 +28,12 @@ def build_engine(
     compile_blocks: bool = False,
     canonical: bool = False,
     float8: Float8 = "none",
+    tune: TuneConfig | None = None,
 ) -> Engine:
     """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do.
 
-    `canonical`: gradients are added in the order of the micro-batches (megagpt.engine.canonical), whatever the layout.
+    `tune`: what is trained; None = everything. `canonical`: gradients are added in the order of the micro-batches
+    (megagpt.engine.canonical), whatever the layout.
     """
     refuse_unsupported(engine, optim, precision, canonical=canonical)
     refuse_float8(float8, model_config, precision, canonical=canonical)
@@ -39,6 +42,8 @@ def build_engine(
 
     def make() -> GPT:
         model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
+        if tune is not None and tune.freezes:
+            prepare(model, tune)
         if float8 != "none":
             use_float8(model.blocks, float8, emulate=world.device.type == "cpu")
         if world.cp_size > 1:
@@ -101,14 +106,23 @@ def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
         )
 
 
-def draw_weights(engine: Engine, config: ModelConfig, seed: int, progress: Callable[[], object] | None = None) -> None:
-    """Fill the engine with initial weights that depend on `seed` only, not on the layout. `progress` is called for each."""
-    shapes = whole_shapes(config)
+def draw_weights(
+    engine: Engine,
+    config: ModelConfig,
+    seed: int,
+    progress: Callable[[], object] | None = None,
+    tune: TuneConfig | None = None,
+) -> None:
+    """Fill what the engine trains with initial weights that depend on `seed` only, not on the layout. `progress` is called for
+    each."""
+    shapes = whole_shapes(config, tune)
     with torch.no_grad():
         for key, partition in engine.state().items():
             kind, _, name = key.partition(".")
             if kind == "param":
-                full = initial_value(config, name, shapes[name], seed).flatten()
+                adapter = is_adapter(name)
+                full = initial_adapter(name, shapes[name], seed) if adapter else initial_value(config, name, shapes[name], seed)
+                full = full.flatten()
                 partition.data.copy_(full[partition.start : partition.start + len(partition.data)])
             else:
                 partition.data.zero_()
@@ -117,7 +131,11 @@ def draw_weights(engine: Engine, config: ModelConfig, seed: int, progress: Calla
     engine.refresh(0)
 
 
-def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Name and whole shape of every parameter, computed without allocating any."""
+def whole_shapes(config: ModelConfig, tune: TuneConfig | None = None, *, trained_only: bool = False) -> dict[str, torch.Size]:
+    """Name and whole shape of every parameter, computed without allocating any; with `tune` adapters too, of which and others
+    `trained_only` leaves out what is frozen. Raises UserError if `tune` names what there is not."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+        model = GPT(config)
+        if tune is not None and tune.freezes:
+            prepare(model, tune)
+        return {name: p.shape for name, p in model.named_parameters() if p.requires_grad or not trained_only}

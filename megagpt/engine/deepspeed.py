@@ -108,6 +108,25 @@ class DeepSpeedEngine:
                 )
         return partitions
 
+    def frozen(self) -> dict[str, Partition]:
+        """What is not trained: whole on every rank, from stage 3 on this rank's part; `refresh` gathers it."""
+        partitions = {}
+        parameter: Any
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                continue
+            if self._stage < 3:
+                partitions[f"param.{name}"] = Partition(parameter.data.flatten(), 0, parameter.numel())
+                continue
+            size = parameter.ds_tensor.numel()
+            start = self._zero._get_param_partition_rank(parameter) * size
+            length = min(size, parameter.ds_numel - start)  # the last partition is padded
+            if length > 0:
+                partitions[f"param.{name}"] = Partition(
+                    parameter.ds_tensor.data.narrow(0, 0, length), start, parameter.ds_numel
+                )
+        return partitions
+
     def refresh(self, updates: int) -> None:
         """Copy fp32 weights into the working weights, gather them, and set Adam's step counts."""
         self.updates = updates
@@ -149,7 +168,7 @@ class DeepSpeedEngine:
     def _flat_partitions(self) -> list[Tensor]:
         """The fp32 tensors that the torch optimizer updates: a rank's partition of each group (stage 0: the parameters)."""
         if self._stage == 0:
-            return list(self.module.parameters())
+            return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO 1 and 2; bf16 with fp32 sums at 1
@@ -160,6 +179,8 @@ class DeepSpeedEngine:
         partitions = self._flat_partitions()
         parameter: Any  # DeepSpeed sets attributes of its own on parameters
         for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if self._stage == 0:
                 partition = Partition(parameter.data.flatten(), 0, parameter.numel(), self._world.rank, self._world.size)
                 yield name, parameter, 0, partition

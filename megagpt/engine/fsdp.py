@@ -140,12 +140,28 @@ class FSDPEngine:
         copy, copies = (self._mesh.get_local_rank(0), self._mesh.size(0)) if self._mesh.ndim == 2 else (0, 1)
         partitions, states = {}, self._optimizer.state
         for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             start, numel = shard_start(parameter) if self._shards else 0, parameter.numel()
             values = {"param": parameter.data, **{key: states[parameter][key] for key in STATES[self._kinds[parameter]]}}
             for key, value in values.items():
                 local = (value.to_local() if isinstance(value, DTensor) else value).flatten()
                 if len(local):
                     partitions[f"{key}.{name}"] = Partition(local, start, numel, copy, copies)
+        return partitions
+
+    def frozen(self) -> dict[str, Partition]:
+        """This rank's rows of what is not trained; with HSDP and on one rank whole copies are such parts too."""
+        for unit in self._units:
+            unit.reshard()
+        partitions = {}
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                data = parameter.data
+                local = (data.to_local() if isinstance(data, DTensor) else data).flatten()
+                start = shard_start(parameter) if self._shards else 0
+                if len(local):
+                    partitions[f"param.{name}"] = Partition(local, start, parameter.numel())
         return partitions
 
     def refresh(self, updates: int) -> None:

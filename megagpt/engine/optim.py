@@ -153,6 +153,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         "plain": {"params": [], "weight_decay": 0.0, "kind": kind},
     }
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if _ndim(parameter) < 2:
             group = "plain"
         else:

@@ -106,23 +106,25 @@ class _SummedCrossEntropy(torch.autograd.Function):
         nats = added = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
-        grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants_grad else None
+        trained = ctx.needs_input_grad[1]  # a frozen head needs no gradient
+        grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if trained else None
         chunk = max(1, chunk_elements // weight_vd.shape[0])
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
             chunk_nats, chunk_added, chunk_hits, grad = between(hidden @ weight_vd.T, targets, z_loss, wants_grad)
             nats, added, hits = nats + chunk_nats, added + chunk_added, hits + chunk_hits
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = grad @ weight_vd
+            if grad_weight is not None:
                 grad_weight += grad.T @ hidden
             del grad  # else the next chunk's logits are made beside this one's gradient
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_vd.dtype))
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_vd.dtype))
         ctx.mark_non_differentiable(nats, added, hits)
         return nats + added, nats, added, hits
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale, *_ = grads
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None
+        return grad_hidden * scale, None if grad_weight is None else grad_weight * scale, None, None, None, None

@@ -29,6 +29,7 @@ from megagpt.documents import Document, read_documents
 from megagpt.files import read_json
 from megagpt.output_list import LIST_FILE, problem_of, read_list
 from megagpt.report.provenance import explain, show_record
+from megagpt.report.show_rows import rows_problems, show_sample
 from megagpt.settings_record import read_settings
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
@@ -50,10 +51,12 @@ class InspectConfig(Config):
     """With shards: say which documents the tokens from this one on come from."""
     num_tokens: int = Field(default=1, ge=1)
     """How many tokens `token` begins."""
+    sample: int | None = Field(default=None, ge=0)
+    """With shards of fine-tuning rows: show this sample, in the order of the shards, and which of its tokens are learned."""
     dumps: Path | None = None
     """With token: the web archives that the corpus was made from (a folder, or one file), to show the records of the tokens."""
     split: Literal["train", "validation"] = "train"
-    """Which split `token` counts in, where shards holds both."""
+    """Which split `token` and `sample` count in, where shards holds both."""
     stage: Path | None = None
     """The output of an extraction, filter or deduplication stage: counts, and examples of rejected documents per reason."""
     reason: str | None = None
@@ -96,10 +99,13 @@ def inspect(config: InspectConfig) -> Iterator[str]:
     if config.work_dir is not None and config.url is not None:
         return explain(config.work_dir, config.url)
     splits = find_splits(config.shards or Path())
-    if config.token is not None:
+    if config.token is not None or config.sample is not None:
         named = [path for path in splits if path.name == config.split] or splits
         if len(named) != 1:
-            raise UserError(f"shards={config.shards}: {len(named)} splits are below it, token= needs one: name its folder")
+            raise UserError(f"shards={config.shards}: {len(named)} splits are below it, one is needed: name its folder")
+        if config.sample is not None:
+            return show_sample(named[0], config.sample)
+    if config.token is not None:
         return show_tokens(named[0], config.token, config.num_tokens, config.dumps)
     if not config.verify:
         return show_statistics(splits)
@@ -199,6 +205,9 @@ def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator
     """Messages about a shard whose bytes are sound but whose contents are not what a shard promises."""
     import pyarrow.parquet as pq
 
+    if manifest.supervised is not None:
+        yield from rows_problems(directory, manifest, number)
+        return
     info = manifest.shards[number]
     shard, path = open_shard(directory, info, manifest.dtype), directory / f"{info.name}.bin"
     ends, largest = 0, -1

@@ -14,6 +14,7 @@ from megagpt.tokenizer.bpe import (
     ranks_from_tiktoken,
     ranks_from_tokenizer_json,
 )
+from megagpt.tokenizer.extended import with_special_tokens
 from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
 from megagpt.tokenizer.reading import FILE_NAME, Reading, pattern_of, read_reading, reading_of_ranks
@@ -27,7 +28,7 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Open a tokenizer: the word `bytes`, a SentencePiece `.model`, a rank file (`.tiktoken`, Llama 3's `tokenizer.model`), a
     `tokenizer.json`, or a directory with one of these or with `encoder.json` and `vocab.bpe`. Raises UserError that says what
-    was expected.
+    was expected. A `special_tokens.json` beside the files adds its tokens.
 
     `encoder` is the library that encodes batches of byte-level BPE; ids do not depend on it. `pattern`, a name or a regular
     expression, is how text is cut for files that do not say it. `saved`: this program wrote the folder beside shards or a run,
@@ -36,7 +37,11 @@ def open_tokenizer(
     if str(path) == "bytes":
         return Bytes()
     path = Path(path)
-    saved = saved or _is_beside_results(path)
+    folder = path if path.is_dir() else path.parent
+    return with_special_tokens(_open_files(path, encoder, pattern, saved=saved or _is_beside_results(path)), folder)
+
+
+def _open_files(path: Path, encoder: Encoder, pattern: str | None, *, saved: bool) -> Tokenizer:
     if path.is_dir():
         return _open_directory(path, encoder, pattern, saved=saved)
     if not path.is_file():
@@ -74,7 +79,7 @@ def _open_directory(directory: Path, encoder: Encoder, pattern: str | None, *, s
     ]
     for path in found:
         if path.is_file():
-            return open_tokenizer(path, encoder, pattern=pattern, saved=saved)
+            return _open_files(path, encoder, pattern, saved=saved)
     raise UserError(f"tokenizer {directory}: holds no *.model, tokenizer.json, *.tiktoken, nor encoder.json with vocab.bpe")
 
 

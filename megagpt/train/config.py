@@ -76,6 +76,9 @@ class TrainConfig(Config):
     """Steps between evaluations on the validation split; 0 = only at the end."""
     evaluate_max_samples: int | None = Field(default=None, gt=0)
     """Validation samples per source; null = all."""
+    early_stop_evaluations: int = Field(default=0, ge=0)
+    """Evaluations in a row whose validation loss is not below the lowest one before them, after which the run is done; 0 =
+    never. The best checkpoint stays (checkpoints/best.json)."""
     save_every_steps: int = Field(default=1000, gt=0)
     """Steps between checkpoints; one more is saved at the end and on a stop signal."""
     save_in_background: bool = True
@@ -128,6 +131,8 @@ class TrainConfig(Config):
             if phase.global_batch_size < self.micro_batch_size:
                 least = f"micro_batch_size={self.micro_batch_size}"
                 raise ValueError(f"batch_warmup: global_batch_size={phase.global_batch_size} is less than {least}")
+        if self.early_stop_evaluations and not self.evaluate_every_steps:
+            raise ValueError(f"early_stop_evaluations={self.early_stop_evaluations} needs evaluate_every_steps")
         if self.init_from is not None and self.continue_from is not None:
             raise ValueError("init_from and continue_from are given: a run begins with the one or the other")
         return self

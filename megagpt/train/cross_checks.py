@@ -100,6 +100,11 @@ def _without_effect(config: TrainConfig, data: Data) -> Iterator[str]:
         yield f"optim.schedule.decay_steps={schedule.decay_steps} has no effect with kind={schedule.kind}"
     if (config.evaluate_every_steps > 0 or config.evaluate_max_samples is not None) and not data.validation:
         yield "no source has a validation split: nothing is evaluated, and no checkpoint is the best"
+    if config.early_stop_evaluations > 0 and config.evaluate_every_steps % config.save_every_steps:
+        yield (
+            f"evaluate_every_steps={config.evaluate_every_steps} is not a multiple of save_every_steps="
+            f"{config.save_every_steps}: the best step may have no checkpoint when early_stop_evaluations ends the run"
+        )
     if config.resume_step is not None and config.resume_step > config.max_steps:
         yield f"resume_step={config.resume_step} is more than max_steps={config.max_steps}"
 
@@ -108,12 +113,18 @@ def _too_short_documents(config: TrainConfig, data: Data) -> Iterator[str]:
     """Where attention stays inside documents, positions beyond the longest one are never trained."""
     if not config.data.document_mask:
         return
-    lengths = [_longest_document(dataset, config.data.seq_len) for dataset in data.train.datasets]
+    datasets = [dataset for dataset in data.train.datasets if not (isinstance(dataset, TokenDataset) and _has_rows(dataset))]
+    lengths = [_longest_document(dataset, config.data.seq_len) for dataset in datasets]
     if lengths and max(lengths) < config.data.seq_len:
         yield (
             f"data.seq_len={config.data.seq_len} is longer than every document (at most {max(lengths)} tokens) and "
             "data.document_mask=true: no attention ever spans more than that"
         )
+
+
+def _has_rows(dataset: TokenDataset) -> bool:
+    """Rows of fine-tuning data are as short as they are."""
+    return dataset.manifest.supervised is not None
 
 
 def _longest_document(dataset: Any, enough: int) -> int:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint.tokenizers import extends, tokenizer_of
+from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import UserError
 from megagpt.data.mixture import given_by
 from megagpt.data.open_data import Data, DataConfig
 from megagpt.data.state import MixtureStart, TrainState
 from megagpt.settings_record import difference, filled, read_settings
+from megagpt.tokenizer.extended import extends
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,14 @@ def tokenizer_difference(data: Data, saved: Mapping[str, Any], where: Path) -> s
                  now.vocab_size - before.vocab_size)  # fmt: skip
         return ""
     return f"sha256 {before.fingerprint[:12]} -> {now.fingerprint[:12]}"
+
+
+def vocab_size_of(saved: Mapping[str, Any], where: Path, otherwise: int) -> int:
+    """Ids of a checkpoint's tokenizer; `otherwise` if it is lost, which release 0.1 could not know."""
+    try:
+        return tokenizer_of(where.parents[1], saved.get("tokenizer_sha256")).vocab_size
+    except UserError:
+        return otherwise
 
 
 def advice(differences: Mapping[str, str], samples: int) -> str:

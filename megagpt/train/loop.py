@@ -43,6 +43,7 @@ from megagpt.tokenizer.base import prompt_ids
 from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
+from megagpt.train.early_stop import evaluated_losses, used_up
 from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
 
@@ -147,8 +148,9 @@ def loop(run: Run, state: TrainState) -> int:
     checked, saved_step = False, state.step  # at its beginning a run has nothing to save either
     watchdog.beat(state.step)
     score, interrupted = evaluate_and_sample(run, state, left_by_a_stop(run, state), saved_step)
+    early = stops_early(run)
     with collecting_garbage_together() as collect_garbage:
-        while state.step < config.max_steps and not interrupted:
+        while state.step < config.max_steps and not interrupted and not early:
             batch_size = config.batch_size_at(state.step)
             with monitor.clock("data_wait"):
                 batches = loader.step(state)  # pure in TrainState: a rewind is only another state
@@ -200,8 +202,9 @@ def loop(run: Run, state: TrainState) -> int:
                 save(run, state)  # before anything that is not needed and takes long
                 saved_step = state.step
             score, interrupted = evaluate_and_sample(run, state, due_at(config, state.step), saved_step)
+            early = score is not None and stops_early(run)
             collect_garbage(state.step)
-    stopped = bool(interrupted) or state.step < config.max_steps
+    stopped = bool(interrupted) or (state.step < config.max_steps and not early)
     if state.step != saved_step:
         save(run, state, score)
     loader.close()
@@ -211,8 +214,17 @@ def loop(run: Run, state: TrainState) -> int:
         more = {"interrupted": interrupted} if interrupted else {}
         monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop", **more)
         return EXIT_STOPPED
-    monitor.log("done", state.step, tokens=state.tokens)
+    facts = {"early_stop": config.early_stop_evaluations} if state.step < config.max_steps else {}
+    monitor.log("done", state.step, tokens=state.tokens, **facts)
     return EXIT_DONE
+
+
+def stops_early(run: Run) -> bool:
+    """Whether the validation loss has not fallen for early_stop_evaluations; all ranks call it together."""
+    patience = run.config.early_stop_evaluations
+    if patience == 0:
+        return False
+    return run.world.broadcast(run.world.rank == 0 and used_up(evaluated_losses(run.config.run_dir), patience))
 
 
 def due_at(config: TrainConfig, step: int) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.new_rows import RESIZED, NewRows
 from megagpt.checkpoint.tokenizers import keep_tokenizer
 from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
@@ -156,15 +158,26 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
         log.info("settings changed since the checkpoint: %s", changed)
 
 
-def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> None:
-    """Raise UserError if weights to begin with (init_from) are another model's, or were trained with another tokenizer."""
-    check_weights(config, saved, where)
+def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> NewRows | None:
+    """Raise UserError if weights to begin with (init_from) are another model's, or were trained with another tokenizer. Returns
+    which rows are new where the tokenizer of the data extends that one, or the vocabulary is padded otherwise."""
     tokenizer = data_changes.tokenizer_difference(data, saved, where)
+    other = read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
+    first = other.vocab_size if tokenizer else data_changes.vocab_size_of(saved, where, data.vocab_size)
+    grown = (first, other.vocab_size) != (data.vocab_size, config.model.vocab_size) and not tokenizer
+    rows = NewRows(first, other.hidden_size) if grown else None
+    check_weights(config, saved, where, resized=() if rows is None else RESIZED)
     if tokenizer and "data.tokenizer" not in config.allow_change:
         raise UserError(
             f"{where}: was trained with another tokenizer ({tokenizer}): its token ids mean something else here; "
             "allow_change=[data.tokenizer] takes the weights all the same"
         )
+    if rows is not None:
+        log.info(
+            "init_from: %d ids are as in %s, the rows of ids %d to %d begin at the mean of theirs", first, where, first,
+            config.model.vocab_size - 1,
+        )  # fmt: skip
+    return rows
 
 
 def refuse_imported(saved: dict[str, Any], where: Path) -> None:
@@ -176,10 +189,11 @@ def refuse_imported(saved: dict[str, Any], where: Path) -> None:
         )
 
 
-def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
+def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path, *, resized: Sequence[str] = ()) -> None:
     """Raise UserError if a checkpoint's weights do not mean the same in this model: other shapes, or other heads in them.
 
-    Partitions are read by their offset in the flattened parameters: a larger matrix would fill a smaller one without an error.
+    `resized` parameters may have another number of rows. Partitions are read by their offset in the flattened parameters: a
+    larger matrix would fill a smaller one without an error.
     """
     other = read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
     differences = [
@@ -191,7 +205,7 @@ def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path) -> No
     differences += [
         f"{name}: {[*before.get(name, ())]} -> {[*now.get(name, ())]}"
         for name in sorted({**before, **now})
-        if before.get(name) != now.get(name)
+        if before.get(name, ())[name in resized :] != now.get(name, ())[name in resized :]
     ]
     if differences:
         raise UserError(f"{where}: holds the weights of another model: {'; '.join(differences[:4])}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_run import settings, write_shards
 
-from megagpt.checkpoint.tokenizers import extends, keep_tokenizer, tokenizer_of
+from megagpt.checkpoint.tokenizers import keep_tokenizer, tokenizer_of
 from megagpt.config import UserError, validate
 from megagpt.data.mixture import Mixture
 from megagpt.data.open_data import Data, DataConfig, open_data
@@ -17,6 +17,7 @@ from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState, sample_indices
 from megagpt.files import read_json, write_json
 from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.extended import extends
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of

@@ -84,3 +84,33 @@ def _choose(sizes: list[int], waiting: dict[int, list[int]], left: int) -> int:
         if rest == 0 or len(waiting.get(rest, ())) > (rest == sizes[which]):
             return which
     return fitting - 1
+
+
+def pack_whole(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Rows of these `lengths` (tokens, each at most seq_len) in samples that cut none: best fit, the longest first.
+
+    A pure function. The samples' order is shuffled, within each the rows keep their order.
+    """
+    samples: list[list[int]] = []
+    for start in range(0, len(lengths), BLOCK_DOCUMENTS):
+        block = lengths[start : start + BLOCK_DOCUMENTS]
+        room: dict[int, list[list[int]]] = {}
+        sizes: list[int] = []  # what is left in samples that are not full, ascending
+        packed: list[list[int]] = []
+        for row in np.argsort(-block, kind="stable").tolist():
+            length = int(block[row])
+            which = bisect.bisect_left(sizes, length)
+            left = sizes[which] if which < len(sizes) else seq_len
+            if which < len(sizes):
+                sample = room[left].pop()
+                if not room[left]:
+                    del room[left], sizes[which]
+            else:
+                packed.append(sample := [])
+            sample.append(start + row)
+            if left > length:
+                if left - length not in room:
+                    bisect.insort(sizes, left - length)
+                room.setdefault(left - length, []).append(sample)
+        samples += sorted((sorted(sample) for sample in packed), key=_shuffled)
+    return samples

@@ -2,10 +2,53 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megagpt.config import Config
 from megagpt.tokenizer.bpe import Encoder
+
+
+class SupervisedConfig(Config):
+    """Rows of fine-tuning data instead of documents: what is asked, and the answer that is learned (docs/finetuning.md)."""
+
+    format: Literal["chat", "prompt_completion", "dialogue_summary", "question_answer", "text_label"]
+    """What a row holds: messages (chat), or the two fields that the format names. text_label is also read from .tsv files of
+    two columns."""
+    prompt: str | None = None
+    """What the user asks, with the field in braces: "Is this review positive? {text}"; null = the field alone, for a summary an
+    instruction before it."""
+    system: str | None = None
+    """A system message before each row; null = none but a chat's own."""
+    labels: dict[str, str] = Field(default={})
+    """text_label: the answer for each label, {"0": negative, "1": positive}; another label is a malformed row. Empty: the label
+    itself is the answer."""
+    template: str = "chatml"
+    """chatml; plain (prompt and answer as one text, then the end of text); or the path of a Hugging Face chat template (Jinja)
+    with {% generation %} around the answer."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens of a template that is a file; text never gives their ids. ChatML has <|im_start|> and <|im_end|>."""
+    end_tokens: tuple[str, ...] = ()
+    """Those of special_tokens that end a generated answer."""
+    padding: Literal["packed", "padded"] = "packed"
+    """packed: several rows in a sample, by best fit, none cut; training needs data.document_mask=true. padded: one in each."""
+    max_malformed: int = Field(default=100, ge=0)
+    """Malformed rows (malformed.jsonl names each by file and line) with which the stage still ends well."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SupervisedConfig":
+        field = {"prompt_completion": "prompt", "dialogue_summary": "dialogue", "question_answer": "question"}
+        name = field.get(self.format, "text")
+        if self.prompt is not None and (self.format == "chat" or f"{{{name}}}" not in self.prompt):
+            rule = "a chat has its own" if self.format == "chat" else f"{{{name}}} must be in it"
+            raise ValueError(f"prompt={self.prompt!r}: {rule}")
+        if self.labels and self.format != "text_label":
+            raise ValueError(f"labels are for format=text_label, not {self.format}")
+        if self.template in ("chatml", "plain") and (self.special_tokens or self.end_tokens):
+            raise ValueError(f"special_tokens and end_tokens are for a template that is a file, not {self.template}")
+        unknown = sorted(set(self.end_tokens) - set(self.special_tokens))
+        if unknown:
+            raise ValueError(f"end_tokens: {unknown[0]!r} is not one of special_tokens")
+        return self
 
 
 class TokenizeConfig(Config):
@@ -38,3 +81,13 @@ class TokenizeConfig(Config):
     """Key of the global order of documents."""
     require_lossless: bool = True
     """Refuse a tokenizer that rewrites or drops text (a SentencePiece model without byte fallback, or with NFKC)."""
+    supervised: SupervisedConfig | None = None
+    """Read rows of fine-tuning data; null = documents. Needs pack_seq_len, and split_by=hash, which splits by row."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizeConfig":
+        if self.supervised is not None and self.pack_seq_len is None:
+            raise ValueError("supervised needs pack_seq_len, the tokens of a training sample")
+        if self.supervised is not None and self.split_by != "hash":
+            raise ValueError(f"supervised with split_by={self.split_by}: rows are split by hash, one is never cut")
+        return self

@@ -7,7 +7,7 @@ flat tokens (`.tokens`) and an Arrow table of rows (`.arrow`). The block's small
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import xxhash
 
 from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.overlap import Overlap, OverlapIndex, build_index, write_validation
+from megagpt.corpus.packing.rows import Report, read_rows, refuse_too_many
+from megagpt.corpus.packing.supervised import RowEncoder, tokenizer_for
 from megagpt.corpus.runner.blocks import Block, batches, num_bytes, read_block
 from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.ownership import Ownership
@@ -58,7 +60,8 @@ class Job:
 
 
 def tokenize_blocks(blocks: Sequence[Block], job: Job, execution: Execution) -> list[dict[str, Any]] | None:
-    """The records of all blocks, tokenized: segments (name, source, split, tokens), documents, empty, leaks (as Leak has them).
+    """The records of all blocks, tokenized: segments (name, source, split, tokens), documents, empty, leaks (as Leak has them);
+    of rows also malformed (file, line, kind, problem) and truncated.
 
     None while those of other parts are missing.
     """
@@ -69,7 +72,10 @@ def tokenize_blocks(blocks: Sequence[Block], job: Job, execution: Execution) -> 
         return None
     if not _each_block("tokenize", blocks, job, execution, _tokenize_block, cuts, small_bytes=0):
         return None
-    return [read_json(_record(job, block, "tokenize")) for block in blocks]
+    records = [read_json(_record(job, block, "tokenize")) for block in blocks]
+    if job.config.supervised is not None:
+        refuse_too_many([row for record in records for row in record["malformed"]], job.config.supervised)
+    return records
 
 
 def _record(job: Job, block: Block, phase: str) -> Path:
@@ -161,12 +167,18 @@ def _overlap_index(job: Job) -> Path:
 
 
 def _gather_validation(block: Block, job: Job, cuts: Cuts) -> int:
-    pieces = _split(read_block(block), job.config, _left(block, cuts))
+    pieces = _split(_documents(block, job), job.config, _left(block, cuts))
     validation = ((document.id, text) for split, document, text in pieces if split == "validation")
     record = _record(job, block, "validation")
     count = write_validation(validation, record.with_suffix(""))
     write_json(record, {"documents": count})
     return count
+
+
+def _documents(block: Block, job: Job, report: Report = lambda line, kind, problem: None) -> Iterator[Document]:
+    """The documents or rows of a block; malformed rows are reported."""
+    supervised = job.config.supervised
+    return read_block(block) if supervised is None else read_rows(Path(block.path), supervised, report)
 
 
 def _left(block: Block, cuts: Cuts) -> dict[str, int]:
@@ -196,7 +208,8 @@ class _Segments:
         self._rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
         self._tokens = self._documents = 0
 
-    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int) -> None:
+    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int, targets: np.ndarray | None = None) -> None:
+        """`targets` of a row: a bool for each of its tokens and the end of text, which is added here."""
         source = document.source if self.job.config.separate_sources else ""
         rows = self._rows.setdefault((source, split), {name: [] for name in ("key", "id", "url", "source", "bytes", "ids")})
         rows["key"].append(xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.job.config.seed))
@@ -205,6 +218,8 @@ class _Segments:
         rows["source"].append(document.source)
         rows["bytes"].append(text_bytes)
         rows["ids"].append(ids.astype(self.job.dtype))
+        if targets is not None:
+            rows.setdefault("targets", []).append(targets)
         self._tokens += len(ids) + 1
         self._documents += 1
         if self._tokens >= SEGMENT_TOKENS or self._documents >= SEGMENT_DOCUMENTS:
@@ -228,6 +243,10 @@ class _Segments:
                 for piece in ids:
                     file.write(piece.data)
                     file.write(self._end)
+            if "targets" in rows:
+                with atomic_path(Path(self.job.segments) / f"{name}.targets") as temporary, temporary.open("wb") as file:
+                    for i in order:
+                        file.write(rows["targets"][i].data)
             with atomic_path(Path(self.job.segments) / f"{name}.arrow") as temporary:
                 with pa.ipc.new_file(str(temporary), table.schema) as writer:
                     writer.write_batch(table.combine_chunks().to_batches()[0])
@@ -235,7 +254,37 @@ class _Segments:
         self._rows, self._tokens, self._documents = {}, 0, 0
 
 
+def _tokenize_rows(block: Block, job: Job, cuts: Cuts) -> int:
+    config, supervised = job.config, job.config.supervised
+    assert supervised is not None
+    assert config.pack_seq_len is not None
+    tokenizer = tokenizer_for(cached_tokenizer(job.tokenizer, config.encoder, config.pattern), supervised)
+    encoder = RowEncoder(tokenizer, supervised, config.pack_seq_len)
+    segments, malformed, leaks, documents = _Segments(block, job, tokenizer.eot_id), [], list[Overlap](), 0
+
+    def report(line: int, kind: str, problem: str) -> None:
+        malformed.append({"file": block.path, "line": line, "kind": kind, "problem": problem})
+        refuse_too_many(malformed, supervised)
+
+    pieces = _split(_documents(block, job, report), config, {})
+    threshold = config.overlap_threshold
+    index = OverlapIndex(_overlap_index(job), threshold) if threshold is not None and _overlap_index(job).is_dir() else None
+    for batch in batches(pieces, lambda piece: len(piece[2])):
+        for split, document, text in batch if index is None else _without_overlaps(batch, index, leaks):
+            found = encoder.encode(document, partial(report, int(document.meta["line"])))
+            if found is not None:
+                segments.add(split, document, found[0], len(text.encode()), found[1])
+                documents += 1
+    segments.flush()
+    more = {"malformed": malformed, "truncated": encoder.num_truncated}
+    found = {"documents": documents, "empty": 0, "leaks": [asdict(overlap) for overlap in leaks], **more}
+    write_json(_record(job, block, "tokenize"), {"segments": segments.written, **found})
+    return documents
+
+
 def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
+    if job.config.supervised is not None:
+        return _tokenize_rows(block, job, cuts)
     tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder, job.config.pattern)
     segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
     begin = None if tokenizer.bos_id is None else np.array([tokenizer.bos_id], np.uint32)

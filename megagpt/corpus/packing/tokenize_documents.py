@@ -13,6 +13,7 @@ How it works. Every document gets a key, a hash of its id.
     output_dir/validation/   the same
     output_dir/tokenizer/    a copy of the tokenizer, so that the folder is whole by itself
     output_dir/leaks.jsonl   training documents that were left out, each with the validation document it resembles
+    output_dir/malformed.jsonl  of rows of fine-tuning data: those that were left out, each with file, line and what is wrong
     output_dir/outputs.json  size and sha256 of all of these, and the manifests once more (output_list.py)
     output_dir/summary.json  what there is, and the sum of outputs.json; written last
 With separate_sources each source has such a folder below output_dir.
@@ -23,6 +24,7 @@ import json
 import logging
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,9 +34,10 @@ import numpy as np
 import orjson
 
 from megagpt.config import UserError
-from megagpt.corpus.packing.best_fit import best_fit_order
+from megagpt.corpus.packing.best_fit import best_fit_order, pack_whole
 from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.segments import SPLITS, Job, cached_tokenizer, tokenize_blocks
+from megagpt.corpus.packing.supervised import tokenizer_for
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.executors import run_tasks
@@ -42,10 +45,12 @@ from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_wo
 from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import (
+    SUPERVISED_FORMAT,
     Manifest,
     ShardError,
     ShardInfo,
     ShardWriter,
+    manifest_json,
     parse_manifest,
     read_manifest,
     token_dtype,
@@ -76,6 +81,8 @@ class PackSummary:
     empty_documents: int = 0
     leaked_documents: int = 0
     """Training documents that were left out for their likeness to a validation document; leaks.jsonl lists them."""
+    rows: dict[str, Any] | None = None
+    """Of rows of fine-tuning data: malformed (by kind), truncated, padding (tokens). None: documents."""
     outputs: dict[str, Any] | None = None
     """Size and sha256 of outputs.json; None: unfinished, or made by an earlier release."""
 
@@ -89,6 +96,8 @@ def pack_documents(
     Raises UserError if output_dir holds shards of other inputs or settings (unless overwrite), or the tokenizer does not suit.
     """
     tokenizer = cached_tokenizer(str(tokenizer_path), config.encoder, config.pattern)
+    if config.supervised is not None:
+        tokenizer = tokenizer_for(tokenizer, config.supervised)
     if config.require_lossless and not tokenizer.lossless:
         losses = f" ({tokenizer.losses})" if isinstance(tokenizer, HuggingFaceTokenizer) else ""
         raise UserError(
@@ -306,9 +315,10 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
     record = Path(job.segments) / f"{directory.parent.name}-{directory.name}-{name}.json"
     if record.is_file():
         info = ShardInfo(**read_json(record))
-        if all((directory / f"{name}{suffix}").is_file() for suffix in (".bin", ".idx", ".docs.parquet")):
+        if all((directory / f"{name}{suffix}").is_file() for suffix in info.suffixes):
             return info
-    tables, sources = [], []
+    tables, sources, marks = [], [], []
+    supervised, seq_len = job.config.supervised, job.config.pack_seq_len or 0
     for segment in names:
         table = _rows(job, segment)
         keys = numbers_of(table["key"])
@@ -316,12 +326,17 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
         if last > first:
             tables.append(table.slice(first, last - first))
             sources.append(np.memmap(f"{job.segments}/{segment}.tokens", job.dtype, "r"))
-    with ShardWriter(directory, name, np.dtype(job.dtype)) as writer:
+            if supervised is not None:
+                marks.append(np.memmap(f"{job.segments}/{segment}.targets", np.bool_, "r"))
+    with ShardWriter(directory, name, np.dtype(job.dtype), masked=supervised is not None) as writer:
         if tables:
             origin = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
             rows = pa.concat_tables(tables)
             order = np.argsort(numbers_of(rows["key"]), kind="stable")
-            if job.config.pack_seq_len:
+            padding = np.zeros(len(order), np.int64)
+            if supervised is not None:
+                order, padding = _whole_rows(order, numbers_of(rows["tokens"]), seq_len, packed=supervised.padding == "packed")
+            elif job.config.pack_seq_len:
                 order = order[best_fit_order(numbers_of(rows["tokens"])[order], job.config.pack_seq_len, first_token)]
             for begin in range(0, len(order), 1024):
                 chosen = order[begin : begin + 1024]
@@ -329,11 +344,31 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
                 lengths, starts = numbers_of(part["tokens"]), numbers_of(part["start"])
                 pieces = [sources[origin[i]][s : s + n] for i, s, n in zip(chosen, starts, lengths, strict=True)]
                 columns = {column: part[column].to_pylist() for column in ("id", "url", "source", "bytes")}
-                writer.add_many(np.concatenate(pieces), lengths, columns)
+                if supervised is None:
+                    writer.add_many(np.concatenate(pieces), lengths, columns)
+                    continue
+                filling = padding[begin : begin + 1024]
+                pieces = [np.pad(piece, (0, n), constant_values=piece[-1]) for piece, n in zip(pieces, filling, strict=True)]
+                targets = [
+                    np.pad(marks[origin[i]][s : s + n], (0, more))
+                    for i, s, n, more in zip(chosen, starts, lengths, filling, strict=True)
+                ]
+                writer.add_many(np.concatenate(pieces), lengths + filling, columns, np.concatenate(targets))
         require_ownership(job.ownership)
         info = writer.close()
     write_json(record, asdict(info))
     return info
+
+
+def _whole_rows(order: np.ndarray, lengths: np.ndarray, seq_len: int, *, packed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(rows in their new order, how many end-of-text tokens behind each): every sample of seq_len tokens holds whole rows, and
+    the padding of a sample belongs to its last row."""
+    samples = pack_whole(lengths[order], seq_len) if packed else [[i] for i in range(len(order))]
+    placed = order[[row for sample in samples for row in sample]]
+    padding = np.zeros(len(order), np.int64)
+    lasts = np.cumsum([len(sample) for sample in samples]) - 1
+    padding[lasts] = [seq_len - int(lengths[order[sample]].sum()) for sample in samples]
+    return placed, padding
 
 
 def _finish(
@@ -344,6 +379,8 @@ def _finish(
     shards: dict[tuple[str, str], list[ShardInfo]],
     records: list[dict[str, Any]],
 ) -> PackSummary:
+    supervised = job.config.supervised
+    of_rows: Any = {} if supervised is None else {"format": SUPERVISED_FORMAT, "supervised": supervised.padding}
     config, dtype, splits = job.config, token_dtype(tokenizer.vocab_size).name, {}
     outputs: dict[str, dict[str, Any]] = {}
     settings_hash = fingerprint(_shaping(config))
@@ -355,21 +392,26 @@ def _finish(
             directory.mkdir(parents=True, exist_ok=True)
             manifest = Manifest(
                 split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, settings_hash, infos,
-                pack_seq_len=config.pack_seq_len,
+                pack_seq_len=config.pack_seq_len, **of_rows,
             )  # fmt: skip
             write_manifest(directory, manifest)
             outputs |= _listed(directory, manifest, output_dir)
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,
             }  # fmt: skip
+            if config.supervised is not None:
+                splits[f"{folder}/{split}".lstrip("/")]["targets"] = sum(info.targets or 0 for info in infos)
     require_ownership(job.ownership)
     _write_overlaps(records, output_dir)
+    rows = _write_malformed(records, output_dir, splits) if config.supervised is not None else None
     empty, leaked = (sum(record["empty"] for record in records), sum(len(record["leaks"]) for record in records))
-    paths = [output_dir / "leaks.jsonl", *(p for f in folders.values() for p in (output_dir / f / "tokenizer").iterdir())]
+    lists = [output_dir / name for name in ("leaks.jsonl", *(() if rows is None else ("malformed.jsonl",)))]
+    paths = [*lists, *(p for f in folders.values() for p in (output_dir / f / "tokenizer").iterdir())]
     outputs |= {str(path.relative_to(output_dir)): describe_file(path) for path in paths}
     require_ownership(job.ownership)
-    summary = PackSummary(True, splits, empty, leaked, write_list(output_dir, outputs))
-    write_json(output_dir / "summary.json", asdict(summary))
+    summary = PackSummary(True, splits, empty, leaked, rows, write_list(output_dir, outputs))
+    absent = () if rows is not None else ("rows",)
+    write_json(output_dir / "summary.json", {name: v for name, v in asdict(summary).items() if name not in absent})
     _sweep(output_dir)
     return summary
 
@@ -378,11 +420,13 @@ def _listed(directory: Path, manifest: Manifest, output_dir: Path) -> dict[str, 
     """What outputs.json says of a split. Tokens are summed in the manifest, block by block; it is kept, so that it can be put
     back without tokenizing."""
     folder = directory.relative_to(output_dir)
-    entries = {f"{folder}/manifest.json": {**describe_file(directory / "manifest.json"), "content": asdict(manifest)}}
+    entries = {f"{folder}/manifest.json": {**describe_file(directory / "manifest.json"), "content": manifest_json(manifest)}}
     for info in manifest.shards:
         entries[f"{folder}/{info.name}.bin"] = {"bytes": info.bin_bytes, "sha256": None}
         entries[f"{folder}/{info.name}.idx"] = {"bytes": info.idx_bytes, "sha256": info.idx_sha256}
         entries[f"{folder}/{info.name}.docs.parquet"] = {"bytes": info.docs_bytes, "sha256": info.docs_sha256}
+        if info.mask_sha256 is not None:
+            entries[f"{folder}/{info.name}.mask"] = {"bytes": info.mask_bytes, "sha256": info.mask_sha256}
     return entries
 
 
@@ -392,6 +436,20 @@ def _write_overlaps(records: list[dict[str, Any]], output_dir: Path) -> None:
         for record in records:
             for overlap in record["leaks"]:
                 file.write(orjson.dumps(overlap, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _write_malformed(records: list[dict[str, Any]], output_dir: Path, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """malformed.jsonl: a line per row that was left out; returns what the summary says of the rows."""
+    malformed = [row for record in records for row in record["malformed"]]
+    with atomic_path(output_dir / "malformed.jsonl") as temporary, temporary.open("wb") as file:
+        for row in malformed:
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+    kept = sum(segment["tokens"] for record in records for segment in record["segments"])
+    return {
+        "malformed": dict(sorted(Counter(row["kind"] for row in malformed).items())),
+        "truncated": sum(record["truncated"] for record in records),
+        "padding": sum(counts["tokens"] for counts in splits.values()) - kept,
+    }
 
 
 def _sweep(output_dir: Path) -> None:
@@ -413,6 +471,15 @@ def describe(summary: PackSummary, output_dir: Path) -> str:
         f"{counts['bytes'] / max(counts['tokens'], 1):.2f} bytes per token"
         for name, counts in summary.splits.items()
     ]
+    if summary.rows is not None:
+        found, total = summary.rows, sum(counts["tokens"] for counts in summary.splits.values())
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in found["malformed"].items())
+        lines.append(
+            f"rows: {sum(counts['targets'] for counts in summary.splits.values()):,} targets, "
+            f"{found['truncated']:,} truncated, "
+            f"{found['padding'] / max(total, 1):.1%} padding, {sum(found['malformed'].values()):,} malformed"
+            + (f" ({kinds}; {output_dir / 'malformed.jsonl'})" if kinds else "")
+        )
     if summary.leaked_documents:
         where = output_dir / "leaks.jsonl"
         lines.append(f"{summary.leaked_documents:,} training documents were too like validation documents: left out ({where})")
