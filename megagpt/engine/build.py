@@ -74,8 +74,6 @@ def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Prec
     if precision == "bf16" and engine.zero_stage == 0:
         raise UserError(f"{stage} with precision=bf16 is refused: DeepSpeed's stage 0 is inexact in bf16; use 1 to 3")
     optimizer, name = OPTIMIZERS[optim.kind], f"optim.kind={optim.kind}"
-    if optimizer.matrices_only and engine.zero_stage > 0:
-        raise UserError(f"{name} with {stage}: it needs whole matrices, ZeRO cuts them; use engine.kind=fsdp or zero_stage=0")
     if optimizer.updates_in == "group" and engine.zero_stage == 3:
         raise UserError(f"{name} with {stage}: its step count is in the groups, which stage 3 empties; use 0 to 2 or fsdp")
 

@@ -23,8 +23,18 @@ from megagpt.engine.autocast import computing_in_bf16
 from megagpt.engine.base import Partition, StepResult
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
 from megagpt.engine.config import DeepSpeedConfig, Precision
+from megagpt.engine.dealt_matrices import DealtMatrices, Held
 from megagpt.engine.dtypes import name_of, watch_formats
-from megagpt.engine.optim import STATES, OptimConfig, Together, build_optimizer, create_states, parameter_groups, set_updates
+from megagpt.engine.optim import (
+    OPTIMIZERS,
+    STATES,
+    OptimConfig,
+    Together,
+    build_optimizer,
+    create_states,
+    parameter_groups,
+    set_updates,
+)
 from megagpt.model.gpt import GPT
 
 
@@ -57,7 +67,9 @@ class DeepSpeedEngine:
             config = config.model_copy(update={"zero_stage": 0, "overlap_comm": False})
             options["precision"] = "fp32"  # DeepSpeed's bf16 is exact only from stage 1 on: computing_in_bf16 casts instead
         settings = deepspeed_settings(optim, config, world.size, **options)
-        optimizer = build_optimizer(parameter_groups(module, optim), optim)
+        groups = parameter_groups(module, optim)
+        dealt = OPTIMIZERS[optim.kind].matrices_only and config.zero_stage > 0
+        optimizer = DealtMatrices(groups, optim) if dealt else build_optimizer(groups, optim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = optimizer.parts[0] if isinstance(optimizer, Together) else optimizer  # stage 0 is stepped here
@@ -68,9 +80,10 @@ class DeepSpeedEngine:
         self._stage, self._world = config.zero_stage, world
         self._zero: Any = self._deepspeed.optimizer
         self._torch_optimizer = optimizer if config.zero_stage == 0 else self._zero.optimizer
-        kinds = {parameter: group["kind"] for group in optimizer.param_groups for parameter in group["params"]}
-        self._kinds = {flat: kinds.get(flat, optim.kind) for flat in self._flat_partitions()}
+        self._kinds = self._kinds_of_partitions(optimizer.param_groups)
         create_states(self._torch_optimizer, self._kinds.items())
+        if isinstance(optimizer, DealtMatrices):
+            optimizer.deal(self._held_matrices(optim.kind), world)
         self.formats = watch_formats(module.head, self._torch_optimizer)
         self.formats["reductions"] = name_of(self._deepspeed.communication_data_type)
         self._canonical = _CanonicalZero1(self._zero, module, self._flat_partitions(), world) if canonical else None
@@ -173,6 +186,23 @@ class DeepSpeedEngine:
             return self._zero.fp32_partitioned_groups_flat
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO 1 and 2; bf16 with fp32 sums at 1
         return next(getattr(self._zero, name) for name in names if hasattr(self._zero, name))
+
+    def _kinds_of_partitions(self, groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+        """Which optimizer updates each of them. Stage 3 empties the groups, and cuts large ones."""
+        if self._stage == 3:
+            numbers = self._zero.sub_group_to_group_id
+            return {flat: groups[numbers[i]]["kind"] for i, flat in enumerate(self._flat_partitions())}
+        return {parameter: group["kind"] for group in groups for parameter in group["params"]}
+
+    def _held_matrices(self, kind: str) -> dict[Tensor, list[Held]]:
+        """What this rank holds of the matrices that `kind` updates, by flat partition."""
+        held: dict[Tensor, list[Held]] = {flat: [] for flat, of in self._kinds.items() if of == kind}
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        for name, flat, offset, partition in self._fragments():
+            if flat in held:
+                shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
+                held[flat].append(Held(name, shape, offset, partition.start, len(partition.data)))
+        return held
 
     def _fragments(self) -> Iterator[tuple[str, Tensor, int, Partition]]:
         """(parameter name, flat partition, offset in it, fp32 weight partition) of everything this rank holds."""

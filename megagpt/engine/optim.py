@@ -56,7 +56,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec("adamw (arXiv 1711.05101)", _adamw, ("exp_avg", "exp_avg_sq"), "parameter"),
     "sgd": OptimizerSpec("sgd", _sgd, ("momentum_buffer",)),
     "muon": OptimizerSpec(
-        "muon (hidden matrices orthogonalised, adamw for the rest; it needs whole matrices: engine fsdp, or zero_stage 0)",
+        "muon (hidden matrices orthogonalised, adamw for the rest)",
         _muon,
         ("momentum_buffer",),
         matrices_only=True,

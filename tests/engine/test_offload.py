@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from toy import ADAMW, MODEL, train_steps
+from toy import MODEL, OPTIMIZERS, train_steps
 
 from megagpt.config import Failure, UserError, validate
 from megagpt.distributed.world import World
@@ -39,13 +39,13 @@ OFFLOADED: dict[str, EngineConfig] = {
 IN_DEVICE_MEMORY = ("zero3_hpz", "zero2_overlap", "zero3_overlap")
 
 
-def runs(world: World, cases: list[tuple[EngineConfig, str]]) -> list[dict[str, Any]]:
+def runs(world: World, cases: list[tuple[EngineConfig, str]], optimizer: str = "adamw") -> list[dict[str, Any]]:
     """Losses of two times STEPS steps with the state read back and written in again between them; sums of that state."""
-    results = []
+    results, optim = [], OPTIMIZERS[optimizer]
     for config, precision in cases:
-        engine = build_engine(MODEL, ADAMW, config, world, precision=precision, micro_batch_size=3)  # type: ignore[arg-type]
+        engine = build_engine(MODEL, optim, config, world, precision=precision, micro_batch_size=3)  # type: ignore[arg-type]
         draw_weights(engine, MODEL, seed=1)
-        losses = train_steps(engine, world, range(STEPS))
+        losses = train_steps(engine, world, range(STEPS), optim)
         kept = {key: partition.data.clone() for key, partition in engine.state().items()}
         elements = sum(len(data) for data in kept.values())
         with torch.no_grad():
@@ -55,7 +55,7 @@ def runs(world: World, cases: list[tuple[EngineConfig, str]]) -> list[dict[str, 
             for key, partition in engine.state().items():
                 partition.data.copy_(kept[key])
             engine.refresh(STEPS)
-        losses += train_steps(engine, world, range(STEPS, 2 * STEPS))
+        losses += train_steps(engine, world, range(STEPS, 2 * STEPS), optim)
         check_formats(declared_formats(precision, config), engine.formats | {"loss": "fp32"})  # type: ignore[arg-type]
         results.append({"losses": losses, "elements": elements, "offloads": offloads(engine)})
     return results
@@ -70,11 +70,16 @@ def offloads(engine: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "names"), [("fp32", list(OFFLOADED)), ("bf16", ["zero1", "zero3_parameters", "zero2_overlap", "fsdp"])]
+    ("precision", "optimizer", "names"),
+    [
+        ("fp32", "adamw", list(OFFLOADED)),
+        ("bf16", "adamw", ["zero1", "zero3_parameters", "zero2_overlap", "fsdp"]),
+        ("fp32", "muon", ["zero2", "zero3_parameters", "zero3_overlap"]),
+    ],
 )
-def test_the_losses_are_the_same(precision: str, names: list[str], tmp_path: Path) -> None:
+def test_the_losses_are_the_same(precision: str, optimizer: str, names: list[str], tmp_path: Path) -> None:
     cases = [(config, precision) for config in (PLAIN["zero1"], *(OFFLOADED[name] for name in names))]
-    plain, *offloaded = run_ranks(runs, 2, tmp_path, cases)[0]
+    plain, *offloaded = run_ranks(runs, 2, tmp_path, cases, optimizer)[0]
     assert not plain["offloads"]
     for name, result in zip(names, offloaded, strict=True):
         difference = max(abs(a - b) for a, b in zip(plain["losses"], result["losses"], strict=True))

@@ -143,7 +143,7 @@ def test_the_help_names_every_optimizer() -> None:
         validate(OptimConfig, {"kind": "adam"}, source="test")
 
 
-@pytest.mark.parametrize(("kind", "refused"), [("adamw", ()), ("sgd", ()), ("muon", (1, 2, 3)), ("adabelief", (3,))])
+@pytest.mark.parametrize(("kind", "refused"), [("adamw", ()), ("sgd", ()), ("muon", ()), ("adabelief", (3,))])
 def test_what_a_stage_cannot_compute_is_refused_by_name(kind: str, refused: tuple[int, ...]) -> None:
     optim = OptimConfig.model_validate({"kind": kind})
     refuse_unsupported(FSDPConfig(), optim, "bf16")

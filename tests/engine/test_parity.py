@@ -47,17 +47,21 @@ CELLS: dict[int, list[Cell]] = {
         *(Cell(name, 2, "bf16") for name in engines_on(2) if name != "zero0"),
         *(Cell(name, 2, optimizer="sgd", checkpoint_every=1) for name in engines_on(2) if name != "fsdp_kept"),
         *(Cell(name, 3, optimizer="sgd", checkpoint_every=2) for name in ("zero2", "fsdp_kept")),
-        *(Cell(name, 3, optimizer="muon") for name in ("zero0", "fsdp")),
+        *(Cell(name, 3, optimizer="muon") for name in ("zero0", "zero1", "zero2", "zero3", "fsdp")),
         *(Cell(name, 3, optimizer="adabelief") for name in ("zero0", "zero1", "zero2", "fsdp")),
     ],
-    4: [*(Cell(name, 5) for name in engines_on(4)), *(Cell(name, 3, "bf16") for name in ("zero3", "hsdp"))],
+    4: [
+        *(Cell(name, 5) for name in engines_on(4)),
+        *(Cell(name, 3, "bf16") for name in ("zero3", "hsdp")),
+        *(Cell(name, 5, optimizer="muon") for name in ("zero1", "zero3")),
+    ],
 }
 """By number of ranks. SGD shows wrong clipping and scaling, which AdamW hides; 5 does not divide the batch of 12."""
 
 # fp32 sums in another order move the loss by a few 1e-7; a mean of means or a wrong clip factor by 1e-3 and more.
 # Muon orthogonalises in bf16 (torch.optim.Muon), where the last bits of a sum count for more.
 # bf16 has 8 bits of mantissa: another order of sums moves the logits by up to 4e-3, the mean loss by less than 1e-3.
-TOLERANCE = {("fp32", "adamw"): 5e-6, ("fp32", "sgd"): 5e-6, ("fp32", "adabelief"): 5e-6, ("fp32", "muon"): 5e-5}
+TOLERANCE = {("fp32", "adamw"): 5e-6, ("fp32", "sgd"): 5e-6, ("fp32", "adabelief"): 5e-6, ("fp32", "muon"): 2e-5}
 TOLERANCE |= {("bf16", "adamw"): 2e-3}
 
 

@@ -32,7 +32,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from parity import MICRO_BATCH_SIZES, largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from ranks import run_ranks  # noqa: E402
-from toy import MODEL, OPTIMIZERS, UNTIED, WHOLE_MATRICES, engines_on, make_engine, train_steps, variations_on  # noqa: E402
+from toy import MODEL, OPTIMIZERS, UNTIED, engines_on, make_engine, train_steps, variations_on  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
@@ -59,8 +59,6 @@ class Variant:
 
     def offered_on(self, engine: str) -> bool:
         """Whether the engine takes this optimizer and precision."""
-        if self.optimizer == "muon":
-            return engine in WHOLE_MATRICES
         if self.optimizer == "adabelief" and engine.startswith("zero3"):
             return False
         return not (self.precision == "bf16" and engine == "zero0")

@@ -27,9 +27,6 @@ MUON = OptimConfig(kind="muon", lr=2e-3, schedule=ScheduleConfig(warmup_steps=5)
 ADABELIEF = OptimConfig(kind="adabelief", lr=1e-3, eps=1e-12, schedule=ScheduleConfig(warmup_steps=5))
 OPTIMIZERS = {"adamw": ADAMW, "sgd": SGD, "muon": MUON, "adabelief": ADABELIEF}
 
-WHOLE_MATRICES = ("zero0", "fsdp", "fsdp_kept", "fsdp_offload", "hsdp")
-"""Engines on which an update sees whole matrices, which Muon needs."""
-
 
 class ToyDataset:
     """Arithmetic sequences modulo the vocabulary with some tokens replaced; of some samples the first targets are masked. Each
