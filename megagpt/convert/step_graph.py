@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.convert.compare_logits import CHUNK, LONG, TOLERANCE, Comparison, ConversionError, compare_with, sample_ids
-from megagpt.generate.sampling import SamplingConfig, generate_ids
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import generate_ids
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.model.rope import rope_frequencies, rotate
 

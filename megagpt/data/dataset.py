@@ -7,14 +7,17 @@ Nothing is stored: order costs no memory, no file and no start-up, and a sample 
 
 import bisect
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from megagpt.data.permutation import mix, permute, unpermute
+from megagpt.data.permutation import mix
+from megagpt.data.recut import Place, Windows, place_after
 from megagpt.data.shards import Manifest, Shard, ShardError, open_shard, read_manifest
+from megagpt.data.state import Cut
 from megagpt.documents import IGNORE
 
 
@@ -72,18 +75,22 @@ class TokenDataset:
             self._starts.append(self._starts[-1] + info.tokens)
         self._shards: dict[int, Shard] = {}
         self._offsets: dict[int, np.ndarray] = {}
-        self._length = max(0, (self.num_tokens - seq_len - 1) // self.stride + 1)
-        if self.manifest.supervised is not None:
+        self._windows = Windows(self.num_tokens, seq_len, self.stride, shuffle_block)
+        if self.manifest.supervised is not None:  # their last target is not in the next sample
             self._refuse_other_samples()
-            self._length = self.num_tokens // seq_len
+            self._windows = Windows(self.num_tokens + 1, seq_len, self.stride, shuffle_block)
+        self._length = self._windows.length
+        self._place = Place(0, None, 0)
 
     def __len__(self) -> int:
         return self._length
 
-    def with_number(self, number: int) -> "TokenDataset":
-        """The same tokens in the order of another number of a source; see open_data."""
+    def with_number(self, number: int, cuts: Sequence[Cut] = ()) -> "TokenDataset":
+        """The same tokens in the order of another number of a source (see open_data), after other lengths of samples."""
         other = copy.copy(self)
         other.seed = mix(self.base_seed, number)
+        if cuts:
+            other._place = place_after(cuts, self.num_tokens, other.seed)
         return other
 
     def sample(self, index: int) -> Sample:
@@ -91,9 +98,14 @@ class TokenDataset:
         return self._window(self.first_token(index))
 
     def first_token(self, index: int) -> int:
-        """Where sample `index` begins in the split's tokens."""
-        epoch, position = divmod(index, self._length)
-        return self._shuffled(position, mix(self.seed, epoch)) * self.stride
+        """Where sample `index` begins in the split's tokens. Raises ValueError for one of another length."""
+        begin, rest = self._place.begin, self._place.rest
+        if index < begin:
+            raise ValueError(f"sample {index} is of another length than the {self.seq_len} tokens since sample {begin}")
+        if rest is not None and index < begin + rest.length:
+            return rest.first_token(index - begin)
+        epoch, position = divmod(index - begin - (rest.length if rest is not None else 0), self._length)
+        return self._windows.window(position, mix(self.seed, self._place.epoch + epoch)) * self.stride
 
     def num_windows(self) -> int:
         """Windows of `window`: consecutive, each token but the first is a target once."""
@@ -126,16 +138,6 @@ class TokenDataset:
         if number not in self._shards:
             self._shards[number] = open_shard(self.directory, self.manifest.shards[number], self.manifest.dtype)
         return self._shards[number]
-
-    def _shuffled(self, position: int, key: int) -> int:
-        size, blocks = self.shuffle_block, -(-self._length // self.shuffle_block)
-        short_by = blocks * size - self._length
-        if short_by:
-            # Positions behind the short block are counted as if it were full.
-            short_at = unpermute(blocks - 1, blocks, key)
-            if position >= short_at * size + size - short_by:
-                position += short_by
-        return permute(position // size, blocks, key) * size + position % size
 
     def _refuse_other_samples(self) -> None:
         """Raise ShardError if rows of fine-tuning data are read in samples that would cut them."""

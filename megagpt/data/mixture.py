@@ -58,8 +58,8 @@ class Mixture:
         if start.from_sample not in self._continued:
             numbers = [start.numbers[name] for name in self.names]
             datasets = [
-                dataset.with_number(number) if isinstance(dataset, TokenDataset) else dataset
-                for dataset, number in zip(self.datasets, numbers, strict=True)
+                dataset.with_number(number, start.cuts.get(name, ())) if isinstance(dataset, TokenDataset) else dataset
+                for name, dataset, number in zip(self.names, self.datasets, numbers, strict=True)
             ]
             given = [start.given.get(name, 0) for name in self.names]
             in_force = [values for begin, values in self._phases if begin <= start.from_sample][-1]

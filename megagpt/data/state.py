@@ -1,7 +1,7 @@
 """The position of a run in its data: TrainState, the windows that a rewind left out, and which samples come next."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -11,6 +11,15 @@ class Window:
 
     start: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a source's tokens are cut into samples, from its sample number `from_index` on."""
+
+    from_index: int
+    seq_len: int
+    shuffle_block: int
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,19 @@ class MixtureStart:
     """Samples that each source had given by then, by name; sources that are gone stay in it."""
     numbers: dict[str, int]
     """By name: the number that keys a source's order. It never changes, whatever place the source has in the settings."""
+    cuts: dict[str, tuple[Cut, ...]] = field(default_factory=dict)
+    """By name: the lengths of samples that a source has had, oldest first, where they have changed; see recut.py."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back; without cuts as release 0.1 wrote it."""
+        value = asdict(self)
+        return value if self.cuts else {key: item for key, item in value.items() if key != "cuts"}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "MixtureStart":
+        """Raises TypeError or KeyError on anything but what `to_json` gave."""
+        cuts = {name: tuple(Cut(**cut) for cut in items) for name, items in value.get("cuts", {}).items()}
+        return cls(**{**value, "cuts": cuts})
 
 
 @dataclass(frozen=True)
@@ -45,12 +67,13 @@ class TrainState:
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
         value = asdict(self)
-        return value if self.mixture is not None else {key: item for key, item in value.items() if key != "mixture"}
+        del value["mixture"]
+        return value if self.mixture is None else {**value, "mixture": self.mixture.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainState":
         """Raises TypeError or KeyError on anything but what `to_json` gave."""
-        mixture = MixtureStart(**value["mixture"]) if value.get("mixture") else None
+        mixture = MixtureStart.from_json(value["mixture"]) if value.get("mixture") else None
         return cls(**{**value, "skipped": tuple(Window(**window) for window in value["skipped"]), "mixture": mixture})
 
 

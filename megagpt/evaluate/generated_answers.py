@@ -15,7 +15,9 @@ from megagpt.config import UserError
 from megagpt.distributed.world import World
 from megagpt.documents import open_lines
 from megagpt.evaluate.answers import Journal, answer_groups
-from megagpt.generate.sampling import SamplingConfig, StreamDecoder, generate_ids
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import generate_ids
+from megagpt.generate.text_stream import StreamDecoder
 from megagpt.model.gpt import ModelConfig
 from megagpt.tokenizer.base import Tokenizer, prompt_ids
 

@@ -105,7 +105,7 @@ def inspect(config: InspectConfig) -> Iterator[str]:
             raise UserError(f"shards={config.shards}: {len(named)} splits are below it, one is needed: name its folder")
         if config.sample is not None:
             return show_sample(named[0], config.sample)
-    if config.token is not None:
+        assert config.token is not None
         return show_tokens(named[0], config.token, config.num_tokens, config.dumps)
     if not config.verify:
         return show_statistics(splits)
@@ -369,7 +369,7 @@ def _open_run(run_dir: Path) -> tuple[list[Entry], Callable[[Entry], Mixture]]:
                                           for name, item in section["sources"].items()}}  # fmt: skip
         key = json.dumps([section, start.get("mixture")], default=str)
         if key not in opened:
-            mixture = MixtureStart(**start["mixture"]) if start.get("mixture") else None
+            mixture = MixtureStart.from_json(start["mixture"]) if start.get("mixture") else None
             config = read_settings(DataConfig, section, source=str(path))
             opened[key] = open_data(config).train.continued(mixture)
         return opened[key]

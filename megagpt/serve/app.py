@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from megagpt.serve.answers import DONE, Shape, event, new_id, usage_of
 from megagpt.serve.api import Api
@@ -49,8 +49,10 @@ def make_app(api: Api) -> Any:
         parsed = parse_request(kind, await read_body(request, api.config.max_body_bytes))
         api.check_model(parsed)
         # Tokenizing a long prompt takes time that other streams should not wait for.
-        make_ids = api.chat_ids if isinstance(parsed, ChatRequest) else api.completion_ids
-        ids = await asyncio.to_thread(make_ids, cast(Any, parsed))
+        if isinstance(parsed, ChatRequest):
+            ids = await asyncio.to_thread(api.chat_ids, parsed)
+        else:
+            ids = await asyncio.to_thread(api.completion_ids, parsed)
         job = api.new_job(parsed, ids)
         api.worker.submit(job)
         chat = isinstance(parsed, ChatRequest)

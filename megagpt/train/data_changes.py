@@ -1,7 +1,7 @@
 """What a resume finds changed in its data: what is refused, by name, and how a changed mixture continues without repeating.
 
-Sources that are added, removed or put in another order, and weights that are allowed to change, take over at the next sample of
-the run: every source continues, by name, with the samples that it has not given yet (state.MixtureStart).
+Sources that are added, removed or put in another order, weights that are allowed to change, and samples of another length take
+over at the next sample of the run: every source continues, by name, with what it has not given yet (state.MixtureStart).
 """
 
 import logging
@@ -14,7 +14,7 @@ from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import UserError
 from megagpt.data.mixture import given_by
 from megagpt.data.open_data import Data, DataConfig
-from megagpt.data.state import MixtureStart, TrainState
+from megagpt.data.state import Cut, MixtureStart, TrainState
 from megagpt.settings_record import difference, filled, read_settings
 from megagpt.tokenizer.extended import extends
 
@@ -105,12 +105,25 @@ def advice(differences: Mapping[str, str], samples: int) -> str:
     )
 
 
+def only_length_differs(config: DataConfig, saved: Mapping[str, Any], where: Path) -> bool:
+    """Whether of `data.seq_len` (see KINDS) nothing but the length differs from a checkpoint's: no token is then fed twice."""
+    old = read_settings(DataConfig, saved["config"]["data"], source=str(where))
+    same = all(
+        getattr(old, name) == getattr(config, name) for name in _FIELDS["data.seq_len"] if name not in ("seq_len", "stride")
+    )
+    return same and _without_overlap(old) and _without_overlap(config)
+
+
 def continue_mixture(config: DataConfig, saved: Mapping[str, Any], state: TrainState, where: Path) -> TrainState:
-    """The state with a new MixtureStart if the checkpoint's sources or weights are not those of the settings."""
+    """The state with a new MixtureStart if the checkpoint's sources, weights or sample length are not those of the settings.
+
+    Raises UserError if the samples are longer than the runs of tokens that the order keeps together.
+    """
     old = read_settings(DataConfig, saved["config"]["data"], source=str(where))
     names, now = list(old.sources), list(config.sources)
     begin = state.samples
-    if names == now and _phases_before(old, begin) == _phases_before(config, begin):
+    recut = old.seq_len != config.seq_len and _without_overlap(old) and _without_overlap(config)
+    if not recut and names == now and _phases_before(old, begin) == _phases_before(config, begin):
         return state
     earlier = state.mixture or MixtureStart(0, {}, {name: number for number, name in enumerate(names)})
     phases = _since(old, earlier.from_sample)
@@ -126,7 +139,39 @@ def continue_mixture(config: DataConfig, saved: Mapping[str, Any], state: TrainS
             ", ".join(now),
             begin,
         )
-    return replace(state, mixture=MixtureStart(begin, {**earlier.given, **given}, numbers))
+    given = {**earlier.given, **given}
+    cuts = _recut(old, config, earlier.cuts, given) if recut and begin > 0 else earlier.cuts
+    return replace(state, mixture=MixtureStart(begin, given, numbers, cuts))
+
+
+def _recut(
+    old: DataConfig, config: DataConfig, cuts: Mapping[str, tuple[Cut, ...]], given: Mapping[str, int]
+) -> dict[str, tuple[Cut, ...]]:
+    """The cuts of every source that has given samples, those that are gone too, with today's length added."""
+    found = {}
+    for name, samples in given.items():
+        before = cuts.get(name, (Cut(0, old.seq_len, old.shuffle_block),))
+        for cut in before:
+            together = cut.shuffle_block * cut.seq_len
+            if config.seq_len > together:
+                raise UserError(
+                    f"data.seq_len={config.seq_len}: source {name} was shuffled in runs of {cut.shuffle_block} x {cut.seq_len} "
+                    f"tokens (data.shuffle_block x data.seq_len before): samples of at most {together} tokens can continue it"
+                )
+        found[name] = (*before, Cut(samples, config.seq_len, config.shuffle_block))
+    log.info(
+        "data.seq_len: %d -> %d: every source continues with tokens that it has not given; at most the %d samples that "
+        "data.shuffle_block keeps together are left out of each until its next epoch",
+        old.seq_len,
+        config.seq_len,
+        old.shuffle_block,
+    )
+    return found
+
+
+def _without_overlap(config: DataConfig) -> bool:
+    """Whether each sample begins where the one before it ends."""
+    return config.stride is None or config.stride == config.seq_len
 
 
 def _phases(config: DataConfig) -> list[tuple[int, dict[str, float]]]:

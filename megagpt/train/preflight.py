@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
     if config.continue_from is not None and not checkpoint.list_checkpoints(config.run_dir):
         checkpoint.require_checkpoint(config.continue_from)
+    refuse_longer_context(config)
     for path in checkpoint.list_checkpoints(config.run_dir)[:1]:
         try:
             oldest = read_json(path / "state.json")
@@ -141,6 +141,9 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
         "optim.kind": difference(before["optim"]["kind"], now["optim"]["kind"]),
         **data_changes.data_differences(config.data, data, saved, where),
     }
+    if config.continue_from == where:  # a run that begins with another's checkpoint may plan for longer samples
+        planned = _longer_samples(config, saved, where)
+        differences = {name: text for name, text in differences.items() if name not in planned}
     if config.determinism == "canonical":  # another size is another order of sums
         differences["micro_batch_size"] = difference(before["micro_batch_size"], now["micro_batch_size"])
     allowed = {*config.allow_change, *(data_changes.KINDS if "data" in config.allow_change else ())}
@@ -156,6 +159,35 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
     changed = difference(before, now)
     if changed:
         log.info("settings changed since the checkpoint: %s", changed)
+
+
+def _longer_samples(config: TrainConfig, saved: dict[str, Any], where: Path) -> set[str]:
+    """Of data.seq_len and model, those that differ by the length of samples and how positions are stretched alone."""
+    found = {"data.seq_len"} if data_changes.only_length_differs(config.data, saved, where) else set()
+    before = read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
+    positions = {name: getattr(config.model, name) for name in ("seq_len", "rope_theta", "rope_scaling")}
+    return found | ({"model"} if before.model_copy(update=positions) == config.model else set())
+
+
+def refuse_longer_context(config: TrainConfig) -> None:
+    """Raise UserError if a new run has longer samples than the one it begins with, and the same rotary positions."""
+    path = config.continue_from
+    if config.init_from is not None:
+        path = next(reversed(checkpoint.list_checkpoints(config.init_from)), None)
+    model, before = config.model, checkpoint.saved_field(path, "model") if path is not None else None
+    if path is None or not isinstance(before, dict) or checkpoint.list_checkpoints(config.run_dir) or model.family != "llama":
+        return
+    old = read_settings(ModelConfig, before, source=str(path / "state.json"))
+    data = (checkpoint.saved_field(path, "config") or {}).get("data") or {}
+    trained = int(data.get("seq_len", old.seq_len))  # an imported model has no data
+    longer = config.data.seq_len > trained and (old.rope_scaling, old.rope_theta) == (model.rope_scaling, model.rope_theta)
+    if longer and not {"data", "data.seq_len"} & {*config.allow_change}:
+        scaling = f"{{kind: yarn, factor: {-(-config.data.seq_len // trained)}, original_seq_len: {trained}}}"
+        raise UserError(
+            f"data.seq_len={config.data.seq_len}: {path} was trained with {trained} tokens and the same rotary positions; "
+            f"stretch them: model.rope_scaling={scaling} (or llama3), or a larger "
+            f"model.rope_theta than {model.rope_theta:g}; allow_change=[data.seq_len] takes them as they are"
+        )
 
 
 def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> NewRows | None:
@@ -223,7 +255,7 @@ def record_mixture(config: TrainConfig, world: World, attempt: int, state: Train
     """Add the mixture that a start continues with to its record in run_dir/starts (rank 0): the ledger is checked by it."""
     path = config.run_dir / "starts" / f"{attempt:04d}.json"
     if world.rank == 0 and state.mixture is not None:
-        write_json(path, {**read_json(path), "mixture": asdict(state.mixture)})
+        write_json(path, {**read_json(path), "mixture": state.mixture.to_json()})
 
 
 def record_start(config: TrainConfig, data: Data, world: World, attempt: int) -> None:

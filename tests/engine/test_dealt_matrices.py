@@ -74,3 +74,9 @@ def test_owners_have_equal_work(ranks: int) -> None:
     load = [sum(min(shapes[n]) ** 2 * max(shapes[n]) for n in shapes if owners[n] == rank) for rank in range(ranks)]
     assert max(load) <= 1.05 * sum(load) / ranks
     assert owners == owners_of(dict(reversed(shapes.items())), ranks), "the same on every rank"
+
+
+def test_a_dear_matrix_has_an_owner_of_its_own() -> None:
+    shapes = {"embedding_like": (512, 512), **{f"small{i}": (64, 64) for i in range(9)}}
+    owners = owners_of(shapes, 2)
+    assert {owners[name] for name in shapes if name != "embedding_like"} == {1 - owners["embedding_like"]}

@@ -10,7 +10,8 @@ from megagpt.config import UserError
 from megagpt.distributed.world import lone_world
 from megagpt.evaluate.generated_answers import AnswerRequest, Exercise, cut_at, generate_answers, read_exercises
 from megagpt.evaluate.text_scores import exact_match, score_texts, token_f1
-from megagpt.generate.sampling import SamplingConfig, generate_ids
+from megagpt.generate.sampling import SamplingConfig
+from megagpt.generate.streams import generate_ids
 from megagpt.tokenizer.plain_bytes import Bytes
 
 WORLD = lone_world(torch.device("cpu"))

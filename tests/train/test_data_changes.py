@@ -1,5 +1,6 @@
 """What a resume finds changed in its data: refused by name, or continued without repeating a sample."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from megagpt.tokenizer.extended import extends
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
-from megagpt.train.preflight import check_initial, check_resume
+from megagpt.train.preflight import check_initial, check_resume, refuse_longer_context
 
 Sources = dict[str, tuple[Path, float]]
 
@@ -150,6 +151,90 @@ def test_each_kind_of_change_is_refused_and_allowed_by_its_own_name(
     resume("data")
     with pytest.raises(UserError):
         resume(*({"data.shards", "data.order", "data.weights", "data.seq_len", "data.tokenizer"} - {name}))
+
+
+# ---- longer samples
+
+
+def longer(run_dir: Path, sources: Sources, seq_len: int, begin: Path | None, **changes: Any) -> TrainConfig:
+    scaling = {} if seq_len == 32 else {"rope_scaling": {"kind": "yarn", "factor": seq_len / 32, "original_seq_len": 32}}
+    model = {"vocab_size": 257, "seq_len": seq_len, "num_layers": 2, "num_heads": 2, "hidden_size": 32, **scaling}
+    return make(run_dir, sources, data={"seq_len": seq_len}, **{"model": model, "continue_from": begin, **changes})
+
+
+def test_longer_samples_continue_each_source_with_tokens_it_has_not_given(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """32, 64 and 128 tokens; a source that goes and comes back after the change continues too. The ledger agrees."""
+    a, b = (corpora["a"], 1.0), (corpora["b"], 1.0)
+    starts: list[tuple[int, Sources, int]] = [
+        (32, {"a": a, "b": b}, 150), (64, {"a": a}, 20), (64, {"a": a, "b": b}, 30), (128, {"b": b, "a": a}, 6),
+    ]  # fmt: skip
+    used: dict[str, list[tuple[int, int]]] = {"a": [], "b": []}
+    saved: dict[str, Any] | None = None
+    for number, (seq_len, sources, samples) in enumerate(starts):
+        where = tmp_path / str(number - 1) / "checkpoints" / "step_00000001"
+        config = longer(tmp_path / str(number), sources, seq_len, where if number else None)
+        data, state = open_data(config.data), TrainState()
+        if saved is not None:
+            check_resume(config, data, saved, where)
+            state = continue_mixture(config.data, saved, TrainState.from_json(saved["train_state"]), where)
+        train = data.train.continued(state.mixture)
+        for index in sample_indices(state, samples):
+            source, position = train.locate(index)
+            first = train.datasets[source].first_token(position)  # type: ignore[attr-defined]
+            used[train.names[source]].append((first, first + seq_len))
+            assert len(train.sample(index).inputs) == seq_len
+        saved = saved_by(config, data, state.advance(samples, 0))
+        again = TrainState.from_json(saved["train_state"])
+        assert continue_mixture(config.data, saved, again, where) == again, "a resume with the same settings changes nothing"
+    for name, ranges in used.items():
+        ranges.sort()
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges)), name
+    assert sum(end - start for start, end in used["a"]) == 75 * 32 + (20 + 15) * 64 + 3 * 128
+
+
+def test_only_a_run_that_begins_with_a_checkpoint_may_have_longer_samples(corpora: dict[str, Path], tmp_path: Path) -> None:
+    sources: Sources = {"a": (corpora["a"], 1.0)}
+    before = longer(tmp_path / "one", sources, 32, None)
+    saved, where = saved_by(before, open_data(before.data), TrainState(1, 8, 256)), tmp_path / "one/checkpoints/step_00000001"
+
+    def resume(config: TrainConfig) -> None:
+        check_resume(config, open_data(config.data), saved, where)
+
+    resume(longer(tmp_path / "two", sources, 64, where))
+    with pytest.raises(UserError, match=r"data.seq_len \(seq_len: 32 -> 64\)"):
+        resume(longer(tmp_path / "one", sources, 64, None))
+    with pytest.raises(UserError, match=r"model \(hidden_size: 32 -> 64"):
+        resume(
+            longer(tmp_path / "two", sources, 64, where, model={**MODEL, "vocab_size": 257, "seq_len": 64, "hidden_size": 64})
+        )
+    config = longer(tmp_path / "two", sources, 64, where)
+    masked = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": True})})
+    with pytest.raises(UserError, match=r"data.seq_len \(document_mask: False -> True, seq_len: 32 -> 64\)"):
+        resume(masked)
+    too_long = longer(tmp_path / "two", sources, 256, where)
+    with pytest.raises(UserError) as raised:
+        continue_mixture(too_long.data, saved, TrainState(1, 8, 256), where)
+    assert "source a was shuffled in runs of 4 x 32 tokens" in str(raised.value)
+    assert "samples of at most 128 tokens can continue it" in str(raised.value)
+
+
+def test_a_longer_context_with_the_same_rotary_positions_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
+    sources: Sources = {"a": (corpora["a"], 1.0)}
+    before = longer(tmp_path / "one", sources, 32, None)
+    where = tmp_path / "one" / "checkpoints" / "step_00000001"
+    write_json(where / "state.json", saved_by(before, open_data(before.data), TrainState(1, 8, 256)))
+    model = {**MODEL, "vocab_size": 257, "seq_len": 64}
+    for begin in ({"continue_from": where}, {"init_from": tmp_path / "one", "continue_from": None}):
+        with pytest.raises(UserError) as raised:
+            refuse_longer_context(longer(tmp_path / "two", sources, 64, None, **{"model": model, **begin}))
+        assert str(raised.value) == (
+            f"data.seq_len=64: {where} was trained with 32 tokens and the same rotary positions; stretch them: "
+            "model.rope_scaling={kind: yarn, factor: 2, original_seq_len: 32} (or llama3), or a larger model.rope_theta than "
+            "10000; allow_change=[data.seq_len] takes them as they are"
+        )
+        refuse_longer_context(longer(tmp_path / "two", sources, 64, None, **begin))
+        for more in ({"allow_change": ["data.seq_len"]}, {"model": {**model, "rope_theta": 50_000.0}}):
+            refuse_longer_context(longer(tmp_path / "two", sources, 64, None, **{"model": model, **begin, **more}))
 
 
 # ---- tokenizers

@@ -1,5 +1,6 @@
 """Runs whose ranks share samples: what is refused, the ledger, evaluation and sampling, and restarts with other groups."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megagpt.config import UserError, validate
 from megagpt.data.open_data import open_data
 from megagpt.data.sample_ledger import Entry, read_ledger
 from megagpt.monitor.metrics import read_metrics
-from megagpt.report.inspect_data import _samples_of
+from megagpt.report.inspect_data import _open_run, _samples_of, check_ledger
 from megagpt.train.config import TrainConfig
 from megagpt.train.preflight import check_run
 
@@ -158,6 +159,44 @@ def test_groups_change_at_a_restart_and_the_run_is_the_same(shards: Path, projec
     refused = start(project, tmp_path / "e", values("up", shared(2), continue_from=begin), 1)
     assert refused.wait() == [EXIT_USER_ERROR], refused.output()
     assert "engine.context_parallel_size=2 does not divide the 1 ranks" in refused.output()
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_longer_samples_that_ranks_share(shards: Path, project: Path, tmp_path: Path) -> None:
+    """Twice the length on 2 ranks: no token twice by the ledger, and no alarm of the guard."""
+    finished(start(project, tmp_path / "a", settings(shards, tmp_path / "one", **LASTING, engine={"kind": "fsdp"}), 1))
+    begin = tmp_path / "one" / "checkpoints" / f"step_{HALF:08d}"
+    scaled = {**MODEL, "seq_len": 64, "rope_scaling": {"kind": "yarn", "factor": 2.0, "original_seq_len": 32}}
+    data = {**settings(shards, tmp_path)["data"], "seq_len": 64}
+    changes = {**LASTING, "model": scaled, "data": data, "engine": shared(2, kind="fsdp"), "continue_from": str(begin)}
+    values = settings(shards, tmp_path / "two", **{**changes, "max_steps": HALF + 3, "global_batch_size": 4})
+    finished(start(project, tmp_path / "b", values, 2))
+    before, after = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(after) == [HALF + 1, HALF + 2, HALF + 3]
+    assert all(loss < before[1] - 0.5 for loss in after.values()), "it goes on with what it had learnt"
+    (planned,) = read_metrics(tmp_path / "two").of_kind("planned")
+    assert planned["step"] == HALF
+    assert {"data", "model"} <= set(re.findall(r"[a-z_]+", planned["change"]))
+    assert read_metrics(tmp_path / "two").of_kind("rewind") == []
+    (line,) = check_ledger(tmp_path / "two")
+    assert line.endswith(f"steps {HALF} to {HALF + 2}, samples {8 * HALF} to {8 * HALF + 12}, all as in the shards"), line
+    used = [tokens_of(tmp_path / name) for name in ("one", "two")]
+    assert len(used[0] | used[1]) == 32 * 8 * HALF + 64 * 12 == len(used[0]) + len(used[1])
+
+
+def tokens_of(run_dir: Path) -> set[int]:
+    """Numbers of the tokens that a run's ledger says were inputs, up to the step that the other run begins with."""
+    entries, data_at = _open_run(run_dir)
+    found: list[int] = []
+    for entry in entries if run_dir.name == "two" else entries[:HALF]:
+        mixture = data_at(entry)
+        for first, last in entry.ranges():
+            for index in range(first, last):
+                dataset: Any = mixture.datasets[0]
+                token = dataset.first_token(mixture.locate(index)[1])
+                found += range(token, token + dataset.seq_len)
+    assert len(set(found)) == len(found)
+    return set(found)
 
 
 def ledger(run_dir: Path) -> list[tuple[int, int, int, int]]:
