@@ -14,6 +14,12 @@ LATER: dict[str, dict[str, Any]] = {
     "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "ModelConfig": {"head_size": None, "qkv_bias": False},
+    "MonitorConfig": {
+        "tensorboard": False,
+        "prometheus_port": None,
+        "prometheus_address": "127.0.0.1",
+        "close_seconds": 300.0,
+    },
     "SupervisedConfig": {
         "format": None,
         "prompt": None,

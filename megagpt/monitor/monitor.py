@@ -1,70 +1,40 @@
-"""What a run tells while it goes: metrics.jsonl, console lines and a progress bar, W&B, throughput and MFU. Rank 0 only."""
+"""What a run tells while it goes: metrics.jsonl, console lines and a progress bar, further writers, throughput and MFU."""
 
-import errno
 import logging
 import os
-import secrets
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from megagpt.config import Config, UserError
-from megagpt.files import read_json, write_json
 from megagpt.model.flops import FlopsPerToken, peak_flops, utilisation
+from megagpt.monitor.config import MonitorConfig, check_monitor
 from megagpt.monitor.goodput import Stopwatch, advise_checkpoints, job_times, process_age
 from megagpt.monitor.metrics import METRICS_FILE, Metrics, format_row, plain, read_metrics
-from megagpt.monitor.nvml import open_gpu, read_gpu
-from megagpt.monitor.wandb_files import missing_rows, values_of
+from megagpt.monitor.nvml import open_gpu, read_gpu, read_node
+from megagpt.monitor.prometheus import open_prometheus
+from megagpt.monitor.tensorboard import TensorBoardWriter
+from megagpt.monitor.wandb_run import WandbRun
+from megagpt.monitor.writers import BackgroundWriter
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
+KEPT_BYTES = 2**24
+"""Bytes of rows that are kept while metrics.jsonl cannot be written."""
+
 PAUSES = ("start", "load", "evaluate", "generate", "save")
 """Activities of the clock that are no training: they do not count against the throughput."""
 
 
-class MonitorConfig(Config):
-    """What is shown of a run. Nothing here changes the model that comes out."""
-
-    log_every_steps: int = Field(default=10, gt=0)
-    """Steps between two lines of metrics."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases: off, offline (written under run_dir/wandb, `wandb sync` sends it later), or online."""
-    wandb_project: str = "megagpt"
-    """Project of the W&B run."""
-    wandb_entity: str | None = None
-    """Team or user that owns the W&B project; null = the account's default."""
-    wandb_name: str | None = None
-    """Name of the W&B run; null = the name of run_dir."""
-    wandb_init_seconds: float = Field(default=90.0, gt=0)
-    """How long to wait for the W&B server at the start; after that the run is logged offline, with a warning."""
-    peak_tflops: float | None = Field(default=None, gt=0)
-    """Peak of one device in TFLOP/s (dense, the dtype trained in), for MFU; null = from the table of known GPUs."""
-
-
-def check_wandb(config: MonitorConfig) -> None:
-    """Raise UserError if config.wandb=online and this machine has no credentials for it; never asks on the terminal."""
-    if config.wandb != "online":
-        return
-    import wandb
-    from wandb.errors import AuthenticationError
-    from wandb.sdk.lib.wbauth import authenticate_session
-
-    try:
-        found = authenticate_session(host=wandb.setup().settings.base_url, source="megagpt", prompt=False)
-    except AuthenticationError as error:
-        raise UserError(f"wandb=online: {error}") from None
-    if found is None:
-        raise UserError("wandb=online: no credentials (set WANDB_API_KEY, or run `wandb login` once, or use wandb=offline)")
-
-
 class Monitor:
-    """The voice of one process of a run. On ranks other than 0 `log` does nothing; the clock runs on all."""
+    """The voice of one process of a run. On ranks other than 0 `log` does nothing; the clock runs on all.
+
+    metrics.jsonl is written at once. Other writers have threads of their own (writers.py).
+    """
 
     def __init__(
         self,
@@ -73,26 +43,33 @@ class Monitor:
         *,
         run_config: dict[str, Any],
         rank: int,
+        local_rank: int | None = None,
         attempt: int | None = None,
         max_steps: int | None = None,
         flops: FlopsPerToken | None = None,
         num_devices: int = 1,
         device: "torch.device | None" = None,
     ) -> None:
-        """Open run_dir/metrics.jsonl for appending, and W&B if asked.
+        """Open run_dir/metrics.jsonl for appending, and what else is asked for.
 
+        local_rank: that of this process on its node; number 0 of each node serves Prometheus (None = only rank 0 does).
         attempt: the number of this start of the run; None = one more than the last in the file. max_steps: for the progress
-        bar. flops, num_devices: for MFU; device: this rank's, for its GPU's readings. Raises UserError as check_wandb does.
+        bar. flops, num_devices: for MFU; device: this rank's, for its GPU's readings. Raises UserError as check_monitor does.
         """
-        check_wandb(config)
+        check_monitor(config)
         self.config, self.rank, self.max_steps = config, rank, max_steps
         self.clock = Stopwatch(already={"start": process_age()})
         self._flops, self._num_devices, self._device = flops, num_devices, device
         self._device_name = _device_name(device)
         self._peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(self._device_name)
         self._file = self._wandb = self._gpu = self._bar = None
+        self._writers: list[BackgroundWriter] = []
         self._window: tuple[int, float] | None = None
         self._advice: dict[str, Any] = {}
+        if config.prometheus_port is not None and (rank == 0 or local_rank == 0):
+            labels = {"run": run_dir.resolve().name, "rank": str(rank)}
+            endpoint = open_prometheus(config.prometheus_port, config.prometheus_address, labels, read_node)
+            self._writers += [BackgroundWriter(endpoint)] if endpoint is not None else []
         if rank != 0:
             return
         with self.clock("start"):
@@ -106,17 +83,20 @@ class Monitor:
         advice = advise_checkpoints(earlier)
         if advice is not None:
             self._advice = {"advised_save_every_steps": advice.interval_steps}
-        self._file = _open_for_lines(run_dir / METRICS_FILE)
+        self._file = LineFile(run_dir / METRICS_FILE)
         self._gpu = open_gpu(self._device) if self._device is not None else None
         if self.config.wandb != "off":
             self._wandb = WandbRun(run_dir, self.config, run_config, earlier)
+            self._writers.append(BackgroundWriter(self._wandb))
+        if self.config.tensorboard:
+            self._writers.append(BackgroundWriter(TensorBoardWriter(run_dir)))
 
     def due(self, step: int) -> bool:
         """Whether the step that was just done is one to log."""
         return step % self.config.log_every_steps == 0
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        """Write one row: a line of metrics.jsonl, a line on the console, a point in W&B.
+        """Write one row: a line of metrics.jsonl, a line on the console, a point in each further writer.
 
         `step` counts the updates done. Values may be tensors, and nested mappings (not shown on the console). A "train" row
         with `tokens` (all tokens so far) gets the throughput since the row before it; "start" sets its origin.
@@ -134,24 +114,26 @@ class Monitor:
             values["gpu"] = read_gpu(self._gpu, self._device)
         head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.attempt}
         seconds = {activity: round(spent, 3) for activity, spent in self.clock.seconds().items()}
-        _write(self._file, format_row(head | values | {"seconds": seconds}))
+        self._file.append(format_row(head | values | {"seconds": seconds}))
         self._show(kind, step, values)
-        if self._wandb is not None:
-            self._wandb.log(kind, step, values | {"seconds": seconds})
+        for writer in self._writers:
+            writer.put(kind, step, values | {"seconds": seconds})
 
     def log_from_a_thread(self, kind: str, step: int, **values: Any) -> None:
         """Write one row to metrics.jsonl and nowhere else, when the process is about to end and its main thread cannot."""
         if self._file is not None:
             seconds = {activity: round(spent, 3) for activity, spent in self.clock.so_far().items()}
             head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.attempt}
-            _write(self._file, format_row(head | values | {"seconds": seconds}))
+            self._file.append(format_row(head | values | {"seconds": seconds}))
 
     def close(self) -> None:
-        """Finish W&B and close the file. Safe to call twice."""
+        """End the writers, which may take config.close_seconds altogether, and close the file. Safe to call twice."""
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        deadline = time.monotonic() + self.config.close_seconds
+        for writer in self._writers:
+            writer.close(max(0.1, deadline - time.monotonic()))
+        self._writers = []
         if self._file is not None:
             self._file.close()
         self._bar = self._wandb = self._file = None
@@ -201,89 +183,50 @@ class Monitor:
             log.info("%s", line)
 
 
-class WandbRun:
-    """The W&B run of a run_dir: the id in wandb.json is kept over restarts, and its steps only grow."""
+class LineFile:
+    """A file to which whole lines are appended. While the disk is full they are kept, up to KEPT_BYTES, and written later.
 
-    def __init__(self, run_dir: Path, config: MonitorConfig, run_config: dict[str, Any], earlier: Metrics) -> None:
-        """earlier: what metrics.jsonl has. What of it W&B has not got is sent first, what it has not again."""
-        import wandb
-        from wandb.errors import CommError
+    A line that a kill has torn is ended first. May be called by any thread.
+    """
 
-        path = run_dir / "wandb.json"
-        if not path.exists():
-            write_json(path, {"id": secrets.token_hex(8), "project": config.wandb_project})
-        self.id: str = read_json(path)["id"]
-        self.mode: Literal["offline", "online"] = "online" if config.wandb == "online" else "offline"
-        self._last_step, self._step = -1, -1
-        options: dict[str, Any] = {
-            "id": self.id,
-            "project": config.wandb_project,
-            "entity": config.wandb_entity,
-            "name": config.wandb_name or run_dir.resolve().name,
-            "dir": str(run_dir),
-            "config": run_config,
-            "resume": "allow",
-            "allow_val_change": True,
-            "settings": wandb.Settings(console="off", silent=True, init_timeout=config.wandb_init_seconds),
-        }
-        try:
-            self._run: Any = wandb.init(mode=self.mode, **options)
-        except CommError as error:
-            # A run that waited days in a queue must not end because a dashboard is out of reach.
-            log.warning("W&B cannot be reached (%s): this start is logged offline under %s/wandb", error, run_dir)
-            self.mode = "offline"
-            wandb.teardown()
-            self._run = wandb.init(mode=self.mode, **options)
-        self.folder = Path(self._run.settings.sync_dir).name
-        server_step = self._run.starting_step - 1 if self.mode == "online" else None
-        missing = missing_rows(earlier, run_dir, server_step)
-        if missing.rows:
-            log.info("W&B lacks %d rows of an earlier start: they are sent again", len(missing.rows))
-        for row in missing.rows:
-            self.log(row["kind"], row["step"], plain(values_of(row)))
-        self._last_step = missing.last_step
+    def __init__(self, path: Path) -> None:
+        self._path, self._kept, self._lost = path, b"", 0
+        self._lock = threading.RLock()  # a signal may come while a line is written
+        self._file = path.open("ab+", buffering=0)
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._kept = b"\n"
 
-    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Send the values as `<kind>/<name>` unless the step was sent before a restart or lies before the current one."""
-        if self._run is None or step <= self._last_step or step < self._step:
-            return
-        self._step = step
-        try:
-            self._run.log(dict(_flat(kind, values)), step=step)
-        except Exception as error:
-            # Whatever breaks in W&B's own process: training continues and metrics.jsonl stays complete.
-            log.warning("W&B failed (%s): nothing more is sent from this start", error)
-            self._run = None
+    def append(self, line: bytes) -> None:
+        """Write what is kept and the line. An error of the disk is logged when it begins, and when it is over."""
+        with self._lock:
+            was_kept = len(self._kept) > 1
+            if len(self._kept) + len(line) > KEPT_BYTES:
+                self._lost += 1
+            else:
+                self._kept += line
+            try:
+                while self._kept:
+                    self._kept = self._kept[self._file.write(self._kept) :]
+            except OSError as error:
+                if not was_kept:
+                    log.warning("%s: %s: rows are kept in memory; training goes on", self._path, error.strerror)
+                return
+            if was_kept:
+                log.warning("%s: written again, %d rows are lost", self._path, self._lost)
 
-    def finish(self) -> None:
-        """Flush and end the W&B run."""
-        run, self._run = self._run, None
-        try:
-            if run is not None:
-                run.finish()
-        except Exception as error:
-            log.warning("W&B failed at the end (%s): metrics.jsonl is complete", error)
+    def close(self) -> None:
+        """Try once more to write what is kept."""
+        self.append(b"")
+        self._file.close()
+        if self._kept:
+            log.warning("%s: rows of this start are lost: the disk could not be written", self._path)
 
 
 def _earlier(run_dir: Path) -> Metrics:
     run_dir.mkdir(parents=True, exist_ok=True)
     return read_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else Metrics((), (), 0)
-
-
-def _open_for_lines(path: Path) -> Any:
-    """Open for appending whole lines; if the last line was torn by a kill, begin on a fresh one."""
-    file = path.open("ab+", buffering=0)
-    if file.seek(0, os.SEEK_END):
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
-
-
-def _write(file: Any, line: bytes) -> None:
-    written = file.write(line)
-    if written != len(line):
-        raise OSError(errno.ENOSPC, "the disk is full", file.name)
 
 
 def _device_name(device: "torch.device | None") -> str:
@@ -292,16 +235,6 @@ def _device_name(device: "torch.device | None") -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
-
-
-def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
-    pairs = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            pairs.extend(_flat(f"{prefix}/{name}", value))
-        elif not isinstance(value, list):
-            pairs.append((f"{prefix}/{name}", value))
-    return pairs
 
 
 def _short(value: Any) -> str:

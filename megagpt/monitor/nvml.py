@@ -1,4 +1,4 @@
-"""What NVML says about one GPU: utilisation, memory, power, temperature, clocks and why they are held down."""
+"""What NVML says about GPUs: utilisation, memory, power, energy, temperature, clocks and what holds them down, ECC."""
 
 import logging
 from collections.abc import Callable
@@ -40,9 +40,15 @@ def open_gpu(device: "torch.device") -> Any | None:
 
 
 def read_gpu(handle: Any, device: "torch.device") -> dict[str, float | str]:
-    """The readings of one moment; what this GPU does not report is left out. About a millisecond, no device synchronisation."""
-    import pynvml
+    """The readings of one moment and the allocator's peak. About a millisecond, no device synchronisation."""
     import torch
+
+    return {"peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2), **read_device(handle)}
+
+
+def read_device(handle: Any) -> dict[str, float | str]:
+    """NVML's readings of one GPU at one moment; what it does not report is left out."""
+    import pynvml
 
     def memory() -> float:
         return round(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 2**30, 2)
@@ -51,18 +57,45 @@ def read_gpu(handle: Any, device: "torch.device") -> dict[str, float | str]:
         mask = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         return ",".join(ours for theirs, ours in _THROTTLE_REASONS.items() if mask & getattr(pynvml, theirs))
 
+    def uncorrected() -> int:
+        kind, counter = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        return int(pynvml.nvmlDeviceGetTotalEccErrors(handle, kind, counter))
+
+    def remapped() -> int:
+        corrected, uncorrected, _, _ = pynvml.nvmlDeviceGetRemappedRows(handle)
+        return int(corrected) + int(uncorrected)
+
     readings: dict[str, Callable[[], float | str]] = {
         "utilisation_percent": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
         "memory_used_gib": memory,
         "power_watts": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "energy_joules": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
         "temperature_celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "throttled": throttled,
+        "uncorrected_ecc_errors": uncorrected,
+        "remapped_rows": remapped,
     }
-    result: dict[str, float | str] = {"peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)}
+    result: dict[str, float | str] = {}
     for name, reading in readings.items():
         try:
             result[name] = reading()
         except pynvml.NVMLError:
             continue
     return result
+
+
+def read_node() -> dict[str, dict[str, float | str]]:
+    """The readings of every GPU of this node that NVML shows, by its number; {} without NVML. For threads beside training."""
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    found = {}
+    try:
+        pynvml.nvmlInit()
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            found[str(number)] = read_device(pynvml.nvmlDeviceGetHandleByIndex(number))
+    except pynvml.NVMLError:
+        pass  # a GPU that has fallen off the bus, or no driver: what was read counts
+    return found

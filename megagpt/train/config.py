@@ -14,7 +14,7 @@ from megagpt.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
-from megagpt.monitor.monitor import MonitorConfig
+from megagpt.monitor.config import MonitorConfig
 from megagpt.train.spike_guard import GuardConfig
 from megagpt.watchdog.watchdog import WatchdogConfig
 

@@ -455,6 +455,7 @@ def open_monitor(config: TrainConfig, world: World, attempt: int) -> Monitor:
         config.monitor,
         run_config=config.model_dump(mode="json"),
         rank=world.rank,
+        local_rank=world.local_rank,
         attempt=attempt,
         max_steps=config.max_steps,
         flops=flops_per_token(

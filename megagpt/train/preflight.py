@@ -28,7 +28,7 @@ from megagpt.engine.optim import STATES
 from megagpt.files import read_json, write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
-from megagpt.monitor.monitor import check_wandb
+from megagpt.monitor.config import check_monitor
 from megagpt.settings_record import difference, filled, read_settings
 from megagpt.train import cross_checks, data_changes
 from megagpt.train.config import TrainConfig
@@ -59,7 +59,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     tokens = config.data.seq_len // config.engine.context_parallel_size
     refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=tokens)
     refuse_compiled_dropout(config, torch.__version__, on_gpu=torch.cuda.is_available())
-    check_wandb(config.monitor)
+    check_monitor(config.monitor)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is less than the {data.vocab_size} of the shards' tokenizer "

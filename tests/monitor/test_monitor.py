@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from megagpt.config import UserError
 from megagpt.model.flops import flops_per_token, peak_flops
 from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.monitor.config import MonitorConfig
 from megagpt.monitor.goodput import Stopwatch, goodput_ledger
 from megagpt.monitor.metrics import METRICS_FILE, Metrics, Row, read_metrics, superseded
-from megagpt.monitor.monitor import Monitor, MonitorConfig
+from megagpt.monitor.monitor import Monitor
 from megagpt.monitor.nvml import open_gpu
 from megagpt.monitor.wandb_files import Missing, missing_rows, records
 
@@ -325,7 +326,8 @@ def test_gpu_readings(tmp_path: Path) -> None:
 WANDB_PROCESS = """
 import signal, sys
 from pathlib import Path
-from megagpt.monitor.monitor import Monitor, MonitorConfig
+from megagpt.monitor.config import MonitorConfig
+from megagpt.monitor.monitor import Monitor
 first, last, kill = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "kill"
 config = MonitorConfig(wandb="offline", wandb_project="test", log_every_steps=10)
 monitor = Monitor(Path(sys.argv[1]), config, run_config={"seed": 7, "model": {"num_layers": 2}}, rank=0)

@@ -1,0 +1,63 @@
+"""The monitor section of a run, and the checks of it that need more than the values."""
+
+from importlib.util import find_spec
+from typing import Literal
+
+from pydantic import Field
+
+from megagpt.config import Config, UserError
+
+
+class MonitorConfig(Config):
+    """What is shown of a run. Nothing here changes the model that comes out."""
+
+    log_every_steps: int = Field(default=10, gt=0)
+    """Steps between two lines of metrics."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: off, offline (written under run_dir/wandb, `wandb sync` sends it later), or online."""
+    wandb_project: str = "megagpt"
+    """Project of the W&B run."""
+    wandb_entity: str | None = None
+    """Team or user that owns the W&B project; null = the account's default."""
+    wandb_name: str | None = None
+    """Name of the W&B run; null = the name of run_dir."""
+    wandb_init_seconds: float = Field(default=90.0, gt=0)
+    """How long to wait for the W&B server at the start; after that the run is logged offline, with a warning."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak of one device in TFLOP/s (dense, the dtype trained in), for MFU; null = from the table of known GPUs."""
+    tensorboard: bool = False
+    """Write run_dir/tensorboard for TensorBoard too. Needs megagpt[monitor]."""
+    prometheus_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serve the newest values and the node's GPU readings to Prometheus, one port per node; 0 = any free port, which the log
+    names; null = none. Needs megagpt[monitor]."""
+    prometheus_address: str = "127.0.0.1"
+    """The address that the port is bound to. Others than 127.0.0.1 show the values to everybody who can reach it."""
+    close_seconds: float = Field(default=300.0, gt=0)
+    """How long the end of a start waits for W&B and the other writers to send what they still hold."""
+
+
+def check_monitor(config: MonitorConfig) -> None:
+    """Raise UserError if a writer that is asked for cannot work on this machine: a package is missing, or W&B's credentials."""
+    wanted = {"tensorboard": config.tensorboard, "prometheus_client": config.prometheus_port is not None}
+    port = f"monitor.prometheus_port={config.prometheus_port}"
+    settings = {"tensorboard": "monitor.tensorboard=true", "prometheus_client": port}
+    for package, is_wanted in wanted.items():
+        if is_wanted and find_spec(package) is None:
+            raise UserError(f"{settings[package]}: the package {package} is not installed (pip install 'megagpt[monitor]')")
+    check_wandb(config)
+
+
+def check_wandb(config: MonitorConfig) -> None:
+    """Raise UserError if config.wandb=online and this machine has no credentials for it; never asks on the terminal."""
+    if config.wandb != "online":
+        return
+    import wandb
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib.wbauth import authenticate_session
+
+    try:
+        found = authenticate_session(host=wandb.setup().settings.base_url, source="megagpt", prompt=False)
+    except AuthenticationError as error:
+        raise UserError(f"wandb=online: {error}") from None
+    if found is None:
+        raise UserError("wandb=online: no credentials (set WANDB_API_KEY, or run `wandb login` once, or use wandb=offline)")

@@ -1,0 +1,70 @@
+"""The W&B run of a run_dir as a writer of rows: one run over all restarts, every step once."""
+
+import logging
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from megagpt.files import read_json, write_json
+from megagpt.monitor.config import MonitorConfig
+from megagpt.monitor.metrics import Metrics, plain
+from megagpt.monitor.wandb_files import missing_rows, values_of
+from megagpt.monitor.writers import flat
+
+log = logging.getLogger(__name__)
+
+
+class WandbRun:
+    """The W&B run of a run_dir: the id in wandb.json is kept over restarts, and its steps only grow."""
+
+    name = "W&B"
+
+    def __init__(self, run_dir: Path, config: MonitorConfig, run_config: dict[str, Any], earlier: Metrics) -> None:
+        """earlier: what metrics.jsonl has. What of it W&B has not got is sent first, what it has not again."""
+        import wandb
+        from wandb.errors import CommError
+
+        path = run_dir / "wandb.json"
+        if not path.exists():
+            write_json(path, {"id": secrets.token_hex(8), "project": config.wandb_project})
+        self.id: str = read_json(path)["id"]
+        self.mode: Literal["offline", "online"] = "online" if config.wandb == "online" else "offline"
+        self._last_step, self._step = -1, -1
+        options: dict[str, Any] = {
+            "id": self.id,
+            "project": config.wandb_project,
+            "entity": config.wandb_entity,
+            "name": config.wandb_name or run_dir.resolve().name,
+            "dir": str(run_dir),
+            "config": run_config,
+            "resume": "allow",
+            "allow_val_change": True,
+            "settings": wandb.Settings(console="off", silent=True, init_timeout=config.wandb_init_seconds),
+        }
+        try:
+            self._run: Any = wandb.init(mode=self.mode, **options)
+        except CommError as error:
+            # A run that waited days in a queue must not end because a dashboard is out of reach.
+            log.warning("W&B cannot be reached (%s): this start is logged offline under %s/wandb", error, run_dir)
+            self.mode = "offline"
+            wandb.teardown()
+            self._run = wandb.init(mode=self.mode, **options)
+        self.folder = Path(self._run.settings.sync_dir).name
+        server_step = self._run.starting_step - 1 if self.mode == "online" else None
+        missing = missing_rows(earlier, run_dir, server_step)
+        if missing.rows:
+            log.info("W&B lacks %d rows of an earlier start: they are sent again", len(missing.rows))
+        for row in missing.rows:
+            self.write(row["kind"], row["step"], plain(values_of(row)))
+        self._last_step = missing.last_step
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Send the values as `<kind>/<name>` unless the step was sent before a restart or lies before the current one."""
+        if step <= self._last_step or step < self._step:
+            return
+        self._step = step
+        self._run.log(dict(flat(kind, values)), step=step)
+
+    def close(self) -> None:
+        """Flush and end the W&B run."""
+        self._run.finish()
