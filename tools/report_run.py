@@ -1,6 +1,7 @@
-"""Write a run's report: one self-contained HTML page with curves, time spent, data funnel, checkpoints and samples.
+"""Write a run's report, or a comparison of runs: one self-contained HTML page, with charts to zoom into.
 
-python tools/report_run.py run_dir=runs/plays
+python tools/report_run.py run_dir=runs/plays                     # curves, time, data funnel, checkpoints, samples
+python tools/report_run.py runs='[runs/first, runs/second]'       # curves by step, tokens and time; differences of settings
 """
 
 from megagpt.command import main

@@ -1,10 +1,15 @@
-"""Charts as inline SVG whose colours are the page's CSS variables, so that they follow its light and dark style."""
+"""Charts: as inline SVG whose colours are the page's CSS variables (light and dark), and as data for assets/charts.js."""
 
+import html
 import io
+import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from megagpt.terminal import safe_text
 
 _INK, _MUTED, _GRID = "#0a0a01", "#0a0a02", "#0a0a03"
 _SERIES = tuple(f"#0b0b{i:02x}" for i in range(1, 7))
@@ -26,23 +31,42 @@ class Line:
     y: Sequence[float]
     series: int
     """Number of its colour, from 1 to 6."""
+    tokens: Sequence[float] | None = None
+    """Tokens at each x, for an interactive chart over tokens."""
+    hours: Sequence[float] | None = None
+    """Hours since the first start at each x."""
+    derived: bool = False
+    """Computed from another line (smoothed): an interactive chart computes it itself."""
     faint: bool = False
     """Drawn thin and pale, without a legend entry: raw values behind a smoothed line."""
     markers: bool = False
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A step at which a run went on from earlier; `kind`: start or rewind."""
+
+    step: float
+    kind: str
+    tokens: float | None = None
+    hours: float | None = None
+
+
+@dataclass(frozen=True)
 class Chart:
-    """Lines over steps. `restarts`: steps at which vertical dashed lines stand."""
+    """Lines over steps."""
 
     title: str
     lines: tuple[Line, ...]
-    restarts: tuple[float, ...] = ()
+    marks: "tuple[Mark, ...]" = ()
+    """Vertical dashed lines: restarts and rewinds."""
     unit: str = ""
     log_y: bool = False
     size: tuple[float, float] = (4.2, 2.4)
     """Width and height in inches of 96 pixels."""
     y_limits: tuple[float, float] | None = None
+    smooth: float = 0.0
+    """With how much smoothing an interactive chart begins: the weight of the past, 0 to 1."""
 
 
 def to_svg(chart: Chart) -> str:
@@ -52,11 +76,12 @@ def to_svg(chart: Chart) -> str:
     from matplotlib.ticker import MaxNLocator
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif", "font.size": 8.5}
+    style["text.parse_math"] = False  # a source's name may hold $
     with matplotlib.rc_context(style):
         figure = Figure(figsize=chart.size, layout="constrained")
         axes = figure.add_subplot()
-        for step in chart.restarts:
-            axes.axvline(step, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
+        for mark in chart.marks:
+            axes.axvline(mark.step, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         for line in chart.lines:
             x, y = thin(line.x, line.y)
             axes.plot(
@@ -67,7 +92,7 @@ def to_svg(chart: Chart) -> str:
                 alpha=0.35 if line.faint else 1.0,
                 marker="o" if line.markers else None,
                 markersize=3.5,
-                label="_" if line.faint else line.label,
+                label="_" if line.faint else safe_text(shortened(line.label)),
                 zorder=2 if line.faint else 3,
             )
         if chart.log_y:
@@ -88,20 +113,59 @@ def to_svg(chart: Chart) -> str:
         if sum(not line.faint for line in chart.lines) > 1:
             axes.legend(frameon=False, labelcolor=_INK, handlelength=1.4)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():  # glyphs that matplotlib lacks are the reader's browser's to draw
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(stream.getvalue(), chart)
+
+
+def shortened(label: str, most: int = 28) -> str:
+    """A name as a drawing's legend has room for it: without its middle."""
+    return label if len(label) <= most else f"{label[: most // 2]}…{label[-most // 2 + 1 :]}"
+
+
+def chart_data(chart: Chart) -> dict[str, Any]:
+    """What assets/charts.js draws the chart from, as JSON: per line x by axis and y, thinned; None where y is not finite."""
+    lines = []
+    for line in chart.lines:
+        if line.derived:
+            continue
+        kept = thin_indices(line.y)
+        found: dict[str, Any] = {"label": safe_text(line.label), "series": line.series, "points": line.markers}
+        for name, values in (("step", line.x), ("tokens", line.tokens), ("hours", line.hours), ("y", line.y)):
+            found[name] = None if values is None else [_finite(values[i]) for i in kept]
+        lines.append(found)
+    return {
+        "title": safe_text(chart.title),
+        "log": chart.log_y,
+        "smooth": chart.smooth,
+        "limits": chart.y_limits,
+        "wide": chart.size[0] > 6,
+        "lines": lines,
+        "marks": [{"step": m.step, "kind": m.kind, "tokens": m.tokens, "hours": m.hours} for m in chart.marks],
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
     """At most MAX_POINTS points that keep a line's extremes: of each stretch its lowest and highest value, in order."""
-    if len(x) <= MAX_POINTS:
-        return list(x), list(y)
+    kept = thin_indices(y)
+    return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def thin_indices(y: Sequence[float]) -> list[int]:
+    """Which points `thin` keeps."""
+    if len(y) <= MAX_POINTS:
+        return list(range(len(y)))
     kept: list[int] = []
     stretches = MAX_POINTS // 2
     for i in range(stretches):
-        indices = range(len(x) * i // stretches, len(x) * (i + 1) // stretches)
+        indices = range(len(y) * i // stretches, len(y) * (i + 1) // stretches)
         kept += sorted({min(indices, key=y.__getitem__), max(indices, key=y.__getitem__)})
-    return [x[i] for i in kept], [y[i] for i in kept]
+    return kept
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
@@ -122,5 +186,7 @@ def _for_page(svg: str, chart: Chart) -> str:
     svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
     svg = re.sub(r"<metadata>(?:[^<]++|<(?!/?metadata>))*+</metadata>", "", svg)
-    head = f'<svg role="img" aria-label="{chart.title} over steps" '
-    return re.sub(r'^<svg (?:(?:width|height)="[^"]*" ?)*', head, re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2))
+    head = f'<svg role="img" aria-label="{html.escape(safe_text(chart.title))} over steps" '
+    return re.sub(
+        r'^<svg (?:(?:width|height)="[^"]*" ?)*', lambda _: head, re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    )

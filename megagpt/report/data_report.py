@@ -16,7 +16,7 @@ from megagpt.config import Config, UserError
 from megagpt.documents import Document, open_lines, read_documents
 from megagpt.files import read_json, write_text
 from megagpt.report.funnel import STAGES, big, read_funnel, read_overlapping, show_funnel
-from megagpt.report.page import bars, card, escape, page, table, tile
+from megagpt.report.page import Bars, Block, Card, Fold, Heading, Note, Quote, Table, Tile, page
 
 MAX_NAMES = 1_000_000
 """Domains, and documents with copies, that are counted at once; beyond that those seen once are forgotten."""
@@ -77,22 +77,19 @@ def render(config: DataReportConfig, funnel: list[dict[str, Any]]) -> str:
     work_dir, name = config.work_dir, config.work_dir.resolve().name
     shards, duplicates = read_shards(work_dir), read_duplicates(work_dir, config.num_rows)
     languages, num_read = count_languages(work_dir, config.num_documents)
-    sources = _shares(shards.sources, config.num_rows, "tokens") if len(shards.sources) > 1 else ""
-    body = [
-        f"<h1>{escape(name)}</h1>",
-        f'<div class="tiles">{"".join(_tiles(funnel, shards, duplicates, work_dir))}</div>',
-        '<div class="grid">',
-        card("From records to shards", show_funnel("", funnel, max_rows=config.num_rows), wide=True),
-        card("Shards", _splits(shards), wide=True),
-        card("Tokens by source", sources, wide=True),
-        card("Length of documents", _lengths(shards.lengths), wide=True),
-        card("Languages", _languages(languages, num_read), wide=True),
-        card("Domains with most tokens", _shares(shards.domains, config.num_rows, "tokens"), wide=True),
-        card("Duplicates", _duplicates(duplicates), wide=True),
-        card("What was dropped, by reason", _examples(work_dir, funnel, config.num_examples), wide=True),
-        "</div>",
+    sources = _shares(shards.sources, config.num_rows, "tokens") if len(shards.sources) > 1 else []
+    cards = [
+        Card("From records to shards", show_funnel("", funnel, max_rows=config.num_rows)),
+        Card("Shards", _splits(shards)),
+        Card("Tokens by source", sources),
+        Card("Length of documents", _lengths(shards.lengths)),
+        Card("Languages", _languages(languages, num_read)),
+        Card("Domains with most tokens", _shares(shards.domains, config.num_rows, "tokens")),
+        Card("Duplicates", _duplicates(duplicates)),
+        Card("What was dropped, by reason", _examples(work_dir, funnel, config.num_examples)),
     ]
-    return page(f"{name} – MegaGPT data", "".join(body))
+    tiles = list(_tiles(funnel, shards, duplicates, work_dir))
+    return page(f"{name} – MegaGPT data", cards, heading=name, tiles=tiles)
 
 
 # ---- reading
@@ -180,101 +177,102 @@ def read_examples(stage: Path, reasons: Mapping[str, int], num_examples: int) ->
 # ---- sections
 
 
-def _tiles(funnel: Sequence[dict[str, Any]], shards: Shards, duplicates: Duplicates, work_dir: Path) -> Iterator[str]:
+def _tiles(funnel: Sequence[dict[str, Any]], shards: Shards, duplicates: Duplicates, work_dir: Path) -> Iterator[Tile]:
     first = funnel[0]
     if "documents_in" in first:
-        yield tile("documents in", big(first["documents_in"]), f"before {first['stage']}")
+        yield Tile("documents in", big(first["documents_in"]), f"before {first['stage']}")
     documents = [stage for stage in funnel if stage["stage"] in STAGES]
     if documents:
         share = documents[-1]["kept"] / max(1, first.get("documents_in", first["kept"]))
-        yield tile("kept", big(documents[-1]["kept"]), f"{share:.1%}, after {documents[-1]['stage']}")
+        yield Tile("kept", big(documents[-1]["kept"]), f"{share:.1%}, after {documents[-1]['stage']}")
     if duplicates.kinds:
-        yield tile(
+        yield Tile(
             "copies", big(sum(duplicates.kinds.values())), ", ".join(f"{n:,} {k}" for k, n in sorted(duplicates.kinds.items()))
         )
     tokens, size = (sum(split[name] for split in shards.splits) for name in ("tokens", "text_bytes"))
     if tokens:
-        yield tile("tokens", big(tokens), f"{size / tokens:.2f} bytes per token")
-        yield tile("text", f"{big(size)}B", "UTF-8, in shards")
-        yield tile("train/validation overlap", f"{read_overlapping(work_dir):,}", "left out of train: too like validation")
+        yield Tile("tokens", big(tokens), f"{size / tokens:.2f} bytes per token")
+        yield Tile("text", f"{big(size)}B", "UTF-8, in shards")
+        yield Tile("train/validation overlap", f"{read_overlapping(work_dir):,}", "left out of train: too like validation")
     faults = sum(sum(stage["faults"].values()) for stage in funnel)
-    yield tile("damaged records", f"{faults:,}", "met in the input")
+    yield Tile("damaged records", f"{faults:,}", "met in the input")
 
 
-def _splits(shards: Shards) -> str:
+def _splits(shards: Shards) -> list[Block]:
     rows = [
         (s["name"], s["shards"], f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['tokens'] / max(1, s['documents']):,.0f}")
         for s in shards.splits
     ]
-    return table(("split", "shards", "documents", "tokens", "tokens per document"), rows, numbers=(1, 2, 3, 4)) if rows else ""
+    head = ("split", "shards", "documents", "tokens", "tokens per document")
+    return [Table(head, rows, numbers=(1, 2, 3, 4))] if rows else []
 
 
-def _shares(counts: Counter[str], num_rows: int, unit: str) -> str:
+def _shares(counts: Counter[str], num_rows: int, unit: str) -> list[Block]:
     total, most = sum(counts.values()), counts.most_common(num_rows)
     if not most:
-        return ""
+        return []
     rows = [(name, count / most[0][1], f"{big(count)} {unit} · {count / total:.1%}", 1) for name, count in most]
     rest = len(counts) - len(most)
-    return bars(rows) + (f'<p class="muted">and {rest:,} more</p>' if rest > 0 else "")
+    return [Bars(rows), *([Note(f"and {rest:,} more")] if rest > 0 else [])]
 
 
-def _lengths(lengths: Counter[int]) -> str:
+def _lengths(lengths: Counter[int]) -> list[Block]:
     if not lengths:
-        return ""
+        return []
     highest, total = max(lengths.values()), sum(lengths.values())
-    return bars(
-        [
-            (
-                f"{2 ** (power - 1):,} to {2**power - 1:,} tokens",
-                lengths[power] / highest,
-                f"{lengths[power]:,} · {lengths[power] / total:.1%}",
-                3,
-            )
-            for power in range(min(lengths), max(lengths) + 1)
-        ]
-    )
+    rows = [
+        (
+            f"{2 ** (power - 1):,} to {2**power - 1:,} tokens",
+            lengths[power] / highest,
+            f"{lengths[power]:,} · {lengths[power] / total:.1%}",
+            3,
+        )
+        for power in range(min(lengths), max(lengths) + 1)
+    ]
+    return [Bars(rows)]
 
 
-def _languages(languages: Counter[str], num_read: int) -> str:
+def _languages(languages: Counter[str], num_read: int) -> list[Block]:
     if not set(languages) - {""}:
-        return ""
+        return []
     rows = [
         (name or "not noted", count / num_read, f"{count:,} · {count / num_read:.1%}", 5)
         for name, count in languages.most_common(25)
     ]
-    return bars(rows) + f'<p class="muted">of {num_read:,} documents that were kept, the first ones of each file</p>'
+    return [Bars(rows), Note(f"of {num_read:,} documents that were kept, the first ones of each file")]
 
 
-def _duplicates(duplicates: Duplicates) -> str:
-    html = ""
+def _duplicates(duplicates: Duplicates) -> list[Block]:
+    blocks: list[Block] = []
     if duplicates.similarities:
         highest = max(duplicates.similarities.values())
         rows = [
             (f".{low} to .{low + 5}" if low < 95 else ".95 to 1", count / highest, f"{count:,} near duplicates", 2)
             for low, count in sorted(duplicates.similarities.items())
         ]
-        html += "<h3>similarity to the document that stays</h3>" + bars(rows)
+        blocks += [Heading("similarity to the document that stays"), Bars(rows)]
     if duplicates.most_copied:
         rows = [(name, f"{count:,}") for name, count in duplicates.most_copied]
-        html += "<h3>documents with most copies</h3>" + table(("document that stays", "dropped for it"), rows, numbers=(1,))
-    return html
+        head = ("document that stays", "dropped for it")
+        blocks += [Heading("documents with most copies"), Table(head, rows, numbers=(1,))]
+    return blocks
 
 
-def _examples(work_dir: Path, funnel: Sequence[dict[str, Any]], num_examples: int) -> str:
-    html = ""
+def _examples(work_dir: Path, funnel: Sequence[dict[str, Any]], num_examples: int) -> list[Block]:
+    blocks: list[Block] = []
     for stage in funnel:
         if stage["stage"] not in STAGES or not num_examples:
             continue
         found = read_examples(work_dir / stage["stage"], stage["rejected"], num_examples)
         for reason, count in sorted(stage["rejected"].items(), key=lambda item: (-item[1], item[0])):
-            texts = "".join(_quote(document) for document in found.get(reason, []))
+            texts = [_quote(document) for document in found.get(reason, [])]
             if texts:
-                html += f"<details><summary>{escape(stage['stage'])} · {escape(reason)} · {count:,}</summary>{texts}</details>"
-    return html
+                blocks.append(Fold(f"{stage['stage']} · {reason} · {count:,}", texts))
+    return blocks
 
 
-def _quote(document: Document) -> str:
+def _quote(document: Document) -> Quote:
     where = " · ".join(filter(None, (document.id, document.url)))
     text = "\n".join(line for part in document.text.split("\n") if (line := part.strip()))
-    shown = escape(text[:600]) + (" …" if len(text) > 600 else "")
-    return f'<blockquote><p class="muted">{escape(where)}</p><pre>{shown or "(no text)"}</pre></blockquote>'
+    shown = text[:600] + (" …" if len(text) > 600 else "")
+    return Quote([(shown or "(no text)", False)], where=where)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.files import read_json
-from megagpt.report.page import bars, escape, table
+from megagpt.report.page import Bars, Block, Heading, Table
 
 STAGES = ("extract", "filter", "dedup")
 """Folders of a corpus whose summary.json tells how many documents came and went, in order."""
@@ -30,8 +30,8 @@ def read_overlapping(work_dir: Path) -> int:
     return read_json(path).get("leaked_documents", 0) if path.exists() else 0
 
 
-def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) -> str:
-    """HTML: bars of what was left after each stage, and tables of reasons and of damage."""
+def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) -> list[Block]:
+    """Bars of what was left after each stage, and tables of reasons and of damage."""
     first = max(1, stages[0].get("documents_in", stages[0]["kept"]))
     rows = []
     if "documents_in" in stages[0]:
@@ -48,14 +48,14 @@ def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) 
     faults = [
         (s["stage"], kind, f"{n:,}") for s in stages for kind, n in sorted(s["faults"].items(), key=lambda item: -item[1])
     ]
-    html = (f"<h3>{escape(name)}</h3>" if name else "") + bars(rows)
+    blocks: list[Block] = [Heading(name), Bars(rows)] if name else [Bars(rows)]
     if lost:
-        html += "<h3>why documents went</h3>" + table(
-            ("stage", "reason", "documents", "share"), lost[:max_rows], numbers=(2, 3)
-        )
+        head = ("stage", "reason", "documents", "share")
+        blocks += [Heading("why documents went"), Table(head, lost[:max_rows], numbers=(2, 3))]
     if faults:
-        html += "<h3>damage met in the input</h3>" + table(("stage", "kind", "times"), faults[:max_rows], numbers=(2,))
-    return html
+        head = ("stage", "kind", "times")
+        blocks += [Heading("damage met in the input"), Table(head, faults[:max_rows], numbers=(2,))]
+    return blocks
 
 
 def big(number: float) -> str:

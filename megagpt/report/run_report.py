@@ -1,107 +1,158 @@
-"""The report of a run: one self-contained HTML page made from its run directory and its corpora."""
+"""The report of a run, or a comparison of several: one self-contained HTML page made from what lies in run directories."""
 
-import contextlib
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint.save_load import list_checkpoints, step_of
-from megagpt.config import Config
-from megagpt.evaluate.results import read_results
-from megagpt.files import read_json, write_text
-from megagpt.monitor.goodput import Ledger, advise_checkpoints, goodput_ledger
-from megagpt.monitor.metrics import Metrics, Row, read_metrics
-from megagpt.report.charts import Chart, Line, smoothed, to_svg
-from megagpt.report.funnel import big, read_funnel, show_funnel
-from megagpt.report.page import bars, card, details, escape, page, table, tile
+from pydantic import model_validator
+
+from megagpt.config import Config, UserError
+from megagpt.files import write_text
+from megagpt.monitor.goodput import Ledger, advise_checkpoints
+from megagpt.monitor.metrics import Row
+from megagpt.report.funnel import big, show_funnel
+from megagpt.report.page import Bars, Block, Card, Code, Fold, Heading, Note, Quote, Table, Tile, page
+from megagpt.report.run_charts import MAX_COMPARED, compared_cards, loss_card, small_cards
+from megagpt.report.run_facts import Facts, column, read_facts
+from megagpt.report.run_state import number
 from megagpt.watchdog.stragglers import count_slow
 
 
 class ReportConfig(Config):
-    """Which run is reported on."""
+    """Which run is reported on, or which runs are compared."""
 
-    run_dir: Path
+    run_dir: Path | None = None
     """The run."""
+    runs: tuple[Path, ...] = ()
+    """Runs that are compared on one page, instead of run_dir: curves by step, tokens and time, and other settings."""
     corpora: dict[str, Path] | None = None
     """work_dir of each corpus, for the data funnel; null = the folders above the shards that the run's settings name."""
     output: Path | None = None
-    """The page; null = run_dir/report.html."""
+    """The page; null = run_dir/report.html, or comparison.html beside the first of `runs`."""
 
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything the page shows, as read."""
-
-    run_dir: Path
-    metrics: Metrics
-    ledger: Ledger
-    starts: list[dict[str, Any]]
-    """starts/*.json, oldest first."""
-    checkpoints: list[dict[str, Any]]
-    """step, bytes, best."""
-    evaluations: list[dict[str, Any]]
-    """The results of evaluations/*.json, oldest step first."""
-    funnels: dict[str, list[dict[str, Any]]]
-    """By corpus: the summaries of its stages, and of its shards."""
-    settings: str
-    """config.yaml."""
+    @model_validator(mode="after")
+    def _check(self) -> "ReportConfig":
+        if (self.run_dir is None) == (not self.runs):
+            raise ValueError("one of run_dir and runs is needed: run_dir=runs/first, or runs='[runs/first, runs/second]'")
+        if self.runs and not 2 <= len(self.runs) <= MAX_COMPARED:
+            raise ValueError(f"runs: {len(self.runs)} given, 2 to {MAX_COMPARED} can be compared")
+        return self
 
 
 def report_run(config: ReportConfig) -> Path:
-    """Write the page and return its path. Raises UserError if the run has no metrics."""
-    facts = read_facts(config)
-    path = config.output or config.run_dir / "report.html"
-    write_text(path, render(facts))
+    """Write the page and return its path. Raises UserError if a run has no metrics."""
+    if config.run_dir is not None:
+        path = config.output or config.run_dir / "report.html"
+        write_text(path, render(read_facts(config.run_dir, config.corpora)))
+        return path
+    folders = [folder.resolve() for folder in config.runs]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"runs={[str(run) for run in config.runs]}: a run stands there twice")
+    path = config.output or folders[0].parent / "comparison.html"
+    write_text(path, compare([read_facts(folder, {}) for folder in config.runs]))
     return path
 
 
-def read_facts(config: ReportConfig) -> Facts:
-    """Read a run directory; what a run does not have yet is empty."""
-    run_dir = config.run_dir
-    metrics = read_metrics(run_dir)
-    starts = [read_json(path) for path in sorted((run_dir / "starts").glob("*.json"))]
-    corpora = config.corpora
-    if corpora is None:
-        sources = starts[-1]["config"]["data"]["sources"] if starts else {}
-        corpora = {name: Path(source["path"]).parent for name, source in sources.items()}
-    settings = run_dir / "config.yaml"
-    return Facts(
-        run_dir=run_dir,
-        metrics=metrics,
-        ledger=goodput_ledger(metrics),
-        starts=starts,
-        checkpoints=_read_checkpoints(run_dir),
-        evaluations=[found for path in sorted((run_dir / "evaluations").glob("step_*.json")) for found in read_results(path)],
-        funnels={name: funnel for name, work_dir in corpora.items() if (funnel := read_funnel(work_dir))},
-        settings=settings.read_text(encoding="utf-8") if settings.exists() else "",
+def render(facts: Facts) -> str:
+    """The page of one run as HTML."""
+    funnels = [block for name, stages in facts.funnels.items() for block in show_funnel(name, stages)]
+    cards = [
+        loss_card(facts),
+        *small_cards(facts),
+        Card("Where the time went", _goodput(facts.ledger) + _advice(facts)),
+        Card("From documents to shards", funnels),
+        Card("Evaluations of checkpoints", _evaluations(facts.evaluations)),
+        Card("Generated text", _samples(facts.metrics.of_kind("sample"))),
+        Card("Starts", _starts(facts)),
+        Card("Slow ranks", _slow_ranks(facts.metrics.of_kind("train"))),
+        Card("Checkpoints", _checkpoints(facts.checkpoints)),
+        Card("Settings and versions", _settings(facts)),
+    ]
+    name = facts.name
+    return page(
+        f"{name} – MegaGPT",
+        cards,
+        heading=name,
+        status=_status(facts),
+        note=_made_by(facts),
+        tiles=_tiles(facts),
+        problems=facts.problems,
     )
 
 
-def render(facts: Facts) -> str:
-    """The page as HTML."""
-    name = facts.run_dir.resolve().name
-    body = [
-        f'<h1>{escape(name)}</h1><p>{_status(facts)} <span class="muted">{escape(_made_by(facts))}</span></p>',
-        f'<div class="tiles">{"".join(_tiles(facts))}</div>',
-        '<div class="grid">',
-        card("Loss", _loss_chart(facts), wide=True),
-        *(card(title, svg) for title, svg in _small_charts(facts)),
-        card("Where the time went", _goodput(facts.ledger) + _advice(facts.metrics), wide=True),
-        card(
-            "From documents to shards", "".join(show_funnel(name, stages) for name, stages in facts.funnels.items()), wide=True
-        ),
-        card("Evaluations of checkpoints", _evaluations(facts.evaluations), wide=True),
-        card("Generated text", _samples(facts.metrics.of_kind("sample")), wide=True),
-        card("Starts", _starts(facts), wide=True),
-        card("Slow ranks", _slow_ranks(facts.metrics.of_kind("train")), wide=True),
-        card("Checkpoints", _checkpoints(facts.checkpoints), wide=True),
-        card("Settings and versions", _settings(facts), wide=True),
-        "</div>",
+def compare(runs: Sequence[Facts]) -> str:
+    """The page that compares runs as HTML."""
+    names = distinct_names([facts.run_dir.resolve() for facts in runs])
+    problems = [f"{name}: {problem}" for facts, name in zip(runs, names, strict=True) for problem in facts.problems]
+    cards = [
+        Card("Figures", [_figures(runs, names)]),
+        *compared_cards(runs, names),
+        Card("What the settings differ in", _differences(runs, names)),
     ]
-    return page(f"{name} – MegaGPT", "".join(body))
+    heading = " · ".join(names)
+    return page(f"{heading} – MegaGPT", cards, heading=heading, problems=problems)
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' last parts, as many as it takes to tell them apart."""
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+# Comparison
+
+
+def _figures(runs: Sequence[Facts], names: Sequence[str]) -> Table:
+    rows = []
+    for facts, name in zip(runs, names, strict=True):
+        train = facts.metrics.of_kind("train")
+        steps, losses = column(facts.metrics.of_kind("evaluate"), "loss")
+        best = min(range(len(losses)), key=losses.__getitem__, default=None)
+        counts = column(train, "tokens")[1]
+        rates, shares = column(train, "tokens_per_second")[1], column(train, "mfu")[1]
+        rows.append(
+            (
+                name,
+                _status(facts),
+                big(counts[-1]) if counts else None,
+                f"{_mean_of_last(train, 'loss'):.4f}" if column(train, "loss")[1] else None,
+                None if best is None else f"{losses[best]:.4f} at step {steps[best]['step']:,}",
+                f"{big(statistics.median(rates))}/s" if rates else None,
+                f"{statistics.median(shares):.1%}" if shares else None,
+                f"{facts.ledger.goodput:.0%} of {_span(facts.ledger.wall_seconds)}" if facts.ledger.seconds else None,
+            )
+        )
+    head = ("run", "state", "tokens", "training loss", "best validation loss", "throughput", "MFU", "goodput")
+    return Table(head, rows, numbers=(2, 3, 5, 6))
+
+
+def _differences(runs: Sequence[Facts], names: Sequence[str]) -> list[Block]:
+    settings = [flattened(facts.starts[-1]["config"]) if facts.starts else {} for facts in runs]
+    fields = sorted({field for found in settings for field in found} - {"run_dir"})
+    rows = [
+        (field, *(found.get(field, "–") for found in settings))
+        for field in fields
+        if len({found.get(field) for found in settings}) > 1
+    ]
+    unknown = [name for name, found in zip(names, settings, strict=True) if not found]
+    blocks: list[Block] = [Note(f"no settings found of {', '.join(unknown)}")] if unknown else []
+    return [*blocks, Table(("setting", *names), rows) if rows else Note("nothing")]
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as section.field -> value."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = "null" if value is None else str(value)
+    return found
 
 
 # Head
@@ -110,16 +161,14 @@ def render(facts: Facts) -> str:
 def _status(facts: Facts) -> str:
     last = facts.metrics.all_rows[-1] if facts.metrics.all_rows else None
     if last is None:
-        text = "nothing logged yet"
-    elif last["kind"] == "done":
-        text = f"finished at step {last['step']:,}"
-    elif last["kind"] == "stop":
-        text = f"stopped on request at step {last['step']:,} ({last.get('reason', 'no reason given')})"
-    elif last["kind"] == "watchdog":
-        text = f"ended by the watchdog at step {last['step']:,} ({_hang(last)})"
-    else:
-        text = f"last word at step {last['step']:,}, {_clock(last['time'])}"
-    return f'<span class="status">{escape(text)}</span>'
+        return "nothing logged yet"
+    if last["kind"] == "done":
+        return f"finished at step {last['step']:,}"
+    if last["kind"] == "stop":
+        return f"stopped on request at step {last['step']:,} ({last.get('reason', 'no reason given')})"
+    if last["kind"] == "watchdog":
+        return f"ended by the watchdog at step {last['step']:,} ({_hang(last)})"
+    return f"last word at step {last['step']:,}, {_clock(last['time'])}"
 
 
 def _made_by(facts: Facts) -> str:
@@ -128,118 +177,56 @@ def _made_by(facts: Facts) -> str:
     start = facts.starts[-1]
     model = start["config"].get("model", {})
     sizes = f"{model.get('num_layers')} layers × {model.get('hidden_size')} wide, context {model.get('seq_len')}"
-    return f"{sizes} · {start['world_size']} × {start['device']} · commit {(start['git_commit'] or 'unknown')[:12]}"
+    return f"{sizes} · {start['world_size']} × {start['device']} · commit {str(start['git_commit'] or 'unknown')[:12]}"
 
 
-def _tiles(facts: Facts) -> list[str]:
-    train, evaluated = facts.metrics.of_kind("train"), facts.metrics.of_kind("evaluate")
+def _tiles(facts: Facts) -> list[Tile]:
+    train = facts.metrics.of_kind("train")
+    evaluated, validation = column(facts.metrics.of_kind("evaluate"), "loss")
     tiles = []
-    if train:
-        tiles.append(tile("training loss", f"{_mean_of_last(train, 'loss'):.4f}", "mean of the last 10 lines"))
-    if evaluated:
-        best = min(evaluated, key=lambda row: row["loss"])
-        bits = f", {best['bits_per_byte']:.3f} bits per byte" if best.get("bits_per_byte") else ""
-        tiles.append(tile("best validation loss", f"{best['loss']:.4f}", f"step {best['step']:,}{bits}"))
-    if train:
-        rates = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
-        tiles.append(tile("tokens", big(train[-1].get("tokens", 0)), f"{train[-1]['step']:,} steps"))
-        if rates:
-            tiles.append(tile("throughput", f"{big(statistics.median(rates))}/s", "tokens, median"))
-        shares = [row["mfu"] for row in train if "mfu" in row]
-        if shares:
-            causal = statistics.median(row["mfu_causal"] for row in train if "mfu_causal" in row)
-            tiles.append(tile("MFU", f"{statistics.median(shares):.1%}", f"full attention; causal {causal:.1%}"))
+    if column(train, "loss")[1]:
+        tiles.append(Tile("training loss", f"{_mean_of_last(train, 'loss'):.4f}", "mean of the last 10 lines"))
+    if validation:
+        best = min(range(len(validation)), key=validation.__getitem__)
+        per_byte = number(evaluated[best].get("bits_per_byte"))
+        bits = f", {per_byte:.3f} bits per byte" if per_byte else ""
+        tiles.append(Tile("best validation loss", f"{validation[best]:.4f}", f"step {evaluated[best]['step']:,}{bits}"))
+    counts, rates = column(train, "tokens")[1], column(train, "tokens_per_second")[1]
+    if counts:
+        tiles.append(Tile("tokens", big(counts[-1]), f"{train[-1]['step']:,} steps"))
+    if rates:
+        tiles.append(Tile("throughput", f"{big(statistics.median(rates))}/s", "tokens, median"))
+    shares, causal = column(train, "mfu")[1], column(train, "mfu_causal")[1]
+    if shares:
+        note = f"full attention; causal {statistics.median(causal):.1%}" if causal else "full attention"
+        tiles.append(Tile("MFU", f"{statistics.median(shares):.1%}", note))
     if facts.ledger.seconds:
-        tiles.append(tile("goodput", f"{facts.ledger.goodput:.0%}", f"of {_span(facts.ledger.wall_seconds)}"))
+        tiles.append(Tile("goodput", f"{facts.ledger.goodput:.0%}", f"of {_span(facts.ledger.wall_seconds)}"))
     count = len({row["incarnation"] for row in facts.metrics.all_rows})
     lost = len(facts.metrics.all_rows) - len(facts.metrics.rows)
-    tiles.append(tile("starts", str(count), f"{lost} lines done again" if lost else ""))
-    return tiles
-
-
-# Charts
-
-
-def _restarts(facts: Facts) -> tuple[float, ...]:
-    return tuple(row["step"] for row in facts.metrics.of_kind("start") if row["step"] > 0)
-
-
-def _loss_chart(facts: Facts) -> str:
-    train, evaluated = facts.metrics.of_kind("train"), facts.metrics.of_kind("evaluate")
-    lines = []
-    if train:
-        steps, losses = _column(train, "loss")
-        window = min(100.0, max(3.0, len(losses) / 50))
-        if len(losses) > 30:
-            lines.append(Line("training", steps, losses, 1, faint=True))
-            lines.append(Line("training (smoothed)", steps, smoothed(losses, 1 - 1 / window), 1))
-        else:
-            lines.append(Line("training", steps, losses, 1))
-    names = sorted({name for row in evaluated for name in row.get("sources", {})})
-    if len(names) != 1 and evaluated:
-        lines.append(Line("validation", *_column(evaluated, "loss"), 2, markers=True))
-    for number, name in enumerate(names[:4]):
-        rows = [{"step": row["step"], **row["sources"][name]} for row in evaluated if name in row.get("sources", {})]
-        series = 2 if len(names) == 1 else 3 + number
-        lines.append(Line(f"validation: {name}", *_column(rows, "loss"), series, markers=True))
-    if not lines:
-        return ""
-    values = [value for line in lines for value in line.y]
-    chart = Chart("Loss", tuple(lines), _restarts(facts), unit="nats per token", size=(11.0, 3.6), y_limits=_limits(values))
-    note = '<p class="muted">dashed lines: steps from which a later attempt resumed</p>' if chart.restarts else ""
-    rest = f'<p class="muted">not drawn: {", ".join(map(escape, names[4:]))}</p>' if len(names) > 4 else ""
-    return to_svg(chart) + note + rest
-
-
-def _small_charts(facts: Facts) -> list[tuple[str, str]]:
-    train = facts.metrics.of_kind("train")
-    found = []
-    for title, key, unit in (
-        ("Learning rate", "lr", ""),
-        ("Gradient norm", "grad_norm", "before clipping"),
-        ("Throughput", "tokens_per_second", "tokens per second"),
-    ):
-        steps, values = _column(train, key)
-        if values:
-            lowest = min(values)
-            limits = (0.0, 1.08 * max(values)) if lowest >= 0 and max(values) > 0 else None
-            chart = Chart(title, (Line(title, steps, values, 1),), _restarts(facts), unit=unit, y_limits=limits)
-            found.append((title, to_svg(chart)))
-    return found
-
-
-def _column(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the rows that have a finite number under `key`."""
-    pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float) and abs(row[key]) < float("inf")]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that show all but the worst 1 % of the values: the first steps would flatten the rest."""
-    ordered = sorted(values)
-    top, bottom = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], ordered[0]
-    margin = 0.05 * (top - bottom) or 0.1
-    return bottom - margin, top + margin
+    return [*tiles, Tile("starts", str(count), f"{lost} lines done again" if lost else "")]
 
 
 # Sections
 
 
-def _goodput(ledger: Ledger) -> str:
+def _goodput(ledger: Ledger) -> list[Block]:
     total = ledger.wall_seconds
-    rows = sorted(ledger.seconds.items(), key=lambda item: -item[1])
     colours = {"train": 3, "repeated": 2, "hang": 2, "down": 2, "queue": 2, "launch": 2}
-    return bars(
-        [(name, s / total, f"{_span(s)} · {s / total:.1%}", colours.get(name, 1)) for name, s in rows if total and s > 0]
-    )
+    rows = [
+        (name, seconds / total, f"{_span(seconds)} · {seconds / total:.1%}", colours.get(name, 1))
+        for name, seconds in sorted(ledger.seconds.items(), key=lambda item: -item[1])
+        if total and seconds > 0
+    ]
+    return [Bars(rows)] if rows else []
 
 
-def _advice(metrics: Metrics) -> str:
-    advice = advise_checkpoints(metrics)
-    return "" if advice is None else f'<p class="muted">checkpoints: {escape(advice.line())}</p>'
+def _advice(facts: Facts) -> list[Block]:
+    advice = advise_checkpoints(facts.metrics)
+    return [] if advice is None else [Note(f"checkpoints: {advice.line()}")]
 
 
-def _evaluations(evaluations: list[dict[str, Any]]) -> str:
+def _evaluations(evaluations: list[dict[str, Any]]) -> list[Block]:
     rows = [
         (
             f"{found['step']:,}",
@@ -248,7 +235,7 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> str:
             f"{score['unigram_entropy']:.4f}",
             f"{score['perplexity']:.4g}",
             None if score["bits_per_byte"] is None else f"{score['bits_per_byte']:.4f}",
-            None if score.get("accuracy") is None else f"{score['accuracy']:.4f}",
+            None if (accuracy := number(score.get("accuracy"))) is None else f"{accuracy:.4f}",
             f"{score['tokens']:,}",
             _limit(found),
         )
@@ -266,10 +253,13 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> str:
         for found in evaluations
         for name, task in found["tasks"].items()
     ]
-    head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "token accuracy", "tokens", "samples")
-    html = table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7, 8)) if rows else ""
-    head = ("step", "task", "accuracy", "chance", "samples")
-    return html + (table(head, tasks, numbers=(0, 2, 3, 4)) if tasks else "")
+    blocks: list[Block] = []
+    if rows:
+        head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "token accuracy", "tokens", "samples")
+        blocks.append(Table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7, 8)))
+    if tasks:
+        blocks.append(Table(("step", "task", "accuracy", "chance", "samples"), tasks, numbers=(0, 2, 3, 4)))
+    return blocks
 
 
 def _limit(evaluation: dict[str, Any]) -> str:
@@ -278,43 +268,43 @@ def _limit(evaluation: dict[str, Any]) -> str:
     return "all" if most is None else f"≤ {most:,}"
 
 
-def _samples(rows: list[Row]) -> str:
-    def quote(row: Row) -> str:
-        prompt = f"<b>{escape(row.get('prompt', ''))}</b>"
-        return f"<h3>step {row['step']:,}</h3><blockquote><pre>{prompt}{escape(row['text'])}</pre></blockquote>"
+def _samples(rows: list[Row]) -> list[Block]:
+    def quote(row: Row) -> list[Block]:
+        text = Quote([(str(row.get("text", "")), False)], lead=str(row.get("prompt", "")))
+        return [Heading(f"step {row['step']:,}"), text]
 
     if len(rows) < 3:
-        return "".join(map(quote, rows))
-    earlier = f"<details><summary>{len(rows) - 2} between them</summary>{''.join(map(quote, rows[1:-1]))}</details>"
-    return quote(rows[-1]) + quote(rows[0]) + earlier
+        return [block for row in rows for block in quote(row)]
+    between = [block for row in rows[1:-1] for block in quote(row)]
+    return [*quote(rows[-1]), *quote(rows[0]), Fold(f"{len(rows) - 2} between them", between)]
 
 
-def _starts(facts: Facts) -> str:
+def _starts(facts: Facts) -> list[Block]:
     ends = {}
     for row in facts.metrics.all_rows:
         ends[row["incarnation"]] = row
     first = {row["incarnation"]: row for row in facts.metrics.all_rows if row["kind"] == "start"}
     rows = []
     for start in facts.starts:
-        number = start["incarnation"]
-        began, end = first.get(number), ends.get(number)
+        attempt = start["incarnation"]
+        began, end = first.get(attempt), ends.get(attempt)
         words = {} if end is None else {"done": "done", "stop": f"stop: {end.get('reason')}", "watchdog": _hang(end)}
         how = "–" if end is None else words.get(end["kind"], "no last word")
         rows.append(
             (
-                number,
+                attempt,
                 start["time"],
                 start["host"],
                 start["launcher"],
                 start["world_size"],
-                (start["git_commit"] or "unknown")[:12],
+                str(start["git_commit"] or "unknown")[:12],
                 None if began is None else f"{began['step']:,}",
                 None if end is None else f"{end['step']:,}",
                 how,
             )
         )
     head = ("start", "time", "host", "launcher", "ranks", "commit", "from step", "to step", "end")
-    return table(head, rows, numbers=(4, 6, 7)) if rows else ""
+    return [Table(head, rows, numbers=(4, 6, 7))] if rows else []
 
 
 def _hang(row: Row) -> str:
@@ -323,43 +313,32 @@ def _hang(row: Row) -> str:
     return f"hang in {row.get('activity')}: {row.get('cause')}, {who}"
 
 
-def _slow_ranks(train: Sequence[Row]) -> str:
+def _slow_ranks(train: Sequence[Row]) -> list[Block]:
     """The ranks that the log names as slow, the most often named first."""
     told = [row for row in train if "step_time" in row]
-    named = count_slow(row.get("slow", "") for row in told)
+    named = count_slow(str(row.get("slow", "")) for row in told)
     rows = [(place, what, f"{times:,} of {len(told):,}", last) for (place, what), (times, last) in named.items()]
-    return table(("rank", "slow in", "times named", "last time"), rows[:20], numbers=(2,)) if rows else ""
+    return [Table(("rank", "slow in", "times named", "last time"), rows[:20], numbers=(2,))] if rows else []
 
 
-def _read_checkpoints(run_dir: Path) -> list[dict[str, Any]]:
-    best_path = run_dir / "checkpoints" / "best.json"
-    best = read_json(best_path) if best_path.exists() else {}
-    found = []
-    for path in list_checkpoints(run_dir):
-        with contextlib.suppress(FileNotFoundError):  # the run continues, and deletes old ones
-            sizes = [file.stat().st_size for file in path.iterdir()]
-            is_best = f"best: {best['validation_loss']:.4f}" if step_of(path) == best.get("step") else ""
-            found.append({"step": step_of(path), "bytes": sum(sizes), "files": len(sizes), "best": is_best})
-    return found
-
-
-def _checkpoints(checkpoints: list[dict[str, Any]]) -> str:
+def _checkpoints(checkpoints: list[dict[str, Any]]) -> list[Block]:
     rows = [(f"{c['step']:,}", f"{c['bytes'] / 1e6:,.1f} MB", c["files"], c["best"]) for c in checkpoints]
-    return table(("step", "size", "files", ""), rows, numbers=(0, 1, 2)) if rows else ""
+    return [Table(("step", "size", "files", ""), rows, numbers=(0, 1, 2))] if rows else []
 
 
-def _settings(facts: Facts) -> str:
-    html = details("settings of the last start (config.yaml)", facts.settings) if facts.settings else ""
+def _settings(facts: Facts) -> list[Block]:
+    blocks: list[Block] = []
+    if facts.settings:
+        blocks.append(Fold("settings of the last start (config.yaml)", [Code(facts.settings)]))
     if facts.starts:
         start = facts.starts[-1]
         versions = {"python": start["python"], **start["versions"], "data fingerprint": start["data_fingerprint"]}
-        html += details("versions", "\n".join(f"{name}: {value}" for name, value in versions.items()))
-    return html
+        blocks.append(Fold("versions", [Code("\n".join(f"{name}: {value}" for name, value in versions.items()))]))
+    return blocks
 
 
 def _mean_of_last(rows: Sequence[Row], key: str) -> float:
-    values = _column(rows, key)[1][-10:]
-    return statistics.fmean(values) if values else float("nan")
+    return statistics.fmean(column(rows, key)[1][-10:])
 
 
 def _span(seconds: float) -> str:

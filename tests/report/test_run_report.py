@@ -1,7 +1,10 @@
 """The report page: what it reads, what it says, that it needs nothing from elsewhere, and the charts' reductions."""
 
+import base64
+import hashlib
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import pytest
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.files import write_json
 from megagpt.monitor.metrics import METRICS_FILE, format_row
-from megagpt.report.charts import MAX_POINTS, Chart, Line, smoothed, thin, to_svg
+from megagpt.report.charts import MAX_POINTS, Chart, Line, Mark, chart_data, smoothed, thin, to_svg
 from megagpt.report.funnel import read_funnel
-from megagpt.report.page import bars, table
-from megagpt.report.run_report import ReportConfig, report_run
+from megagpt.report.page import Bars, Card, Code, Fold, Heading, Note, Picture, Quote, Table, Tile, page
+from megagpt.report.run_report import ReportConfig, distinct_names, report_run
+from megagpt.terminal import safe_text
 
 HOSTILE = "</pre><script>alert('&')</script>"
 
@@ -29,10 +33,14 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.texts: list[str] = []
         self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.policy = ""
         self._open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs)["content"] or ""
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "srcset")]
         if tag not in self.void:
             self._open.append(tag)
@@ -47,7 +55,10 @@ class Page(HTMLParser):
             assert self._open.pop() == tag, f"</{tag}> does not close what is open"
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        if self._open and self._open[-1] == "script":
+            self.scripts.append(data)
+        elif data.strip():
+            self.texts.append(data)
 
 
 def parse(path: Path) -> Page:
@@ -139,8 +150,13 @@ def test_the_page_is_whole_and_loads_nothing(report: Path) -> None:
     found = parse(report)
     assert (report.parent.name, report.name) == ("run", "report.html")
     assert [target for target in found.loads if not target.startswith("#")] == []
-    assert "script" not in found.tags
     assert found.tags.count("svg") == 4
+    data, library, charts = found.scripts
+    assert library.startswith("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (library, charts)]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed};" in found.policy
+    assert [chart["title"] for chart in json.loads(data)] == ["Loss", "Learning rate", "Gradient norm", "Throughput"]
     style = report.read_text()
     assert "url(http" not in style
     assert "@import" not in style
@@ -218,7 +234,7 @@ def test_smoothing_has_no_bias_from_its_start_and_passes_over_what_is_not_finite
 
 def test_charts_are_drawn_in_the_pages_colours_and_the_same_each_time() -> None:
     lines = (Line("a", [0, 1], [2.0, 1.0], 1), Line("b", [0, 1], [3.0, 2.0], 2))
-    chart = Chart("Loss", lines, restarts=(0.5,), unit="nats")
+    chart = Chart("Loss", lines, (Mark(0.5, "start"),), unit="nats")
     svg = to_svg(chart)
     assert svg.startswith("<svg role=")
     assert "var(--series-1)" in svg
@@ -229,9 +245,141 @@ def test_charts_are_drawn_in_the_pages_colours_and_the_same_each_time() -> None:
     assert svg == to_svg(chart)
 
 
-def test_text_is_escaped() -> None:
-    assert HOSTILE not in table(("x",), [(HOSTILE,)]) + bars([(HOSTILE, 0.5, HOSTILE, 1)])
-    assert table(("x",), [(None,)]).count("–") == 1
+def test_every_kind_of_block_escapes_and_isolates() -> None:
+    text = f"{HOSTILE} سلام 1\x1b"
+    chart = Chart(text, (Line(text, [0, 1], [2.0, 1.0], 1), Line("$a$_{", [0, 1], [3.0, 2.0], 2)))
+    blocks = [
+        Table((text, "n"), [(text, None)], numbers=(1,)),
+        Bars([(text, 0.5, text, 1)]),
+        Heading(text),
+        Note(text),
+        Quote([(text, False), (text, True)], lead=text, where=text),
+        Fold(text, [Code(text)]),
+        Picture(chart),
+    ]
+    tiles = [Tile(text, text, text)]
+    html = page(text, [Card(text, blocks)], heading=text, status=text, note=text, tiles=tiles, problems=[text])
+    assert HOSTILE not in html
+    assert "<script>alert" not in html
+    assert "\x1b" not in html
+    parser = Page()
+    parser.feed(html)
+    shown = safe_text(text)
+    assert shown == f"{HOSTILE} \u2068سلام 1\u2069\\x1b".replace(" 1\u2069", "\u2069 1")
+    assert sum(shown in found for found in parser.texts) == 21
+    assert "–" in parser.texts
+    assert len(parser.scripts) == 3
+
+
+def test_a_page_without_charts_has_no_script() -> None:
+    html = page("t", [Card("c", [Note("n")]), Card("empty", [])], heading="h")
+    assert "<script" not in html
+    parser = Page()
+    parser.feed(html)
+    assert (
+        parser.policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'none'; base-uri 'none'; form-action 'none'"
+    )
+    assert "empty" not in html
+
+
+def test_the_data_of_a_chart() -> None:
+    values = [math.nan if i == 3 else float(i % 7) for i in range(5)]
+    raw = Line("training", range(5), values, 1, tokens=[10.0 * i for i in range(5)], faint=True)
+    smooth = Line("training (smoothed)", range(5), values, 1, derived=True)
+    mark = Mark(2, "rewind", 20.0, 0.5)
+    data = chart_data(Chart("Loss", (raw, smooth), (mark,), log_y=True, y_limits=(0, 1), smooth=0.5))
+    assert data == {
+        "title": "Loss", "log": True, "smooth": 0.5, "limits": (0, 1), "wide": False,
+        "marks": [{"step": 2, "kind": "rewind", "tokens": 20.0, "hours": 0.5}],
+        "lines": [{"label": "training", "series": 1, "points": False, "step": [0, 1, 2, 3, 4],
+                   "tokens": [0.0, 10.0, 20.0, 30.0, 40.0], "hours": None, "y": [0.0, 1.0, 2.0, None, 4.0]}],
+    }  # fmt: skip
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("starts/0002.json", "{", r"starts/0002\.json: damaged, and left out \(UserError: not valid JSON"),
+        ("starts/0002.json", '{"incarnation": 2}', r"starts/0002\.json: damaged, and left out \(KeyError: 'config'\)"),
+        ("evaluations/step_00000100.json", "[]", r"evaluations/step_00000100\.json: damaged, and left out \(AttributeError"),
+        ("evaluations/step_00000100.json", '{"step": "x"}', r"step_00000100\.json: damaged, and left out \(ValueError"),
+        ("checkpoints/best.json", "\x00", r"checkpoints/best\.json: damaged, and left out \(UserError: not valid JSON"),
+        ("../corpus/dedup/summary.json", "{", r"corpus/corpus: damaged|[^ ]*/corpus: damaged, and left out \(UserError"),
+    ],
+)
+def test_a_damaged_file_is_one_line_and_the_rest_is_shown(tmp_path: Path, file: str, text: str, problem: str) -> None:
+    run_dir = write_run(tmp_path)
+    (run_dir / file).write_text(text)
+    found = parse(report_run(ReportConfig(run_dir=run_dir)))
+    (line,) = [text for text in found.texts if "damaged, and left out" in text]
+    assert re.search(problem, line)
+    assert "finished at step 100" in found.texts
+
+
+@pytest.mark.parametrize("value", ["abc", None, [1], {"a": 1}, True])
+def test_rows_with_values_of_other_types_are_left_out(tmp_path: Path, value: Any) -> None:
+    run_dir = write_run(tmp_path)
+    rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    for row in rows:
+        row |= dict.fromkeys(set(row) - {"kind", "step", "time", "incarnation", "seconds"}, value)
+    (run_dir / METRICS_FILE).write_bytes(b"".join(map(format_row, rows)) + b"{torn\n")
+    found = parse(report_run(ReportConfig(run_dir=run_dir)))
+    assert "svg" not in found.tags
+    assert "metrics.jsonl: 1 damaged lines left out" in found.texts
+
+
+# Comparison
+
+
+def test_runs_are_compared(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    path = second / "starts" / "0002.json"
+    start = json.loads(path.read_text())
+    start["config"] |= {"model": {"num_layers": 24}, "run_dir": "elsewhere", "optim": {"lr": 0.1}}
+    write_json(path, start)
+    page_path = report_run(ReportConfig(runs=(first, second)))
+    assert page_path == tmp_path / "a" / "comparison.html"
+    found = parse(page_path)
+    texts = [text.strip() for text in found.texts]
+    assert "a/run · b/run" in texts
+    at = texts.index("model.num_layers")
+    assert [text for text in texts[at + 1 :] if text][:5] == ["12", "24", "optim.lr", "–", "0.1"]
+    assert "elsewhere" not in texts
+    charts = json.loads(found.scripts[0])
+    assert [chart["title"] for chart in charts] == [
+        "Training loss", "Validation loss", "Learning rate", "Gradient norm", "Throughput",
+    ]  # fmt: skip
+    line = charts[0]["lines"][1]
+    assert (line["label"], line["series"]) == ("b/run", 2)
+    assert line["step"] == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
+    assert line["tokens"] == [100.0 * step for step in line["step"]]
+    assert line["hours"][0] == pytest.approx((1 + 5) / 3600)  # the first row is 1 s after the start, which took 5 s
+    assert charts[1]["lines"][0]["tokens"] == [10_000.0]  # an evaluation's tokens are those trained on by then
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of run_dir and runs is needed"),
+        (["run_dir=a", "runs=[a, b]"], "one of run_dir and runs is needed"),
+        (["runs=[a]"], "runs: 1 given, 2 to 6 can be compared"),
+        (["runs=[a, b/../a]"], "a run stands there twice"),
+        (["runs=[a, b]"], "a/metrics.jsonl"),
+    ],
+)
+def test_what_cannot_be_compared(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import report_run as tool
+
+    assert run_words(ReportConfig, tool.run, "", words) == EXIT_USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_as_long_as_it_takes() -> None:
+    assert distinct_names([Path("/r/a/x"), Path("/r/b/y")]) == ["x", "y"]
+    assert distinct_names([Path("/r/a/x"), Path("/r/b/x")]) == ["a/x", "b/x"]
 
 
 def test_metrics_rows_are_json(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""The charts of a run's report and of a comparison: which lines, over what, with which marks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megagpt.monitor.metrics import Row
+from megagpt.report.charts import Chart, Line, Mark, smoothed
+from megagpt.report.page import Block, Card, Note, Picture
+from megagpt.report.run_facts import Facts, column
+from megagpt.report.run_state import number
+
+SMALL = (
+    ("Learning rate", "lr", ""),
+    ("Gradient norm", "grad_norm", "before clipping"),
+    ("Throughput", "tokens_per_second", "tokens per second"),
+)
+MAX_COMPARED = 6
+"""Runs in one comparison: so many colours there are."""
+
+
+def loss_card(facts: Facts) -> Card:
+    """Training and validation losses over steps."""
+    train, evaluated = facts.metrics.of_kind("train"), facts.metrics.of_kind("evaluate")
+    lines = []
+    rows, losses = column(train, "loss")
+    weight = 1 - 1 / min(100.0, max(3.0, len(losses) / 50))
+    is_smoothed = len(losses) > 30
+    if losses:
+        lines.append(line("training", rows, losses, 1, facts, faint=is_smoothed))
+    if is_smoothed:
+        lines.append(Line("training (smoothed)", [row["step"] for row in rows], smoothed(losses, weight), 1, derived=True))
+    names = sorted({name for row in evaluated for name in _sources(row)})
+    if len(names) != 1 and evaluated:
+        lines.append(line("validation", *column(evaluated, "loss"), 2, facts, markers=True))
+    for i, name in enumerate(names[:4]):
+        found = [{**row, **_sources(row)[name]} for row in evaluated if name in _sources(row)]
+        series = 2 if len(names) == 1 else 3 + i
+        lines.append(line(f"validation: {name}", *column(found, "loss"), series, facts, markers=True))
+    values = [value for item in lines for value in item.y]
+    if not values:
+        return Card("Loss", [])
+    chart = Chart(
+        "Loss",
+        tuple(lines),
+        marks(facts),
+        unit="nats per token",
+        size=(11.0, 3.6),
+        y_limits=limits(values),
+        smooth=weight if is_smoothed else 0.0,
+    )
+    blocks: list[Block] = [Picture(chart)]
+    if chart.marks:
+        blocks.append(Note("dashed lines: steps from which a later attempt, or a rewind (in colour), resumed"))
+    if len(names) > 4:
+        blocks.append(Note(f"not drawn: {', '.join(names[4:])}"))
+    return Card("Loss", blocks)
+
+
+def small_cards(facts: Facts) -> list[Card]:
+    """Learning rate, gradient norm and throughput."""
+    train, cards = facts.metrics.of_kind("train"), []
+    for title, key, unit in SMALL:
+        rows, values = column(train, key)
+        if values:
+            positive = min(values) >= 0 and max(values) > 0
+            y_limits = (0.0, 1.08 * max(values)) if positive else None
+            chart = Chart(title, (line(title, rows, values, 1, facts),), marks(facts), unit=unit, y_limits=y_limits)
+            cards.append(Card(title, [Picture(chart)], wide=False))
+    return cards
+
+
+def compared_cards(runs: Sequence[Facts], names: Sequence[str]) -> list[Card]:
+    """One chart per value, one line per run."""
+    cards = []
+    for title, kind, key, unit in (
+        ("Training loss", "train", "loss", "nats per token"),
+        ("Validation loss", "evaluate", "loss", "nats per token"),
+        *((title, "train", key, unit) for title, key, unit in SMALL),
+    ):
+        lines = []
+        for i, (facts, name) in enumerate(zip(runs, names, strict=True)):
+            rows, values = column(facts.metrics.of_kind(kind), key)
+            if values:
+                lines.append(line(name, rows, values, i + 1, facts, markers=kind == "evaluate"))
+        if lines:
+            wide = key == "loss"
+            y_limits = limits([value for item in lines for value in item.y])
+            size = (11.0, 3.6) if wide else (4.2, 2.4)
+            cards.append(Card(title, [Picture(Chart(title, tuple(lines), unit=unit, size=size, y_limits=y_limits))], wide))
+    return cards
+
+
+def line(
+    label: str,
+    rows: Sequence[Row],
+    values: list[float],
+    series: int,
+    facts: Facts,
+    *,
+    faint: bool = False,
+    markers: bool = False,
+) -> Line:
+    """Values of rows over steps, and over tokens and hours where all rows have them."""
+    begun = _begun(facts)
+    counts = _tokens_at(facts, rows)
+    return Line(
+        label,
+        [row["step"] for row in rows],
+        values,
+        series,
+        tokens=counts,
+        hours=[(row["time"] - begun) / 3600 for row in rows],
+        faint=faint,
+        markers=markers,
+    )
+
+
+def marks(facts: Facts) -> tuple[Mark, ...]:
+    """Where later starts and rewinds went on."""
+    begun = _begun(facts)
+    rows = [row for row in facts.metrics.rows if row["kind"] in ("start", "rewind") and row["step"] > 0]
+    return tuple(Mark(row["step"], row["kind"], number(row.get("tokens")), (row["time"] - begun) / 3600) for row in rows)
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Limits that show all but the worst 1 % of the values: the first steps would flatten the rest."""
+    ordered = sorted(values)
+    top, bottom = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], ordered[0]
+    margin = 0.05 * (top - bottom) or 0.1
+    return bottom - margin, top + margin
+
+
+def _begun(facts: Facts) -> float:
+    rows = facts.metrics.all_rows
+    return rows[0]["time"] - sum(rows[0].get("seconds", {}).values()) if rows else 0.0
+
+
+def _tokens_at(facts: Facts, rows: Sequence[Row]) -> list[float] | None:
+    """Tokens seen at each row's step; an evaluation's own `tokens` are others, so they come from the train rows around it."""
+    known, counts = column(facts.metrics.of_kind("train"), "tokens")
+    if not known:
+        return None
+    return np.interp([row["step"] for row in rows], [row["step"] for row in known], counts).tolist()
+
+
+def _sources(row: Row) -> dict[str, dict[str, float]]:
+    sources = row.get("sources")
+    return {name: found for name, found in sources.items() if isinstance(found, dict)} if isinstance(sources, dict) else {}
