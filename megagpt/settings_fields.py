@@ -19,6 +19,7 @@ LATER: dict[str, dict[str, Any]] = {
         "prometheus_port": None,
         "prometheus_address": "127.0.0.1",
         "close_seconds": 300.0,
+        "alert_pause_seconds": 1800.0,
     },
     "SupervisedConfig": {
         "format": None,

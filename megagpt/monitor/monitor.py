@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.model.flops import FlopsPerToken, peak_flops, utilisation
+from megagpt.monitor.alerts import Alerts
 from megagpt.monitor.config import MonitorConfig, check_monitor
 from megagpt.monitor.goodput import Stopwatch, advise_checkpoints, job_times, process_age
 from megagpt.monitor.metrics import METRICS_FILE, Metrics, format_row, plain, read_metrics
@@ -66,6 +67,11 @@ class Monitor:
         self._writers: list[BackgroundWriter] = []
         self._window: tuple[int, float] | None = None
         self._advice: dict[str, Any] = {}
+        self._energy: tuple[float, float] | None = None
+        self._step_seconds: list[float] = []
+        self._last_step_at: float | None = None
+        self._alerts = Alerts(run_dir, config.alert_pause_seconds)
+        self._at_start: list[tuple[str, str]] = []
         if config.prometheus_port is not None and (rank == 0 or local_rank == 0):
             labels = {"run": run_dir.resolve().name, "rank": str(rank)}
             endpoint = open_prometheus(config.prometheus_port, config.prometheus_address, labels, read_node)
@@ -78,6 +84,7 @@ class Monitor:
     def _open(self, run_dir: Path, run_config: dict[str, Any], attempt: int | None) -> None:
         earlier = _earlier(run_dir)
         self.attempt = attempt or 1 + max((row["incarnation"] for row in earlier.all_rows), default=0)
+        self._at_start = self._alerts.at_start(earlier.all_rows[-1] if earlier.all_rows else None)
         if earlier.torn_lines:
             log.warning("%s: %d torn lines of an earlier start are left out", run_dir / METRICS_FILE, earlier.torn_lines)
         advice = advise_checkpoints(earlier)
@@ -92,7 +99,12 @@ class Monitor:
             self._writers.append(BackgroundWriter(TensorBoardWriter(run_dir)))
 
     def due(self, step: int) -> bool:
-        """Whether the step that was just done is one to log."""
+        """Whether the step that was just done is one to log. Called once after every step: it measures them."""
+        if self._file is not None:
+            now = self._training_seconds()
+            if self._last_step_at is not None:
+                self._step_seconds.append(now - self._last_step_at)
+            self._last_step_at = now
         return step % self.config.log_every_steps == 0
 
     def log(self, kind: str, step: int, **values: Any) -> None:
@@ -110,14 +122,21 @@ class Monitor:
             values |= self._facts()
         if "tokens" in values:
             values |= self._throughput(values["tokens"], report=kind == "train")
+        if kind == "train":
+            values |= self._percentiles()
         if kind == "train" and self._gpu is not None and self._device is not None:
-            values["gpu"] = read_gpu(self._gpu, self._device)
+            values["gpu"] = self._read_gpu(values.get("tokens"))
         head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.attempt}
         seconds = {activity: round(spent, 3) for activity, spent in self.clock.seconds().items()}
         self._file.append(format_row(head | values | {"seconds": seconds}))
         self._show(kind, step, values)
         for writer in self._writers:
             writer.put(kind, step, values | {"seconds": seconds})
+        raised = self._alerts.look(kind, values)
+        if kind == "start":
+            raised, self._at_start = self._at_start + raised, []
+        for name, reason in raised:
+            self.log("alert", step, alert=name, reason=reason)
 
     def log_from_a_thread(self, kind: str, step: int, **values: Any) -> None:
         """Write one row to metrics.jsonl and nowhere else, when the process is about to end and its main thread cannot."""
@@ -151,8 +170,7 @@ class Monitor:
         return facts
 
     def _throughput(self, tokens: int, *, report: bool) -> dict[str, float]:
-        seconds = self.clock.seconds()
-        now = sum(seconds.values()) - sum(seconds.get(pause, 0.0) for pause in PAUSES)
+        now = self._training_seconds()
         before = self._window
         if before is None or report:
             self._window = (tokens, now)
@@ -166,6 +184,36 @@ class Monitor:
             share = utilisation(self._flops, rate / self._num_devices, self._peak)
             result |= {"mfu": share.full, "mfu_causal": share.causal, "mfu_hardware": share.hardware}
         return result
+
+    def _training_seconds(self) -> float:
+        """Seconds of this process without PAUSES."""
+        seconds = self.clock.seconds()
+        return sum(seconds.values()) - sum(seconds.get(pause, 0.0) for pause in PAUSES)
+
+    def _percentiles(self) -> dict[str, Any]:
+        """Of the steps since the train row before: seconds per step by percentile; shares of the attempt's time until now."""
+        seconds = self.clock.seconds()
+        total = max(1e-9, sum(seconds.values()))
+        shares = {"goodput": seconds.get("train", 0.0) / total, "data_wait": seconds.get("data_wait", 0.0) / total}
+        result: dict[str, Any] = {"shares": {name: round(share, 6) for name, share in shares.items()}}
+        if self._step_seconds:
+            ordered, self._step_seconds = sorted(self._step_seconds), []
+            last = len(ordered) - 1
+            marks = {"p50": ordered[round(0.5 * last)], "p95": ordered[round(0.95 * last)], "max": ordered[last]}
+            result["step_seconds"] = {name: round(value, 6) for name, value in marks.items()}
+        return result
+
+    def _read_gpu(self, tokens: float | None) -> dict[str, Any]:
+        """Readings of this rank's GPU, with the energy it took per token of its share since the row before."""
+        assert self._device is not None
+        found: dict[str, Any] = read_gpu(self._gpu, self._device)
+        energy, before = found.get("energy_joules"), self._energy
+        if tokens is None or energy is None:
+            return found
+        self._energy = (tokens, energy)
+        if before is not None and tokens > before[0] and energy >= before[1]:
+            found["joules_per_token"] = (energy - before[1]) / ((tokens - before[0]) / self._num_devices)
+        return found
 
     def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
         flat = {name: value for name, value in values.items() if not isinstance(value, dict | list)}

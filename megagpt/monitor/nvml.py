@@ -1,7 +1,8 @@
 """What NVML says about GPUs: utilisation, memory, power, energy, temperature, clocks and what holds them down, ECC."""
 
 import logging
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,3 +100,27 @@ def read_node() -> dict[str, dict[str, float | str]]:
     except pynvml.NVMLError:
         pass  # a GPU that has fallen off the bus, or no driver: what was read counts
     return found
+
+
+SUMMARISED = ("utilisation_percent", "memory_used_gib", "power_watts", "temperature_celsius", "sm_clock_mhz")
+NAMED = 8
+"""GPUs that a summary names at most."""
+
+
+def summarise_nodes(nodes: Iterable[tuple[str, Mapping[str, Mapping[str, float | str]]]]) -> dict[str, Any]:
+    """Of (host, read_node() there): median, least and most of each reading with the GPU it is of; and which GPUs are throttled,
+    have uncorrected ECC errors or remapped rows. {} where no GPU was read."""
+    gpus = [(f"{host} gpu {number}", readings) for host, node in nodes for number, readings in node.items()]
+    summary: dict[str, Any] = {"gpus": len(gpus)} if gpus else {}
+    for name in SUMMARISED:
+        values = [(float(readings[name]), gpu) for gpu, readings in gpus if name in readings]
+        if values:
+            (least, of_least), (most, of_most) = min(values), max(values)
+            median = statistics.median(value for value, _ in values)
+            summary[name] = {"median": median, "min": least, "min_gpu": of_least, "max": most, "max_gpu": of_most}
+    for name in ("throttled", "uncorrected_ecc_errors", "remapped_rows"):
+        told = [f"{gpu}: {readings[name]}" for gpu, readings in gpus if readings.get(name)]
+        if told:
+            more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
+            summary[name] = "; ".join(told[:NAMED]) + more
+    return summary

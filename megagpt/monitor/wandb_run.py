@@ -63,6 +63,8 @@ class WandbRun:
         if step <= self._last_step or step < self._step:
             return
         self._step = step
+        if kind == "alert":
+            self._run.alert(title=f"{values['alert']}: {self._run.name}", text=f"step {step}: {values['reason']}")
         self._run.log(dict(flat(kind, values)), step=step)
 
     def close(self) -> None:

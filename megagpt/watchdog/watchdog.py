@@ -10,7 +10,8 @@ What is judged is the time since a rank last got on, not how long an activity ta
 save with every slice it writes, a load with every piece it reads (World.progress), a start with every module it imports,
 torch.compile with every graph and kernel.
 
-The loop pays a microsecond per micro-batch; everything else happens in three threads per rank. A rank that holds the
+The loop pays a microsecond per micro-batch; everything else happens in three threads per rank, and a fourth that
+reads the GPUs on one rank per node. A rank that holds the
 interpreter's lock for ever is silent: faulthandler, which needs no lock, prints its stack to its stderr and ends it.
 """
 
@@ -37,6 +38,7 @@ from megagpt.distributed.world import World
 from megagpt.files import read_json, write_json
 from megagpt.monitor.goodput import Stopwatch
 from megagpt.monitor.metrics import METRICS_FILE, format_row
+from megagpt.monitor.nvml import read_node, summarise_nodes
 from megagpt.watchdog import flight_recorder as collectives
 from megagpt.watchdog import stacks
 from megagpt.watchdog.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes
@@ -99,6 +101,7 @@ class Watchdog:
         self._reports: dict[int, Report] = {}
         self._heard: dict[int, float] = {}
         self._foreign_verdict: Verdict | None = None
+        self._gpus: Mapping[str, Any] = {}
         self._closing = threading.Event()
         self._interval = min(5.0, max(0.1, config.stall_seconds / 20))
         self._threads: list[threading.Thread] = []
@@ -112,6 +115,8 @@ class Watchdog:
         threads: dict[str, Callable[[], None]] = {"reports": self._exchange, "judge": self._judge}
         if world.size > 1:  # one rank alone waits for nobody
             threads["samples"] = partial(self._sampler.run, self._closing)
+        if world.local_rank == 0 and world.device.type == "cuda":
+            threads["gpus"] = self._read_gpus
         for name, target in threads.items():
             thread = threading.Thread(target=target, name=f"watchdog {name}", daemon=True)
             thread.start()
@@ -140,8 +145,10 @@ class Watchdog:
             yield
 
     def ranks(self) -> dict[str, Any]:
-        """For the metrics (rank 0): see RankTimes.summary."""
-        return self._times.summary(dict(self._reports))
+        """For the metrics (rank 0): see RankTimes.summary; and `nodes`, the GPUs of all nodes where NVML was read."""
+        reports = dict(self._reports)
+        nodes = summarise_nodes((report["host"], report["gpus"]) for report in reports.values() if report.get("gpus"))
+        return self._times.summary(reports) | ({"nodes": nodes} if nodes else {})
 
     def end_if_judged(self) -> None:
         """End this process with status 76 if this start has a verdict. An exception then only follows from it: the rank that
@@ -168,7 +175,7 @@ class Watchdog:
     def _exchange(self) -> None:
         while not self._closing.wait(self._interval):
             try:
-                self._send(self.report())
+                self._send(self.report() | ({"gpus": self._gpus} if self._gpus else {}))
                 self._receive()
             except (RuntimeError, ValueError, OSError):
                 # A hole in the network, or rank 0 has gone: then its silence tells. The connection is made anew.
@@ -177,6 +184,11 @@ class Watchdog:
                         self._store = _store(os.environ["MASTER_ADDR"], self._port, is_master=False)
         with contextlib.suppress(RuntimeError):
             self._send(self.report() | {"ended": True})
+
+    def _read_gpus(self) -> None:
+        """A thread of its own on one rank of each node: NVML may hang with a GPU that is broken, and delays no report."""
+        while not self._closing.wait(self._interval):
+            self._gpus = read_node()
 
     def _send(self, report: Report) -> None:
         self._store.set(f"rank {report['rank']}", json.dumps(report))
