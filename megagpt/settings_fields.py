@@ -21,6 +21,7 @@ LATER: dict[str, dict[str, Any]] = {
         "close_seconds": 300.0,
         "alert_pause_seconds": 1800.0,
     },
+    "ProfileConfig": {"steps": None, "ranks": [0]},
     "SupervisedConfig": {
         "format": None,
         "prompt": None,
@@ -33,7 +34,7 @@ LATER: dict[str, dict[str, Any]] = {
         "max_malformed": 100,
     },
     "TokenizeConfig": {"pattern": None, "supervised": None},
-    "TrainConfig": {"if_running": "refuse", "device": "auto", "early_stop_evaluations": 0},
+    "TrainConfig": {"if_running": "refuse", "device": "auto", "early_stop_evaluations": 0, "profile": {}},
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""
 

@@ -15,6 +15,7 @@ from megagpt.engine.optim import OptimConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.config import MonitorConfig
+from megagpt.train.profile import ProfileConfig
 from megagpt.train.spike_guard import GuardConfig
 from megagpt.watchdog.watchdog import WatchdogConfig
 
@@ -68,6 +69,8 @@ class TrainConfig(Config):
     """How it is spread over ranks."""
     monitor: MonitorConfig = MonitorConfig()
     """What is shown."""
+    profile: ProfileConfig = ProfileConfig()
+    """Which updates torch.profiler records."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """When it counts as hung."""
     guard: GuardConfig = GuardConfig()

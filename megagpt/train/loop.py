@@ -44,6 +44,7 @@ from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
 from megagpt.train.early_stop import evaluated_losses, used_up
+from megagpt.train.profile import StepProfiler
 from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
 
@@ -145,6 +146,7 @@ def loop(run: Run, state: TrainState) -> int:
         document_mask=config.data.document_mask,
     )
     ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
+    profiler = StepProfiler(config.profile, config.run_dir, world.rank, run.attempt, monitor.clock)
     checked, saved_step = False, state.step  # at its beginning a run has nothing to save either
     watchdog.beat(state.step)
     score, interrupted = evaluate_and_sample(run, state, left_by_a_stop(run, state), saved_step)
@@ -152,6 +154,7 @@ def loop(run: Run, state: TrainState) -> int:
     with collecting_garbage_together() as collect_garbage:
         while state.step < config.max_steps and not interrupted and not early:
             batch_size = config.batch_size_at(state.step)
+            profiler.before(state.step)
             with monitor.clock("data_wait"):
                 batches = loader.step(state)  # pure in TrainState: a rewind is only another state
             stop = bool(world.stop.signal_name)
@@ -187,6 +190,7 @@ def loop(run: Run, state: TrainState) -> int:
                 continue
             state = state.advance(batch_size, num_targets)
             watchdog.beat(state.step)
+            profiler.after(state.step)
             if not checked and result.applied:
                 check_formats(
                     declared_formats(config.precision, config.engine), engine.formats | {"loss": name_of(losses[0].dtype)}
@@ -204,6 +208,7 @@ def loop(run: Run, state: TrainState) -> int:
             score, interrupted = evaluate_and_sample(run, state, due_at(config, state.step), saved_step)
             early = score is not None and stops_early(run)
             collect_garbage(state.step)
+    profiler.close()
     stopped = bool(interrupted) or (state.step < config.max_steps and not early)
     if state.step != saved_step:
         save(run, state, score)
