@@ -10,6 +10,7 @@ LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": [], "document_end_loss": True},
     "DeepSpeedConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
+    "DedupConfig": {"fold_numbers": True, "min_words": 1},
     "ExtractConfig": {"comments": "drop", "markup": "text"},
     "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},

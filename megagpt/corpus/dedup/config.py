@@ -32,9 +32,14 @@ class DedupConfig(Config):
     inputs: tuple[str, ...] = ()
     """Document files or globs; default: the output of the filters. The earliest document in their sorted order is kept."""
     near: bool = True
-    """Drop near duplicates, too. Exact copies always go: texts that differ in nothing but white space and Unicode form."""
+    """Drop near duplicates, too. Copies always go: texts that differ in nothing, or in white space and Unicode form only."""
     words_per_shingle: int = Field(default=5, ge=1)
-    """Words per shingle. Documents are compared as sets of shingles; case, accents, punctuation and digits are folded first."""
+    """Words per shingle. Documents are compared as sets of shingles; case, accents, punctuation and numbers are folded first.
+    Vowel signs, vowel points and voicing marks are no accents."""
+    fold_numbers: bool = True
+    """All numbers are equal. false: texts that differ in numbers (exercises, tables, years) differ."""
+    min_words: int = Field(default=1, ge=1)
+    """Texts of fewer words are no near duplicates: `C++ is fast` and `C is fast` have the same words."""
     num_bands: int = Field(default=14, ge=1)
     """FineWeb: 14 bands of 8 rows find .565 of the pairs of similarity .7, .924 at .8, .9996 at .9. RefinedWeb: 450 of 20."""
     rows_per_band: int = Field(default=8, ge=1)
@@ -58,7 +63,14 @@ class DedupConfig(Config):
     @property
     def minhash(self) -> MinHashSettings:
         """Parameters of the signatures."""
-        return MinHashSettings(self.words_per_shingle, self.num_bands, self.rows_per_band, self.seed)
+        return MinHashSettings(
+            self.words_per_shingle, self.num_bands, self.rows_per_band, self.seed, self.fold_numbers, self.min_words
+        )
+
+    @property
+    def recall_at_threshold(self) -> float:
+        """Share of the pairs of similarity `threshold` that the bands propose; of more similar pairs they propose more."""
+        return 1 - (1 - self.threshold**self.rows_per_band) ** self.num_bands
 
     @property
     def verification(self) -> Verification:

@@ -16,6 +16,7 @@ similar they are. With part=i/n, a part that finds a phase unfinished by other p
 
 import functools
 import logging
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -45,10 +46,12 @@ from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
 from megagpt.output_list import DONE, forget_list, list_or_none, problem_of
 from megagpt.settings_record import MadeWith, fingerprint
 
-FORMAT = 1
+FORMAT = 2
 """Of the stage and its index; it grows when the same settings give other results, or files of another form."""
 
 
+MIN_RECALL = 0.9
+"""Bands that propose fewer of the pairs at the threshold are warned of."""
 log = logging.getLogger(__name__)
 
 
@@ -86,6 +89,7 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     Raises UserError if output_dir holds the work of other settings or inputs, if a corpus in `against` does not fit, or if an
     input is damaged.
     """
+    _warn_of_recall(config)
     blocks = document_blocks(inputs)
     compared = (*asdict(config.minhash), *(("drop_repeated",) if config.drop_repeated else ()))
     known = tuple(open_known(work_dir, config, compared) for work_dir in config.against)
@@ -118,18 +122,42 @@ def dedup_documents(config: DedupConfig, inputs: Sequence[Path], output_dir: Pat
     return run_stage("dedup", blocks, output_dir, process, made_with=made_with, execution=execution, finish=finish)
 
 
+def _warn_of_recall(config: DedupConfig) -> None:
+    """Warn if the bands do not propose most of the pairs that the threshold asks for."""
+    if not config.near or config.recall_at_threshold >= MIN_RECALL:
+        return
+    chance = config.threshold**config.rows_per_band
+    needed = math.ceil(math.log(1 - MIN_RECALL) / math.log1p(-chance)) if chance > 0 else 0
+    fewer_rows = next((r for r in range(config.rows_per_band, 0, -1) if _recall(config, r) >= MIN_RECALL), 1)
+    log.warning(
+        "dedup.threshold=%g: dedup.num_bands=%d of dedup.rows_per_band=%d find %.0f %% of the pairs of that similarity, "
+        "the others stay: dedup.num_bands=%d, or dedup.rows_per_band=%d, would find %.0f %%",
+        config.threshold,
+        config.num_bands,
+        config.rows_per_band,
+        100 * config.recall_at_threshold,
+        needed,
+        fewer_rows,
+        100 * MIN_RECALL,
+    )
+
+
+def _recall(config: DedupConfig, rows_per_band: int) -> float:
+    return config.model_copy(update={"rows_per_band": rows_per_band}).recall_at_threshold
+
+
 def dedup_block(
     block: Block, *, places: dict[tuple[str, int], tuple[IndexedBlock, int]], index: Path, kind: PartKind | None
 ) -> Iterator[Document | Rejected | Seen]:
     """The process of the stage: what `kept_by` says about each document, and what is left of those that stay."""
     place, first_part = places[block.path, block.index]
     kept_by = open_array(index / "kept_by.i64", np.int64)
-    same = open_array(index / "same.i64", np.int64)
+    kinds = open_array(index / "kinds.u8", np.uint8)
     flags = iter(open_array(index / "repeated.u8", np.uint8)[first_part:]) if kind else iter(())
     repeated = 0
     for number, document in enumerate(read_block(block), start=place.first):
         if kept_by[number] >= 0:
-            yield Rejected(document, "dedup:exact" if same[number] >= 0 else "dedup:near")
+            yield Rejected(document, f"dedup:{near_duplicates.KINDS[kinds[number]]}")
             continue
         if kind:
             text, count, emptied = drop_parts(document.text, kind, flags)
@@ -147,10 +175,11 @@ def describe(summary: StageSummary | None, output_dir: Path) -> str:
     """What was dropped, for the console."""
     if summary is None or not summary.complete:
         return f"{output_dir}: other parts remain; run all parts again when they are done"
-    exact, near = (summary.rejected.get(f"dedup:{kind}", 0) for kind in ("exact", "near"))
+    exact, spacing, near = (summary.rejected.get(f"dedup:{kind}", 0) for kind in near_duplicates.KINDS[1:])
     lines = [
         f"{output_dir}: kept {summary.kept:,} of {summary.documents_in:,} documents; "
-        f"dropped {exact:,} exact copies and {near:,} near duplicates, listed in {output_dir / 'duplicates'}"
+        f"dropped {exact:,} exact copies, {spacing:,} that differ in white space or Unicode form only, and {near:,} near "
+        f"duplicates, listed in {output_dir / 'duplicates'}"
     ]
     for kind in get_args(PartKind):
         if f"repeated {kind}" in summary.records:
@@ -231,13 +260,12 @@ def _find_duplicates(work: _Work) -> list[IndexedBlock] | None:
     same_path = index / "same.i64"
     if not same_path.is_file():
         copies = near_duplicates.find_exact(indexed, same_path, config.memory_bytes, first_new)
-        log.info("dedup: %d exact copies among %d documents", copies, sum(block.num_documents for block in work.own(indexed)))
+        log.info("dedup: %d copies among %d documents", copies, sum(block.num_documents for block in work.own(indexed)))
     decisions = _find_near(work, indexed, first_new) if config.near else []
     if decisions is None:
         return None
-    near_duplicates.resolve(
-        open_array(same_path, np.int64), decisions, kept_by=index / "kept_by.i64", similarity=index / "similarity.f32"
-    )
+    arrays = {name: index / f"{name}.{kind}" for name, kind in (("kept_by", "i64"), ("similarity", "f32"), ("kinds", "u8"))}
+    near_duplicates.resolve(indexed, open_array(same_path, np.int64), decisions, **arrays)
     return indexed
 
 
@@ -277,7 +305,7 @@ def _find_repeated(work: _Work, own: Sequence[IndexedBlock]) -> bool:
     """Find the lines or paragraphs that occurred before. False: a phase waits for other parts."""
     kept_by, kind, folders = work.index / "kept_by.i64", work.config.drop_repeated, work.part_folders()
     tasks: list[Task] = [
-        (folder, index_parts, (block, place, kept_by, kind, folder))
+        (folder, index_parts, (block, place, kept_by, kind, work.config.fold_numbers, folder))
         for block, place, folder in zip(work.blocks, own, folders, strict=True)
     ]
     sizes = [num_bytes(block) for block in work.blocks]
@@ -320,7 +348,7 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
 
 def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock], work: _Work, path: Path) -> None:
     kept_by = open_array(work.index / "kept_by.i64", np.int64)
-    same = open_array(work.index / "same.i64", np.int64)
+    kinds = open_array(work.index / "kinds.u8", np.uint8)
     similarity = open_array(work.index / "similarity.f32", np.float32)
     ids = DocumentIds(indexed)
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
@@ -330,7 +358,7 @@ def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock]
                     value = {
                         "dropped": ids[int(number)],
                         "kept": ids[int(kept_by[number])],
-                        "kind": "exact" if same[number] >= 0 else "near",
+                        "kind": near_duplicates.KINDS[kinds[number]],
                         "similarity": round(float(similarity[number]), 4),
                     }
                     stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))

@@ -21,7 +21,7 @@ import numpy as np
 
 from megagpt.corpus.runner.blocks import Block, batches, read_block
 from megagpt.corpus.runner.cpu_limit import CpuLimitExceededError, cpu_limit
-from megagpt.corpus.text.shingles import MinHashSettings, exact_digests, minhash
+from megagpt.corpus.text.shingles import MinHashSettings, exact_digests, minhash, raw_digests
 from megagpt.documents import Document
 from megagpt.files import atomic_path, read_json, sync, write_json
 
@@ -30,7 +30,7 @@ MAX_BATCH_CPU_SECONDS = 60.0
 """CPU time of the index of 1 Mi characters, or of one longer document."""
 log = logging.getLogger(__name__)
 
-_COLUMNS = ("exact.bin", "shingles.u32", "keys.u64", "ids.bin", "id_ends.u64")
+_COLUMNS = ("exact.bin", "raw.u64", "shingles.u32", "keys.u64", "ids.bin", "id_ends.u64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class IndexedBlock:
 def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
     """Write the index of a block to `folder`; returns the number of its documents.
 
-    exact.bin: 16 bytes a document. shingles.u32: how many (0: no words, no near duplicates). keys.u64: chunks of
+    exact.bin: 16 bytes a document. raw.u64: digests of the texts as they are. shingles.u32: how many (0: too few words, no near
+    duplicates). keys.u64: chunks of
     DOCUMENTS_PER_CHUNK documents, band by band in each. ids.bin with id_ends.u64.
     """
     count = id_end = 0
@@ -61,6 +62,7 @@ def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
             ends = id_end + np.cumsum([len(name) for name in ids]).astype(np.uint64)
             id_end = int(ends[-1])
             files["exact.bin"].write(b"".join(batch.digests for batch in found))
+            files["raw.u64"].write(np.concatenate([batch.raw for batch in found]).tobytes())
             files["shingles.u32"].write(np.concatenate([batch.sizes for batch in found]).tobytes())
             files["keys.u64"].write(np.concatenate([batch.keys for batch in found]).T.tobytes())
             files["ids.bin"].write(b"".join(ids))
@@ -72,6 +74,7 @@ def index_block(block: Block, folder: Path, settings: MinHashSettings) -> int:
 
 class _IndexedBatch(NamedTuple):
     digests: bytes
+    raw: np.ndarray
     sizes: np.ndarray
     keys: np.ndarray
     ids: list[bytes]
@@ -96,7 +99,7 @@ def _index_batch(documents: Sequence[Document], settings: MinHashSettings) -> _I
     found = minhash(texts, settings)
     sizes = np.array([shingles.size for shingles in found.shingles], np.uint32)
     ids = [document.id.encode("utf-8", "replace") for document in documents]
-    return _IndexedBatch(b"".join(exact_digests(texts)), sizes, found.keys, ids)
+    return _IndexedBatch(b"".join(exact_digests(texts)), np.array(raw_digests(texts), np.uint64), sizes, found.keys, ids)
 
 
 def open_blocks(folders: Sequence[Path]) -> list[IndexedBlock]:
@@ -113,6 +116,12 @@ def read_exact(blocks: Sequence[IndexedBlock]) -> Iterator[tuple[np.ndarray, np.
             for start, count in _chunk_bounds(block):
                 halves = np.fromfile(file, np.uint64, 2 * count).reshape(count, 2)
                 yield halves[:, 0], halves[:, 1], np.arange(start, start + count)
+
+
+def read_raw(block: IndexedBlock) -> np.ndarray:
+    """uint64 [documents of the block]: digests of the texts as they are; 0 where an index of release 0.1 does not have them."""
+    path = block.folder / "raw.u64"
+    return np.fromfile(path, np.uint64) if path.is_file() else np.zeros(block.num_documents, np.uint64)
 
 
 def read_band(

@@ -28,6 +28,7 @@ from megagpt.corpus.dedup.index import (
     open_array,
     read_band,
     read_exact,
+    read_raw,
     read_shingle_counts,
     write_array,
 )
@@ -36,6 +37,8 @@ from megagpt.corpus.text.shingles import MinHashSettings, distinct, minhash
 from megagpt.files import atomic_path, read_json, write_json
 
 PAIRS_PER_READ = 1 << 20
+KINDS = ("", "exact", "white_space", "near")
+"""What resolve writes to kinds.u8: kept; the same text; the same but for white space and Unicode form; a near duplicate."""
 COUNTS = ("comparisons", "exact_comparisons", "limited")
 DECISION = np.dtype([("document", np.int64), ("kept", np.int64), ("similarity", np.float32)])
 _BYTES_BESIDE_SHINGLES = 64
@@ -179,22 +182,43 @@ def decide_partition(
     return found
 
 
-def resolve(same: np.ndarray, decision_files: Sequence[Path], *, kept_by: Path, similarity: Path) -> None:
-    """Write per document the kept document that it is dropped for (int64, -1: it is kept) and their similarity (float32).
+def resolve(
+    blocks: Sequence[IndexedBlock],
+    same: np.ndarray,
+    decision_files: Sequence[Path],
+    *,
+    kept_by: Path,
+    similarity: Path,
+    kinds: Path,
+) -> None:
+    """Write per document the kept document that it is dropped for (int64, -1: it is kept), their similarity (float32) and the
+    kind of copy (uint8, of KINDS). `kept_by` comes last.
 
-    An exact copy of a document that is itself dropped is dropped for what that one is dropped for.
+    A copy of a document that is itself dropped is dropped for what that one is dropped for.
     """
-    with new_array(similarity, np.float32, same.size, 0) as values, new_array(kept_by, np.int64, same.size, -1) as keepers:
+    with contextlib.ExitStack() as stack:
+        keepers = stack.enter_context(new_array(kept_by, np.int64, same.size, -1))
+        values = stack.enter_context(new_array(similarity, np.float32, same.size, 0))
+        found = stack.enter_context(new_array(kinds, np.uint8, same.size, 0))
+        raw = stack.enter_context(new_array(kinds.with_suffix(".raw"), np.uint64, same.size, 0))
+        for block in blocks:
+            raw[block.first : block.first + block.num_documents] = read_raw(block)
         for path in decision_files:
             with path.open("rb") as file:
                 while (decisions := np.fromfile(file, DECISION, PAIRS_PER_READ)).size:
                     keepers[decisions["document"]] = decisions["kept"]
                     values[decisions["document"]] = decisions["similarity"]
+                    found[decisions["document"]] = KINDS.index("near")
         for start in range(0, same.size, PAIRS_PER_READ):
             copies = start + np.flatnonzero(same[start : start + PAIRS_PER_READ] >= 0)
             first = same[copies]
             values[copies] = np.where(keepers[first] >= 0, values[first], 1.0)
+            # An index of release 0.1 has no digests of texts as they are, and calls both kinds exact.
+            equal = (raw[copies] == raw[first]) | (raw[copies] == 0) | (raw[first] == 0)
+            of_kept = np.where(equal, KINDS.index("exact"), KINDS.index("white_space"))
+            found[copies] = np.where(keepers[first] >= 0, KINDS.index("near"), of_kept)
             keepers[copies] = np.where(keepers[first] >= 0, keepers[first], first)
+    kinds.with_suffix(".raw").unlink(missing_ok=True)
 
 
 def _record(settings: MinHashSettings) -> np.dtype:

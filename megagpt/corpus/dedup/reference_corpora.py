@@ -4,6 +4,7 @@ Of an old corpus only what it kept is of interest. Its index is copied without t
 block are those of one frame of its output, where their texts are read again if a new document comes near to them.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,22 @@ from typing import Any
 import numpy as np
 
 from megagpt.config import Config, UserError
-from megagpt.corpus.dedup.index import DOCUMENTS_PER_CHUNK, IndexedBlock, new_folder, open_array, open_blocks, write_array
+from megagpt.corpus.dedup.index import (
+    DOCUMENTS_PER_CHUNK,
+    IndexedBlock,
+    new_folder,
+    open_array,
+    open_blocks,
+    read_raw,
+    write_array,
+)
 from megagpt.corpus.runner.blocks import Block
 from megagpt.corpus.runner.ownership import folder_of
 from megagpt.corpus.runner.summary import stage_outputs
 from megagpt.files import read_json, write_json
 from megagpt.settings_record import filled
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +59,20 @@ def write_own(index: Path, settings: dict[str, Any], blocks: list[Block], own: l
 
 
 def open_known(work_dir: Path, config: Config, compared: Sequence[str]) -> KnownCorpus:
-    """A finished deduplication below `work_dir`. Raises UserError if there is none, or `compared` settings differ."""
+    """A finished deduplication below `work_dir`. Raises UserError if there is none, or `compared` settings differ.
+
+    One of format 1 folded all marks: what is a near duplicate of its texts with marks is not found, which is logged.
+    """
     output_dir = work_dir / "dedup"
     stage_outputs(output_dir)
-    plan = read_json(output_dir / "index" / "index.json")["work"]
+    marker = read_json(output_dir / "index" / "index.json")
+    if marker.get("format", 1) < 2:
+        log.warning(
+            "dedup.against: %s was deduplicated in format 1, which dropped vowel signs and voicing marks: near duplicates of "
+            "its texts in scripts that have them (Indic, Thai, Arabic, Hebrew, Japanese) are not all found",
+            work_dir,
+        )
+    plan = marker["work"]
     index = folder_of(output_dir / "index", plan)
     own = read_json(index / "own.json")
     before = filled(type(config), own["settings"])
@@ -81,6 +102,7 @@ def copy_kept(known: KnownBlock, folder: Path, num_bands: int) -> int:
     chosen = np.flatnonzero(stays)
     with new_folder(folder) as temporary:
         write_array(temporary / "exact.bin", np.fromfile(old.folder / "exact.bin", np.uint64).reshape(-1, 2)[chosen])
+        write_array(temporary / "raw.u64", read_raw(old)[chosen])
         write_array(temporary / "shingles.u32", np.fromfile(old.folder / "shingles.u32", np.uint32)[chosen])
         keys = _read_keys(old, num_bands)[:, chosen]
         with (temporary / "keys.u64").open("wb") as file:

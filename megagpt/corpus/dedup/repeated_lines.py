@@ -28,9 +28,9 @@ _BORDERS = {"lines": re.compile(r"(\n)"), "paragraphs": re.compile(r"(\n[^\S\n]*
 _WHOLE = 1 << 30
 
 
-def part_keys(text: str, kind: PartKind) -> list[int | None]:
+def part_keys(text: str, kind: PartKind, *, fold_numbers: bool = True) -> list[int | None]:
     """The key of each part of a text; None for a part without a word."""
-    found = (n_gram_hashes(part, _WHOLE) for part in _BORDERS[kind].split(text)[::2])
+    found = (n_gram_hashes(part, _WHOLE, fold_numbers=fold_numbers) for part in _BORDERS[kind].split(text)[::2])
     return [int(keys[0]) if keys.size else None for keys in found]
 
 
@@ -41,7 +41,7 @@ def without_parts(text: str, kind: PartKind, dropped: Sequence[bool]) -> str:
     return re.sub(r"\n{3,}", "\n\n", kept).strip("\n") if any(dropped) else text
 
 
-def index_parts(block: Block, place: IndexedBlock, kept_by: Path, kind: PartKind, folder: Path) -> int:
+def index_parts(block: Block, place: IndexedBlock, kept_by: Path, kind: PartKind, fold_numbers: bool, folder: Path) -> int:
     """Write the keys of the parts of a block's kept documents to `folder`; returns how many parts there are."""
     stays = open_array(kept_by, np.int64)[place.first : place.first + place.num_documents] < 0
     counts = np.zeros(place.num_documents, np.uint32)
@@ -49,7 +49,7 @@ def index_parts(block: Block, place: IndexedBlock, kept_by: Path, kind: PartKind
         with (temporary / "keys.u64").open("wb") as file:
             for number, document in enumerate(read_block(block)):
                 if stays[number]:
-                    keys = [key for key in part_keys(document.text, kind) if key is not None]
+                    keys = [key for key in part_keys(document.text, kind, fold_numbers=fold_numbers) if key is not None]
                     file.write(np.array(keys, np.uint64).tobytes())
                     counts[number] = len(keys)
         write_array(temporary / "counts.u32", counts)

@@ -65,7 +65,7 @@ from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 
 __all__ = ["PackSummary", "TokenizeConfig", "describe", "pack_documents"]
 
-FORMAT = 1
+FORMAT = 2
 """Of the stage; it grows when the same settings give other shards, or files of another form."""
 
 log = logging.getLogger(__name__)

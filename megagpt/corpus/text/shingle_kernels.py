@@ -6,7 +6,18 @@ An entry is a character as characters.plain_characters has it: above the 24 bits
 import numpy as np
 from numba import njit
 
-from megagpt.corpus.text.characters import CLASS_SHIFT, DIGIT, HANGUL, LETTER, MARK, NOT_ALONE, TABLE_SIZE, WORD_CHARACTER
+from megagpt.corpus.text.characters import (
+    CLASS_SHIFT,
+    DIGIT,
+    EXPANSION,
+    HANGUL,
+    LETTER,
+    MARK,
+    MAX_EXPANSION,
+    NOT_ALONE,
+    TABLE_SIZE,
+    WORD_CHARACTER,
+)
 
 _CODE_BITS = (1 << CLASS_SHIFT) - 1
 _HANGUL_FIRST, _HANGUL_END = HANGUL
@@ -39,23 +50,25 @@ def _code_point(data, i):
 
 
 @njit(cache=True, nogil=True)
-def characters(data, table):
-    """(the table's entry of each character of UTF-8 bytes, uint32; whether each has one).
+def characters(data, table, expansions, orders):
+    """(the entries of the characters of UTF-8 bytes, uint32; whether the tables, of characters.Characters, tell them).
 
-    Code points above the table are words (Han), from U+40000 on marks.
-    Hangul syllables are decomposed: the table knows their letters alone.
+    They do not where a character has no entry of its own, or marks are not in canonical order. Code points above the table are
+    words (Han), from U+40000 on marks. Hangul syllables are decomposed: the table knows their letters alone.
     """
-    found = np.empty(data.size, np.uint32)
-    count = i = 0
+    found = np.empty(2 * data.size, np.uint32)  # at most 3 entries of 2 bytes
+    count = i = last = 0
     while i < data.size:
         if data[i] < 0x80:  # no entry of these is NOT_ALONE
             found[count] = table[data[i]]
             count += 1
             i += 1
+            last = 0
             continue
         code, i = _code_point(data, i)
+        order = 0
         if code < TABLE_SIZE:
-            entry = table[code]
+            entry, order = table[code], np.int64(orders[code])
         elif 0x2F800 <= code <= 0x2FA1D:  # compatibility ideographs, which decompose
             entry = np.uint32(NOT_ALONE)
         else:
@@ -65,13 +78,23 @@ def characters(data, table):
             found[count] = table[0x1100 + initial]
             found[count + 1] = table[0x1161 + rest // 28]
             count += 2
+            last = 0
             if rest % 28 == 0:
                 continue
             entry = table[0x11A7 + rest % 28]
-        if entry == NOT_ALONE:
+        if entry == NOT_ALONE or 0 < order < last:
             return found[:0], False
-        found[count] = entry
-        count += 1
+        if entry >> CLASS_SHIFT == EXPANSION:
+            row = expansions[entry & np.uint32(_CODE_BITS)]
+            for j in range(MAX_EXPANSION):
+                if row[j]:
+                    found[count] = row[j]
+                    count += 1
+                    order = np.int64(orders[row[j] & np.uint32(_CODE_BITS)])
+        else:
+            found[count] = entry
+            count += 1
+        last = order if entry >> CLASS_SHIFT != MARK else last
     return found[:count], True
 
 
@@ -180,22 +203,22 @@ def shingles(entries, size):
 
 
 @njit(cache=True, nogil=True)
-def n_grams(data, table, size):
-    """(`shingles` of UTF-8 bytes; whether the table has an entry for each of their characters)."""
-    entries, complete = characters(data, table)
+def n_grams(data, tables, size):
+    """(`shingles` of UTF-8 bytes; whether the tables tell each of their characters)."""
+    entries, complete = characters(data, tables[0], tables[1], tables[2])
     return shingles(entries, size), complete
 
 
 @njit(cache=True, nogil=True)
-def shingles_of_texts(data, ends, table, size):
+def shingles_of_texts(data, ends, tables, size):
     """(upper halves of the `n_grams` of texts that follow each other, uint32; where those of each text end, int64; whether the
-    table has an entry for each of its characters). data: UTF-8 bytes; ends: where each text ends in them."""
-    found = np.empty(data.size, np.uint32)
+    tables tell each of its characters). data: UTF-8 bytes; ends: where each text ends in them."""
+    found = np.empty(2 * data.size, np.uint32)
     found_ends = np.empty(ends.size, np.int64)
     complete = np.empty(ends.size, np.bool_)
     count = begin = 0
     for text in range(ends.size):
-        hashes, complete[text] = n_grams(data[begin : ends[text]], table, size)
+        hashes, complete[text] = n_grams(data[begin : ends[text]], tables, size)
         for value in hashes:
             found[count] = value >> np.uint64(32)
             count += 1

@@ -1,10 +1,11 @@
 """MinHash of a document: text -> word n-grams ("shingles") -> signature -> band keys.
 
-Text is lower-cased and decomposed (NFD); combining marks are dropped, a number is one digit 0, everything that is no letter or
-digit separates words, and each character of a script written without spaces (Han, Kana, Thai, Lao, Khmer, Burmese) is a word. A
-shingle is a 32-bit hash of n consecutive words (of all of them in a shorter text). Number p of the signature is the smallest
-(a_p * shingle + b_p mod 2^64) >> 32. A band key hashes the rows of one band; documents of Jaccard similarity s share at least
-one of b keys of r rows with probability 1 - (1 - s^r)^b (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
+Text is lower-cased and decomposed (NFD); accents (combining marks of Latin, Greek and Cyrillic) are dropped, a number is one
+digit 0 (unless fold_numbers is false), everything that is no letter, mark or digit separates words, and each character of a
+script written without spaces (Han, Kana, Thai, Lao, Khmer, Burmese) is a word. A shingle is a 32-bit hash of n consecutive
+words (of all of them in a shorter text). Number p of the signature is the smallest (a_p * shingle + b_p mod 2^64) >> 32. A band
+key hashes the rows of one band; documents of Jaccard similarity s share at least one of b keys of r rows with probability
+1 - (1 - s^r)^b (Broder 1997; Leskovec, Rajaraman and Ullman, chapter 3).
 """
 
 import functools
@@ -28,6 +29,10 @@ class MinHashSettings:
     num_bands: int
     rows_per_band: int
     seed: int
+    fold_numbers: bool = True
+    """Numbers are equal to each other."""
+    min_words: int = 1
+    """Texts of fewer words have no shingles."""
 
     @property
     def num_rows(self) -> int:
@@ -56,14 +61,19 @@ def exact_digests(texts: Sequence[str]) -> list[bytes]:
     return [xxhash.xxh3_128_digest(whole[begin:end]) for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
 
-def n_gram_hashes(text: str, size: int) -> np.ndarray:
+def raw_digests(texts: Sequence[str]) -> list[int]:
+    """64 bits each, never 0, equal for equal texts (xxh3_64)."""
+    return [xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) or 1 for text in texts]
+
+
+def n_gram_hashes(text: str, size: int, *, fold_numbers: bool = True) -> np.ndarray:
     """64-bit hashes of the n-grams of a text in order, repeated ones included: uint64; empty if the text has no word."""
     from megagpt.corpus.text import shingle_kernels
 
-    found, complete = shingle_kernels.n_grams(_utf8(text), folded_characters(), size)
+    found, complete = shingle_kernels.n_grams(_utf8(text), folded_characters(fold_numbers=fold_numbers), size)
     if not complete:
         whole = unicodedata.normalize("NFD", text.lower())
-        found, _ = shingle_kernels.n_grams(_utf8(whole), plain_characters(), size)
+        found, _ = shingle_kernels.n_grams(_utf8(whole), plain_characters(fold_numbers=fold_numbers), size)
     return found
 
 
@@ -72,16 +82,19 @@ def shingles(text: str, *, words_per_shingle: int) -> np.ndarray:
     return shingles_of_texts([text], words_per_shingle)[0][0]
 
 
-def shingles_of_texts(texts: Sequence[str], words_per_shingle: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def shingles_of_texts(
+    texts: Sequence[str], words_per_shingle: int, *, fold_numbers: bool = True
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """The shingles of each text, which are views of all of them in one array; that array, with the end of each text's in it."""
     from megagpt.corpus.text import shingle_kernels
 
-    found, ends, complete = shingle_kernels.shingles_of_texts(*_utf8_of_texts(texts), folded_characters(), words_per_shingle)
+    folded, plain = folded_characters(fold_numbers=fold_numbers), plain_characters(fold_numbers=fold_numbers)
+    found, ends, complete = shingle_kernels.shingles_of_texts(*_utf8_of_texts(texts), folded, words_per_shingle)
     each = np.split(found, ends)[:-1]
     if not complete.all():
         others = np.flatnonzero(~complete).tolist()
         whole = [unicodedata.normalize("NFD", texts[i].lower()) for i in others]
-        found, ends, _ = shingle_kernels.shingles_of_texts(*_utf8_of_texts(whole), plain_characters(), words_per_shingle)
+        found, ends, _ = shingle_kernels.shingles_of_texts(*_utf8_of_texts(whole), plain, words_per_shingle)
         for i, part in zip(others, np.split(found, ends)[:-1], strict=True):
             each[i] = part
         found, ends = np.concatenate(each), np.cumsum([part.size for part in each], dtype=np.int64)
@@ -92,9 +105,18 @@ def minhash(texts: Sequence[str], settings: MinHashSettings) -> MinHash:
     """Signatures, band keys and shingles of texts."""
     from megagpt.corpus.text import shingle_kernels
 
-    each, found, ends = shingles_of_texts(texts, settings.words_per_shingle)
+    each, found, ends = shingles_of_texts(texts, settings.words_per_shingle, fold_numbers=settings.fold_numbers)
+    if settings.min_words > 1:
+        each = [part if _has_words(text, part, settings) else part[:0] for text, part in zip(texts, each, strict=True)]
     functions = permutations(settings.num_rows, settings.seed)
     return MinHash(*shingle_kernels.minhash_of_texts(found, ends, *functions, settings.rows_per_band), each)
+
+
+def _has_words(text: str, found: np.ndarray, settings: MinHashSettings) -> bool:
+    """Whether a text with these shingles has `min_words` words."""
+    if found.size > 1:
+        return found.size + settings.words_per_shingle > settings.min_words
+    return n_gram_hashes(text, 1, fold_numbers=settings.fold_numbers).size >= settings.min_words
 
 
 def _utf8(text: str) -> np.ndarray:
