@@ -20,6 +20,7 @@ from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import run_stage
 from megagpt.corpus.runner.summary import StageSummary
 from megagpt.corpus.text.fasttext_models import load_classifier
+from megagpt.corpus.text.language_models import warnings
 from megagpt.documents import Document, Rejected
 from megagpt.files import read_json, sha256_file, write_json
 from megagpt.settings_record import MadeWith, fingerprint, first_defaults, hash_of, recorded
@@ -65,7 +66,10 @@ def filter_documents(
             return None
         log.info("classifier: the best %g of the documents have a score of at least %g", classifier.top_fraction, min_score)
         config = config.model_copy(update={"classifier": classifier.model_copy(update={"min_score": min_score})})
-    for code in config.section(LanguageConfig).labels if "language" in config.order else ():
+    labels = config.section(LanguageConfig).labels if "language" in config.order else ()
+    for warning in warnings(labels, str(config.section(LanguageConfig).model or "lid.176")) if labels else ():
+        log.warning(warning)
+    for code in labels:
         names = [name for name in rules_passed(code) if name.partition(".")[0] in config.order]
         if names:
             log.info("language %s passes the rules it has no word lists or no spaces for: %s", code, ", ".join(names))

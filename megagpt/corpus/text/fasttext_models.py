@@ -33,6 +33,12 @@ def load_language_model(path: Path) -> Predict:
     return predict
 
 
+def load_labels(path: Path) -> set[str]:
+    """The labels of a fastText model. Raises UserError if the file is not one."""
+    labels, _ = _load_fasttext(path).predict("a", k=-1, threshold=-1.0)
+    return {label.removeprefix("__label__") for label in labels}
+
+
 @functools.cache
 def load_classifier(path: Path, label: str) -> Callable[[str], float]:
     """text -> probability of `label` under a supervised fastText model. Raises UserError if it has no such label."""
