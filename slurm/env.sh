@@ -11,6 +11,7 @@ site_options=(
 )
 pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)
 preprocess_options=(--nodes=1 --time=24:00:00)
+serve_options=(--nodes=1 --gpus-per-node=1 --time=08:00:00)
 
 # What `slurm/pretrain.sh` and `slurm/preprocess.sh` run without words: CONFIG [key=value ...]
 pretrain_words=(configs/train/gpt_124m.yaml)
@@ -19,6 +20,9 @@ preprocess_words=(configs/corpus/common_crawl.yaml)
 # The kind of GPU, a name of megagpt/plan/hardware.yaml, for the plan that slurm/pretrain.sh prints before it submits. Another
 # name gets the memory plan and no time. Empty: no plan.
 gpu=${gpu:-h100_80gb}
+
+# What `slurm/serve.sh` serves without words: run_dir=RUN or export=FOLDER [key=value ...]
+serve_words=()
 
 # The Python that has megagpt, at a path that every node sees; modules, if the site has them, are loaded here.
 # module load cuda

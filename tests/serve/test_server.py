@@ -239,6 +239,7 @@ def test_health_metrics_and_the_page(server: Server) -> None:
     assert "messages" in json.dumps(schema["paths"]["/v1/chat/completions"]["post"]["requestBody"])
 
 
+@pytest.mark.slow
 def test_term_drains_and_ends_with_status_0(run_dir: Path, tmp_path: Path) -> None:
     """What runs is finished, what comes later gets 503; keys, the rate, and chats without a template on the same server."""
     copy = shutil.copytree(run_dir, tmp_path / "plain")
@@ -274,6 +275,7 @@ def test_term_drains_and_ends_with_status_0(run_dir: Path, tmp_path: Path) -> No
     assert "drained" in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_requests_that_take_too_long_and_a_drain_that_does(run_dir: Path, tmp_path: Path) -> None:
     words = (f"run_dir={run_dir}", "num_slots=1", "max_request_seconds=0.01", "drain_seconds=0")
     with running_server(tmp_path, *words) as server:

@@ -17,7 +17,7 @@ from megagpt.documents import Document, write_documents
 from megagpt.monitor.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("pretrain.sh", "preprocess.sh")
+SCRIPTS = ("pretrain.sh", "preprocess.sh", "serve.sh")
 TINY = (
     "model.vocab_size=257",
     "model.num_layers=2",
@@ -51,6 +51,21 @@ def test_header_has_what_restarts_need_and_nothing_that_breaks_them(name: str) -
     assert "--requeue" in options
     assert options["--open-mode"] == "append"
     assert not {"--ntasks-per-node", "--ntasks", "--gpus-per-task"} & options.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "named"),
+    [
+        ([], 2, "usage: slurm/serve.sh run_dir=RUN|export=FOLDER"),
+        (["run_dir=a", "export=b"], 2, "run_dir=RUN or export=FOLDER, one of them"),
+    ],
+)
+def test_serve_finds_mistakes_before_submission(words: list[str], status: int, named: str) -> None:
+    environment = {**os.environ, "python": sys.executable}
+    done = subprocess.run(["slurm/serve.sh", *words], cwd=PROJECT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == status
+    assert named in done.stderr
+    assert "sbatch" not in done.stderr, "it went as far as submitting"
 
 
 @pytest.mark.slow
