@@ -31,8 +31,8 @@ ALONE = 4
 """Texts of a round with one client at a time: their speed does not depend on their number."""
 LLAMA_12M = {"vocab_size": 320, "seq_len": 256, "num_layers": 6, "num_heads": 8, "hidden_size": 384, "mlp_size": 1024}
 ABOUT = (
-    "One server process with one thread on a CPU, greedy texts as streams; all texts of a model are equal. `ratio` is tokens per "
-    "second with 64 clients over that with one client at a time."
+    "One server process with one thread on a CPU, greedy texts as streams; all texts of a model are equal. `ratio` is tokens "
+    "per second with 64 clients over that with one client at a time."
 )
 
 
