@@ -38,6 +38,13 @@ class Api:
             message = f"there is no model {request.model[:200]!r} here; GET /v1/models names {self.served.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def ids_of(self, request: GenerationRequest) -> list[int]:
+        """The ids that a text continues. Raises ApiError (400)."""
+        if isinstance(request, ChatRequest):
+            return self.chat_ids(request)
+        assert isinstance(request, CompletionRequest)
+        return self.completion_ids(request)
+
     def completion_ids(self, request: CompletionRequest) -> list[int]:
         """The prompt's ids. Raises ApiError (400) naming what is wrong with it."""
         prompt, tokenizer = request.prompt, self.served.loaded.tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 from megagpt.serve.answers import DONE, Shape, event, new_id, usage_of
 from megagpt.serve.api import Api
 from megagpt.serve.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, parse_request
-from megagpt.serve.worker import Job, Piece, Worker
+from megagpt.serve.worker import Job, Piece
 
 DISCONNECT_CHECK_SECONDS = 0.2
 MAX_BODY_SECONDS = 30.0
@@ -49,20 +49,18 @@ def make_app(api: Api) -> Any:
         parsed = parse_request(kind, await read_body(request, api.config.max_body_bytes))
         api.check_model(parsed)
         # Tokenizing a long prompt takes time that other streams should not wait for.
-        if isinstance(parsed, ChatRequest):
-            ids = await asyncio.to_thread(api.chat_ids, parsed)
-        else:
-            ids = await asyncio.to_thread(api.completion_ids, parsed)
+        ids = await asyncio.to_thread(api.ids_of, parsed)
         job = api.new_job(parsed, ids)
+        request.scope[JOBS].append(job)
         api.worker.submit(job)
         chat = isinstance(parsed, ChatRequest)
         shape = Shape(chat, api.served.name, api.pieces, job.num_logprobs is not None, new_id(chat=chat))
         if not parsed.stream:
-            pieces = await collect(request, api.worker, job)
+            pieces = await collect(request, job)
             return JSONResponse(shape.whole(pieces, usage_of(len(ids), job.num_generated)))
         usage = parsed.stream_options is not None and parsed.stream_options.include_usage
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        stream = stream_events(api, job, shape, with_usage=usage)
+        stream = stream_events(job, shape, with_usage=usage)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))
@@ -115,7 +113,10 @@ def make_app(api: Api) -> Any:
 
 
 class Admission:
-    """Admits requests by key and rate, and counts the answers: as plain ASGI, so that streams pass through untouched."""
+    """Admits requests by key and rate, counts the answers, and gives up jobs whose answer is over, complete or not.
+
+    Plain ASGI: streams pass through untouched, and whatever way an answer ends, it ends here.
+    """
 
     def __init__(self, app: Any, api: Api) -> None:
         self._app, self._api = app, api
@@ -144,9 +145,17 @@ class Admission:
 
             await JSONResponse(error.body(), error.status, headers=error.headers)(scope, receive, counted_send)
             return
-        await self._app(scope, receive, counted_send)
+        jobs: list[Job] = []
+        scope[JOBS] = jobs
+        try:
+            await self._app(scope, receive, counted_send)
+        finally:
+            for job in jobs:
+                self._api.worker.cancel(job)
 
 
+JOBS = "megagpt.jobs"
+"""Where a request's scope has its jobs."""
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/")
 OPEN_PATHS = ("/health", "/ready", "/")
 """Need no API key: what a balancer asks, and the page, which holds nothing."""
@@ -194,44 +203,38 @@ async def read_body(request: Any, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-async def collect(request: Any, worker: Worker, job: Job) -> list[Piece]:
-    """All pieces of a job; it is cancelled if the client vanishes. Raises ApiError if it fails, or nobody waits for it."""
+async def collect(request: Any, job: Job) -> list[Piece]:
+    """All pieces of a job. Raises ApiError if it fails, or the client has vanished."""
     pieces: list[Piece] = []
-    try:
-        while not pieces or pieces[-1].finish_reason is None:
-            try:
-                piece = await asyncio.wait_for(job.events.get(), DISCONNECT_CHECK_SECONDS)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    raise ApiError(499, "the client is gone") from None
-                continue
-            if isinstance(piece, ApiError):
-                raise piece
-            pieces.append(piece)
-    finally:
-        worker.cancel(job)
+    while not pieces or pieces[-1].finish_reason is None:
+        try:
+            piece = await asyncio.wait_for(job.events.get(), DISCONNECT_CHECK_SECONDS)
+        except TimeoutError:
+            if await request.is_disconnected():
+                raise ApiError(499, "the client is gone") from None
+            continue
+        if isinstance(piece, ApiError):
+            raise piece
+        pieces.append(piece)
     return pieces
 
 
-async def stream_events(api: Api, job: Job, shape: Shape, *, with_usage: bool) -> AsyncIterator[bytes]:
-    """A job as server-sent events. Starlette closes this generator when the client vanishes: the job is then cancelled."""
-    try:
-        first = shape.first_chunk()
-        if first is not None:
-            yield event(first)
-        reason = None
-        while reason is None:
-            piece = await job.events.get()
-            if isinstance(piece, ApiError):
-                yield event(piece.body())
-                return
-            reason = piece.finish_reason
-            yield event(shape.chunk(piece))
-        if with_usage:
-            yield event(shape.usage_chunk(usage_of(len(job.ids), job.num_generated)))
-        yield DONE
-    finally:
-        api.worker.cancel(job)
+async def stream_events(job: Job, shape: Shape, *, with_usage: bool) -> AsyncIterator[bytes]:
+    """A job as server-sent events; Starlette ends it when the client vanishes."""
+    first = shape.first_chunk()
+    if first is not None:
+        yield event(first)
+    reason = None
+    while reason is None:
+        piece = await job.events.get()
+        if isinstance(piece, ApiError):
+            yield event(piece.body())
+            return
+        reason = piece.finish_reason
+        yield event(shape.chunk(piece))
+    if with_usage:
+        yield event(shape.usage_chunk(usage_of(len(job.ids), job.num_generated)))
+    yield DONE
 
 
 @contextlib.asynccontextmanager
