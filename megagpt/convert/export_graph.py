@@ -155,7 +155,8 @@ def write_package(model: GPT, vocab_size: int, path: Path) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     inputs, shapes = example_inputs(model.config)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler about itself
         program = torch.export.export(StepGPT(model, vocab_size).eval(), inputs, dynamic_shapes=shapes)
         try:
             aoti_compile_and_package(program, package_path=str(path))
@@ -167,10 +168,12 @@ def open_package(path: Path, config: ModelConfig) -> StepFunction:
     """A compiled package. It is native code: open only what you made."""
     from torch._inductor import aoti_load_package
 
-    run = aoti_load_package(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
+        run = aoti_load_package(str(path))
 
     def step(ids: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        logits, *present = run(ids, *past)
+        logits, *present = run(ids.contiguous(), *(part.contiguous() for part in past))  # it does not look at strides
         return logits, present
 
     return step

@@ -85,7 +85,8 @@ def log_likelihoods(
         found = []
         for line, (row, count) in enumerate(group):
             targets = torch.tensor(row[-count:], dtype=torch.long, device=world.device)
-            log_p_tv = logits_btv[line, len(row) - 1 - count : len(row) - 1].float().log_softmax(dim=-1)
+            logits_tv = logits_btv[line, len(row) - 1 - count : len(row) - 1]
+            log_p_tv = logits_tv.log_softmax(dim=-1, dtype=torch.promote_types(logits_tv.dtype, torch.float32))
             nats = float(log_p_tv.gather(1, targets[:, None]).double().sum())
             found.append((nats, bool((log_p_tv.argmax(dim=-1) == targets).all())))
         return found

@@ -122,9 +122,9 @@ def _blend_as_llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def rotate(x_bhte: Tensor, rope_2te: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) of each head, in fp32; the pairing of Hugging Face's Llama."""
+    """Turn the pairs (i, i + E/2) of each head, in fp32 at least; the pairing of Hugging Face's Llama."""
     cos, sin = rope_2te.unbind()
-    first, second = x_bhte.float().chunk(2, dim=-1)
+    first, second = x_bhte.to(torch.promote_types(x_bhte.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_bhte.dtype)
 
 
