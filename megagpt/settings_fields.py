@@ -6,6 +6,8 @@ the field's default. A test names what is missing here; settings_record.py says 
 
 from typing import Any
 
+_NO_TUNE = {"freeze": [], "freeze_blocks": 0, "lora": None}
+
 LATER: dict[str, dict[str, Any]] = {
     "C4Config": {"keep_code": False},
     "DataConfig": {"weight_changes": [], "document_end_loss": True},
@@ -35,7 +37,15 @@ LATER: dict[str, dict[str, Any]] = {
         "max_malformed": 100,
     },
     "TokenizeConfig": {"pattern": None, "supervised": None},
-    "TrainConfig": {"if_running": "refuse", "device": "auto", "early_stop_evaluations": 0, "profile": {}},
+    "TrainConfig": {"if_running": "refuse", "device": "auto", "early_stop_evaluations": 0, "profile": {}, "tune": _NO_TUNE},
+    "TuneConfig": _NO_TUNE,
+    "LoraConfig": {
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.0,
+        "targets": ["attention.query", "attention.value"],
+        "also_train": [],
+    },
 }
 """Class -> field added since -> the value, as JSON has it, that results made before it had."""
 

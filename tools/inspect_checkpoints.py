@@ -4,6 +4,7 @@
     python tools/inspect_checkpoints.py run_dir=runs/first verify=true
     python tools/inspect_checkpoints.py run_dir=runs/first prune=true keep_last=2 keep_every_steps=10000
     python tools/inspect_checkpoints.py run_dir=runs/first average=[9000,9500,10000] output_dir=runs/first_average
+    python tools/inspect_checkpoints.py run_dir=runs/tuned merge=true output_dir=runs/tuned_whole
 
 Exit status 1 if verify finds damage in a checkpoint that a start would use.
 """

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
+from megagpt.checkpoint.base_weights import read_model
+from megagpt.checkpoint.load_model import find_checkpoint
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
-from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, verify
+from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, step_of, verify
 from megagpt.checkpoint.scores import validation_loss
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
@@ -20,6 +22,7 @@ from megagpt.engine.base import Partition
 from megagpt.engine.build import whole_shapes
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig
+from megagpt.model.tune import TuneConfig
 from megagpt.settings_record import read_settings
 
 log = logging.getLogger(__name__)
@@ -40,11 +43,16 @@ class InspectConfig(Config):
     """prune: multiples of this step stay; 0 = none."""
     average: tuple[int, ...] = ()
     """Steps whose weights are averaged into one checkpoint (arXiv 1803.05407), written to output_dir as a run of its own."""
+    merge: bool = False
+    """Write the newest checkpoint of a run that freezes weights or has adapters as a whole model, a run of its own in
+    output_dir."""
     output_dir: Path | None = None
-    """average: a new run directory, for evaluation, generation and export; it has no optimizer states."""
+    """average, merge: a new run directory, for evaluation, generation and export; it has no optimizer states."""
 
     @model_validator(mode="after")
     def _check(self) -> "InspectConfig":
+        if self.merge and (self.output_dir is None or self.average):
+            raise ValueError("merge needs output_dir, and no average")
         if self.average and (self.output_dir is None or len(self.average) < 2):
             raise ValueError("average needs two steps or more, and output_dir")
         return self
@@ -71,6 +79,8 @@ def inspect(config: InspectConfig) -> list[CheckpointInfo]:
         raise UserError(f"run_dir={config.run_dir}: there is no folder checkpoints/ in it")
     if config.average and config.output_dir is not None:
         average(config.run_dir, config.average, config.output_dir)
+    if config.merge and config.output_dir is not None:
+        merge(config.run_dir, config.output_dir)
     if config.prune:
         for path in prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps):
             log.info("deleted %s", path)
@@ -98,18 +108,44 @@ def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
         if problems:
             raise CheckpointError("; ".join(problems))
     saved = read_state(paths[-1])
+    if saved.get("base"):
+        raise UserError(f"average: {paths[-1]}: holds only what was trained beside {saved['base']['path']}: merge=true first")
     shapes = whole_shapes(read_settings(ModelConfig, saved["model"], source=str(paths[-1] / "state.json")))
-    folder = output_dir / "checkpoints" / f"step_{max(steps):08d}"
-    folder.mkdir(parents=True)
     means = {f"param.{name}": _mean(paths, f"param.{name}", shape.numel()) for name, shape in shapes.items()}
-    size, digest = write_safetensors(folder / "pieces_00000.safetensors", means, dict.fromkeys(means, "0"))
+    return _write_weights(run_dir, output_dir, max(steps), means, saved, {"averaged": [str(path) for path in paths]})
+
+
+def merge(run_dir: Path, output_dir: Path) -> Path:
+    """Write the whole model of a tuned run's newest good checkpoint, adapters merged, as the only one of `output_dir`.
+
+    Raises UserError if output_dir exists, or the run keeps whole models; CheckpointError if a file is damaged.
+    """
+    if output_dir.exists():
+        raise UserError(f"output_dir={output_dir} exists; name a new one")
+    path = find_checkpoint(run_dir)
+    saved = read_state(path)
+    if not saved.get("base"):
+        raise UserError(f"merge: {path}: holds the whole model already")
+    model = read_model(path, read_settings(ModelConfig, saved["model"], source=str(path / "state.json")))
+    weights = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
+    plain = {**saved["config"], "tune": TuneConfig().model_dump(mode="json")}
+    return _write_weights(run_dir, output_dir, step_of(path), weights, {**saved, "config": plain}, {"merged": str(path)})
+
+
+def _write_weights(
+    run_dir: Path, output_dir: Path, step: int, weights: dict[str, torch.Tensor], saved: dict[str, Any], origin: dict[str, Any]
+) -> Path:
+    """A run directory whose only checkpoint holds these weights and no optimizer states."""
+    folder = output_dir / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    size, digest = write_safetensors(folder / "pieces_00000.safetensors", weights, dict.fromkeys(weights, "0"))
     write_json(
         folder / "state.json",
         {
             "format": FORMAT,
-            "train_state": TrainState(step=max(steps)).to_json(),
+            "train_state": TrainState(step=step).to_json(),
             "updates": 0,
-            "averaged": [str(path) for path in paths],
+            **origin,
             **{key: saved[key] for key in ("model", "config", "data_fingerprint", "tokenizer_sha256") if key in saved},
         },
     )

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagpt.checkpoint.partitions import CheckpointError, read_partitions
+from megagpt.checkpoint.base_weights import read_model
+from megagpt.checkpoint.partitions import CheckpointError
 from megagpt.checkpoint.save_load import list_checkpoints, read_state, step_of, verify
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import UserError
-from megagpt.engine.base import Partition
 from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.settings_record import read_settings
@@ -38,9 +38,7 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
     path = find_checkpoint(run_dir, step)
     saved = read_state(path)
     config = read_settings(ModelConfig, saved["model"], source=str(path / "state.json"))
-    model = GPT(config)
-    views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
-    read_partitions(path, {key: Partition(view, 0, view.numel()) for key, view in views.items()})
+    model = read_model(path, config)
     tokenizer = tokenizer_of(run_dir, saved.get("tokenizer_sha256"))
     return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
 

@@ -29,7 +29,7 @@ class NewRows:
 
 
 def read_with_new_rows(
-    path: Path, partitions: Mapping[str, Partition], rows: NewRows, world: World, index: dict[str, list[Run]]
+    path: Path, partitions: Mapping[str, Partition], rows: NewRows, world: World | None, index: dict[str, list[Run]]
 ) -> None:
     """Fill `partitions` from a checkpoint whose vocabulary was smaller; all ranks call it together."""
     kept, resized = rows.first * rows.width, {f"param.{name}" for name in RESIZED}

@@ -26,7 +26,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.new_rows import NewRows, read_with_new_rows
 from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
 from megagpt.checkpoint.scores import mark_best, validation_loss
@@ -227,26 +226,6 @@ def set_aside(run_dir: Path, *, newer_than: int, attempt: int) -> None:
     for path in leaving:
         path.rename(path.with_name(f"aside_{attempt}_{path.name}"))
         log.warning("%s is not used; it was renamed to aside_%d_%s", path, attempt, path.name)
-
-
-def load_weights(
-    run_dir: Path, engine: Engine, world: World, *, check: Callable[[Path, dict[str, Any]], NewRows | None] | None = None
-) -> Path:
-    """Load only the weights of another run's newest good checkpoint; returns its path. Raises UserError if there is none.
-
-    `check(path, state.json)` may raise to refuse it, and says which rows of the vocabulary are new.
-    """
-    path, _ = newest_good(run_dir, world)
-    if path is None:
-        raise UserError(f"init_from={run_dir}: there is no checkpoint in it")
-    rows = None if check is None else check(path, read_state(path))
-    partitions = {key: partition for key, partition in engine.state().items() if key.startswith("param.")}
-    if rows is None:
-        read_partitions(path, partitions, world)
-    else:
-        read_with_new_rows(path, partitions, rows, world, world.broadcast(index_of(path) if world.rank == 0 else None))
-    engine.refresh(0)
-    return path
 
 
 def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.load_model import find_checkpoint
 from megagpt.checkpoint.partitions import index_of
 from megagpt.checkpoint.save_load import read_state
@@ -80,6 +81,8 @@ def export_model(config: ExportConfig) -> Path:
     plan = plan_tensors(family, model_config, vocab_size)
     with new_folder(config.output_dir) as folder:
         parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
+        if state.get("base"):  # it holds a part of the model: adapters are merged here
+            parameters.hold(read_model(checkpoint, model_config))
         tensors = write_weights(folder, plan, parameters, dtype=dtype, shard_bytes=config.shard_bytes)
         write_config(folder, family, model_config, tokenizer, vocab_size, dtype)
         notes = export_tokenizer(tokenizer, config.run_dir / "tokenizer", folder, model_config.seq_len)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagpt.checkpoint.partitions import ITEM_BYTES, Run, read_partitions, safetensors_header, write_slices
 from megagpt.config import UserError
@@ -101,9 +101,16 @@ class Parameters:
 
     def __init__(self, checkpoint: Path, index: dict[str, list[Run]], shapes: Mapping[str, Sequence[int]]) -> None:
         self._checkpoint, self._index, self.shapes = checkpoint, index, shapes
+        self._held: dict[str, Tensor] = {}
+
+    def hold(self, model: nn.Module) -> None:
+        """Take the parameters from a model in memory."""
+        self._held = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """Rows [first, first + count) of a parameter; None = all behind `first`."""
+        if name in self._held:
+            return self._held[name][first : None if count is None else first + count].clone()
         rows, *rest = self.shapes[name]
         width = int(np.prod(rest, dtype=np.int64))
         count = rows - first if count is None else count

@@ -14,6 +14,7 @@ from megagpt.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
+from megagpt.model.tune import TuneConfig
 from megagpt.monitor.config import MonitorConfig
 from megagpt.train.profile import ProfileConfig
 from megagpt.train.spike_guard import GuardConfig
@@ -63,6 +64,9 @@ class TrainConfig(Config):
     """The model."""
     data: DataConfig
     """What it is trained on."""
+    tune: TuneConfig = TuneConfig()
+    """What of the model is trained: frozen parameters, or adapters (LoRA). Needs init_from, whose run has to stay: checkpoints
+    hold only what is trained."""
     optim: OptimConfig = OptimConfig()
     """How it is updated."""
     engine: EngineConfig = DeepSpeedConfig()
@@ -136,6 +140,13 @@ class TrainConfig(Config):
                 raise ValueError(f"batch_warmup: global_batch_size={phase.global_batch_size} is less than {least}")
         if self.early_stop_evaluations and not self.evaluate_every_steps:
             raise ValueError(f"early_stop_evaluations={self.early_stop_evaluations} needs evaluate_every_steps")
+        if self.tune.freezes:
+            if self.init_from is None:
+                raise ValueError("tune freezes weights or adds adapters: it needs init_from, a run or an imported model")
+            if self.determinism == "canonical":
+                raise ValueError("tune with determinism=canonical is not covered: every parameter has to be trained")
+            if self.tune.lora is not None and self.float8 != "none":
+                raise ValueError(f"tune.lora with float8={self.float8}: adapters are not computed in float8")
         if self.init_from is not None and self.continue_from is not None:
             raise ValueError("init_from and continue_from are given: a run begins with the one or the other")
         return self
@@ -176,4 +187,5 @@ class TrainConfig(Config):
             "compile_blocks": self.compile,
             "canonical": self.determinism == "canonical",
             "float8": self.float8,
+            "tune": self.tune,
         }

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint import scores
+from megagpt.checkpoint.base_weights import base_path, base_record, load_base
+from megagpt.checkpoint.new_rows import NewRows
 from megagpt.checkpoint.ownership import Ownership, still_owner, take_run
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import Failure, UserError
@@ -66,6 +68,8 @@ class Run:
     saver: checkpoint.Saver
     settings: dict[str, str]
     """See digest_settings."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Of a run that freezes something: the checkpoint that the frozen weights are from (checkpoint.base_weights)."""
 
 
 def train(config: TrainConfig) -> int:
@@ -299,7 +303,7 @@ def inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
     """Dropout depends on the seed, the step and the micro-batch's samples, not on which rank computes it."""
-    if config.model.dropout > 0:
+    if config.model.dropout > 0 or (config.tune.lora is not None and config.tune.lora.dropout > 0):
         torch.manual_seed(mix(config.seed, step, batch.first_sample) & HASH_MASK)
 
 
@@ -353,10 +357,20 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     if restored is None and config.continue_from is not None:
         restored = checkpoint.restore_exactly(config.continue_from, engine, world, check=check)
     if restored is None:
-        draw_weights(engine, config.model, config.seed, world.progress)
+        draw_weights(engine, config.model, config.seed, world.progress, config.tune)
         if config.init_from is not None:
-            fits = partial(preflight.check_initial, config, run.data)
-            checkpoint.load_weights(config.init_from, engine, world, check=lambda path, saved: fits(saved, path))
+            path, _ = checkpoint.newest_good(config.init_from, world)
+            if path is None:
+                raise UserError(f"init_from={config.init_from}: there is no checkpoint in it")
+            rows = preflight.check_initial(config, run.data, checkpoint.read_state(path), path)
+            load_base(path, rows, engine, world, frozen_only=False)
+            engine.refresh(0)
+            run.base.update(base_record(path, rows))
+    elif config.tune.freezes:
+        run.base.update(restored.saved["base"])
+        path, rows = base_path(run.base, restored.path, config.init_from), run.base["new_rows"]
+        load_base(path, None if rows is None else NewRows(**rows), engine, world, frozen_only=True)
+        engine.refresh(restored.saved["updates"])
     run.guard.restore(restored.saved.get("guard") if restored is not None else None)
     state = run.guard.apply(restored.state if restored is not None else TrainState())
     if restored is not None:
@@ -425,6 +439,7 @@ def save(run: Run, state: TrainState, score: dict[str, Any] | None = None) -> No
         "model": config.model.model_dump(mode="json"),
         **record_of(run.data),
         "guard": run.guard.to_json(),
+        **({"base": dict(run.base)} if config.tune.freezes else {}),
     }
 
     def tidy(path: Path) -> None:

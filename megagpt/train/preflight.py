@@ -78,8 +78,9 @@ def check_run(config: TrainConfig, data: Data) -> None:
             oldest = {}
         refuse_imported(oldest, path)
     cross_checks.refuse_contradictions(config, data)
-    parameters = sum(shape.numel() for shape in whole_shapes(config.model).values())
-    checkpoint_bytes = 4 * parameters * (1 + len(STATES[config.optim.kind]))
+    parameters = sum(shape.numel() for shape in whole_shapes(config.model, config.tune).values())
+    trained = sum(shape.numel() for shape in whole_shapes(config.model, config.tune, trained_only=True).values())
+    checkpoint_bytes = 4 * trained * (1 + len(STATES[config.optim.kind]))
     _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
@@ -97,6 +98,8 @@ def check_run(config: TrainConfig, data: Data) -> None:
             config.num_samples() / len(data.train),
             f"{len(data.train):,}",
         )
+        if config.tune.freezes:
+            log.info("tune: %s of %s parameters are trained", f"{trained:,}", f"{parameters:,}")
         if config.compile and isinstance(config.engine, DeepSpeedConfig) and config.engine.zero_stage == 3:
             log.warning("compile=true with zero_stage=3: DeepSpeed's hooks cut every block's graph; engine.kind=fsdp has none")
         if config.float8 != "none":
@@ -155,6 +158,11 @@ def check_resume(config: TrainConfig, data: Data, saved: dict[str, Any], where: 
             + (f", or allow it with allow_change=[{', '.join(to_allow)}]." if to_allow else ".")
             + data_changes.advice(differences, saved["train_state"]["samples"])
         )
+    tuned = difference(before["tune"], now["tune"])
+    if tuned:
+        raise UserError(
+            f"{where}: tune ({tuned}): the checkpoint holds other weights than would be trained; use another run_dir"
+        )
     check_weights(config, saved, where)
     changed = difference(before, now)
     if changed:
@@ -193,6 +201,11 @@ def refuse_longer_context(config: TrainConfig) -> None:
 def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where: Path) -> NewRows | None:
     """Raise UserError if weights to begin with (init_from) are another model's, or were trained with another tokenizer. Returns
     which rows are new where the tokenizer of the data extends that one, or the vocabulary is padded otherwise."""
+    if saved.get("base"):
+        raise UserError(
+            f"{where}: holds only what was trained beside {saved['base']['path']}: merge it into a run of its own first "
+            f"(tools/inspect_checkpoints.py run_dir={where.parents[1]} merge=true output_dir=...)"
+        )
     tokenizer = data_changes.tokenizer_difference(data, saved, where)
     other = read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
     first = other.vocab_size if tokenizer else data_changes.vocab_size_of(saved, where, data.vocab_size)

@@ -17,6 +17,7 @@ from megagpt.engine.optim import OptimConfig, ScheduleConfig, lr_at
 from megagpt.model.context_parallel import ContextParallelMethod
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
+from megagpt.model.tune import TuneConfig
 
 MODEL = ModelConfig(vocab_size=64, seq_len=32, num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32)
 UNTIED = MODEL.model_copy(update={"tied_head": False})
@@ -93,6 +94,7 @@ def make_engine(
     canonical: bool = False,
     float8: Float8 = "none",
     method: ContextParallelMethod = "ulysses",
+    tune: TuneConfig | None = None,
 ) -> Engine:
     """The engine of that name on the toy model."""
     return build_engine(
@@ -107,6 +109,7 @@ def make_engine(
         compile_blocks=compile_blocks,
         canonical=canonical,
         float8=float8,
+        tune=tune,
     )
 
 

@@ -17,6 +17,9 @@ from megagpt.documents import Document
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.extended import Extended, extend
 
+PROBE = "  \ufb01 a\u3000\u00bd\n\n\tb  "
+"""What a tokenizer that rewrites text (NFKC, dropped spaces) does not give back."""
+
 
 def template_of(config: SupervisedConfig) -> str:
     """The text of the template that a configuration names. Raises UserError if its file cannot be read."""
@@ -29,8 +32,9 @@ def template_of(config: SupervisedConfig) -> str:
 
 
 def tokenizer_for(base: Tokenizer, config: SupervisedConfig) -> Tokenizer:
-    """`base` with the special tokens of the template. Raises UserError if it rewrites text: masks are found by bytes."""
-    if not base.lossless:
+    """`base` with the special tokens of the template. Raises UserError if it rewrites text: masks are found by bytes. (A space
+    that it puts in front of every text is known, and no loss.)"""
+    if base.decode(base.encode(PROBE)) != PROBE:
         raise UserError("tokenize.supervised: the tokenizer rewrites or drops text, so no answer could be found in it")
     if config.template == "plain":
         return base
@@ -79,6 +83,12 @@ class RowEncoder:
             report("no_target", "the template marks nothing of it as an answer")
             return None
         return np.array(ids, np.uint32), marks
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """What a model is given to answer these messages: the template's `add_generation_prompt`. Raises TemplateError."""
+        ids, _ = self._encode(self._template.render(messages, add_generation_prompt=True))
+        bos_id = self._tokenizer.bos_id
+        return ids if bos_id is None or ids[:1] == [bos_id] else [bos_id, *ids]
 
     def _encode(self, spans: list[Span]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []

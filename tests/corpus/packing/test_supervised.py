@@ -97,6 +97,13 @@ def test_chatml_is_spelt_as_its_definition_says_and_only_answers_are_targets() -
     assert learned == [*b"cd", end, *b"f", end]
 
 
+def test_a_prompt_is_the_beginning_of_the_row_with_its_answer() -> None:
+    rows, (question, answer) = encoder(open_tokenizer("bytes")), chat("ab", "cd")
+    prompt, (whole, _) = rows.prompt([question]), encoded(rows, [question, answer])
+    assert prompt == whole[: len(prompt)]
+    assert whole[len(prompt) :] == [*b"cd", 258, *b"\n"]
+
+
 def test_no_text_gives_a_special_token() -> None:
     ids, _ = encoded(encoder(open_tokenizer("bytes")), chat("<|im_end|><|im_start|>assistant\nyes", "<|im_end|>"))
     assert Counter(ids)[257] == 2
