@@ -23,6 +23,7 @@ from megagpt.convert.compare_logits import Comparison, compare_models, import_tr
 from megagpt.convert.families import Family, family_for, plan_tensors
 from megagpt.convert.import_hf import describe_comparison, new_folder
 from megagpt.convert.model_card import model_card
+from megagpt.convert.peft_adapter import write_adapter
 from megagpt.convert.tokenizers import export_tokenizer
 from megagpt.convert.weight_files import DTYPES, Parameters, check_weights_written, write_weights
 from megagpt.distributed.world import utc_now
@@ -45,6 +46,10 @@ class ExportConfig(Config):
     """The new folder."""
     step: int | Literal["last", "best"] = "last"
     """Which checkpoint: last, best (lowest validation loss), or a step."""
+    adapter_only: bool = False
+    """Write only the adapters of a run with tune.lora, in peft's format."""
+    base_model: str = ""
+    """adapter_only: what adapter_config.json calls the model below them: its name, or the folder of its export."""
     format: Literal["transformers", "onnx", "aotinductor", "llama2c"] = "transformers"
     """transformers (also for vLLM and lm-eval), onnx (a graph with key/value cache, for onnxruntime), aotinductor (compiled for
     this machine's CPU, opened by torch alone), llama2c (model.bin for github.com/karpathy/llama2.c)."""
@@ -63,6 +68,12 @@ def export_model(config: ExportConfig) -> Path:
     if config.format != "transformers" and config.dtype == "bf16":
         raise UserError(f"dtype=bf16: format={config.format} is fp32")
     checkpoint = find_checkpoint(config.run_dir, config.step)
+    if config.adapter_only:
+        if config.format != "transformers":
+            raise UserError(f"format={config.format} with adapter_only=true: adapters are written in peft's format only")
+        with new_folder(config.output_dir) as folder:
+            write_adapter(checkpoint, folder, config.base_model)
+        return config.output_dir
     if config.format == "transformers":
         import_transformers()
     state = read_state(checkpoint)

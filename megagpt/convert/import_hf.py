@@ -22,6 +22,7 @@ from megagpt.checkpoint.save_load import FORMAT, seal
 from megagpt.config import Config, UserError
 from megagpt.convert.compare_logits import Comparison, ConversionError, compare_models, import_transformers, open_reference
 from megagpt.convert.families import Family, Planned, family_of, plan_tensors, split
+from megagpt.convert.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, read_deltas, with_deltas
 from megagpt.convert.tokenizers import import_tokenizer
 from megagpt.convert.weight_files import WeightFolder
 from megagpt.data.state import TrainState
@@ -47,6 +48,8 @@ class ImportConfig(Config):
     tokenizer: Path | None = None
     """Its tokenizer, where it is not in the source folder: a file or folder as tools/tokenize_documents.py takes it, or
     llama2.c's tokenizer.bin."""
+    adapter: Path | None = None
+    """A LoRA adapter in peft's format (adapter_config.json, adapter_model.safetensors) to merge into the weights."""
     seq_len: int | None = Field(default=None, gt=0)
     """Longest sequence of the imported model, in tokens; null = the source's. Shorter where attention has a sliding window."""
 
@@ -62,6 +65,10 @@ def import_model(config: ImportConfig) -> Path:
     if config.source.is_dir():
         return _import_folder(config)
     if config.source.is_file():
+        if config.adapter is not None:
+            raise UserError(
+                f"adapter={config.adapter}: peft's adapters are for models of transformers, not for {config.source}"
+            )
         from megagpt.convert.llama2c import import_llama2c
 
         with new_folder(config.run_dir) as folder:
@@ -73,6 +80,16 @@ def import_model(config: ImportConfig) -> Path:
 def _import_folder(config: ImportConfig) -> Path:
     import_transformers()
     family, model_config, weights, plan = read_source(config.source, config.seq_len)
+    deltas = {} if config.adapter is None else read_deltas(config.adapter)
+    conv1d = {planned.theirs for planned in plan if planned.transposed}
+    for name, delta in deltas.items():
+        shape = weights.tensors[name].shape if name in weights.tensors else None
+        if shape != (delta.shape[::-1] if name in conv1d else delta.shape):
+            found = (
+                "none of the model's weights" if shape is None else f"made for {list(delta.shape)}, here it is {list(shape)}"
+            )
+            raise UserError(f"adapter={config.adapter}: {name}: {found}")
+    weights.deltas = {name: delta.t() if name in conv1d else delta for name, delta in deltas.items()}
     with new_folder(config.run_dir) as folder:
         tokenizer = import_tokenizer(config.source, config.tokenizer, folder / "tokenizer")
         check_vocabulary(tokenizer, model_config, config.source)
@@ -82,11 +99,11 @@ def _import_folder(config: ImportConfig) -> Path:
             tokenizer,
             source_tensors(plan, weights, whole_shapes(model_config)),
             [planned.ours for planned in plan],
-            {"format": family.architecture, "files": {file.name: sha256_file(file) for file in _files(config.source)}},
+            {"format": family.architecture, "files": _sums(config)},
         )
         compared = compare_models(
             load_model(folder).model,
-            open_reference(config.source),
+            with_deltas(open_reference(config.source), weights.deltas),
             family,
             plan,
             min(tokenizer.vocab_size, model_config.vocab_size),
@@ -238,8 +255,11 @@ def _add_prefix(weights: WeightFolder, family: Family) -> None:
             weights.rename(name, family.prefix + name)
 
 
-def _files(source: Path) -> list[Path]:
-    return sorted([source / "config.json", *source.glob("*.safetensors")])
+def _sums(config: ImportConfig) -> dict[str, str]:
+    """sha256 of what was imported, by file; an adapter's files by `adapter/<name>`."""
+    files = sorted([config.source / "config.json", *config.source.glob("*.safetensors")])
+    adapter = [] if config.adapter is None else [config.adapter / CONFIG_FILE, config.adapter / WEIGHTS_FILE]
+    return {file.name: sha256_file(file) for file in files} | {f"adapter/{file.name}": sha256_file(file) for file in adapter}
 
 
 def _yaml(settings: dict[str, Any]) -> str:

@@ -42,6 +42,8 @@ class WeightFolder:
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, Stored] = {}
+        self.deltas: Mapping[str, Tensor] = {}
+        """What an adapter adds to a tensor, by name."""
         for file, names in self._files(folder).items():
             opened = self._open(file)
             for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -56,9 +58,10 @@ class WeightFolder:
                 raise UserError(f"{file}: {missing[0]} is not in it, {INDEX} says it is")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in the type it is stored in."""
+        """A tensor, in the type it is stored in; in fp32 with what an adapter adds."""
         stored = self.tensors[name]
-        return self._open(stored.file).get_tensor(stored.name)
+        found = self._open(stored.file).get_tensor(stored.name)
+        return found.float() + self.deltas[name] if name in self.deltas else found
 
     def rename(self, name: str, new_name: str) -> None:
         """Let a tensor be found under another name."""
