@@ -100,6 +100,15 @@ class Data:
     """sha256 of each source's manifest of training shards, by name."""
 
 
+def refuse_rows_that_see_each_other(dataset: TokenDataset, *, document_mask: bool) -> None:
+    """Raise UserError if samples hold several rows of fine-tuning data and attention would cross them."""
+    if dataset.manifest.supervised == "packed" and not document_mask:
+        raise UserError(
+            f"data.document_mask=false: {dataset.directory} has several rows in a sample, which would see each other: "
+            "set data.document_mask=true, or tokenize with supervised.padding=padded"
+        )
+
+
 def open_data(config: DataConfig) -> Data:
     """Open every source and check that they fit together. Raises UserError before any token is read."""
     train, validation, manifests, digest = {}, {}, {}, hashlib.sha256()
@@ -126,11 +135,7 @@ def open_data(config: DataConfig) -> Data:
             if dataset.num_windows() > 0:
                 validation[name] = dataset
     for dataset in (*train.values(), *validation.values()):
-        if dataset.manifest.supervised == "packed" and not config.document_mask:
-            raise UserError(
-                f"data.document_mask=false: {dataset.directory} has several rows in a sample, which would see each other: "
-                "set data.document_mask=true, or tokenize with supervised.padding=padded"
-            )
+        refuse_rows_that_see_each_other(dataset, document_mask=config.document_mask)
     first = next(iter(train.values())).manifest
     for dataset in (*train.values(), *validation.values()):
         for field in ("tokenizer_sha256", "vocab_size", "eot_id"):

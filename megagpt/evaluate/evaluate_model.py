@@ -11,8 +11,9 @@ from pydantic import Field
 from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config, UserError
 from megagpt.data.dataset import TokenDataset
-from megagpt.data.open_data import DataConfig
+from megagpt.data.open_data import DataConfig, refuse_rows_that_see_each_other
 from megagpt.distributed.world import World, lone_world, pick_device
+from megagpt.documents import IGNORE
 from megagpt.evaluate.answers import Journal
 from megagpt.evaluate.generated_answers import AnswerRequest, generate_answers, read_exercises
 from megagpt.evaluate.harness import HarnessTask, evaluate_harness, import_harness, open_adapter
@@ -23,6 +24,9 @@ from megagpt.evaluate.tasks import TaskResult, read_task, score_task
 from megagpt.evaluate.text_scores import TextScores, score_texts
 from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
+from megagpt.tokenizer.base import Tokenizer
+from megagpt.tokenizer.extended import extends
+from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -212,9 +216,17 @@ def _error(value: float | None) -> str:
 
 
 def unigram_entropy(dataset: TokenDataset) -> float:
-    """Entropy in nats per token of the frequencies of a split's tokens: no model without context has a lower loss on it."""
+    """Entropy in nats per token of the frequencies of a split's tokens: no model without context has a lower loss on it.
+
+    Of rows of fine-tuning data the targets alone count.
+    """
     counts = np.zeros(dataset.manifest.vocab_size, np.int64)
     step = 1 << 22
+    if dataset.manifest.supervised is not None:
+        for targets in (dataset.window(index).targets for index in range(dataset.num_windows())):
+            counts += np.bincount(targets[targets != IGNORE], minlength=len(counts))
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
     for start in range(0, dataset.num_tokens, step):
         counts += np.bincount(dataset.tokens(start, step), minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
@@ -246,7 +258,8 @@ def _datasets(config: EvaluateConfig, loaded: LoadedModel, data_config: DataConf
     options = {"seq_len": data_config.seq_len, "document_end_loss": data_config.document_end_loss}
     datasets = {name: TokenDataset(path, **options) for name, path in folders.items()}
     for dataset in datasets.values():
-        if dataset.manifest.tokenizer_sha256 != loaded.tokenizer.fingerprint:
+        refuse_rows_that_see_each_other(dataset, document_mask=data_config.document_mask)
+        if not _means_the_same(dataset, loaded.tokenizer):
             raise UserError(
                 f"{dataset.directory}: made with tokenizer {dataset.manifest.tokenizer_sha256[:12]}, "
                 f"the model has {loaded.tokenizer.fingerprint[:12]}"
@@ -254,3 +267,14 @@ def _datasets(config: EvaluateConfig, loaded: LoadedModel, data_config: DataConf
         if dataset.num_windows() == 0:
             raise UserError(f"{dataset.directory}: {dataset.num_tokens} tokens, at least 2 are needed")
     return datasets
+
+
+def _means_the_same(dataset: TokenDataset, tokenizer: Tokenizer) -> bool:
+    """Whether the ids of a split mean the same to the model: by its tokenizer, or one that it extends."""
+    if dataset.manifest.tokenizer_sha256 == tokenizer.fingerprint:
+        return True
+    try:
+        other = open_tokenizer(dataset.directory.parent / "tokenizer")
+    except UserError:
+        return False
+    return other.fingerprint == dataset.manifest.tokenizer_sha256 and extends(tokenizer, other)

@@ -23,8 +23,11 @@ from megagpt.config import UserError, validate
 from megagpt.corpus.packing.config import TokenizeConfig
 from megagpt.corpus.packing.tokenize_documents import pack_documents
 from megagpt.corpus.runner.executors import Execution
+from megagpt.data.dataset import Sample, TokenDataset
 from megagpt.distributed.world import World
+from megagpt.documents import IGNORE
 from megagpt.engine.build import draw_weights, whole_shapes
+from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.model.tune import LoraConfig, LoraLinear, TuneConfig, merged, prepare
@@ -200,6 +203,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+def windows(split: Path) -> list[Sample]:
+    data = TokenDataset(split, seq_len=96)
+    return [data.window(i) for i in range(data.num_windows())]
+
+
 def tuned(rows: Path, run_dir: Path, base: Path, **changes: Any) -> dict[str, Any]:
     """Settings that tune the base run's model; it has learned 32 positions, which rotary ones do not limit."""
     values = settings(rows, run_dir, max_steps=8, global_batch_size=4, init_from=str(base), **changes)
@@ -242,6 +250,18 @@ def test_adapters_are_saved_alone_resume_elsewhere_and_are_merged(
     difference = ours.get_parameter("blocks.1.mlp.up.weight") - base.get_parameter("blocks.1.mlp.up.weight")
     torch.testing.assert_close(difference.detach(), (b @ a) * 4.0, atol=1e-6, rtol=0)  # alpha 16 / rank 4
     assert float(b.abs().max()) > 0
+    # the model is scored on its rows, and on what it was pretrained on
+    old = base_run.parent / "shards" / "validation"
+    found = evaluate_run(EvaluateConfig(run_dir=tmp_path / "whole", shards={"old": old, "rows": rows / "validation"}))
+    logged = read_metrics(tmp_path / "whole").of_kind("evaluate")[-1]
+    assert found.sources["rows"].loss == pytest.approx(logged["loss"], abs=1e-5)
+    targets = np.concatenate([s.targets[s.targets != IGNORE] for s in windows(rows / "validation")])
+    assert found.sources["rows"].tokens == len(targets)
+    shares = np.unique(targets, return_counts=True)[1] / len(targets)
+    assert found.unigram_entropies["rows"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert found.sources["old"].tokens == TokenDataset(old, seq_len=96).num_tokens - 1
+    with pytest.raises(UserError, match="its rows lie in samples of 96"):
+        evaluate_run(EvaluateConfig(run_dir=base_run, shards={"rows": rows / "validation"}, max_samples=1))
     with pytest.raises(UserError, match="holds the whole model already"):
         merge(tmp_path / "merged", tmp_path / "again")
     refused = start(project, tmp_path / "d", {**values, "tune": {"freeze_blocks": 1}}, 1)
