@@ -16,7 +16,7 @@ LATER: dict[str, dict[str, Any]] = {
     "ExtractConfig": {"comments": "drop", "markup": "text"},
     "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
-    "ModelConfig": {"head_size": None, "qkv_bias": False},
+    "ModelConfig": {"head_size": None, "qkv_bias": False, "label_smoothing": 0.0},
     "MonitorConfig": {
         "tensorboard": False,
         "prometheus_port": None,

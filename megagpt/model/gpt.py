@@ -66,6 +66,8 @@ class ModelConfig(Config):
     """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2 num_layers)."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of logsumexp(logits)^2 in the training loss (arXiv 2204.02311); 0 = none."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a target that is spread evenly over the vocabulary in the training loss (arXiv 1512.00567); 0 = none."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -186,7 +188,9 @@ class Head(nn.Linear):
     loss_terms: Mapping[str, Tensor] = MappingProxyType({})
     """Of the last forward with targets, where it gave more than the loss: its terms, without gradient (see loss.py)."""
 
-    def forward(self, x_btd: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_btd: Tensor, targets: Tensor | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ) -> Tensor:
         """x [B, T, D] -> logits [B, T, V]; with targets [B, T] the fp32 scalar sum of losses (see loss.py)."""
         if targets is None:
             return F.linear(x_btd, self.weight)
@@ -195,6 +199,7 @@ class Head(nn.Linear):
             self.weight,
             targets.flatten(),
             z_loss=z_loss,
+            label_smoothing=label_smoothing,
             compiled=self.compile_loss,
             chunk_elements=self.chunk_elements,
         )
@@ -281,11 +286,13 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(first_slot, len(ids), length)
             x_btd = x_btd[:, -1:]
-        return self.head(self.norm(x_btd), targets, self.config.z_loss if self.training else 0.0)
+        if not self.training:
+            return self.head(self.norm(x_btd), targets)
+        return self.head(self.norm(x_btd), targets, self.config.z_loss, self.config.label_smoothing)
 
     def loss_terms(self) -> dict[str, Tensor]:
         """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats and what training
-        adds to it (`z_loss`), {} where it was the loss alone; under no_grad also `hits` (see loss.py)."""
+        adds to it (`z_loss`, `label_smoothing`), {} where it was the loss alone; under no_grad also `hits` (see loss.py)."""
         return dict(self.head.loss_terms)
 
     def new_cache(self, num_slots: int, max_tokens: int | None = None) -> Cache:

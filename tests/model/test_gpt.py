@@ -91,6 +91,27 @@ def test_the_loss_is_torchs_summed_cross_entropy_and_so_are_its_gradients(change
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_label_smoothing_is_torchs_and_counts_in_training_only() -> None:
+    _, model = small(label_smoothing=0.2, z_loss=0.1)
+    targets = ids(seed=1)
+    targets[0, :7] = -100
+    evaluated = model(ids(), targets)
+    model.train()
+    logits = model(ids()).flatten(0, 1)
+    counted = targets.flatten() != -100
+    theirs = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=0.2)
+    theirs = theirs + 0.1 * logits[counted].logsumexp(-1).square().sum()
+    ours = model(ids(), targets)
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    terms = model.loss_terms()
+    assert terms["loss"].item() == evaluated.item(), "not one bit of the loss comes from smoothing"
+    assert set(terms) == {"loss", "z_loss", "label_smoothing"}
+    torch.testing.assert_close(sum(terms.values()), theirs.detach())
+
+
 def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 8, generator=generator, requires_grad=True)
