@@ -2,7 +2,7 @@
 
     python bench/finetune/sst2.py data=FOLDER work_dir=FOLDER            some 20 minutes on one idle core
     python bench/finetune/sst2.py data=FOLDER work_dir=FOLDER steps=10   to see that it works; writes nothing
-    python bench/finetune/sst2.py data=FOLDER work_dir=FOLDER score=true  only score the runs, which are finished; note=TEXT adds
+    python bench/finetune/sst2.py data=FOLDER work_dir=FOLDER score=true  only score the finished runs; note=TEXT adds
                                                                           to the result how they came about
 
 `data` holds classify/sst2/{train,test}.tsv, lm/war-and-peace/wap.train.txt and lm/wikitext-2/{valid,test}.txt. Everything is
