@@ -33,9 +33,12 @@ one sample per micro-batch, on `gpu=h100_80gb` with 8 GPUs and 8 x 400 Gb/s per 
 """
 
 
-def plan(model: str, gpus: int, tokens_per_step: int = TOKENS_PER_STEP) -> tuple[RunPlan | str, int]:
-    """The plan, or why there is none; and samples per step, at least one per GPU."""
-    batch = max(gpus, tokens_per_step // 4096)
+LONG_GPUS, LONG_SEQ_LENS = (64, 256, 512), (8192, 32_768, 131_072)
+
+
+def plan(model: str, gpus: int, *, seq_len: int = 4096, cp_size: int = 1) -> tuple[RunPlan | str, int]:
+    """The plan, or why there is none; and samples per step: TOKENS_PER_STEP or one per GPU, of longer samples one per group."""
+    batch = max(gpus, TOKENS_PER_STEP // seq_len) if seq_len == 4096 else gpus // cp_size
     sizes = [f"model.{name}={value}" for name, value in MODELS[model].items()]
     words = [
         str(PROJECT / "configs/train/gpt_7b.yaml"),
@@ -44,6 +47,9 @@ def plan(model: str, gpus: int, tokens_per_step: int = TOKENS_PER_STEP) -> tuple
         f"global_batch_size={batch}",
         "micro_batch_size=1",
         "engine.kind=fsdp",
+        f"data.seq_len={seq_len}",
+        f"model.seq_len={seq_len}",
+        f"engine.context_parallel_size={cp_size}",
         f"gpus={gpus}",
     ]
     config = load(PlanConfig, words)
@@ -86,6 +92,26 @@ def table(model: str) -> tuple[list[str], list[str]]:
     return rows, breaks
 
 
+def long_context() -> list[str]:
+    """70B at growing lengths, alone and with 8 GPUs of a node sharing each sample."""
+    rows = [
+        "| tokens per sample | GPUs | context parallel | GiB per GPU | fits | tokens per step | GiB sent per GPU | step s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for seq_len in LONG_SEQ_LENS:
+        for gpus in LONG_GPUS:
+            for cp_size in (1, 8):
+                found, batch = plan("70B", gpus, seq_len=seq_len, cp_size=cp_size)
+                assert isinstance(found, RunPlan)
+                assert found.step is not None
+                sent = sum(item.sent for item in found.traffic) / 2**30
+                rows.append(
+                    f"| {seq_len:,} | {gpus} | {cp_size} | {found.needed_gib:.1f} | {'yes' if found.fits else '**no**'} |"
+                    f" {batch * seq_len:,} | {sent:.0f} | {found.step.total:.1f} |"
+                )
+    return rows
+
+
 def page() -> str:
     """The whole page."""
     lines = [HEAD]
@@ -94,6 +120,18 @@ def page() -> str:
         lines += [f"## {model}", "", *rows, ""]
         first = f"What breaks first: {'; '.join(breaks)}." if breaks else "Nothing breaks up to 4,096 GPUs by this plan."
         lines += [first, ""]
+    lines += [
+        "## Long context: 70B, with and without context parallelism",
+        "",
+        "`engine.context_parallel_size=8`, `ulysses` (docs/long_context.md), inside each node; one sample "
+        "per GPU, or per group of 8.",
+        "With more, fully_shard keeps whole gradients until the last micro-batch: 263 GiB more per GPU. "
+        "The buffers of attention's",
+        "exchange are not counted, and no published run with context parallelism is known.",
+        "",
+        *long_context(),
+        "",
+    ]
     result = json.loads((PROJECT / "bench/results/plan_time.json").read_text(encoding="utf-8"))["results"]
     lines += [
         "## What measured figures say",
