@@ -65,13 +65,42 @@ def compared_classes() -> dict[str, type[Config]]:
     return found
 
 
-def test_every_field_is_declared() -> None:
-    for name, config_class in compared_classes().items():
-        first_names = {RENAMED.get(name, {}).get(field, field) for field in config_class.model_fields}
+def undeclared(classes: dict[str, type[Config]]) -> list[str]:
+    """One line per class whose fields and those of settings_fields.py differ; of new fields the row as LATER needs it."""
+    lines = []
+    for name, config_class in classes.items():
+        first_names = {RENAMED.get(name, {}).get(field, field): field for field in config_class.model_fields}
         declared = {*FIELDS.get(name, {}), *LATER.get(name, {})}
-        hint = "settings_fields.py: a new field needs a row in LATER, a renamed one in RENAMED, a renamed class its new name"
-        assert first_names == declared, f"{name}: {sorted(first_names ^ declared)}: {hint}"
-    assert {*FIELDS, *LATER, *RENAMED} <= {*compared_classes()}
+        defaults = {new: settings_record._value_before(config_class, first_names[new]) for new in first_names.keys() - declared}
+        without = sorted(new for new, value in defaults.items() if value is settings_record._NEVER)
+        if row := {new: value for new, value in sorted(defaults.items()) if new not in without}:
+            lines.append(f"{name}: new fields: LATER needs {row!r} (or the values that results made before had)")
+        if without:
+            lines.append(f"{name}: new fields {without}: they need a default, results made before lack them")
+        if gone := sorted(declared - first_names.keys()):
+            lines.append(f"{name}: no longer fields: {gone}: a renamed one needs a row in RENAMED")
+    lines += [f"{name}: no such class of settings" for name in sorted({*FIELDS, *LATER, *RENAMED} - classes.keys())]
+    return lines
+
+
+def test_every_field_is_declared() -> None:
+    assert not (lines := undeclared(compared_classes())), "\n".join(["megagpt/settings_fields.py:", *lines])
+
+
+def test_a_field_that_is_not_declared_is_named_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = compared_classes()
+    monkeypatch.delitem(LATER, "C4Config")
+    monkeypatch.setitem(FIELDS, "GuardConfig", {**FIELDS["GuardConfig"], "old": 1})
+    monkeypatch.setitem(
+        FIELDS, "ModelConfig", {key: value for key, value in FIELDS["ModelConfig"].items() if key != "num_heads"}
+    )
+    monkeypatch.setitem(FIELDS, "Gone", {})
+    assert sorted(undeclared(classes)) == [
+        "C4Config: new fields: LATER needs {'keep_code': False} (or the values that results made before had)",
+        "Gone: no such class of settings",
+        "GuardConfig: no longer fields: ['old']: a renamed one needs a row in RENAMED",
+        "ModelConfig: new fields ['num_heads']: they need a default, results made before lack them",
+    ]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,9 +132,9 @@ def test_every_tool_has_help(tool: str) -> None:
     assert status == 0
     config_class, _, about = main_arguments(tool)
     assert output.startswith(about.strip().splitlines()[0])
-    assert f"tools/{tool}.py" in about, "the help shows no command line"
-    missing = [line for line in output.splitlines() if line.startswith("  ") and "  [" in line and line.endswith("]")]
-    assert not missing, "settings without an explanation"
+    assert f"tools/{tool}.py" in about, f"tools/{tool}.py: its docstring shows no command line"
+    missing = [name for name, _, text in describe(config_class) if not text]
+    assert not missing, f"settings of tools/{tool}.py without a docstring below the field: {missing}"
     for name in config_class.model_fields:
         assert f"  {name}" in output
 
@@ -193,13 +194,17 @@ def test_a_section_of_several_kinds_explains_and_changes_each(key: tuple[str, st
         assert type(loaded.section) is after  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool_is_in_the_readme(tool: str) -> None:
-    assert f"`{tool}" in (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_lists_every_tool() -> None:
+    rows = re.findall(r"^\| `(\w+)\.py` \| \S.* \| \S.* \|$", (PROJECT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    hint = "README.md, table of tools: a row `| `NAME.py` | input | output |` for each file in tools/"
+    missing, gone = sorted({*TOOLS} - {*rows}), sorted({*rows} - {*TOOLS})
+    assert (missing, gone) == ([], []), f"{hint}: no row for {missing}, no tool {gone}"
+    assert len(rows) == len({*rows}), f"{hint}: a tool comes twice"
 
 
 def test_every_tool_has_a_bad_input_case() -> None:
-    assert set(TOOLS) == set(BAD_INPUT)
+    missing, gone = sorted({*TOOLS} - {*BAD_INPUT}), sorted({*BAD_INPUT} - {*TOOLS})
+    assert (missing, gone) == ([], []), f"{Path(__file__).name}: BAD_INPUT has no row for {missing}, no tool {gone}"
 
 
 @pytest.mark.parametrize(("tool", "words", "named"), CASES, ids=lambda value: value if isinstance(value, str) else None)

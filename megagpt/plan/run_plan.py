@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from megagpt.config import UserError
 from megagpt.distributed.mesh import refuse_groups
 from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
+from megagpt.engine.optim import OPTIMIZERS
 from megagpt.model.flops import FlopsPerToken, flops_per_token
 from megagpt.plan.communication import Traffic, step_traffic, traffic_seconds
 from megagpt.plan.hardware import Gpu, efficiency_of, find_gpu, find_network, hardware
@@ -198,8 +199,8 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
             f" planned and published speed differ by {efficiency.median_error:.1%} (median) in the half that was held back"
         )
         notes += _time_notes(config, cluster, efficiency.max_gpus, efficiency.float8_speedup)
-    if config.optim.kind == "muon":
-        notes.append("memory: the whole matrices that Muon orthogonalises one by one are not counted")
+    if OPTIMIZERS[config.optim.kind].matrices_only:
+        notes.append(f"memory: the whole matrices that {config.optim.kind} updates one by one are not counted")
     if config.engine.context_parallel_size > 1:
         notes.append("memory: what ranks that share samples exchange around attention is in buffers that are not counted")
         notes.append("time: no published runs with context parallelism are known; its traffic counts as all other")

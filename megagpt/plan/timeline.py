@@ -10,7 +10,7 @@ import torch
 
 from megagpt.engine.build import whole_shapes
 from megagpt.engine.config import EngineConfig, Precision
-from megagpt.engine.optim import STATES, OptimConfig
+from megagpt.engine.optim import OPTIMIZERS, OptimConfig
 from megagpt.model.gpt import ModelConfig
 from megagpt.plan.trace import Activations, Gradients, Kernels, Span, TraceKey, trace
 
@@ -106,8 +106,8 @@ class Timeline:
 def state_bytes(optim: OptimConfig, name: str, shape: torch.Size) -> int:
     """Bytes of optimizer states per element of a parameter."""
     matrix = len(shape) >= 2 and name.startswith("blocks.")
-    kind = optim.kind if optim.kind != "muon" or matrix else "adamw"
-    return 4 * len(STATES[kind])
+    kind = "adamw" if OPTIMIZERS[optim.kind].matrices_only and not matrix else optim.kind
+    return 4 * len(OPTIMIZERS[kind].states)
 
 
 def units_of(shapes: Shapes) -> tuple[Shapes, Shapes]:

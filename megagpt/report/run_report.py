@@ -255,7 +255,17 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> list[Block]:
     ]
     blocks: list[Block] = []
     if rows:
-        head = ("step", "source", "loss", "unigram entropy", "perplexity", "bits per byte", "token accuracy", "tokens", "samples")
+        head = (
+            "step",
+            "source",
+            "loss",
+            "unigram entropy",
+            "perplexity",
+            "bits per byte",
+            "token accuracy",
+            "tokens",
+            "samples",
+        )
         blocks.append(Table(head, rows, numbers=(0, 2, 3, 4, 5, 6, 7, 8)))
     if tasks:
         blocks.append(Table(("step", "task", "accuracy", "chance", "samples"), tasks, numbers=(0, 2, 3, 4)))

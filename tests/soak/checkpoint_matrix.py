@@ -32,7 +32,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
 from parity import MICRO_BATCH_SIZES, largest_difference, plain_optimizer, plain_steps  # noqa: E402
 from ranks import run_ranks  # noqa: E402
-from toy import MODEL, OPTIMIZERS, UNTIED, engines_on, make_engine, train_steps, variations_on  # noqa: E402
+from toy import MODEL, OPTIMIZERS, UNTIED, engines_on, make_engine, offered_on, train_steps, variations_on  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
 from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
@@ -59,9 +59,7 @@ class Variant:
 
     def offered_on(self, engine: str) -> bool:
         """Whether the engine takes this optimizer and precision."""
-        if self.optimizer == "adabelief" and engine.startswith("zero3"):
-            return False
-        return not (self.precision == "bf16" and engine == "zero0")
+        return offered_on(engine, self.optimizer) and not (self.precision == "bf16" and engine == "zero0")
 
 
 VARIANTS = {
@@ -70,8 +68,7 @@ VARIANTS = {
     "adamw_bf16": Variant("adamw", precision="bf16"),
     "muon_tied": Variant("muon"),
     "muon_untied": Variant("muon", UNTIED),
-    "sgd": Variant("sgd"),
-    "adabelief": Variant("adabelief"),
+    **{kind: Variant(kind) for kind in OPTIMIZERS if kind not in ("adamw", "muon")},
 }
 
 

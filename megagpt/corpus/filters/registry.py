@@ -1,7 +1,8 @@
 """The table of filters, and the settings that are made of it. The stage that runs the filters is in filter_documents.py.
 
 To add a filter: write a file with its settings, its function and its FilterSpec (gopher.py shows all there is), add one row to
-FILTERS, a row to docs/filters.md, and a kept and a dropped text to the table of tests/corpus/filters/test_registry.py.
+FILTERS, a row to docs/filters.md, a dropped text to the table of tests/corpus/filters/test_registry.py, and the rows of
+settings_fields.LATER that tests/test_settings_record.py prints. docs/extending.md has the steps.
 """
 
 from collections.abc import Sequence

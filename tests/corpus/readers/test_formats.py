@@ -1,6 +1,7 @@
 """Every source format: an example that is listed, split, read and named in the documentation."""
 
 import gzip
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -70,7 +71,11 @@ def test_every_format_is_listed_split_and_read(name: SourceFormat, tmp_path: Pat
     assert name in FORMATS, f"inputs.py: FORMATS has no row for {name}"
     path = EXAMPLES[name](tmp_path)
     assert format_of(path, "auto") == name
-    summary = extract_documents(ExtractConfig(inputs=(path,)), tmp_path / "out", Execution(executor="inline"))
+    try:
+        summary = extract_documents(ExtractConfig(inputs=(path,)), tmp_path / "out", Execution(executor="inline"))
+    except AssertionError as error:  # of assert_never
+        last = traceback.extract_tb(error.__traceback__)[-2]
+        pytest.fail(f"{Path(last.filename).name}: {last.name} has no case for the format {name}")
     assert (summary.kept, summary.faults) == (1, {}), f"extract_documents.py: the format {name} is not read"
     (document,) = read_documents(next((tmp_path / "out").glob("*.jsonl.zst")))
     assert TEXT in document.text
@@ -86,5 +91,8 @@ def test_every_format_is_documented(name: SourceFormat, project: Path) -> None:
 
 
 def test_the_tables_of_formats_agree() -> None:
-    assert [*FORMATS] == [*get_args(SourceFormat)]
+    missing = {*FORMATS} ^ {*get_args(SourceFormat)}
+    assert not missing, (
+        f"{sorted(missing)}: a format needs its name in SourceFormat (config.py) and a row in FORMATS (inputs.py)"
+    )
     assert get_args(Format) == ("auto", *get_args(SourceFormat))
