@@ -61,7 +61,9 @@ CELLS: dict[int, list[Cell]] = {
         *(Cell(name, 5, optimizer="muon") for name in ("zero1", "zero3")),
     ],
 }
-"""By number of ranks; each optimizer of optim.py where it is offered. SGD shows wrong clipping and scaling, which AdamW hides; 5 does not divide the batch of 12."""
+"""By number of ranks; each optimizer of optim.py where it is offered.
+
+SGD shows wrong clipping and scaling, which AdamW hides; 5 does not divide the batch of 12."""
 
 # fp32 sums in another order move the loss by a few 1e-7; a mean of means or a wrong clip factor by 1e-3 and more.
 # Muon orthogonalises in bf16 (torch.optim.Muon), where the last bits of a sum count for more.
