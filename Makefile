@@ -39,6 +39,7 @@ bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against pee
 	$(BIN)/python -m bench.training.compare cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
 	$(BIN)/python -m bench.training.life repetitions=1
 	$(BIN)/python -m bench.generation.compare repetitions=1
+	$(BIN)/python -m bench.serving.throughput repetitions=1
 	$(BIN)/python -m bench.scale parts=loader,ranks,checkpoint most=200000000
 	$(BIN)/python -m bench.data.packing
 	$(BIN)/python -m bench.document
