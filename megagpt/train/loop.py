@@ -223,8 +223,8 @@ def loop(run: Run, state: TrainState) -> int:
         more = {"interrupted": interrupted} if interrupted else {}
         monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop", **more)
         return EXIT_STOPPED
-    facts = {"early_stop": config.early_stop_evaluations} if state.step < config.max_steps else {}
-    monitor.log("done", state.step, tokens=state.tokens, **facts)
+    ended = {"early_stop": config.early_stop_evaluations} if state.step < config.max_steps else {}
+    monitor.log("done", state.step, tokens=state.tokens, **ended)
     return EXIT_DONE
 
 
