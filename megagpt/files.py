@@ -151,3 +151,11 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def show_bytes(count: float) -> str:
+    """A number of bytes with the unit in which it has one to three digits before the point: `412 KB`, `1.3 GB`."""
+    value, units = float(count), ["B", "KB", "MB", "GB", "TB"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" or abs(value) >= 99.5 else f"{value:.1f} {units[0]}"

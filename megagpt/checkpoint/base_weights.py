@@ -62,8 +62,10 @@ def load_base(path: Path, rows: NewRows | None, engine: Engine, world: World, *,
 def read_model(path: Path, config: ModelConfig) -> GPT:
     """The whole model of a checkpoint in fp32, frozen weights and merged adapters included. Raises UserError if its base is
     gone, CheckpointError if that is damaged."""
-    model = GPT(config)
     saved = read_state(path)
+    if saved.get("base") is None:
+        _refuse_other_sizes(path, config)
+    model = GPT(config)
     views = {f"param.{name}": parameter.data.flatten() for name, parameter in model.named_parameters()}
     partitions = {key: Partition(view, 0, view.numel()) for key, view in views.items()}
     record = saved.get("base")
@@ -87,6 +89,28 @@ def read_model(path: Path, config: ModelConfig) -> GPT:
             weight = model.get_parameter(f"{layer}.weight")
             weight.data.copy_(merged(weight.data, lora_a, lora_b, tune.lora))
     return model
+
+
+def _refuse_other_sizes(path: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError if the model that state.json describes is not the one whose weights are there, before any of it is
+    allocated."""
+    held: dict[str, int] = {}
+    for key, runs in index_of(path).items():
+        held[key] = sum(run.length for run in runs)
+    layers = {key.split(".")[2] for key in held if key.startswith("param.blocks.")}
+    if len(layers) != config.num_layers:
+        raise CheckpointError(f"{path}: state.json has num_layers={config.num_layers}, the weights have {len(layers)} layers")
+    try:
+        with torch.device("meta"):
+            wanted = {f"param.{name}": parameter.numel() for name, parameter in GPT(config).named_parameters()}
+    except RuntimeError as error:  # sizes whose product is no 64-bit number
+        text = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: there is no model of the sizes in state.json, {config!r}: {text}") from None
+    for key, elements in wanted.items():
+        if held.get(key) != elements:
+            raise CheckpointError(
+                f"{path}: the model of state.json needs {elements:,} elements of {key}, the checkpoint has {held.get(key, 0):,}"
+            )
 
 
 def read_adapters(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -160,14 +160,16 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 
 def index_of(path: Path) -> dict[str, list[Run]]:
-    """Where each tensor's runs are, from the headers of a checkpoint's files."""
+    """Where each tensor's runs are, from the headers of a checkpoint's files. Raises CheckpointError on other files."""
     index: dict[str, list[Run]] = {}
     for file in sorted(path.glob("pieces_*.safetensors")):
         with _opened(file, "np") as opened:
             starts = opened.metadata() or {}
             for key in opened.keys():  # noqa: SIM118 (not a dict)
-                length = opened.get_slice(key).get_shape()[0]
-                index.setdefault(key, []).append(Run(file.name, int(starts[key]), length))
+                shape, start = opened.get_slice(key).get_shape(), str(starts.get(key))
+                if len(shape) != 1 or not start.isdecimal():
+                    raise CheckpointError(f"{file}: {key}: not a run of a tensor: shape {shape}, start {start} in its metadata")
+                index.setdefault(key, []).append(Run(file.name, int(start), shape[0]))
     return index
 
 

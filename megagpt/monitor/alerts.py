@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megagpt.files import show_bytes
 from megagpt.monitor.metrics import Row
 
 ROWS_IN_A_ROW = 5
@@ -72,4 +73,4 @@ def disk_alert(run_dir: Path) -> str | None:
         return None
     if size == 0 or free >= 2 * size:
         return None
-    return f"{free / 1e9:.1f} GB free at {run_dir}, a checkpoint takes {size / 1e9:.1f} GB"
+    return f"{show_bytes(free)} free at {run_dir}, a checkpoint takes {show_bytes(size)}"

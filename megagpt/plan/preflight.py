@@ -10,6 +10,7 @@ from megagpt.config import UserError
 from megagpt.data.open_data import open_data
 from megagpt.engine.build import refuse_shared_samples, refuse_unsupported
 from megagpt.engine.config import DeepSpeedConfig
+from megagpt.files import show_bytes
 from megagpt.model.float8 import refuse_float8
 from megagpt.plan.run_plan import Cluster, PlanConfig, RunPlan
 from megagpt.plan.sbatch import gpus_asked, sbatch_options, slurm_seconds
@@ -147,9 +148,9 @@ def _disk(config: TrainConfig, plan: RunPlan) -> Iterator[str]:
     if needed > free:
         for_good = ", keep_every_steps" if config.keep_every_steps else ""
         yield (
-            f"run_dir={config.run_dir}: {kept} checkpoints of {plan.checkpoint_bytes / 1e9:.1f} GB"
-            f" (keep_last={config.keep_last}, the best, one being written{for_good}) need {needed / 1e9:.1f} GB,"
-            f" {free / 1e9:.1f} GB are free: keep fewer, or use another disk"
+            f"run_dir={config.run_dir}: {kept} checkpoints of {show_bytes(plan.checkpoint_bytes)}"
+            f" (keep_last={config.keep_last}, the best, one being written{for_good}) need {show_bytes(needed)},"
+            f" {show_bytes(free)} are free: keep fewer, or use another disk"
         )
 
 

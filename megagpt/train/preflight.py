@@ -25,7 +25,7 @@ from megagpt.engine.build import refuse_shared_samples, refuse_unsupported, whol
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.engine.dtypes import declared_formats
 from megagpt.engine.optim import STATES
-from megagpt.files import read_json, write_json, write_text
+from megagpt.files import read_json, show_bytes, write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.config import check_monitor
@@ -321,6 +321,6 @@ def _check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
     needed, free = checkpoint_bytes * (keep_last + 2) - have, shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"run_dir={run_dir}: {free / 1e9:.1f} GB are free on its disk, {keep_last + 2} checkpoints (keep_last={keep_last}, "
-            f"the best, and one being written) need {needed / 1e9:.1f} GB more"
+            f"run_dir={run_dir}: {show_bytes(free)} are free on its disk, {keep_last + 2} checkpoints (keep_last={keep_last}, "
+            f"the best, and one being written) need {show_bytes(needed)} more"
         )

@@ -75,7 +75,7 @@ def test_a_disk_without_room_for_two_more_checkpoints(
         folder.mkdir(parents=True)
         os.truncate(shutil.copy("/dev/null", folder / "data"), size)
     monkeypatch.setattr(alerts_module.shutil, "disk_usage", lambda path: Usage(0, 0, free))
-    expected = f"0.0 GB free at {tmp_path}, a checkpoint takes 0.0 GB"
+    expected = f"2.0 MB free at {tmp_path}, a checkpoint takes 1.0 MB"
     assert disk_alert(tmp_path) == (expected if raised else None)
     assert Alerts(tmp_path, 60).look("save", {}) == ([("disk", expected)] if raised else [])
 
