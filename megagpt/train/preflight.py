@@ -186,8 +186,9 @@ def refuse_longer_context(config: TrainConfig) -> None:
     if path is None or not isinstance(before, dict) or checkpoint.list_checkpoints(config.run_dir) or model.family != "llama":
         return
     old = read_settings(ModelConfig, before, source=str(path / "state.json"))
-    data = (checkpoint.saved_field(path, "config") or {}).get("data") or {}
-    trained = int(data.get("seq_len", old.seq_len))  # an imported model has no data
+    settings = checkpoint.saved_field(path, "config")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    trained = int(data["seq_len"]) if isinstance(data, dict) and "seq_len" in data else old.seq_len  # none of an imported model
     longer = config.data.seq_len > trained and (old.rope_scaling, old.rope_theta) == (model.rope_scaling, model.rope_theta)
     if longer and not {"data", "data.seq_len"} & {*config.allow_change}:
         scaling = f"{{kind: yarn, factor: {-(-config.data.seq_len // trained)}, original_seq_len: {trained}}}"
