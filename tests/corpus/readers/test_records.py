@@ -13,7 +13,8 @@ from megagpt.config import UserError
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.extract_documents import read_outcomes
 from megagpt.corpus.readers.inputs import input_blocks
-from megagpt.corpus.runner.blocks import MalformedRecord, Outcome
+from megagpt.corpus.readers.records import datasets_outcomes
+from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome
 from megagpt.documents import Document, format_document, parse_document, parse_json, read_documents
 
 
@@ -159,6 +160,32 @@ def test_a_dictionary_in_the_first_frame_is_used(compressed: bool, frames: int, 
     assert faults(tmp_path / "a.jsonl.zst") == []
     (tmp_path / "a.jsonl.zst").write_bytes(head[:100])
     assert [kind for kind, _ in faults(tmp_path / "a.jsonl.zst")] == ["truncated file"]
+
+
+def test_datasets_with_cells_that_cannot_be_read(tmp_path: Path) -> None:
+    """Text as strings, bytes or large strings; a bad cell in the text or beside it; pictures."""
+    from datasets import Dataset, Features, Image, Value
+
+    plain = pa.array(["one", "two", "six"])
+    bad = pa.Array.from_buffers(pa.string(), 3, [None, plain.buffers()[1], pa.py_buffer(b"one\xffwosix")])
+    picture = pa.array([{"bytes": b"\xff", "path": None}] * 3, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    columns = {
+        "string": (bad, ["one", "six"]),
+        "large_binary": (pa.array([b"one", b"\xffwo", b"six"], pa.large_binary()), ["one", "six"]),
+        "large_string": (plain.cast(pa.large_string()), ["one", "two", "six"]),
+    }
+    for kind, (column, expected) in columns.items():
+        features = Features({"words": Value(kind), "other": Value("string"), "picture": Image()})
+        table = pa.table({"words": column, "other": bad, "picture": picture})
+        table = table.replace_schema_metadata(features.arrow_schema.metadata)
+        Dataset(table).save_to_disk(str(tmp_path / kind))
+        found = list(datasets_outcomes(Block(f"datasets:{tmp_path / kind}", "x"), "web", "words", "train"))
+        texts = [item for item in found if isinstance(item, Document)]
+        assert [item.text for item in texts] == expected, kind
+        assert all("picture" not in item.meta for item in texts)
+        assert texts[0].meta["other"] == "one"
+        places = {item.where for item in found if isinstance(item, MalformedRecord)}
+        assert {place.partition(": ")[2] for place in places} >= {f"row 1, column {'other' if len(expected) == 3 else 'words'}"}
 
 
 @pytest.mark.realdata
