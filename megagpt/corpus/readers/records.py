@@ -195,7 +195,7 @@ def datasets_outcomes(block: Block, source: str, text_field: str, split: str) ->
     try:
         if Path(place, "dataset_dict.json").is_file() or Path(place, "dataset_info.json").is_file():
             loaded: Any = datasets.load_from_disk(place)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            rows: Any = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             rows = datasets.load_dataset(place, split=split, streaming=True)
     except (OSError, ValueError, KeyError) as error:
