@@ -14,6 +14,7 @@ from megagpt.config import UserError
 from megagpt.files import read_json, write_json, write_text
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.bpe import BytePairs
+from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.sentencepiece import SentencePiece
 
 FILE_NAME, TEMPLATE_FILE = "special_tokens.json", "chat_template.jinja"
@@ -116,7 +117,8 @@ def _id_in(base: Tokenizer, name: str) -> int | None:
     if isinstance(base, SentencePiece):
         number = base.id_of(name)
         return number if number is not None and not base.token_bytes()[number] else None
-    if isinstance(base, BytePairs) and base.files[0].name == "tokenizer.json":
-        added = {token["content"]: token["id"] for token in read_json(base.files[0]).get("added_tokens", [])}
+    path = base.path if isinstance(base, HuggingFaceTokenizer) else base.files[0] if isinstance(base, BytePairs) else None
+    if path is not None and path.name == "tokenizer.json":
+        added = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", []) if token["special"]}
         return added.get(name)
     return None

@@ -127,6 +127,8 @@ def test_ids_and_masks_are_those_of_transformers(kind: str, shared_data: Path, t
     tokenizer.save(tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
     export_tokenizer(open_tokenizer(tmp_path / "ours"), tmp_path / "ours", tmp_path / "theirs", 4096)
+    named = tokenizer_for(open_tokenizer(tmp_path / "theirs" / "tokenizer.json"), config)  # it has these tokens already
+    assert (named.tokens, named.vocab_size) == (tokenizer.tokens, tokenizer.vocab_size)  # type: ignore[attr-defined]
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "theirs")
     ours = encoder(open_tokenizer(tmp_path / "ours"))
     for messages in conversations(200):
