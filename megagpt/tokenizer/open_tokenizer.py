@@ -20,7 +20,7 @@ from megagpt.tokenizer.plain_bytes import Bytes
 from megagpt.tokenizer.reading import FILE_NAME, Reading, pattern_of, read_reading, reading_of_ranks
 from megagpt.tokenizer.sentencepiece import SentencePiece
 
-_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+$")
+_RANK_LINE = re.compile(rb"\A[A-Za-z0-9+/]++={0,2} [0-9]++$")
 
 
 def open_tokenizer(
