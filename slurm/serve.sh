@@ -20,7 +20,7 @@ fail() {
   exit 2
 }
 
-# Under sbatch this file is a copy in SLURM's spool, without its neighbours; run directly it lies beside env.sh.
+# Under sbatch this file is a copy in SLURM's spool, without its neighbours; run directly it is beside env.sh.
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 if [ -f "$here/env.sh" ]; then in_job=false root=$(dirname "$here"); else in_job=true root=${SLURM_SUBMIT_DIR:-}; fi
 [ -f "$root/tools/serve_model.py" ] || fail "no project at '$root': submit from the project's root, or run slurm/serve.sh directly"

@@ -5,7 +5,8 @@
 
 Makes a web crawl and a wiki dump from the documentation on this machine (or takes yours), then runs the other tools as you do:
 extract, filter, deduplicate, train a tokenizer, tokenize, train on two processes with a SIGTERM half-way, evaluate, generate,
-report. Ends with a table of what was planted in the dumps and what was found; status 1 if the two differ.
+report, export, serve. Ends with a table of what was planted in the dumps and what was found, and whether the exported and the
+served model write the same text; status 1 if something differs.
 """
 
 from megagpt.command import main

@@ -2,9 +2,9 @@
 
     python -m bench.data.languages DATA_FOLDER [CATALOGS]
 
-Texts: sentences of DATA_FOLDER/langid (36 languages), and translated messages of the Debian packages whose catalogs lie in
+Texts: sentences of DATA_FOLDER/langid (36 languages), and translated messages of the Debian packages whose catalogs are in
 CATALOGS (default /usr/share/locale): those of at least five words, without markup, that differ from the English ones. A
-paragraph is so many of them in a row that it has 200 characters. Languages with fewer than 20 paragraphs are left out. Writes
+paragraph is a run of sentences with 200 characters or more. Languages with fewer than 20 paragraphs are left out. Writes
 results/languages.json; megagpt/corpus/text/language_models.py repeats what is hardly found.
 """
 

@@ -3,8 +3,8 @@
     python -m bench.data.packing            about 20 seconds, one core
 
 Packing: 65,536 documents with the lengths of web pages (lognormal, median 400 tokens, sigma 1.1) into samples of 2,048 tokens;
-counted are documents that would fit into one sample and lie in two. Overlap check: documents of 300 words drawn by Zipf's law
-from 50,000, looked up in an index of 2,000 validation documents, as `tools/tokenize_documents.py` does for every document.
+counted are documents that would fit into one sample and are cut in two. Overlap check: documents of 300 words drawn by Zipf's
+law from 50,000, looked up in an index of 2,000 validation documents, as `tools/tokenize_documents.py` does for every document.
 """
 
 import sys

@@ -144,7 +144,7 @@ class TokenDataset:
         packed = self.manifest.pack_seq_len
         if (self.seq_len, self.stride) != (packed, packed):
             raise ShardError(
-                f"{self.directory}: its rows lie in samples of {packed} tokens (tokenize.pack_seq_len); data.seq_len="
+                f"{self.directory}: its samples have {packed} tokens (tokenize.pack_seq_len); data.seq_len="
                 f"{self.seq_len} with a stride of {self.stride} would cut them: set data.seq_len={packed} or tokenize again"
             )
 

@@ -55,7 +55,7 @@ def answer_groups(
     """`answer` of every group, in order, on every rank; all ranks call it together with the same groups.
 
     Items and answers are JSON values. Every rank makes equally many calls of `answer`, as a model whose weights are spread over
-    the ranks needs. Raises Stopped on all ranks between two groups once one was told to stop.
+    the ranks needs. Raises Stopped on all ranks between two groups after one got a stop request.
     """
     keys = [hashlib.sha256(json.dumps(group).encode()).hexdigest()[:32] for group in groups]
     known = world.broadcast(journal.read() if journal is not None and world.rank == 0 else {})

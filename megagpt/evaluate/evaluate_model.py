@@ -85,7 +85,7 @@ def evaluate_run(config: EvaluateConfig, world: World | None = None) -> Evaluati
 
     All ranks of `world` call it together; each loads the model. What was computed before a stop is used by the next call that
     evaluates the same checkpoint. Raises UserError if run, checkpoint, shards or tasks are missing or do not fit, before the
-    model is loaded where possible; Stopped once a rank was told to stop.
+    model is loaded where possible; Stopped after a rank got a stop request.
     """
     world = world or lone_world(pick_device(config.device))
     questions = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}

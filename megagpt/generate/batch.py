@@ -28,7 +28,7 @@ class Text:
     generator: torch.Generator
     num_prompt: int
     num_logprobs: int | None = None
-    """Report the logarithm of each token's probability, beside those of so many of the likeliest; None = no."""
+    """Report the logarithm of each token's probability, and those of this many likeliest tokens; None = no."""
     begin: int = 0
     """Which of the ids is the first in the cache: it moves when the context is full."""
 
@@ -58,7 +58,7 @@ class Batch:
     model: Callable[..., Tensor]
     cache: Cache
     seq_len: int
-    """Of the model: when so many tokens are in a text's slot, it continues from its last half, with positions from 0 again."""
+    """The model's: a text whose slot has this many tokens continues from its last half, with positions from 0 again."""
     device: torch.device
     vocab_size: int | None = None
     """Ids from there on (padding of the embedding) are never drawn."""

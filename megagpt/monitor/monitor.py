@@ -247,7 +247,7 @@ class LineFile:
                 self._kept = b"\n"
 
     def append(self, line: bytes) -> None:
-        """Write what is kept and the line. An error of the disk is logged when it begins, and when it is over."""
+        """Write the kept rows and the line. A disk error is logged when it begins and when it ends."""
         with self._lock:
             was_kept = len(self._kept) > 1
             if len(self._kept) + len(line) > KEPT_BYTES:
@@ -259,13 +259,13 @@ class LineFile:
                     self._kept = self._kept[self._file.write(self._kept) :]
             except OSError as error:
                 if not was_kept:
-                    log.warning("%s: %s: rows are kept in memory; training goes on", self._path, error.strerror)
+                    log.warning("%s: %s: rows are kept in memory; training continues", self._path, error.strerror)
                 return
             if was_kept:
                 log.warning("%s: written again, %d rows are lost", self._path, self._lost)
 
     def close(self) -> None:
-        """Try once more to write what is kept."""
+        """Try once more to write the kept rows."""
         self.append(b"")
         self._file.close()
         if self._kept:

@@ -73,7 +73,7 @@ def metric_name(name: str) -> str:
 
 
 def open_prometheus(port: int, address: str, labels: Mapping[str, str], read_gpus: Readings) -> PrometheusWriter | None:
-    """The endpoint, or None, with a warning, where the port cannot be had: training goes on without it."""
+    """The endpoint, or None, with a warning, where the port is taken: training continues without it."""
     try:
         writer = PrometheusWriter(port, address, labels, read_gpus)
     except OSError as error:

@@ -78,7 +78,7 @@ class BackgroundWriter:
                 row = self._rows.get()
                 if row is not None:
                     self.writer.write(*row)
-        except Exception as error:  # whatever breaks there, training goes on
+        except Exception as error:  # whatever breaks there, training continues
             self.failed = True
             log.warning("%s failed (%s): nothing more is sent from this start; metrics.jsonl is complete", name, error)
         try:

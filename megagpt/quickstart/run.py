@@ -1,4 +1,4 @@
-"""The quickstart: the whole way from dump to model, small, by running the same tools that a user runs.
+"""The quickstart: the whole way from dump to a served model, small, by running the same tools that a user runs.
 
 Every step is a subprocess of tools/*.py whose command line is printed. The ranks of the training are started the way srun
 starts them, one process each with RANK and WORLD_SIZE set, because torchrun hides their status after a stop signal.
@@ -26,6 +26,13 @@ from megagpt.evaluate.results import read_results
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.quickstart.dumps import DemoConfig, Planted, build_demo_dumps
+from megagpt.quickstart.hand_over import (
+    HandOverError,
+    missing_packages,
+    text_of_generate,
+    text_of_server,
+    text_of_transformers,
+)
 
 PROJECT = Path(__file__).resolve().parents[2]
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"
@@ -41,7 +48,7 @@ class QuickstartConfig(Config):
     """The quickstart's few settings."""
 
     run_dir: Path = Path("runs/quickstart")
-    """Output folder with dumps/, corpus/ and train/; corpus/ and train/ are replaced by each run."""
+    """Output folder with dumps/, corpus/, train/ and export/; all but dumps/ are replaced by each run."""
     warc: str | None = None
     """Your own web dump (.warc.gz and so on; a path or a glob) instead of the one made from this machine's documentation."""
     wiki: str | None = None
@@ -75,8 +82,8 @@ class Check:
 def run_quickstart(config: QuickstartConfig) -> int:
     """Run everything and print the closing table; the exit status (1 if something does not match)."""
     started = time.monotonic()
-    corpus, run_dir = config.run_dir / "corpus", config.run_dir / "train"
-    for made in (corpus, run_dir):
+    corpus, run_dir, export = (config.run_dir / name for name in ("corpus", "train", "export"))
+    for made in (corpus, run_dir, export):
         shutil.rmtree(made, ignore_errors=True)
     try:
         inputs, planted = prepare_dumps(config)
@@ -101,10 +108,11 @@ def run_quickstart(config: QuickstartConfig) -> int:
         run_tool("evaluate_model", f"run_dir={run_dir}", "step=best")
         run_tool("generate_text", f"run_dir={run_dir}", "prompt=The function returns", "max_tokens=80")
         run_tool("report_run", f"run_dir={run_dir}")
+        handed_over = hand_over(run_dir, export)
     except StepFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    checks = check_corpus(corpus, planted) + check_run(run_dir, config.max_steps)
+    checks = [*check_corpus(corpus, planted), *check_run(run_dir, config.max_steps), *handed_over]
     print_summary(config, checks, seconds=time.monotonic() - started)
     return EXIT_DONE if all(check.good for check in checks) else 1
 
@@ -190,6 +198,27 @@ def last_step(run_dir: Path) -> int:
     return max(read_metrics(run_dir).last_step, 0) if (run_dir / "metrics.jsonl").is_file() else 0
 
 
+def hand_over(run_dir: Path, export: Path) -> list[Check]:
+    """Export the model, open it with transformers, serve it: whether both continue a text as generate_text does. Raises
+    StepFailedError. Without the packages of megagpt[convert,serve] it says so and checks nothing."""
+    missing = missing_packages()
+    if missing:
+        title(f"Not exported and not served: {', '.join(missing)} not installed (megagpt[convert,serve])")
+        return []
+    run_tool("export_model", f"run_dir={run_dir}", f"output_dir={export}", "dtype=fp32")
+    title("The likeliest continuation of one text by generate_text, by transformers from the export, and by serve_model")
+    try:
+        ours = text_of_generate(run_dir, PROJECT)
+        print(ours)
+        others = {"transformers' text": text_of_transformers(export, PROJECT), "served text": text_of_server(run_dir, PROJECT)}
+    except HandOverError as error:
+        raise StepFailedError(str(error), 1) from None
+    return [
+        Check(name, "that of generate_text", "equal" if text == ours else f"another: {text!r}", text == ours)
+        for name, text in others.items()
+    ]
+
+
 # ---- what came out
 
 
@@ -248,6 +277,7 @@ What was made, below {config.run_dir}/
   corpus/tokenizer, shards      the SentencePiece tokenizer, and Megatron .bin/.idx shards
   train/                        checkpoints, metrics.jsonl, W&B files (offline), ledger
   train/report.html             the loss curve and the data funnel: open it in a browser
+  export/                       the model for transformers and vLLM
 
 Next, with your own data
   make quickstart WORDS="warc=PATH/*.warc.gz wiki=PATH/*.xml.bz2"

@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A step at which a run went on from earlier; `kind`: start or rewind."""
+    """A step from which a run resumed; `kind`: start or rewind."""
 
     step: float
     kind: str

@@ -16,7 +16,7 @@ SMALL = (
     ("Throughput", "tokens_per_second", "tokens per second"),
 )
 MAX_COMPARED = 6
-"""Runs in one comparison: so many colours there are."""
+"""The most runs in one comparison: the number of colours."""
 
 
 def loss_card(facts: Facts) -> Card:
@@ -117,7 +117,7 @@ def line(
 
 
 def marks(facts: Facts) -> tuple[Mark, ...]:
-    """Where later starts and rewinds went on."""
+    """The steps from which later attempts and rewinds resumed."""
     begun = _begun(facts)
     rows = [row for row in facts.metrics.rows if row["kind"] in ("start", "rewind") and row["step"] > 0]
     return tuple(Mark(row["step"], row["kind"], number(row.get("tokens")), (row["time"] - begun) / 3600) for row in rows)

@@ -1,4 +1,4 @@
-"""The report of a run, or a comparison of several: one self-contained HTML page made from what lies in run directories."""
+"""The report of a run, or a comparison of several: one self-contained HTML page made from run directories."""
 
 import statistics
 import time

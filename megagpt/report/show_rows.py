@@ -55,7 +55,7 @@ def rows_problems(directory: Path, manifest: Manifest, number: int) -> Iterator[
         ends = np.cumsum(sample.doc_lengths)
         where = f"{path}: sample {index}"
         if int(ends[-1] if len(ends) else 0) != dataset.seq_len:
-            yield f"{where}: a row goes on behind its end"
+            yield f"{where}: a row continues after its end"
         elif np.any(sample.inputs[ends - 1] != manifest.eot_id):
             yield f"{where}: a row does not end with the end of text"
         elif np.any(sample.targets[ends - 1] != IGNORE):

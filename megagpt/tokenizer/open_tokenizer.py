@@ -95,7 +95,7 @@ def _is_rank_file(path: Path) -> bool:
 
 
 def _open_merges(vocabulary: Path, merges: Path, encoder: Encoder, pattern: str | None, *, saved: bool) -> BytePairs:
-    """vocab.json and merges.txt do not say how text is cut: GPT-2's way, unless they lie in the folder of another model."""
+    """vocab.json and merges.txt do not say how text is cut: GPT-2's way, unless they are in the folder of another model."""
     reading = Reading()
     record = vocabulary.parent / FILE_NAME
     settings: Any = vocabulary.parent / "tokenizer_config.json"

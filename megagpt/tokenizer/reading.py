@@ -46,7 +46,7 @@ class Reading:
     bos_id: int | None = None
     """Begins every document; None: nothing does."""
     vocab_size: int = 0
-    """At least so many ids."""
+    """The smallest number of ids."""
 
     @property
     def as_bytes(self) -> bytes:

@@ -73,7 +73,7 @@ def test_an_epoch_that_is_used_up_is_followed_by_the_next() -> None:
     assert (place.begin, place.rest, place.epoch) == (300, None, 3)
     place = place_after((Cut(0, 10, 8), Cut(301, 40, 2)), 1001, seed=3)
     assert place.rest is not None
-    # 13 blocks of 8 windows (80 tokens), the last of 4 (40 tokens); the one that sample 300 is in is given up
+    # 13 blocks of 8 windows (80 tokens), the last of 4 (40 tokens); the one of sample 300 is abandoned
     assert place.rest.length in (12 * 2 - 1, 12 * 2)
     assert place.epoch == 4
 

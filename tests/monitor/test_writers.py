@@ -241,6 +241,6 @@ def test_rows_are_kept_while_the_disk_is_full(tmp_path: Path, caplog: pytest.Log
     lines.close()
     assert path.read_bytes() == b"torn\nfirst line\nsecond line\nthird line\n"
     assert [message.removeprefix(f"{path}: ") for message in caplog.messages] == [
-        "No space left on device: rows are kept in memory; training goes on",
+        "No space left on device: rows are kept in memory; training continues",
         "written again, 0 rows are lost",
     ]

@@ -27,11 +27,16 @@ def run_quickstart(*words: str) -> subprocess.CompletedProcess[str]:
 def test_all_that_is_planted_is_found_and_the_run_survives_its_stop(tmp_path: Path) -> None:
     done = run_quickstart(f"run_dir={tmp_path}", "text_megabytes=2", "max_steps=100")
     rows = re.findall(r"^  (ok |BAD)  (.+?)  +(\S.*?)  +(\S.*)$", done.stdout, re.MULTILINE)
-    assert len(rows) == 12, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(rows) == 14, done.stdout[-3000:] + done.stderr[-3000:]
     # 100 steps do not always bring the loss below what the quickstart asks of 300.
     bad = [row for row in rows if row[0] == "BAD" and row[1] != "validation loss"]
     assert bad == []
     assert done.returncode == any(row[0] == "BAD" for row in rows)
+    assert [row[1:] for row in rows[-2:]] == [
+        ("transformers' text", "that of generate_text", "equal"),
+        ("served text", "that of generate_text", "equal"),
+    ]
+    assert (tmp_path / "export" / "checked.json").is_file()
     planted = json.loads((tmp_path / "dumps" / "planted.json").read_text())["planted"]
     assert min(value for value in planted.values() if isinstance(value, int)) >= 1
     assert planted["exact_copies"] >= 5

@@ -1,4 +1,4 @@
-"""The thread that generates: what becomes of jobs when a forward fails, is late, or is given up."""
+"""The thread that generates: what becomes of jobs when a forward fails or is late, or a client leaves."""
 
 import asyncio
 from typing import Any
@@ -73,19 +73,19 @@ def test_jobs_that_are_late_or_given_up_leave_the_others_alone(served: Served) -
         worker.submit(alone)
         worker.start(lambda: None)
         expected = await result_of(alone)
-        jobs = {name: new_job(worker, max_tokens=100) for name in ("first", "given up", "waiting", "given up waiting")}
+        jobs = {name: new_job(worker, max_tokens=100) for name in ("first", "cancelled", "waiting", "cancelled waiting")}
         late = new_job(worker, seconds=-1.0)
         for job in (*jobs.values(), late):
             worker.submit(job)
-        worker.cancel(jobs["given up"])
-        worker.cancel(jobs["given up waiting"])
+        worker.cancel(jobs["cancelled"])
+        worker.cancel(jobs["cancelled waiting"])
         results = await result_of(jobs["first"]), await result_of(jobs["waiting"])
         assert results == (expected, expected)
         error = await result_of(late)
         assert isinstance(error, ApiError)
         assert (error.status, error.code) == (504, "timeout")
         assert (worker.num_running, worker.num_waiting) == (0, 0)
-        assert jobs["given up waiting"].events.empty()
+        assert jobs["cancelled waiting"].events.empty()
         assert worker.num_generated < 400
         worker.end()
 

@@ -92,7 +92,7 @@ def make(kind: str, folder: Path) -> Path:
     return folder
 
 
-KINDS = {  # -> lossless, dummy prefix, what is said of losses
+KINDS = {  # -> lossless, dummy prefix, the reported losses
     "neox": (False, False, "NFC"), "spaces": (True, False, None), "qwen": (False, False, "NFC"), "digits": (True, False, None),
     "llama": (False, True, "Prepend, Replace, a space put in front"),
     "gemma": (True, False, None),
@@ -172,7 +172,7 @@ def test_saved_copies_open_as_the_same_tokenizer(folders: dict[str, Path], tmp_p
 
 
 def test_a_copy_of_release_0_1_keeps_added_tokens_out(folders: dict[str, Path], tmp_path: Path) -> None:
-    """That release took the runs of spaces for special tokens; what it trained goes on with its ids."""
+    """That release took the runs of spaces for special tokens; models trained with it keep its ids."""
     today = open_tokenizer(folders["spaces"])
     earlier = open_tokenizer(folders["spaces"], saved=True)
     assert isinstance(earlier, BytePairs)

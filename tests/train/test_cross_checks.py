@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import settings, write_shards
+from small_run import settings
 
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, dump, validate
@@ -14,11 +14,6 @@ from megagpt.files import write_json
 from megagpt.train.config import TrainConfig
 from megagpt.train.cross_checks import refuse_contradictions, warnings_of
 from megagpt.train.loop import train
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("corpus"))
 
 
 def wsd(**changes: int) -> dict[str, Any]:

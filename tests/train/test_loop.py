@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from ranks import free_port, run_ranks, wait_until
-from small_run import STARTED, STEPS, losses, settings, start, write_shards
+from small_run import STEPS, losses, settings, start, write_shards
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.save_load import list_checkpoints, step_of
@@ -36,18 +36,6 @@ from megagpt.train.config import TrainConfig
 from megagpt.train.loop import train
 
 FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running() -> Iterator[None]:
-    yield
-    while STARTED:
-        STARTED.pop().kill()
 
 
 def assert_ledger_is_complete(values: dict[str, Any]) -> None:

@@ -1,13 +1,12 @@
 """Runs whose ranks share samples: what is refused, the ledger, evaluation and sampling, and restarts with other groups."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Ranks
-from small_run import STARTED, STEPS, losses, settings, start, write_shards
+from small_run import STEPS, losses, settings, start
 
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR
 from megagpt.config import UserError, validate
@@ -27,18 +26,6 @@ LASTING: dict[str, Any] = {
     "sample_every_steps": HALF,
     "sample_tokens": 40,  # beyond the model's 32: generation continues from the last half
 }
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running() -> Iterator[None]:
-    yield
-    while STARTED:
-        STARTED.pop().kill()
 
 
 def shared(size: int, **more: Any) -> dict[str, Any]:
@@ -173,7 +160,7 @@ def test_a_run_continues_with_longer_samples_that_ranks_share(shards: Path, proj
     finished(start(project, tmp_path / "b", values, 2))
     before, after = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(after) == [HALF + 1, HALF + 2, HALF + 3]
-    assert all(loss < before[1] - 0.5 for loss in after.values()), "it goes on with what it had learnt"
+    assert all(loss < before[1] - 0.5 for loss in after.values()), "it resumes from the learned weights"
     (planned,) = read_metrics(tmp_path / "two").of_kind("planned")
     assert planned["step"] == HALF
     assert {"data", "model"} <= set(re.findall(r"[a-z_]+", planned["change"]))

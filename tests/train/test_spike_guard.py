@@ -199,11 +199,6 @@ POISON = [[30, 32], [75, 76], [100, 101]]
 """Batches of noise in the data, [from, until); two batches are left out each time."""
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("corpus"))
-
-
 def run(project: Path, shards: Path, folder: Path, **changes: Any) -> Path:
     """A run of two ranks under a guard that judges early; its directory."""
     guard = {"window_steps": 24, "min_steps": 12, "skip_steps": 2}

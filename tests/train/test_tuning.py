@@ -1,7 +1,6 @@
 """Freezing, adapters, a vocabulary that has grown, early stopping: on every engine, and as a user runs it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks, wait_until
-from small_run import STARTED, losses, settings, start, write_shards
+from small_run import losses, settings, start, write_shards
 from toy import MODEL, UNTIED, engines_on, make_engine, train_steps
 
 from megagpt.checkpoint.admin import merge
@@ -42,13 +41,6 @@ TUNES = {
     "lora": LORA,
     "lora_and_rows": TuneConfig(lora=LoraConfig(rank=3, also_train=("embedding.weight",))),
 }
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running() -> Iterator[None]:
-    yield
-    while STARTED:
-        STARTED.pop().kill()
 
 
 def write_base(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -261,7 +253,7 @@ def test_adapters_are_saved_alone_resume_elsewhere_and_are_merged(
     shares = np.unique(targets, return_counts=True)[1] / len(targets)
     assert found.unigram_entropies["rows"] == pytest.approx(-(shares * np.log(shares)).sum())
     assert found.sources["old"].tokens == TokenDataset(old, seq_len=96).num_tokens - 1
-    with pytest.raises(UserError, match="its rows lie in samples of 96"):
+    with pytest.raises(UserError, match="its samples have 96"):
         evaluate_run(EvaluateConfig(run_dir=base_run, shards={"rows": rows / "validation"}, max_samples=1))
     with pytest.raises(UserError, match="holds the whole model already"):
         merge(tmp_path / "merged", tmp_path / "again")

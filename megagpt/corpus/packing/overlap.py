@@ -101,11 +101,11 @@ class OverlapIndex:
         return [self._find(distinct(found)) for found in shingles_of_texts(texts, WORDS_PER_SHINGLE)[0]]
 
     def _find(self, found: np.ndarray) -> tuple[str, float] | None:
-        from megagpt.corpus.packing import overlap_kernels as leak_kernels
+        from megagpt.corpus.packing import overlap_kernels
 
         if found.size == 0 or self.num_documents == 0:
             return None
-        number, similarity = leak_kernels.most_similar(
+        number, similarity = overlap_kernels.most_similar(
             found, self._keys, self._owners, self._buckets, self._sets, self._ends, self._threshold
         )
         return (self._ids[int(number)], round(float(similarity), 4)) if number >= 0 else None

@@ -1,4 +1,4 @@
-"""The compiled loop behind leaks.py. Importing this module imports numba: do it where it is used."""
+"""The compiled loop behind overlap.py. Importing this module imports numba: do it where it is used."""
 
 import numpy as np
 from numba import njit

@@ -60,7 +60,7 @@ class Job:
 
 
 def tokenize_blocks(blocks: Sequence[Block], job: Job, execution: Execution) -> list[dict[str, Any]] | None:
-    """The records of all blocks, tokenized: segments (name, source, split, tokens), documents, empty, leaks (as Leak has them);
+    """The records of all blocks, tokenized: segments (name, source, split, tokens), documents, empty, leaks (as in Overlap);
     of rows also malformed (file, line, kind, problem) and truncated.
 
     None while those of other parts are missing.
@@ -260,7 +260,7 @@ def _tokenize_rows(block: Block, job: Job, cuts: Cuts) -> int:
     assert config.pack_seq_len is not None
     tokenizer = tokenizer_for(cached_tokenizer(job.tokenizer, config.encoder, config.pattern), supervised)
     encoder = RowEncoder(tokenizer, supervised, config.pack_seq_len)
-    segments, malformed, leaks, documents = _Segments(block, job, tokenizer.eot_id), [], list[Overlap](), 0
+    segments, malformed, overlaps, documents = _Segments(block, job, tokenizer.eot_id), [], list[Overlap](), 0
 
     def report(line: int, kind: str, problem: str) -> None:
         malformed.append({"file": block.path, "line": line, "kind": kind, "problem": problem})
@@ -270,14 +270,14 @@ def _tokenize_rows(block: Block, job: Job, cuts: Cuts) -> int:
     threshold = config.overlap_threshold
     index = OverlapIndex(_overlap_index(job), threshold) if threshold is not None and _overlap_index(job).is_dir() else None
     for batch in batches(pieces, lambda piece: len(piece[2])):
-        for split, document, text in batch if index is None else _without_overlaps(batch, index, leaks):
+        for split, document, text in batch if index is None else _without_overlaps(batch, index, overlaps):
             found = encoder.encode(document, partial(report, int(document.meta["line"])))
             if found is not None:
                 segments.add(split, document, found[0], len(text.encode()), found[1])
                 documents += 1
     segments.flush()
     more = {"malformed": malformed, "truncated": encoder.num_truncated}
-    found = {"documents": documents, "empty": 0, "leaks": [asdict(overlap) for overlap in leaks], **more}
+    found = {"documents": documents, "empty": 0, "leaks": [asdict(overlap) for overlap in overlaps], **more}
     write_json(_record(job, block, "tokenize"), {"segments": segments.written, **found})
     return documents
 
@@ -288,13 +288,13 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
     tokenizer = cached_tokenizer(job.tokenizer, job.config.encoder, job.config.pattern)
     segments, empty, documents = _Segments(block, job, tokenizer.eot_id), 0, 0
     begin = None if tokenizer.bos_id is None else np.array([tokenizer.bos_id], np.uint32)
-    leaks: list[Overlap] = []
+    overlaps: list[Overlap] = []
     pieces = _split(read_block(block), job.config, _left(block, cuts))
     threshold = job.config.overlap_threshold
     index = OverlapIndex(_overlap_index(job), threshold) if threshold is not None and _overlap_index(job).is_dir() else None
     for batch in batches(pieces, lambda piece: len(piece[2])):
         if index is not None:
-            batch = _without_overlaps(batch, index, leaks)
+            batch = _without_overlaps(batch, index, overlaps)
         batch_ids = tokenizer.encode_batch([text for _, _, text in batch])
         for (split, document, text), ids in zip(batch, batch_ids, strict=True):
             if not text:
@@ -305,13 +305,13 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
             segments.add(split, document, ids, len(text) if text.isascii() else len(text.encode()))
             documents += 1
     segments.flush()
-    found = {"documents": documents, "empty": empty, "leaks": [asdict(overlap) for overlap in leaks]}
+    found = {"documents": documents, "empty": empty, "leaks": [asdict(overlap) for overlap in overlaps]}
     write_json(_record(job, block, "tokenize"), {"segments": segments.written, **found})
     return documents
 
 
-def _without_overlaps(batch: list[_Piece], index: OverlapIndex, leaks: list[Overlap]) -> list[_Piece]:
-    """Leave out of train what is too similar to a validation document; `leaks` grows by it."""
+def _without_overlaps(batch: list[_Piece], index: OverlapIndex, overlaps: list[Overlap]) -> list[_Piece]:
+    """Leave out of train what is too similar to a validation document; `overlaps` grows by it."""
     found = iter(index.find([text for split, _, text in batch if split == "train"]))
     kept = []
     for split, document, text in batch:
@@ -319,5 +319,5 @@ def _without_overlaps(batch: list[_Piece], index: OverlapIndex, leaks: list[Over
         if overlap is None:
             kept.append((split, document, text))
         else:
-            leaks.append(Overlap(document.id, document.url, *overlap))
+            overlaps.append(Overlap(document.id, document.url, *overlap))
     return kept

@@ -2,7 +2,7 @@
 
 How it works. Every document gets a key, a hash of its id.
 1. Blocks of the input are split and tokenized by workers into segments of at most 16 Mi tokens, sorted by key (segments.py).
-   Training documents that are near duplicates of validation documents are left out (leaks.py).
+   Training documents that are near duplicates of validation documents are left out (overlap.py).
 2. The total says how many shards of `shard_tokens` there will be. Shard k of K holds the documents whose keys are in the k-th
    K-th of the 64-bit range: its worker looks up that range in every segment and merges, so the concatenation of all shards is
    the corpus in the order of keys. Neither blocks nor workers nor parts leave a trace in that order. With pack_seq_len
@@ -100,9 +100,7 @@ def pack_documents(
         tokenizer = tokenizer_for(tokenizer, config.supervised)
     if config.require_lossless and not tokenizer.lossless:
         losses = f" ({tokenizer.losses})" if isinstance(tokenizer, HuggingFaceTokenizer) else ""
-        raise UserError(
-            f"tokenizer {tokenizer_path}: it rewrites or drops text{losses}; require_lossless=false takes it all the same"
-        )
+        raise UserError(f"tokenizer {tokenizer_path}: it rewrites or drops text{losses}; require_lossless=false accepts it")
     blocks = document_blocks(inputs)
     paths = {block.name: block.path for block in blocks}
     for block in blocks:

@@ -18,7 +18,7 @@ from megagpt.documents import Document, Rejected, open_lines, parse_json
 
 MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 30
-"""What of a text file is read; the rest is left, and a Fault says so."""
+"""What of a text file is read; the rest is left, and a MalformedRecord says so."""
 DATASETS = "datasets:"
 """What an input's name begins with that is a data set and no file."""
 _UNREADABLE = object()
@@ -120,7 +120,7 @@ def _parquet_rows(opened: Any, block: Block, name: str, source: str, text_field:
 
 
 def _readable_columns(file: Any, group: int, name: str) -> tuple[list[str], list[MalformedRecord]]:
-    """The columns of a row group that can be read, by trying its first rows; a Fault for each that cannot."""
+    """The columns of a row group that can be read, by trying its first rows; a MalformedRecord for each that cannot."""
     import pyarrow
 
     names = list(dict.fromkeys(file.schema_arrow.names))
@@ -238,7 +238,7 @@ def _text_or_none(value: Any) -> str | None:
 def _lines(block: Block, name: str) -> Iterator[tuple[int, bytes] | tuple[int, MalformedRecord]]:
     """(offset, line) of the lines that begin in a block; of a compressed file the offset is that of the plain text.
 
-    A line longer than MAX_LINE_BYTES is passed over, and a Fault says so.
+    A line longer than MAX_LINE_BYTES is passed over, and a MalformedRecord says so.
     """
     with open_lines(Path(block.path)) as file:
         offset = _first_line(file, block.start)

@@ -2,8 +2,9 @@
 
 How it works. A file is a sequence of members: a gzip member each, or the whole file when it is plain or zstd. A member is
 decompressed as it is read and cut into records by their own lengths. Where something does not fit (bytes that are no header, a
-member that does not decompress, a record that ends early, a length that reaches into the next record) a Fault says so and
-reading resumes at the next thing that is surely a record: a line that begins like one, or a gzip member whose content does.
+member that does not decompress, a record that ends early, a length that reaches into the next record) a MalformedRecord says
+so, and reading resumes at the next thing that is surely a record: a line that begins like one, or a gzip member whose content
+does.
 So one bad record costs one record.
 
 A block may start anywhere in a gzip file: reading starts at the first member that begins with a record, which is where the
@@ -52,7 +53,7 @@ class Record:
 
 
 def read_records(block: Block) -> Iterator[Record | MalformedRecord]:
-    """The records of a block, and a Fault for each damage met."""
+    """The records of a block, and a MalformedRecord for each damage met."""
     path = Path(block.path)
     with path.open("rb") as file:
         magic = file.read(4)

@@ -304,7 +304,7 @@ def test_the_mask_is_verified_and_other_samples_are_refused(tmp_path: Path) -> N
     values: dict[str, Any] = {"sources": {"a": {"path": folder}}, "seq_len": SEQ_LEN, "shuffle_block": 1}
     with pytest.raises(UserError, match=r"document_mask=false: .*train has several rows in a sample"):
         open_data(DataConfig.model_validate(values))
-    with pytest.raises(UserError, match=r"its rows lie in samples of 96 tokens .* data\.seq_len=48"):
+    with pytest.raises(UserError, match=r"its samples have 96 tokens .* data\.seq_len=48"):
         open_data(DataConfig.model_validate({**values, "seq_len": 48, "document_mask": True}))
     data = open_data(DataConfig.model_validate({**values, "document_mask": True}))
     assert data.tokenizer.vocab_size == 259
