@@ -37,7 +37,7 @@ def refuse_float8(kind: Float8, model: ModelConfig, precision: str, *, canonical
     if canonical:
         raise UserError(f"float8={kind} with determinism=canonical is not covered")
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(f"float8={kind} needs torchao: pip install 'megagpt[float8]'")
+        raise UserError(f"float8={kind} needs torchao: pip install -c constraints.txt '.[float8]'")
     sizes = {
         "model.hidden_size": model.hidden_size,
         "model.mlp_size": model.mlp_width,

@@ -45,7 +45,9 @@ def check_monitor(config: MonitorConfig) -> None:
     settings = {"tensorboard": "monitor.tensorboard=true", "prometheus_client": port}
     for package, is_wanted in wanted.items():
         if is_wanted and find_spec(package) is None:
-            raise UserError(f"{settings[package]}: the package {package} is not installed (pip install 'megagpt[monitor]')")
+            raise UserError(
+                f"{settings[package]}: the package {package} is not installed (pip install -c constraints.txt '.[monitor]')"
+            )
     check_wandb(config)
 
 

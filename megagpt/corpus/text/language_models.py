@@ -134,4 +134,6 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"language.model needs {name.partition('.')[0]}: pip install 'megagpt[languages]'") from None
+        raise UserError(
+            f"language.model needs {name.partition('.')[0]}: pip install -c constraints.txt '.[languages]'"
+        ) from None

@@ -101,7 +101,7 @@ def test_the_table_is_that_of_the_measurement() -> None:
 def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     open_language_model.cache_clear()
     monkeypatch.setitem(sys.modules, "pycld2", None)
-    with pytest.raises(UserError, match=r"language\.model needs pycld2: pip install 'megagpt\[languages\]'"):
+    with pytest.raises(UserError, match=r"language\.model needs pycld2: pip install -c constraints\.txt '\.\[languages\]'"):
         open_language_model("cld2")
     with pytest.raises(UserError, match="no such model file"):
         open_language_model(str(tmp_path / "none.ftz"))
