@@ -177,8 +177,11 @@ def test_earlier_names_of_settings_are_read_with_one_warning(tmp_path: Path, cap
     assert [record.message for record in caplog.records] == [
         "the setting mask_documents is now called document_mask; the earlier name is still read"
     ]
-    for word in ("data.mask_documents=false", "data.document_mask=false"):
-        assert not load(Outer, [file, word]).data.document_mask, "the command line wins over the file, by either name"
+    today = tmp_path / "today.yaml"
+    today.write_text("data: {sources: {a: {path: x}}, document_mask: true}\n")
+    for path in (file, str(today)):
+        for word in ("data.mask_documents=false", "data.document_mask=false"):
+            assert not load(Outer, [path, word]).data.document_mask, "the command line wins over the file, by either name"
     both = write(tmp_path, "data: {sources: {a: {path: x}}, mask_documents: true, document_mask: true}\n")
     with pytest.raises(UserError, match="mask_documents is the earlier name of document_mask: only one of them can be set"):
         load(Outer, [both])
