@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import SmallDisk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run several processes at once
 
@@ -25,17 +26,6 @@ def shared_data() -> Path:
 def project() -> Path:
     """The project's root."""
     return PROJECT
-
-
-class SmallDisk:
-    """A disk in memory, mounted at `path`, that is full when a test wants it to be."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def resize(self, kib: int) -> None:
-        """Give it so many KiB; what is on it stays."""
-        subprocess.run(["mount", "-o", f"remount,size={kib}k", self.path], check=True)
 
 
 @pytest.fixture

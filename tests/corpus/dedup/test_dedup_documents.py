@@ -18,9 +18,9 @@ import numpy as np
 import orjson
 import pytest
 import xxhash
-from conftest import SmallDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_disk import SmallDisk
 
 from megagpt.config import UserError
 from megagpt.corpus.dedup import dedup_documents as dedup

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from conftest import SmallDisk
+from small_disk import SmallDisk
 
 from megagpt.config import UserError
 from megagpt.corpus.packing import best_fit, segments

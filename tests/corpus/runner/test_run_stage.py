@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SmallDisk
+from small_disk import SmallDisk
 
 from megagpt.config import UserError, validate
 from megagpt.corpus.runner import commit
