@@ -200,10 +200,12 @@ def test_parts_do_not_change_a_byte(corpus: list[Path], packed: Path, tmp_path: 
 @pytest.mark.slow
 def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_path: Path) -> None:
     words = [f"tokenize.inputs={[str(path) for path in corpus]}", "tokenize.tokenizer=bytes", "tokenize.shard_tokens=4000"]
-    words += ["tokenize.validation_fraction=0.1", "tokenize.overlap_threshold=null", f"work_dir={tmp_path}", "num_workers=1"]
+    words += ["tokenize.validation_fraction=0.1", "tokenize.overlap_threshold=null", "num_workers=1"]
     tool = Path(__file__).parents[3] / "tools" / "tokenize_documents.py"
-    command = [sys.executable, str(tool), *words]
-    delays = np.random.default_rng(3).uniform(0.3, 3.0, 8)
+    command = [sys.executable, str(tool), *words, f"work_dir={tmp_path}"]
+    began = time.monotonic()
+    subprocess.run([*command, f"work_dir={tmp_path / 'timed'}"], check=True, capture_output=True, timeout=300)
+    delays = np.random.default_rng(3).uniform(0.1, 0.9, 8) * (time.monotonic() - began)
     kills = 0
     for delay in delays:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
