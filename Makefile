@@ -48,6 +48,6 @@ clean: ## Remove what tests and tools leave in the working tree (not .venv, not 
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml constraints.txt docker/install.sh
+$(VENV)/.installed: pyproject.toml setup.py megagpt/__init__.py constraints.txt docker/install.sh
 	docker/install.sh python dev $(VENV)
 	touch $@

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from megagpt.config import Config, Failure, UserError, describe, dump, load
+from megagpt.shipped import as_installed
 from megagpt.terminal import SafeFormatter, safe_text, without_secrets
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_WATCHDOG = 0, 1, 2, 75, 76
@@ -77,7 +78,7 @@ def run_words(config_class: type[C], run: Callable[[C], int | None], about: str,
 def _fail(error: Exception, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {safe_text(without_secrets(str(error)))}", file=sys.stderr)
+    print(f"error: {safe_text(without_secrets(as_installed(str(error))))}", file=sys.stderr)
     return status
 
 
@@ -97,4 +98,4 @@ def _help(config_class: type[Config], about: str) -> str:
     lines = [about.strip(), "", "Settings, as `key: value` in a YAML file or key=value here (the latter wins):"]
     lines += [f"  {name:<{width}}  [{default}]  {text}".rstrip() for name, default, text in rows]
     lines += ["", "Options: --help (this text), --print (show the resolved settings and end), --debug (traceback on errors)."]
-    return "\n".join(lines)
+    return as_installed("\n".join(lines))

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
 
 from megagpt.settings_fields import RENAMED
+from megagpt.shipped import config_files, find_config, near_configs
 from megagpt.strict_yaml import MAX_CHARACTERS, YamlError, parse_yaml
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ C = TypeVar("C", bound=Config)
 def load(config_class: type[C], words: Sequence[str]) -> C:
     """Read a configuration from command-line words: at most one YAML file, then `key=value` (dots reach into sections).
 
+    The file is a path or the name of a configuration that ships with the package (`gpt_124m`; a local file of that name wins).
     A word that holds `=` is the file if it does not begin with a setting's name and is a path. Values are YAML, except that a
     text field takes what is not in quotes as it stands (null, where it may be null). A word that sets another `kind` of a
     section drops what the file says there and the new kind does not have. Raises UserError that lists every wrong field at
@@ -73,14 +75,15 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
     files = [word for word in words if _is_file(config_class, word)]
     if len(files) > 1:
         raise UserError(f"one configuration file is expected, {len(files)} were given: {' '.join(files)}")
-    values = read_yaml(Path(files[0])) if files else {}
+    path = _config_file(files[0]) if files else None
+    values = read_yaml(path) if path else {}
     for word in words:
         if word not in files:
             key, _, text = word.partition("=")
             key = _drop_earlier_name(config_class, values, key)
             _assign(values, key, _parse_value(config_class, key, text))
             _follow_kind(config_class, values, key)
-    return validate(config_class, values, source=files[0] if files else "command line")
+    return validate(config_class, values, source=str(path) if path else "command line")
 
 
 def _is_file(config_class: type[Config], word: str) -> bool:
@@ -89,6 +92,16 @@ def _is_file(config_class: type[Config], word: str) -> bool:
     if not equals or key.split(".")[0] in config_class.model_fields:
         return not equals
     return "/" in key or (len(word.encode(errors="replace")) <= LONGEST_NAME and Path(word).is_file())
+
+
+def _config_file(word: str) -> Path:
+    """The file that a word means. Raises UserError with the names that are like it if there is none."""
+    path = find_config(word)
+    if path is None and (near := near_configs(word)):
+        raise UserError(f"{_quoted(word)[1:-1]}: no such configuration file (did you mean {' or '.join(near)}?)")
+    if path is None and "/" not in word and not word.endswith((".yaml", ".yml")):
+        raise UserError(f"{_quoted(word)[1:-1]}: no such configuration file; those that ship: {', '.join(config_files())}")
+    return path or Path(word)
 
 
 def validate(config_class: type[C], values: dict[str, Any], *, source: str) -> C:

@@ -18,9 +18,33 @@ LAYERS = (
     ("engine", "monitor", "watchdog"),
     ("model", "data"),
     ("tokenizer", "distributed"),
-    ("config", "strict_yaml", "terminal", "files", "documents", "command", "settings_record", "settings_fields", "output_list"),
+    (
+        "config",
+        "strict_yaml",
+        "terminal",
+        "files",
+        "documents",
+        "command",
+        "settings_record",
+        "settings_fields",
+        "output_list",
+        "shipped",
+        "__main__",
+    ),
 )
-TORCH_FREE = ("config", "strict_yaml", "terminal", "files", "documents", "command", "tokenizer", "corpus", "data")
+TORCH_FREE = (
+    "config",
+    "strict_yaml",
+    "terminal",
+    "files",
+    "documents",
+    "command",
+    "shipped",
+    "__main__",
+    "tokenizer",
+    "corpus",
+    "data",
+)
 """Folders of which no module names torch, but for NEEDS_TORCH."""
 NEEDS_TORCH = ("data.loader",)
 DEEPSPEED_ONLY_IN = "engine.deepspeed"

@@ -1,4 +1,4 @@
-"""The whole way from web dump to trained GPT, small: in a few minutes, on two CPU cores, with nothing but this checkout.
+"""The whole way from web dump to trained GPT, small: in a few minutes, on two CPU cores, with no other input.
 
     make quickstart
     python tools/quickstart.py warc=PATH/*.warc.gz wiki=PATH/*.xml.bz2

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megagpt.command import EXIT_DONE
 from megagpt.distributed.ports import free_port
+from megagpt.shipped import tool_file
 
 PROMPT, NUM_TOKENS = "The function returns", 24
 START_SECONDS = 120.0
@@ -34,24 +35,24 @@ def missing_packages() -> list[str]:
     return [name for name in ("transformers", "fastapi", "uvicorn") if find_spec(name) is None]
 
 
-def text_of_generate(run_dir: Path, project: Path) -> str:
+def text_of_generate(run_dir: Path) -> str:
     """The likeliest continuation of PROMPT, prompt included, by tools/generate_text.py."""
     words = [f"run_dir={run_dir}", f"prompt={PROMPT}", f"max_tokens={NUM_TOKENS}", "temperature=0"]
-    return _output([sys.executable, "tools/generate_text.py", *words], project).removesuffix("\n")
+    return _output([sys.executable, str(tool_file("generate_text")), *words]).removesuffix("\n")
 
 
-def text_of_transformers(export: Path, project: Path) -> str:
+def text_of_transformers(export: Path) -> str:
     """The same by Hugging Face's transformers, from the exported folder alone."""
-    return _output([sys.executable, "-c", _WITH_TRANSFORMERS, str(export), PROMPT, str(NUM_TOKENS)], project)
+    return _output([sys.executable, "-c", _WITH_TRANSFORMERS, str(export), PROMPT, str(NUM_TOKENS)])
 
 
-def text_of_server(run_dir: Path, project: Path) -> str:
+def text_of_server(run_dir: Path) -> str:
     """The same by a request to tools/serve_model.py on this machine, which is ended by SIGTERM. Raises HandOverError if the
     server does not start, answer, or end with status 0."""
     port = free_port()
-    command = [sys.executable, "tools/serve_model.py", f"run_dir={run_dir}", f"port={port}"]
+    command = [sys.executable, str(tool_file("serve_model")), f"run_dir={run_dir}", f"port={port}"]
     with (run_dir / "serve.log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
+        server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         _wait_until_ready(server, port, run_dir / "serve.log")
         body = {"model": run_dir.name, "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
@@ -69,8 +70,8 @@ def text_of_server(run_dir: Path, project: Path) -> str:
     return PROMPT + answer["choices"][0]["text"]
 
 
-def _output(command: list[str], project: Path) -> str:
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != EXIT_DONE:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise HandOverError(f"{Path(command[1]).name}: status {done.returncode}: {lines[-1]}")

@@ -33,8 +33,8 @@ from megagpt.quickstart.hand_over import (
     text_of_server,
     text_of_transformers,
 )
+from megagpt.shipped import IN_CHECKOUT, as_installed, tool_file
 
-PROJECT = Path(__file__).resolve().parents[2]
 CORPUS_RECIPE = "configs/corpus/quickstart.yaml"
 TRAIN_RECIPE = "configs/train/debug_cpu.yaml"
 STAGES = ("extract_documents", "filter_documents", "dedup_documents", "train_tokenizer", "tokenize_documents")
@@ -42,6 +42,21 @@ SHORT_STEPS = 100
 """A run of fewer steps warms up in a fifth of them, not in those of the config."""
 MIN_GAIN = 0.5
 """Nats per token by which the trained model must beat the frequencies of single tokens."""
+
+
+NEXT = """\
+Next, with your own data
+  .venv/bin/python tools/quickstart.py warc='PATH/*.warc.gz' wiki='PATH/*.xml.bz2'
+  .venv/bin/python tools/extract_documents.py configs/corpus/common_crawl.yaml \\
+      work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
+      ... then filter_documents, dedup_documents, train_tokenizer, tokenize_documents with the same words
+  .venv/bin/torchrun --nproc-per-node 8 tools/train_model.py configs/train/gpt_124m.yaml data.sources.main.path=/data/cc/shards
+"""
+NEXT_ON_SLURM = """\
+On SLURM: edit slurm/env.sh, then
+  slurm/preprocess.sh configs/corpus/common_crawl.yaml work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
+  slurm/pretrain.sh configs/train/gpt_1b3.yaml run_dir=/data/runs/first data.sources.main.path=/data/cc/shards
+"""
 
 
 class QuickstartConfig(Config):
@@ -140,11 +155,15 @@ def title(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
+def typed(name: str, words: Sequence[str]) -> str:
+    """The command line of a tool as a user types it."""
+    return as_installed(f"python tools/{name}.py {shlex.join(words)}")
+
+
 def run_tool(name: str, *words: str) -> None:
     """Print a tool's command line and run it. Raises StepFailedError if it does not end with status 0."""
-    command = [f"tools/{name}.py", *words]
-    title(f"python {shlex.join(command)}")
-    status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
+    title(typed(name, words))
+    status = subprocess.run([sys.executable, str(tool_file(name)), *words]).returncode
     if status != EXIT_DONE:
         raise StepFailedError(f"{name} ended with status {status}", EXIT_USER_ERROR if status == EXIT_USER_ERROR else 1)
 
@@ -154,8 +173,7 @@ def run_ranks(words: Sequence[str], run_dir: Path, num_ranks: int, *, stop_at_st
 
     Rank 0 speaks on this terminal, the others into run_dir/rank<n>.log.
     """
-    command = ["tools/train_model.py", *words]
-    print(f"python {shlex.join(command)}    (RANK=0..{num_ranks - 1} WORLD_SIZE={num_ranks})", flush=True)
+    print(f"{typed('train_model', words)}    (RANK=0..{num_ranks - 1} WORLD_SIZE={num_ranks})", flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks: list[subprocess.Popen[bytes]] = []
@@ -164,7 +182,9 @@ def run_ranks(words: Sequence[str], run_dir: Path, num_ranks: int, *, stop_at_st
         with (run_dir / f"rank{rank}.log").open("ab") as log:
             output = log if rank else None
             ranks.append(
-                subprocess.Popen([sys.executable, *command], cwd=PROJECT, env=environment, stdout=output, stderr=output)
+                subprocess.Popen(
+                    [sys.executable, str(tool_file("train_model")), *words], env=environment, stdout=output, stderr=output
+                )
             )
     try:
         while all(rank.poll() is None for rank in ranks):
@@ -208,9 +228,9 @@ def hand_over(run_dir: Path, export: Path) -> list[Check]:
     run_tool("export_model", f"run_dir={run_dir}", f"output_dir={export}", "dtype=fp32")
     title("The likeliest continuation of one text by generate_text, by transformers from the export, and by serve_model")
     try:
-        ours = text_of_generate(run_dir, PROJECT)
+        ours = text_of_generate(run_dir)
         print(ours)
-        others = {"transformers' text": text_of_transformers(export, PROJECT), "served text": text_of_server(run_dir, PROJECT)}
+        others = {"transformers' text": text_of_transformers(export), "served text": text_of_server(run_dir)}
     except HandOverError as error:
         raise StepFailedError(str(error), 1) from None
     return [
@@ -270,22 +290,14 @@ def print_summary(config: QuickstartConfig, checks: Sequence[Check], *, seconds:
     stages = {stage: read_json(config.run_dir / "corpus" / stage / "summary.json") for stage in ("extract", "filter", "dedup")}
     funnel = " -> ".join(f"{stages[stage]['kept']:,} after {stage}" for stage in stages)
     print(f"\nDocuments: {stages['extract']['documents_in']:,} in the dumps -> {funnel}")
-    print(
-        f"""
+    print(f"""
 What was made, below {config.run_dir}/
   corpus/extract|filter|dedup   documents of each stage, with counts, reasons and examples of what was dropped
   corpus/tokenizer, shards      the SentencePiece tokenizer, and Megatron .bin/.idx shards
   train/                        checkpoints, metrics.jsonl, W&B files (offline), ledger
   train/report.html             the loss curve and the data funnel: open it in a browser
   export/                       the model for transformers and vLLM
-
-Next, with your own data
-  make quickstart WORDS="warc=PATH/*.warc.gz wiki=PATH/*.xml.bz2"
-  .venv/bin/python tools/extract_documents.py configs/corpus/common_crawl.yaml \\
-      work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
-      ... then filter_documents, dedup_documents, train_tokenizer, tokenize_documents with the same words
-  .venv/bin/torchrun --nproc-per-node 8 tools/train_model.py configs/train/gpt_124m.yaml data.sources.main.path=/data/cc/shards
-On SLURM: edit slurm/env.sh, then
-  slurm/preprocess.sh configs/corpus/common_crawl.yaml work_dir=/data/cc extract.inputs='[/dumps/*.warc.gz]'
-  slurm/pretrain.sh configs/train/gpt_1b3.yaml run_dir=/data/runs/first data.sources.main.path=/data/cc/shards"""
-    )
+""")
+    print(as_installed(NEXT).rstrip())
+    if IN_CHECKOUT:
+        print(NEXT_ON_SLURM.rstrip())

@@ -30,6 +30,7 @@ from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.config import check_monitor
 from megagpt.settings_record import difference, filled, read_settings
+from megagpt.shipped import IN_CHECKOUT, ROOT
 from megagpt.train import cross_checks, data_changes
 from megagpt.train.config import TrainConfig
 
@@ -295,8 +296,9 @@ def record_start(config: TrainConfig, data: Data, world: World, attempt: int) ->
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with `+changes` if the working tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    if not IN_CHECKOUT:  # a repository that holds the environment is not ours
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
