@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 WORDS ?=
+UPGRADE ?=
 # One thread per process: every tool and test spreads its work over processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint check format bench-cpu clean
+.PHONY: help install quickstart test lint check format constraints bench-cpu clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,15 @@ check: lint ## What a change must pass before review: lint and the fast tests
 format: $(VENV)/.installed ## Rewrite the sources in the project's format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# uv keeps the pins of the file that it writes to, unless pyproject.toml rules them out. It reads the metadata of an index's own
+# (CUDA) build of torch; the packages that this build brings are left out: torch names their versions, and other builds have others.
+constraints: $(VENV)/.installed ## Write constraints.txt anew from pyproject.toml; pins stay (UPGRADE="--upgrade-package numpy" moves one)
+	cp constraints.txt $(VENV)/constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --quiet --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-annotate --no-header $(UPGRADE) --output-file $(VENV)/constraints.txt
+	{ head -n 1 constraints.txt; grep -Pv '^(cuda-|nvidia-(?!ml-py)|triton=)' $(VENV)/constraints.txt; } > $(VENV)/constraints.new
+	mv $(VENV)/constraints.new constraints.txt
 
 bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against peers (environments are made first), under 30 minutes; docs/benchmarks.md
 	$(BIN)/python -m bench.training.compare cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
