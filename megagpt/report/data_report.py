@@ -1,23 +1,39 @@
 """The report of a corpus: one self-contained HTML page made from what its stages left in work_dir. No torch."""
 
+import functools
 import itertools
+import logging
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
+import zstandard
 from pydantic import Field
 
 from megagpt.config import Config, UserError
 from megagpt.documents import Document, open_lines, read_documents
 from megagpt.files import read_json, write_text
 from megagpt.report.funnel import STAGES, big, read_funnel, read_overlapping, show_funnel
-from megagpt.report.page import Bars, Block, Card, Fold, Heading, Note, Quote, Table, Tile, page
+from megagpt.report.offending import cut, mark
+from megagpt.report.page import Bars, Block, Card, Fold, Heading, Note, Pair, Quote, Table, Threshold, Tile, page
+from megagpt.report.thresholds import Breach, Measure, measure, read_settings
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DAMAGE = (UserError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error, zstandard.ZstdError)
+"""What reading a damaged file raises; pyarrow's errors are ValueErrors and OSErrors."""
+
+SHOWN_CHARACTERS = 1000
+"""Of a text at most."""
+MAX_SHOWN_CHARACTERS = 3_000_000
+"""Of all texts on the page; further reasons have no examples."""
 MAX_NAMES = 1_000_000
 """Domains, and documents with copies, that are counted at once; beyond that those seen once are forgotten."""
 
@@ -35,6 +51,8 @@ class DataReportConfig(Config):
     """So many kept documents, evenly from all files, are read to count languages."""
     num_rows: int = Field(default=25, ge=1)
     """Rows of a table (domains, most copied documents, reasons) at most."""
+    num_measured: int = Field(default=500, ge=0, le=20_000)
+    """Documents, evenly from all files, on which the statistics of the filters are measured for the page's thresholds."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,20 @@ class Shards:
 
 
 @dataclass(frozen=True)
+class FilterSample:
+    """Documents that the thresholds of the filter stage are shown on."""
+
+    measure: Measure | None
+    """None: no filter stage, or its settings were not kept."""
+    measured: list[tuple[dict[str, float], float]]
+    """Values by rule of a document, and how many documents of the corpus it stands for."""
+    kept: list[tuple[Document, dict[str, float]]]
+    """Kept documents and their values."""
+    is_input: bool
+    """Whether `measured` is of the documents that came in; otherwise of those kept and of the samples of those dropped."""
+
+
+@dataclass(frozen=True)
 class Duplicates:
     """What deduplication dropped."""
 
@@ -63,7 +95,10 @@ class Duplicates:
 
 
 def report_data(config: DataReportConfig) -> Path:
-    """Write the page and return its path. Raises UserError if no stage has run in work_dir."""
+    """Write the page and return its path. Raises UserError if no stage has run in work_dir, or a stage's summary is damaged.
+
+    Whatever else is damaged is left out, and named in a line of the page and of the log.
+    """
     funnel = read_funnel(config.work_dir)
     if not funnel:
         raise UserError(f"work_dir={config.work_dir}: no stage has run here ({', '.join(STAGES)} leave a summary.json)")
@@ -75,9 +110,17 @@ def report_data(config: DataReportConfig) -> Path:
 def render(config: DataReportConfig, funnel: list[dict[str, Any]]) -> str:
     """The page as HTML."""
     work_dir, name = config.work_dir, config.work_dir.resolve().name
-    shards, duplicates = read_shards(work_dir), read_duplicates(work_dir, config.num_rows)
-    languages, num_read = count_languages(work_dir, config.num_documents)
+    problems: list[str] = []
+    shards = _tried(problems, "shards", lambda: read_shards(work_dir), Shards([], Counter(), Counter(), Counter()))
+    nothing = Duplicates(Counter(), Counter(), [])
+    duplicates = _tried(problems, "dedup/duplicates", lambda: read_duplicates(work_dir, config.num_rows), nothing)
+    languages, num_read = _tried(
+        problems, "kept documents", lambda: count_languages(work_dir, config.num_documents), (Counter[str](), 0)
+    )
+    empty = FilterSample(None, [], [], is_input=False)
+    sample = _tried(problems, "filter", lambda: read_sample(work_dir, config.num_measured), empty)
     sources = _shares(shards.sources, config.num_rows, "tokens") if len(shards.sources) > 1 else []
+    tiles = _tried(problems, "shards", lambda: list(_tiles(funnel, shards, duplicates, work_dir)), [])
     cards = [
         Card("From records to shards", show_funnel("", funnel, max_rows=config.num_rows)),
         Card("Shards", _splits(shards)),
@@ -86,10 +129,23 @@ def render(config: DataReportConfig, funnel: list[dict[str, Any]]) -> str:
         Card("Languages", _languages(languages, num_read)),
         Card("Domains with most tokens", _shares(shards.domains, config.num_rows, "tokens")),
         Card("Duplicates", _duplicates(duplicates)),
-        Card("What was dropped, by reason", _examples(work_dir, funnel, config.num_examples)),
+        Card("What another threshold would drop", _thresholds(sample)),
+        Card("Dropped and kept, by reason", _examples(work_dir, funnel, config.num_examples, sample, problems)),
     ]
-    tiles = list(_tiles(funnel, shards, duplicates, work_dir))
-    return page(f"{name} – MegaGPT data", cards, heading=name, tiles=tiles)
+    for problem in problems:
+        log.warning("%s", problem)
+    return page(f"{name} – MegaGPT data", cards, heading=name, tiles=tiles, problems=problems)
+
+
+def _tried(problems: list[str], what: str, read: Callable[[], T], instead: T) -> T:
+    """What `read` gives; where it meets damage a line in `problems`, and `instead`."""
+    try:
+        return read()
+    except DAMAGE as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        missing = f"{told} is missing" if isinstance(error, KeyError) else told
+        problems.append(f"{what}: damaged, left out: {missing}")
+        return instead
 
 
 # ---- reading
@@ -141,6 +197,32 @@ def read_duplicates(work_dir: Path, num_rows: int) -> Duplicates:
         _forget_rare(copies)
     most = sorted(copies.items(), key=lambda item: (-item[1], item[0]))[:num_rows]
     return Duplicates(kinds, similarities, most)
+
+
+def read_sample(work_dir: Path, num_measured: int) -> FilterSample:
+    """Measure documents of the filter stage: of those that came in where they are still there, else of those that came out."""
+    stage = work_dir / "filter"
+    settings = read_settings(stage)
+    if settings is None or not num_measured:
+        return FilterSample(None, [], [], is_input=False)
+    measure_all, kept_files = Measure(settings), sorted(stage.glob("*.jsonl.zst"))
+    kept = [(document, measure_all.values(document)) for document in _first_of_each(kept_files, num_measured)]
+    inputs = sorted((work_dir / "extract").glob("*.jsonl.zst")) if (work_dir / "extract" / "summary.json").is_file() else []
+    measure_ = Measure(settings, decides=True)
+    if inputs:
+        measured = [(measure_all.values(document), 1.0) for document in _first_of_each(inputs, num_measured)]
+        return FilterSample(measure_, measured, kept, is_input=True)
+    summary = read_json(stage / "summary.json")
+    measured = [(values, summary["kept"] / len(kept)) for _, values in kept]
+    for reason, documents in read_examples(stage, summary["rejected"], 20).items():
+        weight = summary["rejected"].get(reason, 0) / len(documents)
+        measured += [(measure_all.values(document), weight) for document in documents]
+    return FilterSample(measure_, measured, kept, is_input=False)
+
+
+def _first_of_each(files: Sequence[Path], number: int) -> list[Document]:
+    share = -(-number // max(1, len(files)))
+    return [document for path in files for document in itertools.islice(read_documents(path), share)][:number]
 
 
 def _forget_rare(counts: Counter[str]) -> None:
@@ -258,21 +340,69 @@ def _duplicates(duplicates: Duplicates) -> list[Block]:
     return blocks
 
 
-def _examples(work_dir: Path, funnel: Sequence[dict[str, Any]], num_examples: int) -> list[Block]:
+def _thresholds(sample: FilterSample) -> list[Block]:
+    if sample.measure is None or not sample.measured:
+        return []
+    found = measure(sample.measured, sample.measure.limits)
+    of = "documents that came into the filters" if sample.is_input else "documents, kept ones and samples of dropped ones"
+    note = f"Measured on {len(sample.measured):,} {of}, each rule as if it stood alone; heights are square roots of shares."
+    if not sample.is_input:
+        note += " Of dropped documents the first 4,000 characters are kept, and all are as the filters before had left them."
+    drawings = []
+    for s in found:
+        passed = len(sample.measured) - s.num_documents
+        told = f"the rule does not look at {passed:,} of them" if passed else ""
+        drawings.append(Threshold(s.rule, s.limit, s.is_maximum, s.steps, s.dropped, told))
+    folds: list[Block] = []
+    for name, group in itertools.groupby(drawings, key=lambda drawing: drawing.name.partition(".")[0]):
+        of_filter = list(group)
+        folds.append(Fold(f"{name} · {len(of_filter)} threshold{'s' * (len(of_filter) > 1)}", of_filter))
+    return [Note(note), *folds] if folds else []
+
+
+def _examples(
+    work_dir: Path, funnel: Sequence[dict[str, Any]], num_examples: int, sample: FilterSample, problems: list[str]
+) -> list[Block]:
     blocks: list[Block] = []
+    left = MAX_SHOWN_CHARACTERS
     for stage in funnel:
-        if stage["stage"] not in STAGES or not num_examples:
+        name = stage["stage"]
+        if name not in STAGES or not num_examples:
             continue
-        found = read_examples(work_dir / stage["stage"], stage["rejected"], num_examples)
+        read = functools.partial(read_examples, work_dir / name, stage["rejected"], num_examples)
+        found = _tried(problems, f"{name}/rejected", read, {})
         for reason, count in sorted(stage["rejected"].items(), key=lambda item: (-item[1], item[0])):
-            texts = [_quote(document) for document in found.get(reason, [])]
-            if texts:
-                blocks.append(Fold(f"{stage['stage']} · {reason} · {count:,}", texts))
+            documents = found.get(reason, [])
+            left -= 2 * SHOWN_CHARACTERS * len(documents)
+            if not documents or left < 0:
+                continue
+            breaches = [sample.measure.breach(d, reason) if sample.measure and name == "filter" else None for d in documents]
+            texts = [_quote(document, reason, breach) for document, breach in zip(documents, breaches, strict=True)]
+            breach = next(filter(None, breaches), None)
+            near = _nearest(sample, breach, len(documents)) if name == "filter" else []
+            heads = ("dropped", f"kept, nearest to {breach.rule} = {breach.limit:.6g}" if breach else "kept")
+            pair: Block = Pair(heads, texts, near)
+            blocks.append(Fold(f"{name} · {reason} · {count:,}", [pair] if near else texts))
+    if left < 0:
+        blocks.append(Note("Further reasons are left out: the page would grow too large."))
     return blocks
 
 
-def _quote(document: Document) -> Quote:
-    where = " · ".join(filter(None, (document.id, document.url)))
-    text = "\n".join(line for part in document.text.split("\n") if (line := part.strip()))
-    shown = text[:600] + (" …" if len(text) > 600 else "")
-    return Quote([(shown or "(no text)", False)], where=where)
+def _nearest(sample: FilterSample, breach: Breach | None, number: int) -> list[Block]:
+    """Kept texts, those nearest to being dropped by the rule first."""
+    if breach is None:
+        return [_quote(document) for document, _ in sample.kept[:number]]
+    measured = [
+        (abs(values[breach.rule] - breach.limit), i) for i, (_, values) in enumerate(sample.kept) if breach.rule in values
+    ]
+    chosen = [sample.kept[i] for _, i in sorted(measured)[:number]]
+    return [_quote(document, note=f"{breach.rule}: {values[breach.rule]:.4g}") for document, values in chosen]
+
+
+def _quote(document: Document, reason: str = "", breach: Breach | None = None, note: str = "") -> Quote:
+    """A text as it is on the page; of a dropped one with what the reason is about marked."""
+    if breach is not None:
+        note = f"{breach.rule} = {breach.limit:.6g}, here {breach.value:.4g}"
+    where = " · ".join(filter(None, (note, document.id, document.url)))
+    parts = cut(mark(document.text.strip("\n"), reason), SHOWN_CHARACTERS)
+    return Quote(parts or [("(no text)", False)], where=where)

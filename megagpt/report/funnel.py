@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megagpt.config import UserError
 from megagpt.files import read_json
 from megagpt.report.page import Bars, Block, Heading, Table
 
@@ -11,17 +12,33 @@ STAGES = ("extract", "filter", "dedup")
 
 
 def read_funnel(work_dir: Path) -> list[dict[str, Any]]:
-    """The stages of a corpus that have run: each with `stage`, `documents_in`, `kept`, `rejected` and `faults`."""
+    """The stages of a corpus that have run: each with `stage`, `documents_in`, `kept`, `rejected` and `faults`.
+
+    Raises UserError that names the file if a summary or a manifest is damaged.
+    """
     paths = [work_dir / stage / "summary.json" for stage in STAGES]
-    found = [read_json(path) for path in paths if path.exists()]
-    manifests = sorted((work_dir / "shards").rglob("manifest.json"))
-    shards = [shard for path in manifests for shard in read_json(path)["shards"]]
-    if shards:
-        totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "text_bytes")}
+    found = [_read_stage(path) for path in paths if path.exists()]
+    totals: dict[str, Any] = dict.fromkeys(("documents", "tokens", "text_bytes"), 0)
+    for path in sorted((work_dir / "shards").rglob("manifest.json")):
+        value = read_json(path)
+        try:
+            totals = {name: total + sum(shard[name] for shard in value["shards"]) for name, total in totals.items()}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged: no manifest of shards ({error})") from None
+    if totals["documents"]:
         leaked = read_overlapping(work_dir)
         rejected = {"split:leak": leaked} if leaked else {}
         found.append({"stage": "shards", "kept": totals["documents"], **totals, "rejected": rejected, "faults": {}})
     return found
+
+
+def _read_stage(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    kinds = {"stage": str, "documents_in": int, "kept": int, "rejected": dict, "faults": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(value, dict) or not isinstance(value.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path}: damaged: no summary of a stage ({', '.join(wrong)} missing or of another kind)")
+    return value
 
 
 def read_overlapping(work_dir: Path) -> int:

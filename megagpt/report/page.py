@@ -1,6 +1,6 @@
 """A self-contained HTML page: what it is made of as plain data, and the jinja2 templates that escape all of it.
 
-No text reaches a page but through the templates' autoescape. A content security policy lets a browser run the page's own two
+No text reaches a page but through the templates' autoescape. A content security policy lets a browser run the page's own
 scripts, by their hashes, and load nothing.
 """
 
@@ -20,6 +20,8 @@ from megagpt.report.charts import Chart, chart_data, to_svg
 from megagpt.terminal import safe_text
 
 CHART_SCRIPTS = ("uPlot.iife.min.js", "charts.js")
+NUM_BARS = 40
+"""Bars of a statistic's drawing."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,74 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
 
-Block: TypeAlias = Table | Bars | Heading | Note | Quote | Code | Fold | Picture
+@dataclass(frozen=True)
+class Pair:
+    """Two lists of blocks side by side, below each other on a phone; each with a heading."""
+
+    heads: tuple[str, str]
+    left: "Sequence[Block]"
+    right: "Sequence[Block]"
+    kind: ClassVar[str] = "pair"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A statistic's distribution with a threshold that can be moved; without scripts the drawing and the set threshold stay.
+
+    steps: (value, share), by value. Above `limit` (a maximum) or below it is dropped, a share `dropped` of all.
+    """
+
+    name: str
+    limit: float
+    is_maximum: bool
+    steps: Sequence[tuple[float, float]]
+    dropped: float
+    note: str = ""
+    kind: ClassVar[str] = "threshold"
+
+    @property
+    def shown_limit(self) -> str:
+        """The threshold in few digits."""
+        return f"{self.limit:.6g}"
+
+    @property
+    def data(self) -> str:
+        """What the script reads."""
+        steps = [[float(f"{value:.5g}"), float(f"{share:.4g}")] for value, share in self.steps]
+        return orjson.dumps({"limit": self.limit, "max": self.is_maximum, "steps": steps, "dropped": self.dropped}).decode()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """From where to where the drawing goes: values and threshold, but for the outermost hundredth of the documents."""
+        position, shown = 0.0, []
+        for value, share in self.steps:
+            if position + share >= 0.01 and position <= 0.99:
+                shown.append(value)
+            position += share
+        low, high = min([*shown, self.limit]), max([*shown, self.limit])
+        return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+    @property
+    def bars(self) -> list[tuple[float, float, bool]]:
+        """(left edge, height, whether it is dropped) of NUM_BARS bars, in hundredths of the drawing."""
+        low, high = self.bounds
+        sums = [0.0] * NUM_BARS
+        for value, share in self.steps:
+            place = int((value - low) / (high - low) * NUM_BARS)
+            sums[max(0, min(NUM_BARS - 1, place))] += share
+        most, width = max(sums), 100 / NUM_BARS
+        middles = [low + (i + 0.5) * (high - low) / NUM_BARS for i in range(NUM_BARS)]
+        is_dropped = [middle > self.limit if self.is_maximum else middle < self.limit for middle in middles]
+        return [(i * width, 100 * (share / most) ** 0.5, is_dropped[i]) for i, share in enumerate(sums)]
+
+    @property
+    def at(self) -> float:
+        """Where the threshold stands, in hundredths."""
+        low, high = self.bounds
+        return 100 * (self.limit - low) / (high - low)
+
+
+Block: TypeAlias = Table | Bars | Heading | Note | Quote | Code | Fold | Picture | Pair | Threshold
 
 
 @dataclass(frozen=True)
@@ -139,6 +208,8 @@ def page(
         if card.blocks
     ]
     scripts = [_asset(name) for name in CHART_SCRIPTS] if charts else []
+    if any(_has_threshold(card.blocks) for card in shown):
+        scripts.append(_asset("thresholds.js"))
     style = _asset("style.css") + (_asset("uPlot.min.css") if charts else "")
     data = orjson.dumps([chart_data(chart) for chart in charts]).decode().replace("<", "\\u003c")
     return (
@@ -155,7 +226,7 @@ def page(
             policy=_policy(scripts),
             style=Markup(style),
             scripts=[Markup(script) for script in scripts],
-            data=Markup(data),
+            data=Markup(data) if charts else None,
         )
         .lstrip()
     )
@@ -166,6 +237,10 @@ def _draw(block: Block, charts: list[Chart]) -> "Block | _Drawn":
         return block
     charts.append(block.chart)
     return _Drawn(Markup(to_svg(block.chart)), len(charts) - 1)
+
+
+def _has_threshold(blocks: Sequence[Any]) -> bool:
+    return any(isinstance(b, Threshold) or (isinstance(b, Fold) and _has_threshold(b.blocks)) for b in blocks)
 
 
 def _policy(scripts: Sequence[str]) -> str:
