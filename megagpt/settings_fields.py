@@ -37,7 +37,14 @@ LATER: dict[str, dict[str, Any]] = {
         "max_malformed": 100,
     },
     "TokenizeConfig": {"pattern": None, "supervised": None},
-    "TrainConfig": {"if_running": "refuse", "device": "auto", "early_stop_evaluations": 0, "profile": {}, "tune": _NO_TUNE},
+    "TrainConfig": {
+        "if_running": "refuse",
+        "device": "auto",
+        "early_stop_evaluations": 0,
+        "profile": {},
+        "tune": _NO_TUNE,
+        "read_results": "at_once",
+    },
     "TuneConfig": _NO_TUNE,
     "LoraConfig": {
         "rank": 8,

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import threading
@@ -15,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megagpt.command import EXIT_STOPPED
 from megagpt.config import Failure, UserError
@@ -169,18 +167,19 @@ class World:
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Sums of int64 values over all ranks (modulo 2^64)."""
-        tensor = torch.tensor(values, dtype=torch.int64)
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.control)
-        return tensor.tolist()
+        return self.begin_sum(values)()
 
-    def exact_sum(self, values: Tensor) -> float:
-        """The sum of the 1-D `values` of all ranks (equally many), rounded once: the same bits for every order and layout."""
-        parts = [values]
-        if self.size > 1:
-            parts = [torch.empty_like(values) for _ in range(self.size)]
-            dist.all_gather(parts, values)
-        return math.fsum(torch.cat(parts).tolist())
+    def begin_sum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """As `sum`, without waiting for the other ranks: what is returned waits for them and gives the sums. Call it once."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(tensor, group=self.control, async_op=True) if self.size > 1 else None
+
+        def wait() -> list[int]:
+            if work is not None:
+                work.wait()
+            return tensor.tolist()
+
+        return wait
 
     def any(self, claim: bool) -> bool:
         """Whether the claim holds on some rank."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megagpt.distributed.fetch import fetched
 from megagpt.model.gpt import GPT
 
 
@@ -32,6 +33,26 @@ class StepResult:
     applied: bool
 
 
+class Steps:
+    """What engines have in common: an update that is read at once."""
+
+    updates: int
+
+    def launch_step(self, lr: float, max_norm: float) -> Tensor:
+        """See Engine."""
+        raise NotImplementedError
+
+    def count_update(self, applied: bool) -> None:
+        """See Engine."""
+        self.updates += applied
+
+    def step(self, lr: float, max_norm: float) -> StepResult:
+        """See Engine."""
+        grad_norm, applied = fetched(self.launch_step(lr, max_norm))
+        self.count_update(bool(applied))
+        return StepResult(grad_norm, bool(applied))
+
+
 class Engine(Protocol):
     """A model spread over ranks."""
 
@@ -45,8 +66,20 @@ class Engine(Protocol):
         """Accumulate gradients of `loss`; `last` marks the step's last micro-batch."""
         ...
 
+    def launch_step(self, lr: float, max_norm: float) -> Tensor:
+        """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is reported, not applied.
+
+        Returns fp64 [2] on the device: the norm before clipping, and 1 if the update was applied, else 0. FSDP with AdamW, but
+        in canonical order, fetches nothing for it. Whoever reads it tells `count_update`.
+        """
+        ...
+
+    def count_update(self, applied: bool) -> None:
+        """Count an update of `launch_step` in `updates` if it was applied."""
+        ...
+
     def step(self, lr: float, max_norm: float) -> StepResult:
-        """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is reported, not applied."""
+        """`launch_step`, read at once and counted."""
         ...
 
     def state(self) -> dict[str, Partition]:

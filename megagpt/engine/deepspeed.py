@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megagpt.distributed.world import World
 from megagpt.engine.autocast import computing_in_bf16
-from megagpt.engine.base import Partition, StepResult
+from megagpt.engine.base import Partition, Steps
 from megagpt.engine.canonical import BlockNorm, Extent, OrderedSum, clip_factor, without_fused_kernels
 from megagpt.engine.config import DeepSpeedConfig, Precision
 from megagpt.engine.dealt_matrices import DealtMatrices, Held
@@ -38,7 +38,7 @@ from megagpt.engine.optim import (
 from megagpt.model.gpt import GPT
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Steps):
     """ZeRO 0 to 3. Losses handed to `backward` are per-rank shares of one sum; DeepSpeed averages, so they are scaled up."""
 
     def __init__(
@@ -98,16 +98,13 @@ class DeepSpeedEngine:
             return
         self._deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float, max_norm: float) -> StepResult:
-        """Reduce what is left, clip, update, zero."""
+    def launch_step(self, lr: float, max_norm: float) -> Tensor:
+        """Reduce what is left, clip, update, zero. DeepSpeed's own step fetches the norm and the overflow from the device."""
         for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
         if self._canonical is not None:
-            result = self._step_canonical(self._canonical, max_norm)
-        else:
-            result = self._step_stage_0(max_norm) if self._stage == 0 else self._step_zero(max_norm)
-        self.updates += result.applied
-        return result
+            return self._step_canonical(self._canonical, max_norm)
+        return self._step_stage_0(max_norm) if self._stage == 0 else self._step_zero(max_norm)
 
     def state(self) -> dict[str, Partition]:
         """Partitions of this rank; see Partition."""
@@ -149,12 +146,15 @@ class DeepSpeedEngine:
         elif self._stage > 0:
             self._zero.update_lp_params()
 
-    def _step_zero(self, max_norm: float) -> StepResult:
+    def _step_zero(self, max_norm: float) -> Tensor:
         self._zero.clip_grad = max_norm
         self._deepspeed.step()
-        return StepResult(float(self._zero._global_grad_norm), not self._zero.overflow)
+        return self._told(float(self._zero._global_grad_norm), not self._zero.overflow)
 
-    def _step_stage_0(self, max_norm: float) -> StepResult:
+    def _told(self, grad_norm: float, applied: bool) -> Tensor:
+        return torch.tensor([grad_norm, applied], dtype=torch.float64).to(self._world.device)
+
+    def _step_stage_0(self, max_norm: float) -> Tensor:
         """DeepSpeed's stage 0 applies non-finite updates, so the norm is looked at here."""
         if self._world.size > 1:  # alone there is nothing to add, and it would copy all gradients twice
             self._deepspeed.buffered_allreduce_fallback()
@@ -165,9 +165,9 @@ class DeepSpeedEngine:
             self._torch_optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        return StepResult(float(norm), applied)
+        return self._told(float(norm), applied)
 
-    def _step_canonical(self, canonical: "_CanonicalZero1", max_norm: float) -> StepResult:
+    def _step_canonical(self, canonical: "_CanonicalZero1", max_norm: float) -> Tensor:
         """DeepSpeed's partitions, optimizer and gathering of weights, with our own reduction and norm."""
         norm = canonical.finish(max_norm)
         applied = math.isfinite(norm)
@@ -176,7 +176,7 @@ class DeepSpeedEngine:
             self._zero.update_lp_params()
         for flat in self._flat_partitions():
             flat.grad = None
-        return StepResult(norm, applied)
+        return self._told(norm, applied)
 
     def _flat_partitions(self) -> list[Tensor]:
         """The fp32 tensors that the torch optimizer updates: a rank's partition of each group (stage 0: the parameters)."""

@@ -8,7 +8,6 @@ One process on a CPU has nothing to shard: there fully_shard's buffers would onl
 time, so the module is used as it is, in bf16 with its weights cast for each forward pass (`computing_in_bf16`).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +20,16 @@ from torch.distributed.tensor import DTensor
 from megagpt.config import UserError
 from megagpt.distributed.world import World
 from megagpt.engine.autocast import computing_in_bf16
-from megagpt.engine.base import Partition, StepResult
-from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, clip_factor, without_fused_kernels
+from megagpt.engine.base import Partition, Steps
+from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, without_fused_kernels
+from megagpt.engine.clipping import clip_and_update
 from megagpt.engine.config import FSDPConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
 from megagpt.engine.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
 from megagpt.model.gpt import GPT
 
 
-class FSDPEngine:
+class FSDPEngine(Steps):
     """fully_shard. FSDP averages gradients over ranks, so the losses handed to `backward` are scaled up."""
 
     def __init__(
@@ -97,7 +97,7 @@ class FSDPEngine:
             self._units[-1].set_requires_gradient_sync(last)  # of all units: the last one is the root
         (loss * self._world.size if self._world.size > 1 else loss).backward()
 
-    def step(self, lr: float, max_norm: float) -> StepResult:
+    def launch_step(self, lr: float, max_norm: float) -> Tensor:
         """Clip, update, zero."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -107,18 +107,13 @@ class FSDPEngine:
             norm = self._norm([gradient for gradient in local if len(gradient)])
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        applied = math.isfinite(grad_norm)
-        if applied:
-            factor = clip_factor(grad_norm, max_norm)
-            if factor < 1:
-                torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
-            self._optimizer.step()
-            self.updates += 1
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        result = clip_and_update(self._optimizer, local, norm, max_norm)
         self._optimizer.zero_grad()
         for unit in self._sums if self._world.size > 1 else ():
             unit.sum.take()
-        return StepResult(grad_norm, applied)
+        return result.to(self._world.device, non_blocking=True)  # from a CPU with cpu_offload
 
     def _add_in_order(self) -> None:
         """Replace the reduction and the norm by those of megagpt.engine.canonical."""

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint import scores
@@ -21,13 +21,14 @@ from megagpt.checkpoint.new_rows import NewRows
 from megagpt.checkpoint.ownership import Ownership, still_owner, take_run
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import Failure, UserError
-from megagpt.data.loader import Loader, MicroBatch
+from megagpt.data.loader import Loader, MicroBatch, StepBatches
 from megagpt.data.open_data import Data, open_data
 from megagpt.data.permutation import mix
 from megagpt.data.sample_hash import HASH_MASK
 from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.data.state import TrainState, sample_indices
 from megagpt.distributed.determinism import make_deterministic
+from megagpt.distributed.fetch import Record, Records
 from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import Stopped, StopRequest, World, abort_world, close_world, init_world
 from megagpt.engine.base import Engine
@@ -46,6 +47,7 @@ from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
 from megagpt.train.early_stop import evaluated_losses, used_up
+from megagpt.train.feed import Feed
 from megagpt.train.profile import StepProfiler
 from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
@@ -139,8 +141,12 @@ def train(config: TrainConfig) -> int:
 
 
 def loop(run: Run, state: TrainState) -> int:
-    """Updates until max_steps or a stop signal, with all that happens between them."""
-    config, world, engine, monitor, watchdog = run.config, run.world, run.engine, run.monitor, run.watchdog
+    """Updates until max_steps or a stop signal, with all that happens between them.
+
+    A step is launched, and judged when what it has computed has reached the host: at once, or (`results_come_late`) after the
+    next one has been launched. Before anything that a step's state is used for, a checkpoint above all, it is judged.
+    """
+    config, world, monitor, watchdog = run.config, run.world, run.monitor, run.watchdog
     loader = Loader(
         run.data.train,
         global_batch_size=config.batch_size_at,
@@ -149,63 +155,42 @@ def loop(run: Run, state: TrainState) -> int:
         size=world.dp_size,
         document_mask=config.data.document_mask,
     )
-    ledger = LedgerWriter(config.run_dir) if world.rank == 0 else None
+    judge = Judge(run, LedgerWriter(config.run_dir) if world.rank == 0 else None)
+    launch = Launch(run)
     profiler = StepProfiler(config.profile, config.run_dir, world.rank, run.attempt, monitor.clock)
-    checked, saved_step = False, state.step  # at its beginning a run has nothing to save either
+    late, saved_step = results_come_late(config, world), state.step  # at its beginning a run has nothing to save either
     watchdog.beat(state.step)
     score, interrupted = evaluate_and_sample(run, state, left_by_a_stop(run, state), saved_step)
-    early = stops_early(run)
+    early, stopping = stops_early(run), False
+    unjudged: list[Launched] = []
+    coming: Coming | None = None
     with collecting_garbage_together() as collect_garbage:
-        while state.step < config.max_steps and not interrupted and not early:
-            batch_size = config.batch_size_at(state.step)
-            profiler.before(state.step)
-            with monitor.clock("data_wait"):
-                batches = loader.step(state)  # pure in TrainState: a rewind is only another state
-            stop = bool(world.stop.signal_name)
-            counts = [world.counts * batches.num_targets, world.counts * batches.fed_hash]
-            num_targets, fed_hash, stopping = world.sum([*counts, stop])
-            if stopping:
-                break
+        while state.step < config.max_steps and not (interrupted or early or stopping):
+            coming = coming or prepare(run, loader, state)
+            num_targets, fed_hash, told = coming.agreed()
+            stopping, settles = bool(told), True
+            if not stopping:
+                profiler.before(state.step)
+                unjudged.append(launch(state, coming.batches, num_targets, fed_hash))
+                state = unjudged[-1].after
+                profiler.after(state.step)
+                settles = not late or is_due(config, state.step)
+                # While the device computes, the ranks agree on the step after; what is due comes first.
+                coming = None if settles else prepare(run, loader, state)
 
-            with monitor.clock("train"):
-                losses, added, lr = [], [], lr_at(config.optim, state.step, config.max_steps)
-                for i, batch in enumerate(batches.micro_batches):
-                    watchdog.beat(state.step)
-                    seed_dropout(config, state.step, batch)
-                    with watchdog.forward():
-                        micro_loss = engine.model(*inputs(batch, world.device)) / num_targets  # never a mean of means
-                    terms = {name: term / num_targets for name, term in engine.module.loss_terms().items()}
-                    engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
-                    losses.append(terms.pop("loss", micro_loss.detach()))  # without what only training adds
-                    added.append(terms)
-                result = engine.step(lr, config.optim.max_grad_norm)
-
-            if ledger is not None:
-                ledger.write(entry_of(state, batch_size, fed_hash, run.attempt))
-            loss = world.exact_sum(torch.stack(losses))
-            world.stop.remember()  # from here on there is an update to save
-            planned = run.guard.enter(state.step, regime_at(run, state))
-            if planned:
-                monitor.log("planned", state.step, change=planned)
-            problem = run.guard.look(loss, result.grad_norm)
-            if problem:
-                state, score = rewind(run, state, problem), None
+            problem, condemned = "", None
+            while len(unjudged) > (0 if settles else 1) and not problem:
+                condemned = unjudged.pop(0)
+                problem = judge(condemned)
+            if problem and condemned is not None:
+                if coming is not None and not stopping:
+                    coming.agreed()  # and dropped, as is what was launched after the step in question
+                unjudged, coming = [], None
+                state, score = rewind(run, condemned.before, problem), None
                 saved_step = state.step
                 continue
-            state = state.advance(batch_size, num_targets)
-            watchdog.beat(state.step)
-            profiler.after(state.step)
-            if not checked and result.applied:
-                check_formats(
-                    declared_formats(config.precision, config.engine), engine.formats | {"loss": name_of(losses[0].dtype)}
-                )
-                checked = True
-            if not result.applied:
-                monitor.log("skip", state.step, reason="non-finite gradients: the update was not applied")
-            if monitor.due(state.step):
-                terms = {name: world.exact_sum(torch.stack([part[name] for part in added])) for name in added[0]}
-                facts = {"lr": lr, "grad_norm": result.grad_norm, "tokens": state.tokens, **watchdog.ranks()}
-                monitor.log("train", state.step, loss=loss, **terms, **facts)
+            if stopping:
+                break
             if due(config.save_every_steps, state.step) or state.step == config.max_steps:
                 save(run, state)  # before anything that is not needed and takes long
                 saved_step = state.step
@@ -226,6 +211,130 @@ def loop(run: Run, state: TrainState) -> int:
     ended = {"early_stop": config.early_stop_evaluations} if state.step < config.max_steps else {}
     monitor.log("done", state.step, tokens=state.tokens, **ended)
     return EXIT_DONE
+
+
+def results_come_late(config: TrainConfig, world: World) -> bool:
+    """Whether a step is judged after the next one has been launched, so that a GPU is never without work."""
+    return config.read_results == "late" or (config.read_results == "auto" and world.device.type == "cuda")
+
+
+def is_due(config: TrainConfig, step: int) -> bool:
+    """Whether something after this step needs it to be judged: a checkpoint, an evaluation, a sample, the end."""
+    return due(config.save_every_steps, step) or step == config.max_steps or bool(due_at(config, step))
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A step to be launched: this rank's micro-batches, and what the ranks agree on (`agreed`, to be called once): targets,
+    hash of the samples, how many ranks were told to stop when it was prepared."""
+
+    batches: StepBatches
+    agreed: Callable[[], list[int]]
+
+
+def prepare(run: Run, loader: Loader, state: TrainState) -> Coming:
+    """Take the micro-batches of the step at `state` and begin to agree on it."""
+    world = run.world
+    with run.monitor.clock("data_wait"):
+        batches = loader.step(state)  # pure in TrainState: a rewind is only another state
+    stop = bool(world.stop.signal_name)
+    return Coming(batches, world.begin_sum([world.counts * batches.num_targets, world.counts * batches.fed_hash, stop]))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that was launched: the states before and after it, and what it has computed, on its way to the host."""
+
+    before: TrainState
+    after: TrainState
+    batch_size: int
+    fed_hash: int
+    lr: float
+    loss_format: str
+    micro_batches: int
+    terms: tuple[str, ...]
+    """Names of what is added to the loss."""
+    record: Record
+    """Per rank: the loss of each micro-batch, the gradients' norm, whether the update was applied, then each term of each
+    micro-batch; terms and losses as shares of the step's mean."""
+
+
+class Launch:
+    """Launches steps. With FSDP and AdamW nothing in it waits for the device."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._feed, self._records = run, Feed(run.world.device), Records(run.world)
+
+    def __call__(self, state: TrainState, batches: StepBatches, num_targets: int, fed_hash: int) -> Launched:
+        """Forward and backward passes and the update of the step at `state`."""
+        run, config, engine = self._run, self._run.config, self._run.engine
+        batch_size = config.batch_size_at(state.step)
+        with run.monitor.clock("train"):
+            losses, added, lr = [], [], lr_at(config.optim, state.step, config.max_steps)
+            for i, (batch, inputs) in enumerate(self._feed(batches.micro_batches)):
+                run.watchdog.beat(state.step)
+                seed_dropout(config, state.step, batch)
+                with run.watchdog.forward():
+                    micro_loss = engine.model(*inputs) / num_targets  # never a mean of means
+                terms = {name: term / num_targets for name, term in engine.module.loss_terms().items()}
+                engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
+                losses.append(terms.pop("loss", micro_loss.detach()))  # without what only training adds
+                added.append(terms)
+            result = engine.launch_step(lr, config.optim.max_grad_norm)
+            names = tuple(added[0])
+            rows = [
+                torch.stack(losses).double(),
+                result,
+                *(torch.stack([part[name] for part in added]).double() for name in names),
+            ]
+            record = self._records.send(torch.cat(rows))
+        after = state.advance(batch_size, num_targets)
+        kind = name_of(losses[0].dtype)
+        return Launched(state, after, batch_size, fed_hash, lr, kind, len(losses), names, record)
+
+
+class Judge:
+    """Reads what a step has computed, and keeps the books: ledger, guard, metrics. All ranks judge the same numbers."""
+
+    def __init__(self, run: Run, ledger: LedgerWriter | None) -> None:
+        self._run, self._ledger, self._checked = run, ledger, False
+
+    def __call__(self, step: Launched) -> str:
+        """What is wrong with the step, "" if it may stand."""
+        run, monitor, engine = self._run, self._run.monitor, self._run.engine
+        with monitor.clock("train"):
+            rows = step.record.read()
+        number, done = step.before.step, step.after.step
+        grad_norm, applied = rows[run.world.rank][step.micro_batches : step.micro_batches + 2]
+        engine.count_update(bool(applied))
+        if self._ledger is not None:
+            self._ledger.write(entry_of(step.before, step.batch_size, step.fed_hash, run.attempt))
+        loss = _total(rows, 0, step.micro_batches)
+        run.world.stop.remember()  # from here on there is an update to save
+        planned = run.guard.enter(number, regime_at(run, step.before))
+        if planned:
+            monitor.log("planned", number, change=planned)
+        problem = run.guard.look(loss, grad_norm)
+        if problem:
+            return problem
+        run.watchdog.beat(done)
+        if not self._checked and applied:
+            found = engine.formats | {"loss": step.loss_format}
+            check_formats(declared_formats(run.config.precision, run.config.engine), found)
+            self._checked = True
+        if not applied:
+            monitor.log("skip", done, reason="non-finite gradients: the update was not applied")
+        if monitor.due(done):
+            starts = range(step.micro_batches + 2, len(rows[0]), step.micro_batches)
+            terms = {name: _total(rows, start, step.micro_batches) for name, start in zip(step.terms, starts, strict=True)}
+            facts = {"lr": step.lr, "grad_norm": grad_norm, "tokens": step.after.tokens, **run.watchdog.ranks()}
+            monitor.log("train", done, loss=loss, **terms, **facts)
+        return ""
+
+
+def _total(rows: Sequence[Sequence[float]], start: int, count: int) -> float:
+    """The sum of all ranks' numbers from `start` on, rounded once: the same bits for every order and layout."""
+    return math.fsum(value for row in rows for value in row[start : start + count])
 
 
 def stops_early(run: Run) -> bool:
@@ -293,12 +402,6 @@ def digest_settings(config: TrainConfig, data: Data) -> dict[str, str]:
 def due(every_steps: int, step: int) -> bool:
     """Whether something done every `every_steps` (0 = never) is done after this step."""
     return every_steps > 0 and step % every_steps == 0
-
-
-def inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """ids, targets and document lengths on the device."""
-    lengths = batch.doc_lengths if batch.doc_lengths is None else batch.doc_lengths.to(device, non_blocking=True)
-    return batch.ids.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), lengths
 
 
 def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:

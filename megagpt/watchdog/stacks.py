@@ -37,6 +37,8 @@ _OTHER_CALLS = {
 }
 _BY_DESCRIPTOR = {0, 1, 5, 8, 16, 17, 18, 19, 20, 72, 73, 74, 75, 77, 78, 217, 285, 295, 296}
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
+_FETCH_FILE = "/megagpt/distributed/fetch.py"
+"""Where a step waits for its device, on which the others' part of a collective may be missing."""
 _INNERMOST = 4
 """Frames among which a collective's own are looked for."""
 _LOCK_WORDS = re.compile(
@@ -109,7 +111,7 @@ def culprit(found: Sequence[Thread], activity: str) -> Thread:
 
 
 def explain(found: Sequence[Thread], activity: str) -> tuple[str, str]:
-    """(cause, what) of a process that makes no progress: cause is one of loader, file system, lock, collective, code."""
+    """(cause, what) of a process that makes no progress: cause is one of loader, file system, lock, collective, device, code."""
     thread = culprit(found, activity)
     kind = _kind(thread)
     where = own_line(thread.stack)
@@ -124,8 +126,8 @@ def explain(found: Sequence[Thread], activity: str) -> tuple[str, str]:
 
 
 def waits_for_others(found: Sequence[Thread]) -> bool:
-    """Whether the main thread stands in a collective, where it can do nothing but wait."""
-    return bool(found) and _kind(found[0]) == "collective"
+    """Whether the main thread stands in a collective, or fetches from the device, where it can do nothing but wait."""
+    return bool(found) and _kind(found[0]) in ("collective", "device")
 
 
 def in_collective(frame: FrameType | None) -> bool:
@@ -156,6 +158,8 @@ def _kind(thread: Thread) -> str:
     if any(part in line for line in thread.stack[-_INNERMOST:] for part in _COLLECTIVE_FILES):
         return "collective"
     last = thread.stack[-1] if thread.stack else ""
+    if _FETCH_FILE in "".join(thread.stack[-2:]):  # torch's own frame may be the innermost: Event.synchronize
+        return "device"
     if "_engine_run_backward" in last and thread.call in ("", "futex"):
         return "collective"
     if _is_file_call(thread.call):
@@ -171,4 +175,4 @@ def _idle(thread: Thread) -> bool:
 
 def _is_file_call(call: str) -> bool:
     name, _, path = call.partition(" ")
-    return name in _FILE_CALLS.values() and not path.startswith(("socket:", "anon_inode:"))
+    return name in _FILE_CALLS.values() and not path.startswith(("socket:", "anon_inode:", "/dev/nvidia"))

@@ -14,6 +14,7 @@ from toy import ADAMW, DATASET, SGD, at_step
 
 from megagpt.config import UserError
 from megagpt.data.loader import step_batches
+from megagpt.distributed.fetch import Records
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine.build import build_engine, draw_weights, refuse_unsupported
 from megagpt.engine.canonical import BLOCK, BlockNorm, Extent, clip_factor, tree_sum, without_fused_kernels
@@ -59,7 +60,8 @@ def canonical_runs(world: World, cases: list[tuple[OptimConfig, Precision, int]]
                     losses.append(loss.detach())
                 result = engine.step(lr_at(optim, step, 100), optim.max_grad_norm)
                 assert result.applied
-                trail += [world.exact_sum(torch.stack(losses)), result.grad_norm]
+                rows = Records(world).send(torch.stack(losses).double()).read()
+                trail += [math.fsum(loss for row in rows for loss in row), result.grad_norm]
             partitions = world.gather({key: (partition.start, partition.data) for key, partition in engine.state().items()})
             digest = hashlib.sha256()
             for key in sorted({key for part in partitions for key in part}):

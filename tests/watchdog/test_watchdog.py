@@ -19,6 +19,7 @@ from megagpt.distributed.world import World
 from megagpt.files import read_json
 from megagpt.monitor.goodput import Stopwatch
 from megagpt.monitor.metrics import read_metrics
+from megagpt.watchdog import stacks
 from megagpt.watchdog.watchdog import Report, Verdict, Watchdog, WatchdogConfig, judge
 
 FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
@@ -249,3 +250,21 @@ def test_a_slow_rank_is_named_in_the_metrics(
     assert rows[-1]["collective_wait"]["max_rank"] == 0
     assert rows[-1]["own_work"]["max_seconds"] > 0.1
     assert any("rank 1 on" in row.get("slow", "") for row in rows)
+
+
+def test_a_fetch_from_the_device_is_waiting_for_others() -> None:
+    """A GPU's queue holds a collective that another rank does not join: the host sleeps in the driver, or spins."""
+    outer = "/x/megagpt/train/loop.py:300 __call__: rows = step.record.read()"
+    fetch = "/x/megagpt/distributed/fetch.py:30 read: self._ready.synchronize()"
+    torch_frame = "/y/torch/cuda/streams.py:233 synchronize: super().synchronize()"
+    for stack, call in (
+        ((outer, fetch, torch_frame), "ioctl /dev/nvidiactl"),
+        ((outer, fetch), "running"),
+        ((outer, fetch.replace("read: self._ready.synchronize()", "fetched: return values.tolist()")), "futex"),
+    ):
+        thread = stacks.Thread("MainThread", stack, call)
+        assert stacks.waits_for_others([thread])
+        assert stacks.explain([thread], "train")[0] == "device"
+    launching = stacks.Thread("MainThread", (outer,), "ioctl /dev/nvidia0")
+    assert not stacks.waits_for_others([launching])
+    assert stacks.explain([launching], "train")[0] == "code", "a GPU's device file is no file system"

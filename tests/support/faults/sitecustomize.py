@@ -298,6 +298,47 @@ def not_a_number(train, fault) -> None:
     train.build_engine = build_engine
 
 
+def count_fetches(train, fault) -> None:
+    """Write into the file `counts` of rank 0, a line per step, what between its first launch and its last would make the host
+    wait for a GPU: operations whose result has to be on the host, by name."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "repeat_interleave", "equal")
+    found = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.__name__.partition(".")[0]
+            found.extend([name] if name in waiting else [])
+            return func(*args, **(kwargs or {}))
+
+    def counted(name):
+        original = getattr(Tensor, name)
+
+        def method(self, *arguments, **options):
+            if threading.current_thread() is threading.main_thread():  # loader and saver work on the host
+                found.append(name)
+            return original(self, *arguments, **options)
+
+        return method
+
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+        setattr(Tensor, name, counted(name))
+    launch = train.Launch.__call__
+
+    def counting_launch(self, *arguments):
+        found.clear()
+        with Counter():
+            launched = launch(self, *arguments)
+        if rank() == 0:
+            with open(fault["counts"], "a") as file:
+                file.write(json.dumps(found) + "\n")
+        return launched
+
+    train.Launch.__call__ = counting_launch
+
+
 class Patcher(MetaPathFinder):
     """Applies the faults once megagpt.train.loop is there."""
 

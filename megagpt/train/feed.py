@@ -1,0 +1,53 @@
+"""Micro-batches on their way to the device: on a GPU one is copied while the one before it is computed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagpt.data.loader import MicroBatch
+
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""ids, targets and document lengths."""
+
+
+class Feed:
+    """Copies micro-batches to a device; on a GPU from pinned memory and on a stream of its own, so nothing waits for a copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Inputs]]:
+        """Each of the micro-batches and what is on the device of it; the next one's copy has begun by then."""
+        coming = self._begin(batches[0]) if batches else None
+        for number, batch in enumerate(batches):
+            assert coming is not None
+            current, coming = coming, self._begin(batches[number + 1]) if number + 1 < len(batches) else None
+            yield batch, self._ready(*current)
+
+    def _begin(self, batch: MicroBatch) -> tuple[Inputs, Any]:
+        if self._stream is None:
+            return (batch.ids.to(self._device), batch.targets.to(self._device), _copied(batch.doc_lengths, self._device)), None
+        with torch.cuda.stream(self._stream):  # torch reuses pinned memory only after the copies from it
+            ids, targets, lengths = (
+                None if tensor is None else tensor.pin_memory().to(self._device, non_blocking=True)
+                for tensor in (batch.ids, batch.targets, batch.doc_lengths)
+            )
+            assert ids is not None
+            assert targets is not None
+            return (ids, targets, lengths), self._stream.record_event()
+
+    def _ready(self, inputs: Inputs, event: Any) -> Inputs:
+        if event is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(event)
+            for tensor in inputs:
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        return inputs
+
+
+def _copied(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
