@@ -111,7 +111,7 @@ def culprit(found: Sequence[Thread], activity: str) -> Thread:
 
 
 def explain(found: Sequence[Thread], activity: str) -> tuple[str, str]:
-    """(cause, what) of a process that makes no progress: cause is one of loader, file system, lock, collective, device, code."""
+    """(cause, what) of a process without progress: cause is one of loader, file system, lock, collective, device, code."""
     thread = culprit(found, activity)
     kind = _kind(thread)
     where = own_line(thread.stack)
