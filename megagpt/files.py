@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,29 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, 10,000 brackets
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_object(path: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """The JSON object in `path`, which has these fields, each of these types.
+
+    Raises UserError that names the file, and the field and the rule, on anything else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, an object is expected")
+    check_fields(path, value, fields or {})
+    return value
+
+
+def check_fields(path: Path, value: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raise UserError that names the file, the field and the rule if one is missing or of another type (`bool` is no `int`)."""
+    for name, kinds in fields.items():
+        if name not in value:
+            raise UserError(f"{path}: {name} is missing")
+        found = value[name]
+        if not isinstance(found, kinds) or (isinstance(found, bool) and kinds is int):
+            wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise UserError(f"{path}: {name} is a {type(found).__name__}, {wanted} is expected")
 
 
 def sha256_file(path: Path, progress: Callable[[], object] | None = None) -> str:

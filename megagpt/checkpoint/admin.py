@@ -14,13 +14,13 @@ from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.load_model import find_checkpoint
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
 from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, step_of, verify
-from megagpt.checkpoint.scores import validation_loss
+from megagpt.checkpoint.scores import read_best, validation_loss
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
 from megagpt.data.state import TrainState
 from megagpt.engine.base import Partition
 from megagpt.engine.build import whole_shapes
-from megagpt.files import read_json, write_json
+from megagpt.files import read_object, write_json
 from megagpt.model.gpt import ModelConfig
 from megagpt.model.tune import TuneConfig
 from megagpt.settings_record import read_settings
@@ -87,8 +87,7 @@ def inspect(config: InspectConfig) -> list[CheckpointInfo]:
         for path in _set_aside(config.run_dir):
             shutil.rmtree(path)
             log.info("deleted %s", path)
-    best_path = config.run_dir / "checkpoints" / "best.json"
-    best_step = read_json(best_path)["step"] if best_path.exists() else None
+    best_step = read_best(config.run_dir).get("step")
     paths = [*list_checkpoints(config.run_dir), *_set_aside(config.run_dir)]
     return [_look_at(path, best_step, config.verify) for path in paths]
 
@@ -170,7 +169,7 @@ def _mean(paths: Sequence[Path], key: str, numel: int) -> torch.Tensor:
 def _look_at(path: Path, best_step: int | None, read_all: bool) -> CheckpointInfo:
     size = sum(file.stat().st_size for file in path.iterdir())
     try:
-        saved: dict[str, Any] = read_json(path / "state.json")
+        saved = read_object(path / "state.json")
         manifest_problems: tuple[str, ...] = () if (path / "manifest.json").is_file() else (f"{path}: no manifest",)
     except UserError as error:
         saved, manifest_problems = {}, (str(error),)

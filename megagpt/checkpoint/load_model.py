@@ -8,9 +8,9 @@ from typing import Any, Literal
 from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.partitions import CheckpointError
 from megagpt.checkpoint.save_load import list_checkpoints, read_state, step_of, verify
+from megagpt.checkpoint.scores import read_best
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import UserError
-from megagpt.files import read_json
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.settings_record import read_settings
 from megagpt.tokenizer.base import Tokenizer
@@ -52,7 +52,7 @@ def find_checkpoint(run_dir: Path, step: int | Literal["last", "best"] = "last")
         raise UserError(f"{run_dir}: no such run directory")
     candidates = list_checkpoints(run_dir)
     if step == "best":
-        step = int(read_json(run_dir / "checkpoints" / "best.json")["step"])
+        step = read_best(run_dir).get("step", -1)
     if step != "last":
         candidates = [path for path in candidates if step_of(path) == step]
     if not candidates:

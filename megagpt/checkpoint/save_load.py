@@ -28,12 +28,12 @@ from torch import Tensor
 
 from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
-from megagpt.checkpoint.scores import mark_best, validation_loss
+from megagpt.checkpoint.scores import mark_best, read_best, validation_loss
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine.base import Engine
-from megagpt.files import read_json, sha256_file, sync, write_json
+from megagpt.files import check_fields, read_json, read_object, sha256_file, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def set_aside(run_dir: Path, *, newer_than: int, attempt: int) -> None:
     """Rename newer checkpoints to `aside_<attempt>_step_*`: damaged ones, and those of an abandoned branch."""
     leaving = [path for path in list_checkpoints(run_dir) if step_of(path) > newer_than]
     best = run_dir / "checkpoints" / "best.json"
-    of_best: dict[str, Any] = read_json(best) if best.exists() else {"step": -1}
-    if of_best["step"] > newer_than:
+    of_best = read_best(run_dir)
+    if of_best.get("step", -1) > newer_than:
         best.unlink()
         for path in list_checkpoints(run_dir)[: -len(leaving) or None]:
             loss = validation_loss(path, of_best.get("validation_set"))
@@ -256,11 +256,20 @@ def _candidates(run_dir: Path, step: int | None) -> list[Path]:
     return [path for path in committed if step_of(path) == step] + newer
 
 
+STATE_FIELDS = {"train_state": dict, "config": dict, "model": dict, "updates": int}
+"""What every state.json has."""
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises UserError that names the file if it is of a later format than this release reads."""
-    saved = read_json(path / "state.json")
-    if saved.get("format", 1) > FORMAT:
-        raise UserError(f"{path / 'state.json'}: format {saved['format']} is of a later release; this one reads up to {FORMAT}")
+    """A checkpoint's state.json. Raises UserError that names the file, the field and the rule if it is not one.
+
+    A later format than this release reads is refused too.
+    """
+    saved = read_object(path / "state.json")
+    later = saved.get("format", 1)
+    if isinstance(later, int) and later > FORMAT:
+        raise UserError(f"{path / 'state.json'}: format {later} is of a later release; this one reads up to {FORMAT}")
+    check_fields(path / "state.json", saved, STATE_FIELDS)
     return saved
 
 
@@ -323,8 +332,7 @@ def _problem_of(file: Path, size: int, sha256: str, progress: Callable[[], objec
 
 def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[Path]:
     """Delete checkpoints but the newest `keep_last`, the best, and multiples of keep_every_steps; returns what went."""
-    best = run_dir / "checkpoints" / "best.json"
-    best_step = read_json(best)["step"] if best.exists() else -1
+    best_step = read_best(run_dir).get("step", -1)
     committed = list_checkpoints(run_dir)
     whole = [path for path in committed if (path / "manifest.json").exists()]  # a deletion that was killed leaves none
     newest, removed = whole[-max(1, keep_last) :], []

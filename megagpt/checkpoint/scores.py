@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import UserError
-from megagpt.files import read_json, write_json
+from megagpt.files import check_fields, read_object, write_json
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,18 @@ def keep_score(path: Path, step: int, validation_set: str, score: Mapping[str, A
 
 def read_scores(path: Path) -> dict[str, Any]:
     """What evaluations of a checkpoint found, by validation set, the last written one last; {} if there was none."""
-    return read_json(path / SCORES_FILE) if (path / SCORES_FILE).exists() else {}
+    file = path / SCORES_FILE
+    scores = read_object(file) if file.exists() else {}
+    check_fields(file, scores, dict.fromkeys(scores, dict))
+    for score in scores.values():
+        check_fields(file, score, {"loss": (int, float)})
+    return scores
+
+
+def read_best(run_dir: Path) -> dict[str, Any]:
+    """The step, loss and validation set of a run's best checkpoint; {} if none was evaluated. Raises UserError if damaged."""
+    path = run_dir / "checkpoints" / "best.json"
+    return read_object(path, {"step": int, "validation_loss": (int, float)}) if path.exists() else {}
 
 
 def validation_loss(path: Path, validation_set: str | None = None) -> float | None:
@@ -48,7 +59,7 @@ def validation_loss(path: Path, validation_set: str | None = None) -> float | No
     if validation_set in scores:
         return float(scores[validation_set]["loss"])
     try:
-        return read_json(path / "state.json").get("validation_loss")
+        return read_object(path / "state.json").get("validation_loss")
     except UserError:
         return None
 
@@ -59,7 +70,7 @@ def mark_best(run_dir: Path, step: int, loss: float, validation_set: str | None 
     path = run_dir / "checkpoints" / "best.json"
     if not math.isfinite(loss):
         return False
-    best = read_json(path) if path.exists() else {}
+    best = read_best(run_dir)
     same = best.get("validation_set") in (None, validation_set)  # an old file does not say which
     if best and same and best["validation_loss"] <= loss:
         return False

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.checkpoint.scores import keep_score, mark_best, read_scores, validation_loss
+from megagpt.checkpoint.save_load import read_state
+from megagpt.checkpoint.scores import keep_score, mark_best, read_best, read_scores, validation_loss
+from megagpt.config import UserError
 from megagpt.files import read_json, write_json
 
 
@@ -47,3 +49,27 @@ def test_what_is_not_committed_has_no_score_and_a_full_disk_is_a_warning(
     with caplog.at_level(logging.WARNING):
         keep_score(path, 4, "a", {"loss": 1.0})
     assert "the score of step 4 is not kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("1", "holds a JSON int"),
+        ("{}", "train_state is missing"),
+        ('{"train_state": [], "config": {}}', "train_state is a list"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused_by_file_and_field(text: str, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match=rf"state\.json: {rule}"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"), [("[]", "holds a JSON list"), ('{"step": "1", "validation_loss": 1}', "step is a str")]
+)
+def test_a_best_of_another_shape_is_refused_by_file_and_field(text: str, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.json").write_text(text)
+    with pytest.raises(UserError, match=rf"best\.json: {rule}"):
+        read_best(tmp_path)

@@ -162,7 +162,8 @@ def judge(points: list[Point], *, known: bool) -> dict[str, Any]:
 def summarise(found: list[tuple[Plan, dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row per kind of change, with the changes known to the guard and not known."""
     rows = []
-    kinds = {plan.name if "->" not in plan.name or "%" not in plan.name else plan.name.split()[2] for plan, _, _ in found}
+    shares = {plan.name: [*plan.name.split(), "", "", ""][2] for plan, _, _ in found}
+    kinds = {share if share.endswith("%") else name for name, share in shares.items()}
     for kind in sorted(kinds, key=lambda name: (not name[0].isdigit(), name)):
         group = [entry for entry in found if entry[0].name == kind or f"-> {kind} " in entry[0].name]
         row: dict[str, Any] = {"change": f"{kind} of another language" if kind.endswith("%") else kind, "runs": len(group)}

@@ -306,6 +306,23 @@ def one_line_of_500_mb(bench: Bench) -> str:
     return got
 
 
+@trial(MEMORY, "its rows are read under 3 GiB of address space, or it is refused by name")
+def parquet_row_group_of_2_gb(bench: Bench) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.array([f"Sentence {i} of a text. " * 4000 for i in range(20)])  # 92 KB each
+    table = pa.table({"text": pa.chunked_array([texts] * 1300)})
+    pq.write_table(table, bench.folder / "a.parquet", row_group_size=1 << 30, use_dictionary=False, compression="zstd")
+    metadata = pq.read_metadata(bench.folder / "a.parquet")
+    assert metadata.num_row_groups == 1
+    assert metadata.row_group(0).total_byte_size > 2 << 30
+    words = ("extract.inputs=[a.parquet]", "work_dir=hostile", "num_workers=1", "extract.source=t")
+    ran = bench.tool("extract_documents", *words, prefix=LIMITED)
+    assert ran.status == DONE or "a.parquet" in ran.output, ran.output[-800:]
+    return bench.expect(ran, (DONE, CRASH, USER_ERROR)) + f", {bench.counted()}"
+
+
 @trial(MEMORY, "counted as cut off; what came before is kept")
 def zstd_stream_ends_early(bench: Bench) -> str:
     lines = b"".join(b'{"id": "%d", "text": "%s"}\n' % (i, os.urandom(200).hex().encode()) for i in range(2000))
@@ -497,6 +514,32 @@ def a_process_that_is_stopped_for_seconds(bench: Bench) -> str:
     assert process.returncode == 0, output[-800:]
     assert "Traceback" not in output
     return f"status 0: {output.strip().splitlines()[-1][:120]}"
+
+
+def documents_of(corpus: Path) -> dict[Path, bytes]:
+    """Bytes of every file of documents; parts that could not be removed do not count."""
+    files = (path for path in corpus.rglob("*.jsonl.zst") if path.is_file() and ".parts" not in path.parts)
+    return {path.relative_to(corpus): path.read_bytes() for path in files}
+
+
+@trial(LUCK, "every stage and the run end as they do on a disk that lists at once")
+def disk_that_lists_late(bench: Bench) -> str:
+    library = bench.folder / "late_listing.so"
+    source = PROJECT / "tests" / "support" / "late_listing.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    late = {"LD_PRELOAD": str(library), "LATE_SECONDS": "4", "LATE_BELOW": str(bench.folder)}
+    before = documents_of(bench.folder / "corpus")
+    shards = (bench.folder / "corpus" / "shards" / "train" / "shard_00000.bin").read_bytes()
+    time.sleep(5)  # the dumps are old
+    shutil.rmtree(bench.folder / "corpus")
+    got = []
+    for name in ("extract_documents", "filter_documents", "dedup_documents", "tokenize_documents"):
+        got.append(bench.expect(bench.corpus(name, env=late), DONE))
+    assert documents_of(bench.folder / "corpus") == before
+    assert (bench.folder / "corpus" / "shards" / "train" / "shard_00000.bin").read_bytes() == shards
+    bench.expect(bench.train("max_steps=8", env=late), DONE, "done")
+    bench.expect(bench.train("max_steps=12", env=late), DONE, "done")
+    return bench.expect(bench.tool("inspect_data", "run_dir=run"), DONE, "all as in the shards")
 
 
 # ---- running them
