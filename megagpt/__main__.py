@@ -24,11 +24,19 @@ On several GPUs:
   torchrun --nproc-per-node 8 -m megagpt.tools.train_model gpt_124m run_dir=runs/first"""
 
 NEEDS = {
-    "corpus": ("resiliparse", ("extract_documents", "filter_documents", "dedup_documents", "tokenize_documents")),
-    "tokenizers": ("sentencepiece", ("train_tokenizer",)),
+    "corpus": ("selectolax", ("extract_documents",)),
     "train": (
         "torch",
-        ("train_model", "evaluate_model", "generate_text", "inspect_checkpoints", "plan_run", "check_node", "quickstart"),
+        (
+            "train_model",
+            "evaluate_model",
+            "generate_text",
+            "inspect_checkpoints",
+            "plan_run",
+            "check_node",
+            "report_run",
+            "quickstart",
+        ),
     ),
     "convert": ("transformers", ("export_model", "import_model")),
     "serve": ("fastapi", ("serve_model",)),

@@ -23,7 +23,7 @@ def pins(project: Path) -> dict[str, Version]:
     """constraints.txt: the version of each package."""
     lines = (project / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if not line.startswith("#")]
-    found = {canonicalize_name(name): Version(version) for name, version in pairs}
+    found = {str(canonicalize_name(name)): Version(version) for name, version in pairs}
     assert len(found) == len(pairs), "constraints.txt: a package comes twice"
     return found
 
