@@ -16,12 +16,13 @@ fail() {
 }
 
 # What the Python packages need from the system (python3-venv where Debian's own Python is used), and per target what the
-# tools call: a C++ compiler for torch.compile, SLURM and shellcheck for the tests.
+# tools call: a C++ compiler for torch.compile, the libraries by which NCCL reaches InfiniBand (without them it takes TCP), git for the
+# commit in a run's record, SLURM and shellcheck for the tests.
 install_packages() {
   local names=(ca-certificates make)
   case $1 in
     corpus) ;;
-    train) names+=(gcc g++ libc6-dev) ;;
+    train) names+=(gcc g++ libc6-dev git ibverbs-providers libibverbs1 librdmacm1) ;;
     dev) names+=(gcc g++ libc6-dev git munge shellcheck slurm-client slurmctld slurmd) ;;
   esac
   [ "$(id -u)" = 0 ] || fail "installing packages needs root (packages: ${names[*]})"
