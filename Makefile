@@ -10,7 +10,7 @@ UPGRADE ?=
 # One thread per process: every tool and test spreads its work over processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint check format constraints bench-cpu clean
+.PHONY: help install quickstart test lint check format constraints bench-cpu docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against pee
 	$(BIN)/python -m bench.scale parts=loader,ranks,checkpoint most=200000000
 	$(BIN)/python -m bench.data.packing
 	$(BIN)/python -m bench.document
+
+docs: $(VENV)/.installed ## Build the site into build/site; a broken link is an error
+	$(BIN)/mkdocs build --quiet
 
 clean: ## Remove what tests and tools leave in the working tree (not .venv, not runs)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
