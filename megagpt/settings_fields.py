@@ -6,6 +6,17 @@ the field's default. A test names what is missing here; settings_record.py says 
 
 from typing import Any
 
+_NO_SCORES = {
+    "every_steps": 0,
+    "tasks": {},
+    "harness": [],
+    "harness_folder": None,
+    "harness_num_fewshot": None,
+    "exercises": {},
+    "answer_tokens": 64,
+    "answer_stop": ["\n"],
+    "max_samples": None,
+}
 _NO_TUNE = {"freeze": [], "freeze_blocks": 0, "lora": None}
 
 LATER: dict[str, dict[str, Any]] = {
@@ -25,6 +36,7 @@ LATER: dict[str, dict[str, Any]] = {
         "alert_pause_seconds": 1800.0,
     },
     "ProfileConfig": {"steps": None, "ranks": [0]},
+    "ScoreConfig": _NO_SCORES,
     "SupervisedConfig": {
         "format": None,
         "prompt": None,
@@ -44,6 +56,8 @@ LATER: dict[str, dict[str, Any]] = {
         "profile": {},
         "tune": _NO_TUNE,
         "read_results": "at_once",
+        "score": {},
+        "best_by": "loss",
     },
     "TuneConfig": _NO_TUNE,
     "LoraConfig": {

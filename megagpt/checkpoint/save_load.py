@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
-from megagpt.checkpoint.scores import mark_best, read_best, validation_loss
+from megagpt.checkpoint.scores import mark_best, read_best, value_of
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
@@ -220,9 +220,10 @@ def set_aside(run_dir: Path, *, newer_than: int, attempt: int) -> None:
     if of_best.get("step", -1) > newer_than:
         best.unlink()
         for path in list_checkpoints(run_dir)[: -len(leaving) or None]:
-            loss = validation_loss(path, of_best.get("validation_set"))
-            if loss is not None:
-                mark_best(run_dir, step_of(path), loss, of_best.get("validation_set"))
+            measured, metric = of_best.get("validation_set"), of_best.get("metric")
+            value = value_of(path, measured, metric)
+            if value is not None:
+                mark_best(run_dir, step_of(path), value, measured, metric=metric)
     for path in leaving:
         path.rename(path.with_name(f"aside_{attempt}_{path.name}"))
         log.warning("%s is not used; it was renamed to aside_%d_%s", path, attempt, path.name)

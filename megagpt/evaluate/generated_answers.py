@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megagpt.config import UserError
-from megagpt.distributed.world import World
+from megagpt.distributed.world import Stopped, World
 from megagpt.documents import open_lines
 from megagpt.evaluate.answers import Journal, answer_groups
 from megagpt.generate.sampling import SamplingConfig
@@ -68,12 +68,14 @@ def generate_answers(
     micro_batch_size: int,
     world: World,
     journal: Journal | None = None,
+    in_step: bool = False,
 ) -> list[str]:
     """The greedy answer to each request, in order, without its stop string. Put the model into evaluation mode first.
 
     A prompt too long for the model is cut from the left, so that prompt and answer fit. Prompts of equally many tokens go
-    through the model together. The ranks share the work, each with a whole copy of the model, and all get the same result.
-    Raises UserError if max_tokens leaves no room for a prompt.
+    through the model together. The ranks share the work, and all get the same result. Each has a whole copy of the model, or
+    `in_step` is true: then all make equally many forwards, as weights that are spread over the ranks need, and a stop request
+    is answered after each. Raises UserError if max_tokens leaves no room for a prompt, Stopped on all ranks.
     """
     rows: list[tuple[list[int], tuple[str, ...], int, bool]] = []
     for request in requests:
@@ -93,21 +95,33 @@ def generate_answers(
     def answer(group: Sequence[tuple[list[int], tuple[str, ...], int, bool]]) -> list[str]:
         _, stop, max_tokens, at_start = group[0]
         ids_bt = torch.tensor([ids for ids, *_ in group], device=world.device)
-        sampling = SamplingConfig(max_tokens=max_tokens, temperature=0.0)
-        steps = generate_ids(model, config, ids_bt, sampling, vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids)
+        sampling = SamplingConfig(max_tokens=longest if in_step else max_tokens, temperature=0.0)
+        eos_ids = () if in_step else tokenizer.eos_ids
+        steps = generate_ids(model, config, ids_bt, sampling, vocab_size=tokenizer.vocab_size, eos_ids=eos_ids)
         decoders = [StreamDecoder(tokenizer, at_start=at_start) for _ in group]
         texts, done = [""] * len(group), [False] * len(group)
-        for tokens in steps:
+        for count, tokens in enumerate(steps, start=1):
             for i, token in enumerate(tokens):
                 if done[i] or token is None or token in tokenizer.eos_ids:
                     done[i] = True
                     continue
                 texts[i] += decoders[i].push(token)
-                done[i] = any(text in texts[i] for text in stop)
-            if all(done):
+                done[i] = count == max_tokens or any(text in texts[i] for text in stop)
+            if all_done(done):
                 break
         whole = [text + decoder.finish() for text, decoder in zip(texts, decoders, strict=True)]
         return [cut_at(text, stop) for text in whole]
+
+    longest = max((request.max_tokens for request in requests), default=0)
+
+    def all_done(done: Sequence[bool]) -> bool:
+        if not in_step:
+            return all(done)
+        unfinished, stopped = world.sum([not all(done), bool(world.stop.signal_name)])
+        world.progress()
+        if stopped:
+            raise Stopped
+        return unfinished == 0
 
     texts = [""] * len(requests)
     groups = [[rows[i] for i in batch] for batch in batches]

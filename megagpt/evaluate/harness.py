@@ -52,6 +52,30 @@ class HarnessTask:
     """Of the task's settings and questions: scores are comparable if it is the same. None of a group."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedTasks:
+    """Tasks of the harness with their data in memory: may be asked again and again."""
+
+    names: tuple[str, ...]
+    manager: Any
+    found: Any
+    """What lm-eval's TaskManager.load gives: "tasks" and "groups" by name."""
+
+
+def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
+    """Tasks, groups and tags by name, from the YAML files of `folder` first. The working directory is that folder meanwhile.
+
+    Raises UserError on names that are not known and on tasks that cannot be loaded.
+    """
+    import_harness(offline=folder is not None)
+    with _in_folder(folder), _quiet():
+        manager = _task_manager(names, folder)
+        try:
+            return LoadedTasks(tuple(names), manager, manager.load(list(names)))
+        except Exception as error:  # each task has its own: a file, a column, a data set that is not here
+            raise UserError(f"harness: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
+
+
 def evaluate_harness(
     lm: Any,
     names: Sequence[str],
@@ -66,16 +90,24 @@ def evaluate_harness(
     `folder` holds YAML files of tasks, whose data files are relative to it; the harness's own tasks come after.
     Raises UserError on names that are not known and on tasks that cannot be loaded or ask for what the model does not do.
     """
-    lm_eval = import_harness(offline=folder is not None)
-    with _in_folder(folder), _quiet():
-        manager = _task_manager(names, folder)
-        tasks, problem = None, None
-        try:
-            tasks = manager.load(list(names))
-        except Exception as error:  # each task has its own: a file, a column, a data set that is not here
-            problem = UserError(f"harness: {' '.join(f'{type(error).__name__}: {error}'.split())}")
-        world.agree(problem)
-        assert tasks is not None
+    loaded, problem = None, None
+    try:
+        loaded = load_tasks(names, folder)
+    except UserError as error:
+        problem = error
+    world.agree(problem)
+    assert loaded is not None
+    return ask_tasks(lm, loaded, world, num_fewshot=num_fewshot, max_questions=max_questions)
+
+
+def ask_tasks(
+    lm: Any, loaded: LoadedTasks, world: World, *, num_fewshot: int | None = None, max_questions: int | None = None
+) -> dict[str, HarnessTask]:
+    """The scores of tasks that are loaded, on every rank. Sets the seeds of torch, numpy and random. Raises UserError on tasks
+    that ask for what the model does not do."""
+    lm_eval = import_harness(offline=False)
+    names, manager, tasks = loaded.names, loaded.manager, loaded.found
+    with _quiet():
         groups = [tasks["groups"][name] for name in names if name in tasks["groups"]]
         inside = {task.task_name for group in groups for task in group.get_all_tasks()}
         wanted = [*groups, *(task for name, task in tasks["tasks"].items() if name not in inside)]
@@ -130,8 +162,10 @@ def open_adapter(
     micro_batch_size: int,
     world: World,
     journal: Journal | None = None,
+    in_step: bool = False,
 ) -> Any:
-    """The model as lm-eval takes one (`lm_eval.api.model.TemplateLM`). Put it into evaluation mode first."""
+    """The model as lm-eval takes one (`lm_eval.api.model.TemplateLM`). Put it into evaluation mode first. `in_step`: see
+    generate_answers."""
     import_harness(offline=False)
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
@@ -183,7 +217,7 @@ def open_adapter(
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             asked = [_answer_request(prompt, settings, self.max_gen_toks) for prompt, settings in (r.args for r in requests)]
-            return generate_answers(model, config, tokenizer, asked, **options)
+            return generate_answers(model, config, tokenizer, asked, in_step=in_step, **options)
 
     return Adapter()
 

@@ -1,4 +1,4 @@
-"""Scores of generated answers against right ones: exact match and token F1 by SQuAD's rules, ROUGE, BLEU.
+"""Scores of generated answers against right ones: exact match and token F1 by SQuAD's rules, ROUGE, BLEU, final numbers.
 
 Exact match and F1 (arXiv 1606.05250) compare lower-case words without punctuation and English articles. ROUGE is rouge-score's,
 BLEU sacrebleu's; both come with megagpt[evaluate].
@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from megagpt.config import UserError
 from megagpt.evaluate.tasks import standard_error
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WORDS = re.compile(
@@ -37,6 +39,9 @@ class TextScores:
     bleu: float
     bleu_signature: str
     """What sacrebleu was told: two BLEU scores are comparable if their signatures are the same."""
+    final_number: float | None
+    """Share of the answers whose final number equals a right answer's (GSM8K), of those to which a right answer has one; None
+    where none has."""
     standard_errors: dict[str, float | None]
     """Of the means: deviation of the sample / sqrt(answers); None of a single answer."""
 
@@ -50,9 +55,13 @@ def score_texts(generated: Sequence[str], right: Sequence[Sequence[str]]) -> Tex
         raise UserError(f"{error.name} is not installed: scores of generated answers need megagpt[evaluate]") from None
     rouge = RougeScorer(list(ROUGE_KINDS), tokenizer=_Words())
     values: dict[str, list[float]] = {name: [] for name in ("exact_match", "f1", *ROUGE_KINDS)}
+    numbers: list[float] = []
     for text, answers in zip(generated, right, strict=True):
         values["exact_match"].append(max(exact_match(text, answer) for answer in answers))
         values["f1"].append(max(token_f1(text, answer) for answer in answers))
+        expected = {final_number(answer) for answer in answers} - {None}
+        if expected:
+            numbers.append(float(final_number(text) in expected))
         for kind, found in rouge.score_multi(list(answers), text).items():
             values[kind].append(found.fmeasure)
     bleu = BLEU()
@@ -64,8 +73,19 @@ def score_texts(generated: Sequence[str], right: Sequence[Sequence[str]]) -> Tex
         **{name: fmean(each) for name, each in values.items()},
         bleu=found.score,
         bleu_signature=str(bleu.get_signature()),
-        standard_errors={name: standard_error(each) for name, each in values.items()},
+        final_number=fmean(numbers) if numbers else None,
+        standard_errors={name: standard_error(each) for name, each in {**values, "final_number": numbers}.items() if each},
     )
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last "####" (GSM8K's mark), or without that mark the last one of the text; None if there is none.
+    Commas between digits are left out: 1,000 is 1000."""
+    _, mark, tail = text.rpartition("####")
+    found = _NUMBER.findall(tail)
+    if not found:
+        return None
+    return Decimal((found[0] if mark else found[-1]).replace(",", ""))
 
 
 def exact_match(text: str, answer: str) -> float:

@@ -15,6 +15,11 @@ SMALL = (
     ("Gradient norm", "grad_norm", "before clipping"),
     ("Throughput", "tokens_per_second", "tokens per second"),
 )
+SHARES = (
+    *("accuracy", "accuracy_per_character", "acc", "acc_norm", "exact_match", "exact_match,strict-match", "final_number"),
+    *("f1", "rouge1", "rougeL"),
+)
+"""Scores from 0 to 1 that are drawn, by the names that tasks, the harness and exercises have."""
 MAX_COMPARED = 6
 """The most runs in one comparison: the number of colours."""
 
@@ -67,6 +72,26 @@ def small_cards(facts: Facts) -> list[Card]:
             y_limits = (0.0, 1.08 * max(values)) if positive else None
             chart = Chart(title, (line(title, rows, values, 1, facts),), marks(facts), unit=unit, y_limits=y_limits)
             cards.append(Card(title, [Picture(chart)], wide=False))
+    return cards
+
+
+def score_cards(facts: Facts) -> list[Card]:
+    """A chart for each task that the run was scored by while it was trained: its shares (accuracies, F1, ROUGE) over steps."""
+    rows = facts.metrics.of_kind("score")
+    tasks = sorted({name for row in rows for name in _scores(row)})
+    cards = []
+    for task in tasks:
+        found = [{**row, **_scores(row)[task]} for row in rows if task in _scores(row)]
+        lines = []
+        for name in SHARES:
+            of_rows, values = column(found, name)
+            if values and len(lines) < MAX_COMPARED:
+                lines.append(line(name, of_rows, values, len(lines) + 1, facts, markers=True))
+        if lines:
+            y_limits = limits([value for item in lines for value in item.y])
+            cards.append(
+                Card(f"Scores: {task}", [Picture(Chart(f"Scores: {task}", tuple(lines), y_limits=y_limits))], wide=False)
+            )
     return cards
 
 
@@ -142,6 +167,11 @@ def _tokens_at(facts: Facts, rows: Sequence[Row]) -> list[float] | None:
     if not known:
         return None
     return np.interp([row["step"] for row in rows], [row["step"] for row in known], counts).tolist()
+
+
+def _scores(row: Row) -> dict[str, dict[str, float]]:
+    scores = row.get("scores")
+    return {name: found for name, found in scores.items() if isinstance(found, dict)} if isinstance(scores, dict) else {}
 
 
 def _sources(row: Row) -> dict[str, dict[str, float]]:

@@ -120,12 +120,13 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
 def _read_checkpoints(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
     best_path = run_dir / "checkpoints" / "best.json"
     best = (_attempt(best_path, read_json, problems) or {}) if best_path.exists() else {}
-    best_loss = number(best.get("validation_loss")) if isinstance(best, dict) else None
+    value = number(best.get("validation_loss", best.get("value"))) if isinstance(best, dict) else None
+    what = f"{best['metric']} " if isinstance(best, dict) and best.get("metric") else ""
     found = []
     for path in list_checkpoints(run_dir):
         with contextlib.suppress(FileNotFoundError):  # the run continues, and deletes old ones
             sizes = [file.stat().st_size for file in path.iterdir()]
-            is_best = best_loss is not None and step_of(path) == best.get("step")
-            words = f"best: {best_loss:.4f}" if is_best else ""
+            is_best = value is not None and step_of(path) == best.get("step")
+            words = f"best: {what}{value:.4f}" if is_best else ""
             found.append({"step": step_of(path), "bytes": sum(sizes), "files": len(sizes), "best": words})
     return found

@@ -6,12 +6,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megagpt.checkpoint.ownership import IfRunning
-from megagpt.config import Config
+from megagpt.config import Config, UserError
 from megagpt.data.open_data import DataConfig
 from megagpt.distributed.determinism import Determinism
 from megagpt.distributed.device import Device
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
+from megagpt.evaluate.scores_in_training import ScoreConfig, check_metric
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.model.tune import TuneConfig
@@ -83,9 +84,14 @@ class TrainConfig(Config):
     """Steps between evaluations on the validation split; 0 = only at the end."""
     evaluate_max_samples: int | None = Field(default=None, gt=0)
     """Validation samples per source; null = all."""
+    score: ScoreConfig = ScoreConfig()
+    """Tasks, the harness and generated answers while it is trained. Weights are the same bits with and without."""
+    best_by: str = "loss"
+    """What the best checkpoint and early stopping go by: loss (of validation), or TASK.METRIC of `score` (piqa.accuracy). The
+    lowest loss, perplexity and bits_per_byte are the best, the highest of everything else."""
     early_stop_evaluations: int = Field(default=0, ge=0)
-    """Evaluations in a row whose validation loss is not below the lowest one before them, after which the run is done; 0 =
-    never. The best checkpoint stays (checkpoints/best.json)."""
+    """Evaluations in a row whose validation loss (or best_by) is not better than the best one before them, after which the run
+    is done; 0 = never. The best checkpoint stays (checkpoints/best.json)."""
     save_every_steps: int = Field(default=1000, gt=0)
     """Steps between checkpoints; one more is saved at the end and on a stop signal."""
     read_results: Literal["auto", "late", "at_once"] = "auto"
@@ -94,7 +100,7 @@ class TrainConfig(Config):
     save_in_background: bool = True
     """Copy the state to host memory and write it while training continues; needs host memory for one copy of it."""
     keep_last: int = Field(default=2, gt=0)
-    """Newest checkpoints that are kept; the one with the best validation loss stays too."""
+    """Newest checkpoints that are kept; the best one stays too."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints of multiples of this step are kept for good; 0 = none."""
     sample_every_steps: int = Field(default=0, ge=0)
@@ -141,8 +147,15 @@ class TrainConfig(Config):
             if phase.global_batch_size < self.micro_batch_size:
                 least = f"micro_batch_size={self.micro_batch_size}"
                 raise ValueError(f"batch_warmup: global_batch_size={phase.global_batch_size} is less than {least}")
-        if self.early_stop_evaluations and not self.evaluate_every_steps:
-            raise ValueError(f"early_stop_evaluations={self.early_stop_evaluations} needs evaluate_every_steps")
+        needed = ("evaluate_every_steps", self.evaluate_every_steps)
+        if self.best_by != "loss":
+            needed = ("score.every_steps", self.score.every_steps)
+            try:
+                check_metric(self.score, self.best_by)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        if self.early_stop_evaluations and not needed[1]:
+            raise ValueError(f"early_stop_evaluations={self.early_stop_evaluations} needs {needed[0]}")
         if self.tune.freezes:
             if self.init_from is None:
                 raise ValueError("tune freezes weights or adds adapters: it needs init_from, a run or an imported model")

@@ -1,4 +1,4 @@
-"""Early stopping: a run ends when its validation loss has not fallen for some evaluations.
+"""Early stopping: a run ends when its validation loss, or a score, has not become better for some evaluations.
 
 What was evaluated is read from metrics.jsonl, without what a rewind or a restart did again: so a start after a stop counts on.
 """
@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megagpt.checkpoint.scores import as_loss, score_of
 from megagpt.monitor.metrics import read_metrics
 
 
@@ -17,7 +18,12 @@ def used_up(losses: Sequence[float], patience: int) -> bool:
     return not min(losses[-patience:]) < min(losses[:-patience])
 
 
-def evaluated_losses(run_dir: Path) -> list[float]:
-    """The validation losses of a run, in the order of their steps; a non-finite one counts as infinite."""
-    by_step = {row["step"]: float(row["loss"]) for row in read_metrics(run_dir).of_kind("evaluate")}
+def evaluated_losses(run_dir: Path, metric: str = "loss") -> list[float]:
+    """The validation losses of a run, in the order of their steps; a non-finite one counts as infinite. Of another metric,
+    "TASK.METRIC", its values, negative where the highest is the best. Raises UserError if a score has no such value."""
+    metrics = read_metrics(run_dir)
+    if metric == "loss":
+        by_step = {row["step"]: float(row["loss"]) for row in metrics.of_kind("evaluate")}
+    else:
+        by_step = {row["step"]: as_loss(metric, score_of(row["scores"], metric)) for row in metrics.of_kind("score")}
     return [loss if math.isfinite(loss) else math.inf for _, loss in sorted(by_step.items())]

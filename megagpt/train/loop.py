@@ -36,6 +36,9 @@ from megagpt.engine.build import build_engine, draw_weights
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
 from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode, validation_set
+from megagpt.evaluate.results import keep_result
+from megagpt.evaluate.scores_in_training import Questions, numbers_of, read_questions, score_model
+from megagpt.files import sha256_file
 from megagpt.generate.sampling import SamplingConfig
 from megagpt.generate.streams import generate_ids
 from megagpt.generate.text_stream import StreamDecoder
@@ -70,6 +73,8 @@ class Run:
     saver: checkpoint.Saver
     settings: dict[str, str]
     """See digest_settings."""
+    questions: Questions | None = None
+    """What it is scored by besides validation data."""
     base: dict[str, Any] = field(default_factory=dict)
     """Of a run that freezes something: the checkpoint that the frozen weights are from (checkpoint.base_weights)."""
 
@@ -81,6 +86,8 @@ def train(config: TrainConfig) -> int:
     """
     data = open_data(config.data)
     preflight.check_run(config, data)
+    # Before any thread and rank depends on the working directory, which reading the harness's tasks moves for a while.
+    questions = read_questions(config.score, seq_len=config.model.seq_len) if config.score.asks else None
     if config.check:
         return EXIT_DONE
     if config.determinism != "none":
@@ -105,7 +112,7 @@ def train(config: TrainConfig) -> int:
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
             settings = digest_settings(config, data)
-            run = Run(config, data, world, engine, monitor, watchdog, guard, attempt, saver, settings)
+            run = Run(config, data, world, engine, monitor, watchdog, guard, attempt, saver, settings, questions)
             state = restore_or_start(run)
         preflight.record_settings(config, data, world)
         status = loop(run, state)
@@ -160,7 +167,10 @@ def loop(run: Run, state: TrainState) -> int:
     profiler = StepProfiler(config.profile, config.run_dir, world.rank, run.attempt, monitor.clock)
     late, saved_step = results_come_late(config, world), state.step  # at its beginning a run has nothing to save either
     watchdog.beat(state.step)
-    score, interrupted = evaluate_and_sample(run, state, left_by_a_stop(run, state), saved_step)
+    kinds = left_by_a_stop(run, state)
+    if state.step == 0 and config.init_from is not None:  # what tuning begins from, to be compared
+        kinds = ("score",) * (run.questions is not None) + ("sample",) * (config.sample_every_steps > 0)
+    score, interrupted = evaluate_and_sample(run, state, kinds, saved_step)
     early, stopping = stops_early(run), False
     unjudged: list[Launched] = []
     coming: Coming | None = None
@@ -194,8 +204,9 @@ def loop(run: Run, state: TrainState) -> int:
             if due(config.save_every_steps, state.step) or state.step == config.max_steps:
                 save(run, state)  # before anything that is not needed and takes long
                 saved_step = state.step
-            score, interrupted = evaluate_and_sample(run, state, due_at(config, state.step), saved_step)
-            early = score is not None and stops_early(run)
+            kinds = due_at(config, state.step)
+            score, interrupted = evaluate_and_sample(run, state, kinds, saved_step)
+            early = bool(kinds) and not interrupted and stops_early(run)
             collect_garbage(state.step)
     profiler.close()
     stopped = bool(interrupted) or (state.step < config.max_steps and not early)
@@ -338,17 +349,20 @@ def _total(rows: Sequence[Sequence[float]], start: int, count: int) -> float:
 
 
 def stops_early(run: Run) -> bool:
-    """Whether the validation loss has not fallen for early_stop_evaluations; all ranks call it together."""
-    patience = run.config.early_stop_evaluations
+    """Whether best_by has not become better for early_stop_evaluations; all ranks call it together."""
+    config = run.config
+    patience = config.early_stop_evaluations
     if patience == 0:
         return False
-    return run.world.broadcast(run.world.rank == 0 and used_up(evaluated_losses(run.config.run_dir), patience))
+    used = run.world.rank == 0 and used_up(evaluated_losses(config.run_dir, config.best_by), patience)
+    return run.world.broadcast(used)
 
 
 def due_at(config: TrainConfig, step: int) -> tuple[str, ...]:
     """What is done after this step besides saving, in order."""
     evaluates = due(config.evaluate_every_steps, step) or step == config.max_steps
-    return ("evaluate",) * evaluates + ("sample",) * due(config.sample_every_steps, step)
+    scores = config.score.asks and (due(config.score.every_steps, step) or step == config.max_steps)
+    return ("evaluate",) * evaluates + ("score",) * scores + ("sample",) * due(config.sample_every_steps, step)
 
 
 def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
@@ -371,6 +385,8 @@ def evaluate_and_sample(
                 score = evaluate(run, state)
                 if score is not None and saved_step == state.step:
                     keep_score(run, state, score)
+            elif kind == "score":
+                score_by_tasks(run, state, is_saved=saved_step == state.step)
             else:
                 sample(run, state)
         except Stopped:
@@ -513,9 +529,41 @@ def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
 
     def keep() -> None:
         if still_owner(config.run_dir, run.attempt):
-            scores.keep_score(path, state.step, measured, score)
+            best_by = "loss" if config.best_by == "loss" else None
+            scores.keep_score(path, state.step, measured, score, best_by=best_by)
 
     run.saver.then(keep)
+
+
+def score_by_tasks(run: Run, state: TrainState, *, is_saved: bool) -> None:
+    """Scores of tasks, harness and exercises, logged; where this step has a checkpoint, kept beside it and in evaluations/."""
+    config, questions, engine = run.config, run.questions, run.engine
+    if questions is None:
+        return
+    parts = (engine.model, config.model, run.data.tokenizer)
+    with run.monitor.clock("evaluate"), evaluation_mode(engine.module):
+        found = score_model(*parts, questions, run.world, micro_batch_size=config.micro_batch_size)
+    numbers = numbers_of(found)
+    run.monitor.log("score", state.step, scores=numbers)
+    best_by = None if config.best_by == "loss" else config.best_by
+    if best_by is not None:
+        scores.score_of(numbers, best_by)
+    path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
+
+    def keep() -> None:
+        if not still_owner(config.run_dir, run.attempt):
+            return
+        scores.keep_score(path, state.step, questions.digest, {"scores": numbers}, best_by=best_by)
+        try:
+            measured = {"checkpoint": sha256_file(path / "manifest.json"), "questions": questions.digest}
+            kept = {"step": state.step, "sources": {}, **found, "measured": measured}
+            kept |= {"config": config.score.model_dump(mode="json")}
+            keep_result(config.run_dir / "evaluations" / f"step_{state.step:08d}.json", kept)
+        except OSError as error:
+            log.warning("the scores of step %d are in metrics.jsonl only: %s", state.step, error)
+
+    if is_saved and state.step > 0:
+        run.saver.then(keep)
 
 
 def sample(run: Run, state: TrainState) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.checkpoint.save_load import read_state
-from megagpt.checkpoint.scores import keep_score, mark_best, read_best, read_scores, validation_loss
+from megagpt.checkpoint.save_load import read_state, set_aside
+from megagpt.checkpoint.scores import keep_score, mark_best, read_best, read_scores, score_of, validation_loss
 from megagpt.config import UserError
 from megagpt.files import read_json, write_json
 
@@ -29,6 +29,25 @@ def test_a_score_belongs_to_a_validation_set_and_best_begins_anew_with_another(t
     eighth = tmp_path / "checkpoints" / "step_00000008"
     assert read_scores(eighth) == {"b": {"loss": 6.0, "tokens": 7}, "a": {"loss": 1.0, "tokens": 7}}
     assert (validation_loss(eighth), validation_loss(eighth, "b"), validation_loss(eighth, "c")) == (1.0, 6.0, None)
+
+
+def test_the_best_by_a_score_is_the_highest_and_comes_back_with_an_older_branch(tmp_path: Path) -> None:
+    best = tmp_path / "checkpoints" / "best.json"
+    for step, value in ((2, 0.5), (4, 0.7), (6, 0.9), (8, 0.8)):
+        path = committed(tmp_path, step)
+        keep_score(path, step, "valid", {"loss": 1.0 / step}, best_by=None)
+        keep_score(path, step, "asked", {"scores": {"a.b": {"f1": value, "loss_of_gold": value}}}, best_by="a.b.f1")
+    assert read_json(best) == {"step": 6, "value": 0.9, "validation_set": "asked", "metric": "a.b.f1"}
+    assert validation_loss(tmp_path / "checkpoints" / "step_00000008") == 1 / 8
+    set_aside(tmp_path, newer_than=4, attempt=2)
+    assert read_json(best)["step"] == 4
+    path = committed(tmp_path, 10)
+    keep_score(path, 10, "asked", {"scores": {"a.b": {"loss_of_gold": 0.6}}}, best_by="a.b.loss_of_gold")
+    assert read_json(best)["step"] == 10, "another metric begins anew"
+    keep_score(committed(tmp_path, 12), 12, "asked", {"scores": {"a.b": {"loss_of_gold": 0.7}}}, best_by="a.b.loss_of_gold")
+    assert read_json(best)["step"] == 10, "of a loss the lowest is the best"
+    with pytest.raises(UserError, match=r"best_by=a.b.bleu: not among the scores, which are a.b.f1"):
+        score_of({"a.b": {"f1": 0.5}}, "a.b.bleu")
 
 
 def test_the_score_that_release_0_1_kept_in_state_json_is_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scores of generated answers by hand; files of exercises; answers that end where they should."""
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from test_evaluate_model import small_gpt
 from megagpt.config import UserError
 from megagpt.distributed.world import lone_world
 from megagpt.evaluate.generated_answers import AnswerRequest, Exercise, cut_at, generate_answers, read_exercises
-from megagpt.evaluate.text_scores import exact_match, score_texts, token_f1
+from megagpt.evaluate.text_scores import exact_match, final_number, score_texts, token_f1
 from megagpt.generate.sampling import SamplingConfig
 from megagpt.generate.streams import generate_ids
 from megagpt.tokenizer.plain_bytes import Bytes
@@ -52,6 +53,29 @@ def test_the_best_right_answer_counts_and_the_scores_are_those_of_the_libraries(
     assert "tok:13a" in found.bleu_signature
     assert found.standard_errors["exact_match"] == pytest.approx(0.5)
     assert score_texts(["кошка спит", "猫が好き"], [["кошка"], ["猫"]]).rouge1 == pytest.approx((2 / 3 + 2 / 5) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 and 3 make 5.\n#### 5", "5"),
+        ("so it costs $1,234.50, nothing more", "1234.50"),
+        ("from 7 to -3", "-3"),
+        ("#### 12 apples, not 13", "12"),
+        ("none ####", None),
+        ("", None),
+    ],
+)
+def test_final_numbers(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_final_numbers_are_counted_where_a_right_answer_has_one() -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    found = score_texts(["it is 1,000", "5.0", "x", "7"], [["#### 1000"], ["5"], ["4"], ["no number"]])
+    assert found.final_number == pytest.approx(2 / 3)
+    assert score_texts(["7"], [["a"]]).final_number is None
 
 
 def test_exercises_are_read(tmp_path: Path) -> None:

@@ -265,7 +265,9 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "row"), [("slow_evaluation", "evaluate"), ("slow_sampling", "sample")])
+@pytest.mark.parametrize(
+    ("kind", "row"), [("slow_evaluation", "evaluate"), ("slow_sampling", "sample"), ("slow_answers", "score")]
+)
 @pytest.mark.parametrize("at", [8, STEPS])
 def test_told_to_stop_in_an_evaluation_it_ends_within_seconds_and_does_it_again(
     kind: str,
@@ -284,6 +286,11 @@ def test_told_to_stop_in_an_evaluation_it_ends_within_seconds_and_does_it_again(
     values |= {"evaluate_every_steps": 8 * (row == "evaluate" and at == 8), "sample_every_steps": at * (row == "sample")}
     if (row, at) == ("sample", STEPS):
         values["evaluate_max_samples"] = 1
+    if row == "score":
+        (tmp_path / "asked.jsonl").write_text('{"prompt": "ab", "answer": "ab"}\n' * 3)
+        exercises = {"toy": str(tmp_path / "asked.jsonl")}
+        values["score"] = {"every_steps": at, "exercises": exercises, "answer_tokens": 20, "max_samples": 3}
+        values["evaluate_every_steps"] = 0
     ranks = start(project, tmp_path, values)
     wait_until(lambda: mark.exists() or any(process.poll() is not None for process in ranks.processes))
     ranks.send(signal.SIGTERM, [1])
@@ -294,7 +301,7 @@ def test_told_to_stop_in_an_evaluation_it_ends_within_seconds_and_does_it_again(
     assert (stop["kind"], stop["step"], stop["interrupted"]) == ("stop", at, [row])
     checkpoint = tmp_path / "run" / "checkpoints" / f"step_{at:08d}"
     assert (checkpoint / "manifest.json").is_file(), "no step is lost"
-    assert not (checkpoint / "scores.json").exists() or row == "sample"
+    assert not (checkpoint / "scores.json").exists() or row != "evaluate"
     monkeypatch.setenv("FAULTS", "[]")
     ranks = start(project, tmp_path, values)
     assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()

@@ -206,6 +206,13 @@ def slow_sampling(train, fault) -> None:
     train.generate_ids = generate_ids
 
 
+def slow_answers(train, fault) -> None:
+    """Each token of a generated answer takes `seconds`."""
+    from megagpt.evaluate import generated_answers
+
+    slow_sampling(generated_answers, fault)
+
+
 def slow_save(train, fault) -> None:
     """The disk takes `seconds` for each slice of a checkpoint."""
     from megagpt.checkpoint import partitions as pieces
