@@ -1,4 +1,5 @@
-"""What NVML says about GPUs: utilisation, memory, power, energy, temperature, clocks and what holds them down, ECC."""
+"""What NVML says about GPUs: utilisation, memory, power, energy, temperature, clocks and what holds them down, ECC,
+row remaps, NVLink and PCIe traffic."""
 
 import logging
 import statistics
@@ -18,6 +19,9 @@ _THROTTLE_REASONS = {
     "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power_brake",
 }
 """NVML's names of the reasons that cost speed, and ours. Idle and user-set clocks are not listed."""
+
+ALL_LINKS = 2**32 - 1
+"""NVML's scope of a field that is summed over the NVLinks of a GPU. Its unit is KiB since the driver was loaded."""
 
 
 def open_gpu(device: "torch.device") -> Any | None:
@@ -47,8 +51,11 @@ def read_gpu(handle: Any, device: "torch.device") -> dict[str, float | str]:
     return {"peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2), **read_device(handle)}
 
 
-def read_device(handle: Any) -> dict[str, float | str]:
-    """NVML's readings of one GPU at one moment; what it does not report is left out."""
+def read_device(handle: Any, *, pcie: bool = False) -> dict[str, float | str]:
+    """NVML's readings of one GPU at one moment; what it does not report is left out.
+
+    pcie: PCIe traffic too, for which NVML waits 20 ms in each direction: for threads beside training.
+    """
     import pynvml
 
     def memory() -> float:
@@ -66,6 +73,17 @@ def read_device(handle: Any) -> dict[str, float | str]:
         corrected, uncorrected, _, _ = pynvml.nvmlDeviceGetRemappedRows(handle)
         return int(corrected) + int(uncorrected)
 
+    def nvlink(field: int) -> float:
+        (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(field, ALL_LINKS)])
+        pynvml._nvmlCheckReturn(value.nvmlReturn)  # type: ignore[attr-defined]
+        return round(value.value.ullVal / 2**20, 3)
+
+    def pcie_traffic(counter: int) -> float:
+        return round(pynvml.nvmlDeviceGetPcieThroughput(handle, counter) / 2**20, 4)
+
+    def remap_state(number: int) -> int:
+        return int(bool(pynvml.nvmlDeviceGetRemappedRows(handle)[number]))
+
     readings: dict[str, Callable[[], float | str]] = {
         "utilisation_percent": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
         "memory_used_gib": memory,
@@ -76,7 +94,14 @@ def read_device(handle: Any) -> dict[str, float | str]:
         "throttled": throttled,
         "uncorrected_ecc_errors": uncorrected,
         "remapped_rows": remapped,
+        "remap_pending": lambda: remap_state(2),
+        "remap_failed": lambda: remap_state(3),
+        "nvlink_sent_gib": lambda: nvlink(pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX),
+        "nvlink_received_gib": lambda: nvlink(pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX),
     }
+    if pcie:
+        readings["pcie_sent_gib_per_second"] = lambda: pcie_traffic(pynvml.NVML_PCIE_UTIL_TX_BYTES)
+        readings["pcie_received_gib_per_second"] = lambda: pcie_traffic(pynvml.NVML_PCIE_UTIL_RX_BYTES)
     result: dict[str, float | str] = {}
     for name, reading in readings.items():
         try:
@@ -96,13 +121,21 @@ def read_node() -> dict[str, dict[str, float | str]]:
     try:
         pynvml.nvmlInit()
         for number in range(pynvml.nvmlDeviceGetCount()):
-            found[str(number)] = read_device(pynvml.nvmlDeviceGetHandleByIndex(number))
+            found[str(number)] = read_device(pynvml.nvmlDeviceGetHandleByIndex(number), pcie=True)
     except pynvml.NVMLError:
         pass  # a GPU that has fallen off the bus, or no driver: what was read counts
     return found
 
 
-SUMMARISED = ("utilisation_percent", "memory_used_gib", "power_watts", "temperature_celsius", "sm_clock_mhz")
+SUMMARISED = (
+    "utilisation_percent",
+    "memory_used_gib",
+    "power_watts",
+    "temperature_celsius",
+    "sm_clock_mhz",
+    "pcie_sent_gib_per_second",
+    "pcie_received_gib_per_second",
+)
 NAMED = 8
 """GPUs that a summary names at most."""
 
@@ -118,7 +151,7 @@ def summarise_nodes(nodes: Iterable[tuple[str, Mapping[str, Mapping[str, float |
             (least, of_least), (most, of_most) = min(values), max(values)
             median = statistics.median(value for value, _ in values)
             summary[name] = {"median": median, "min": least, "min_gpu": of_least, "max": most, "max_gpu": of_most}
-    for name in ("throttled", "uncorrected_ecc_errors", "remapped_rows"):
+    for name in ("throttled", "uncorrected_ecc_errors", "remapped_rows", "remap_pending", "remap_failed"):
         told = [f"{gpu}: {readings[name]}" for gpu, readings in gpus if readings.get(name)]
         if told:
             more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""

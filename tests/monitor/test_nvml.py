@@ -12,7 +12,7 @@ import pytest
 from megagpt.monitor.nvml import summarise_nodes
 
 LIBRARY = r"""
-// Two GPUs. The second one answers NVML_ERROR_GPU_IS_LOST (15) where FAKE_NVML says so; both lack remapped rows (no symbol).
+// Two GPUs. The second one answers NVML_ERROR_GPU_IS_LOST (15) where FAKE_NVML says so, and has no NVLink (3).
 #include <stdlib.h>
 #include <string.h>
 static int lost(void *device, const char *name) {
@@ -38,6 +38,23 @@ int nvmlDeviceGetTotalEnergyConsumption(void *device, wide *mj) { OR_LOST("energ
 int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *c) { OR_LOST("temperature") *c = 71; return 0; }
 int nvmlDeviceGetClockInfo(void *device, int clock, unsigned *mhz) { OR_LOST("clock") *mhz = clock == 1 ? 1755 : 0; return 0; }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void *device, wide *mask) { *mask = device == (void *)2 ? 0x24 : 0; return 0; }
+int nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
+    OR_LOST("rows") *corrected = 1; *uncorrected = 2; *pending = 1; *failed = 0;
+    return 0;
+}
+int nvmlDeviceGetPcieThroughput(void *device, int counter, unsigned *kib) {
+    OR_LOST("pcie") *kib = counter == 0 ? 3 << 20 : 1 << 19;
+    return 0;
+}
+typedef struct { unsigned field, scope; long long at; long took; unsigned kind, error; wide value; } Field;
+int nvmlDeviceGetFieldValues(void *device, int count, Field *fields) {
+    for (int i = 0; i < count; i++) {
+        if (fields[i].scope != 0xffffffffu || fields[i].field < 138 || fields[i].field > 139) return 2;
+        fields[i].value = fields[i].field == 138 ? 5ull << 20 : 7ull << 19;
+        fields[i].error = device == (void *)2 ? 3 : 0;
+    }
+    return 0;
+}
 int nvmlDeviceGetTotalEccErrors(void *device, int kind, int counter, wide *n) {
     *n = kind == 1 && counter == 0 ? 3 : 99;
     return 0;
@@ -53,7 +70,13 @@ WHOLE: dict[str, Any] = {
     "sm_clock_mhz": 1755,
     "throttled": "",
     "uncorrected_ecc_errors": 3,
+    "remapped_rows": 3,
+    "remap_pending": 1,
+    "remap_failed": 0,
+    "pcie_sent_gib_per_second": 3.0,
+    "pcie_received_gib_per_second": 0.5,
 }
+NVLINK = {"nvlink_sent_gib": 5.0, "nvlink_received_gib": 3.5}
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +96,19 @@ def read(library: Path, lost: str = "") -> dict[str, dict[str, Any]]:
 
 
 def test_every_gpu_of_the_node_is_read_and_what_is_absent_is_left_out(library: Path) -> None:
-    assert read(library) == {"0": WHOLE, "1": {**WHOLE, "throttled": "power_cap,thermal"}}
+    assert read(library) == {"0": WHOLE | NVLINK, "1": {**WHOLE, "throttled": "power_cap,thermal"}}
 
 
 def test_a_gpu_that_fails_half_way_keeps_what_it_said(library: Path) -> None:
-    found = read(library, "power,energy,clock")
-    assert found["0"] == WHOLE
-    missing = {"power_watts", "energy_joules", "sm_clock_mhz"}
+    found = read(library, "power,energy,clock,rows,pcie")
+    assert found["0"] == WHOLE | NVLINK
+    missing = {"power_watts", "energy_joules", "sm_clock_mhz", *(name for name in WHOLE if name.startswith(("remap", "pcie")))}
     kept = {name: value for name, value in WHOLE.items() if name not in missing}
     assert found["1"] == {**kept, "throttled": "power_cap,thermal"}
 
 
 def test_a_gpu_that_is_lost_does_not_hide_the_others(library: Path) -> None:
-    assert read(library, "handle") == {"0": WHOLE}
+    assert read(library, "handle") == {"0": WHOLE | NVLINK}
 
 
 def test_without_a_library_there_are_no_readings(tmp_path: Path) -> None:
