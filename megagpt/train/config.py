@@ -136,6 +136,12 @@ class TrainConfig(Config):
             raise ValueError(
                 f"activation_checkpointing={self.activation_checkpointing}: none, selective, full, or a number from 1"
             )
+        zero_stage = getattr(self.engine, "zero_stage", None)
+        if self.activation_checkpointing == "selective" and zero_stage == 3:
+            raise ValueError(
+                "activation_checkpointing=selective with engine.zero_stage=3: the backward pass fails, since DeepSpeed "
+                "gathers weights inside what is recomputed; use full, another stage, or engine.kind=fsdp"
+            )
         if self.micro_batch_size > self.global_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} is more than global_batch_size={self.global_batch_size}"

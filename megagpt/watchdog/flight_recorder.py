@@ -68,6 +68,45 @@ def compare_groups(ranks: Mapping[int, list[Group]]) -> str:
     return "; ".join(_compare_group(name, ranks) for name in names[:4])
 
 
+def not_come(ranks: Mapping[int, list[Group]]) -> dict[int, str]:
+    """The ranks whose GPU has not started a collective that other ranks' GPUs wait in, and which it is; {} if no dump says so.
+
+    NCCL's entries are `scheduled` when the host has launched them and `started` when the GPU has come to them. Of ranks that
+    are missing in one group those that wait in no other one themselves are meant.
+    """
+    missing: dict[int, str] = {}
+    for name in sorted({group["name"] for groups in ranks.values() for group in groups}):
+        members = {rank: group for rank, groups in ranks.items() for group in groups if group["name"] == name}
+        started = {
+            (place["number"], place["operation"])
+            for group in members.values()
+            for place in group["open"]
+            if place["state"] == "started"
+        }
+        if not started:
+            continue
+        number, operation = min(started)
+        waiting = sorted(rank for rank, group in members.items() if _has_started(group, number))
+        for rank, group in members.items():
+            before = any(place["number"] < number for place in group["open"])
+            if rank not in waiting and (group["begun"] < number or before or _is_scheduled(group, number)):
+                missing.setdefault(
+                    rank, f"has not started {number} {operation} of group {name}, in which {_ranks(waiting)} wait"
+                )
+    idle = {
+        rank for rank in missing if not any(place["state"] == "started" for group in ranks[rank] for place in group["open"])
+    }
+    return {rank: missing[rank] for rank in sorted(idle or missing)}
+
+
+def _has_started(group: Group, number: int) -> bool:
+    return any(place["number"] == number and place["state"] == "started" for place in group["open"])
+
+
+def _is_scheduled(group: Group, number: int) -> bool:
+    return any(place["number"] == number and place["state"] == "scheduled" for place in group["open"])
+
+
 def write_dump(path: Path) -> None:
     """Write this rank's dump, stacks included, for `torchfrtrace --prefix ... FOLDER`: NCCL's if there is NCCL, else gloo's."""
     for dump in _dumps("", True, True, False)[:1]:
@@ -77,11 +116,14 @@ def write_dump(path: Path) -> None:
 
 def _compare_group(name: str, ranks: Mapping[int, list[Group]]) -> str:
     places: dict[str, list[int]] = {}
+    firsts = [group["open"][0] for groups in ranks.values() for group in groups if group["name"] == name and group["open"]]
+    several = len({first["state"] for first in firsts}) > 1  # one GPU is in it, another has not come to it
     for rank in sorted(ranks):
         for group in ranks[rank]:
             if group["name"] == name:
                 first = group["open"][0] if group["open"] else None
-                place = f"in {first['number']} {first['operation']}" if first else f"begun {group['begun']}, none open"
+                state = f" ({first['state']})" if first and several else ""
+                place = f"in {first['number']} {first['operation']}{state}" if first else f"begun {group['begun']}, none open"
                 places.setdefault(place, []).append(rank)
     told = ", ".join(f"{_ranks(members)} {place}" for place, members in sorted(places.items(), key=lambda item: len(item[1])))
     return f"group {name}: {told}"

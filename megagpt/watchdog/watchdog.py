@@ -351,6 +351,13 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
     busy = [report for report in behind if not report.get("waits_for_others", True)]
     if busy:
         return busy, ""
+    absent = collectives.not_come({report["rank"]: report["groups"] for report in behind if "groups" in report})
+    if absent:
+        return [
+            report | {"what": f"{report.get('what', '')}; its GPU {absent[r]}"}
+            for report in behind
+            if (r := report["rank"]) in absent
+        ], ""
     places: dict[str, list[Report]] = {}
     for report in behind:
         places.setdefault(report.get("what", ""), []).append(report)

@@ -449,6 +449,10 @@ def test_batch_sizes_are_a_function_of_the_step() -> None:
     [
         ({"batch_warmup": [{"until_step": 5, "global_batch_size": 4}, {"until_step": 5, "global_batch_size": 6}]}, "ascend"),
         ({"batch_warmup": [{"until_step": 5, "global_batch_size": 1}]}, "less than micro_batch_size=2"),
+        (
+            {"activation_checkpointing": "selective", "engine": {"zero_stage": 3}},
+            "activation_checkpointing=selective with engine.zero_stage=3",
+        ),
         ({"init_from": "a", "continue_from": "b/checkpoints/step_1"}, "init_from and continue_from"),
     ],
 )

@@ -16,10 +16,12 @@ from megagpt.watchdog.flight_recorder import (
     WaitSampler,
     collectives_begun,
     compare_groups,
+    not_come,
     read_groups,
     recorded_groups,
     write_dump,
 )
+from megagpt.watchdog.watchdog import judge
 
 
 def entry(number: int, name: str, **changes: Any) -> dict[str, Any]:
@@ -49,6 +51,46 @@ def test_ranks_are_told_apart_by_where_they_stand() -> None:
     elsewhere = "group 0: rank 1 in 8 broadcast [4] Float, ranks 0, 2, 3 in 8 all_reduce [4] Float"
     assert compare_groups({**waiting, 1: group(8, "broadcast [4] Float")}) == elsewhere
     assert compare_groups({rank: group(8) for rank in range(4)}) == ""
+
+
+def gpu_dumps(stuck: int) -> dict[int, dict[str, Any]]:
+    """Dumps of four ranks that have launched the same collectives; the GPU of `stuck` never comes to number 8."""
+    started = entry(8, "nccl:_reduce_scatter_base", state="started", retired=False)
+    scheduled = entry(8, "nccl:_reduce_scatter_base", state="scheduled", retired=False)
+    later = entry(9, "nccl:all_reduce", state="scheduled", retired=False)
+    return {rank: {"entries": [entry(7, "nccl:x"), scheduled if rank == stuck else started, later]} for rank in range(4)}
+
+
+def test_the_gpu_that_has_not_started_is_the_one_that_did_not_come() -> None:
+    """On GPUs all hosts have launched equally much and wait for their devices: only the recorder knows."""
+    groups = {rank: read_groups(dump, now_ns=9_000_000_000) for rank, dump in gpu_dumps(2).items()}
+    assert not_come(groups) == {
+        2: "has not started 8 nccl:_reduce_scatter_base [4, 2] Float of group 0 default_pg, in which ranks 0, 1, 3 wait"
+    }
+    name = "nccl:_reduce_scatter_base [4, 2] Float"
+    assert compare_groups(groups) == f"group 0 default_pg: rank 2 in 8 {name} (scheduled), ranks 0, 1, 3 in 8 {name} (started)"
+    assert not_come(dict.fromkeys(range(4), groups[2])) == {}
+    assert not_come(dict.fromkeys(range(4), groups[0])) == {}, "all are in it: the network's fault"
+    # Rank 1 is missing in group 0, but its GPU waits in another group for rank 3.
+    other = {"process_group": ["5", "shard"]}
+    waits = read_groups({"entries": [entry(3, "nccl:y", state="started", retired=False, **other), entry(7, "nccl:x")]}, 0)
+    stuck = read_groups({"entries": [entry(2, "nccl:y", **other), entry(7, "nccl:x")]}, 0)
+    assert list(not_come({0: groups[0], 1: waits, 2: groups[0], 3: stuck})) == [3]
+
+
+def test_the_verdict_names_the_gpu_that_did_not_come() -> None:
+    reports = {
+        rank: {
+            "rank": rank, "host": f"n{rank // 2}", "step": 7, "activity": "train", "position": [7, 1], "collectives": 11,
+            "stuck_seconds": 400.0, "limit_seconds": 300.0, "ended": False, "waits_for_others": True, "cause": "device",
+            "what": "thread MainThread at fetch.py", "groups": read_groups(dump, now_ns=9_000_000_000),
+        }
+        for rank, dump in gpu_dumps(2).items()
+    }  # fmt: skip
+    verdict = judge(reports, dict.fromkeys(range(1, 4), 1.0), 60.0)
+    assert verdict is not None
+    assert (verdict.rank, verdict.host, verdict.cause) == (2, "n1", "device")
+    assert "its GPU has not started 8 nccl:_reduce_scatter_base" in verdict.what
 
 
 def late(world: World, folder: str) -> dict[str, Any]:
