@@ -34,6 +34,7 @@ LATER: dict[str, dict[str, Any]] = {
         "prometheus_address": "127.0.0.1",
         "close_seconds": 300.0,
         "alert_pause_seconds": 1800.0,
+        "norms_every_steps": 0,
     },
     "ProfileConfig": {"steps": None, "ranks": [0]},
     "ScoreConfig": _NO_SCORES,

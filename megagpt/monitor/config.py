@@ -13,6 +13,9 @@ class MonitorConfig(Config):
 
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
+    norms_every_steps: int = Field(default=0, ge=0)
+    """Steps between two rows of norms by layer: weights, gradients, update against weights; 0 = none. At those steps 8 bytes
+    per weight of a rank's share are copied to the host."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: off, offline (written under run_dir/wandb, `wandb sync` sends it later), or online."""
     wandb_project: str = "megagpt"

@@ -51,6 +51,7 @@ from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
 from megagpt.train.early_stop import evaluated_losses, used_up
 from megagpt.train.feed import Feed
+from megagpt.train.layer_norms import LayerNorms
 from megagpt.train.profile import StepProfiler
 from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
@@ -268,13 +269,16 @@ class Launched:
     record: Record
     """Per rank: the loss of each micro-batch, the gradients' norm, whether the update was applied, then each term of each
     micro-batch; terms and losses as shares of the step's mean."""
+    norms: dict[str, dict[str, float]] | None
+    """By layer, where they were due."""
 
 
 class Launch:
-    """Launches steps. With FSDP and AdamW nothing in it waits for the device."""
+    """Launches steps. With FSDP and AdamW nothing in it waits for the device, but where norms by layer are due."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._feed, self._records = run, Feed(run.world.device), Records(run.world)
+        self._norms = LayerNorms(run.config.monitor.norms_every_steps, run.config.optim, run.world)
 
     def __call__(self, state: TrainState, batches: StepBatches, num_targets: int, fed_hash: int) -> Launched:
         """Forward and backward passes and the update of the step at `state`."""
@@ -291,7 +295,9 @@ class Launch:
                 engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
                 losses.append(terms.pop("loss", micro_loss.detach()))  # without what only training adds
                 added.append(terms)
+            self._norms.before(engine, state.step)
             result = engine.launch_step(lr, config.optim.max_grad_norm)
+            norms = self._norms.after(engine, result, config.optim.max_grad_norm)
             names = tuple(added[0])
             rows = [
                 torch.stack(losses).double(),
@@ -301,7 +307,7 @@ class Launch:
             record = self._records.send(torch.cat(rows))
         after = state.advance(batch_size, num_targets)
         kind = name_of(losses[0].dtype)
-        return Launched(state, after, batch_size, fed_hash, lr, kind, len(losses), names, record)
+        return Launched(state, after, batch_size, fed_hash, lr, kind, len(losses), names, record, norms)
 
 
 class Judge:
@@ -340,6 +346,8 @@ class Judge:
             terms = {name: _total(rows, start, step.micro_batches) for name, start in zip(step.terms, starts, strict=True)}
             facts = {"lr": step.lr, "grad_norm": grad_norm, "tokens": step.after.tokens, **run.watchdog.ranks()}
             monitor.log("train", done, loss=loss, **terms, **facts)
+        if step.norms is not None:
+            monitor.log("norms", done, layers=step.norms)
         return ""
 
 
