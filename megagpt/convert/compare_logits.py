@@ -26,6 +26,8 @@ TOLERANCE = 1e-5
 """Largest difference, as a share of the largest logit (at least 1): seen are up to 2e-6 for fp32, 1e-14 for fp64."""
 SHORT, LONG, CHUNK = 256, 2048, 128
 """Positions of the sequences whose logits are all compared, of the longer one, and of its chunks."""
+STREAMED = 64
+"""Positions that are compared of models whose weights are read as they are used."""
 
 
 class ConversionError(Failure):
@@ -78,8 +80,18 @@ def import_transformers() -> Any:
     return transformers
 
 
-def compare_models(ours: GPT, reference: nn.Module, family: Family, plan: Sequence[Planned], vocab_size: int) -> Comparison:
-    """How close `reference` (transformers' module) is to ours on ids below `vocab_size`.
+def compare_models(
+    ours: GPT,
+    reference: nn.Module,
+    family: Family,
+    plan: Sequence[Planned],
+    vocab_size: int,
+    *,
+    short: int = SHORT,
+    long: int = LONG,
+) -> Comparison:
+    """How close `reference` (transformers' module) is to ours on ids below `vocab_size`, at the first `short` positions and up
+    to `long` in chunks.
 
     Raises ConversionError naming the kind of tensor that most likely differs.
     """
@@ -88,11 +100,11 @@ def compare_models(ours: GPT, reference: nn.Module, family: Family, plan: Sequen
         hidden = reference.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
         return reference.get_output_embeddings()(hidden[:, positions])  # type: ignore[operator]
 
-    found = _compare(ours, theirs, vocab_size)
+    found = _compare(ours, theirs, vocab_size, short, long)
     if not found.relative <= TOLERANCE:  # NaN is not
         ours.double()
         reference.double()
-        found = _compare(ours, theirs, vocab_size)
+        found = _compare(ours, theirs, vocab_size, short, long)
     try:
         if not found.relative <= TOLERANCE:
             raise ConversionError(f"{_text(found)}; {find_difference(ours, reference, plan, vocab_size)}")
@@ -120,7 +132,9 @@ def _text(found: Comparison) -> str:
 
 
 @torch.no_grad()
-def _compare(ours: GPT, theirs: Callable[[Tensor, Tensor], Tensor], vocab_size: int) -> Comparison:
+def _compare(
+    ours: GPT, theirs: Callable[[Tensor, Tensor], Tensor], vocab_size: int, short: int = SHORT, long: int = LONG
+) -> Comparison:
     """`theirs` gives the logits of ids [B, T] at some positions."""
     seq_len = ours.config.seq_len
     dtype = next(ours.parameters()).dtype
@@ -133,10 +147,10 @@ def _compare(ours: GPT, theirs: Callable[[Tensor, Tensor], Tensor], vocab_size: 
         largest = max(largest, float(a.abs().max()), float(b.abs().max()))
         logits, equal = logits + len(a), equal + int((a.argmax(-1) == b.argmax(-1)).sum())
 
-    ids = sample_ids(vocab_size, min(seq_len, SHORT))
+    ids = sample_ids(vocab_size, min(seq_len, short))
     add(ours(ids), theirs(ids, torch.arange(ids.shape[1])))
-    length = min(seq_len, LONG)
-    if length > SHORT:
+    length = max(ids.shape[1], min(seq_len, long))
+    if length > short:
         ids, cache = sample_ids(vocab_size, length, seed=2)[1:], ours.new_cache(1, length)
         ends = [*range(CHUNK, length, CHUNK), length]
         lasts = [ours(ids[:, start:end], cache=cache) for start, end in pairwise([0, *ends])]

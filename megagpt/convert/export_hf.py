@@ -1,17 +1,19 @@
 """Export: a run's checkpoint becomes a folder that transformers 4.5x and 5.x, vLLM and lm-eval load.
 
 Weights go from the checkpoint to safetensors slice by slice. The folder is kept only if every tensor on disk has the sha256 of
-its source and the model that transformers loads from it gives our logits.
+its source and the model that transformers loads from it gives our logits; a large model is compared module by module.
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.load_model import find_checkpoint
@@ -19,13 +21,14 @@ from megagpt.checkpoint.partitions import index_of
 from megagpt.checkpoint.save_load import read_state
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
-from megagpt.convert.compare_logits import Comparison, compare_models, import_transformers, open_reference
-from megagpt.convert.families import Family, family_for, plan_tensors
+from megagpt.convert.compare_logits import STREAMED, Comparison, compare_models, import_transformers, open_reference
+from megagpt.convert.families import Family, Planned, family_for, plan_tensors
 from megagpt.convert.import_hf import describe_comparison, new_folder
 from megagpt.convert.model_card import model_card
 from megagpt.convert.peft_adapter import write_adapter
+from megagpt.convert.streamed import streamed_gpt, streamed_reference
 from megagpt.convert.tokenizers import export_tokenizer
-from megagpt.convert.weight_files import DTYPES, Parameters, check_weights_written, write_weights
+from megagpt.convert.weight_files import DTYPES, SLICE_ELEMENTS, Parameters, check_weights_written, write_weights
 from megagpt.distributed.world import utc_now
 from megagpt.engine.build import whole_shapes
 from megagpt.evaluate.results import read_results
@@ -58,6 +61,9 @@ class ExportConfig(Config):
     that have no other (all but transformers)."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Largest weight file; a single tensor that is larger has a file of its own."""
+    gate_memory_bytes: int = Field(default=16_000_000_000, ge=0)
+    """Most memory for both models in fp32 while their logits are compared. Of a larger model one module's weights are in memory
+    at a time, and fewer positions are compared (transformers)."""
 
 
 def export_model(config: ExportConfig) -> Path:
@@ -98,11 +104,12 @@ def export_model(config: ExportConfig) -> Path:
         write_config(folder, family, model_config, tokenizer, vocab_size, dtype)
         notes = export_tokenizer(tokenizer, config.run_dir / "tokenizer", folder, model_config.seq_len)
         check_weights_written(folder, tensors)
-        ours = load_rounded(parameters, model_config, dtype)
-        compared = compare_models(ours, open_reference(folder), family, plan, vocab_size)
+        whole = 2 * 4 * sum(shape.numel() for shape in whole_shapes(model_config).values()) <= config.gate_memory_bytes
+        compared = compare_export(folder, parameters, model_config, family, plan, vocab_size, dtype, whole=whole)
         lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
         write_text(folder / "README.md", model_card(config.output_dir.name, model_config, family, lineage, compared, dtype))
-        write_json(folder / "checked.json", _record(folder, tensors, compared, lineage, notes, dtype))
+        record = _record(folder, tensors, compared, lineage, notes, dtype)
+        write_json(folder / "checked.json", {**record, "weights_in_memory": "whole" if whole else "module by module"})
     log.info("exported %s: %s", checkpoint, describe_comparison(compared))
     for note in notes:
         log.info("tokenizer: %s", note)
@@ -129,13 +136,42 @@ def write_config(folder: Path, family: Family, config: ModelConfig, tokenizer: T
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
 
 
+def compare_export(
+    folder: Path,
+    parameters: Parameters,
+    config: ModelConfig,
+    family: Family,
+    plan: Sequence[Planned],
+    vocab_size: int,
+    dtype: str,
+    *,
+    whole: bool,
+) -> Comparison:
+    """The gate of an export; not `whole`: one module's weights are in memory at a time. Raises ConversionError."""
+    if whole:
+        ours = load_rounded(parameters, config, dtype)
+        return compare_models(ours, open_reference(folder), family, plan, vocab_size)
+    ours = streamed_gpt(config, lambda name: read_rounded(parameters, name, dtype))
+    return compare_models(ours, streamed_reference(folder), family, plan, vocab_size, short=STREAMED, long=0)
+
+
 def load_rounded(parameters: Parameters, config: ModelConfig, dtype: str) -> GPT:
     """Our model with the weights as the export has them: rounded to its type, computed in fp32."""
     model = GPT(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(parameters.read(name).to(DTYPES[dtype][1]).float())
+            parameter.copy_(read_rounded(parameters, name, dtype))
     return model.eval()
+
+
+def read_rounded(parameters: Parameters, name: str, dtype: str) -> Tensor:
+    """A parameter in fp32, rounded to the export's type slice by slice."""
+    rows, *rest = parameters.shapes[name]
+    found, step = torch.empty(rows, *rest), max(1, SLICE_ELEMENTS // math.prod(rest))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        found[first : first + count] = parameters.read(name, first, count).to(DTYPES[dtype][1])
+    return found
 
 
 def read_lineage(run_dir: Path, checkpoint: Path, state: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from random_models import MODEL_TYPES, random_model, save_source
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.config import UserError, validate
-from megagpt.convert import import_hf, weight_files
+from megagpt.convert import export_hf, import_hf, weight_files
 from megagpt.convert.compare_logits import ConversionError, sample_ids
 from megagpt.convert.export_hf import ExportConfig, export_model
 from megagpt.convert.families import FAMILIES, family_for, join, plan_tensors, split
@@ -355,3 +355,36 @@ def test_models_that_no_family_computes_are_not_exported(changes: dict[str, Any]
     values = {"vocab_size": 64, "seq_len": 8, "num_layers": 1, "num_heads": 2, "hidden_size": 8}
     with pytest.raises(UserError, match=message):
         family_for(validate(ModelConfig, {**values, **changes}, source=""))
+
+
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[] if name == "qwen3" else [pytest.mark.slow]) for name in MODEL_TYPES]
+)
+def test_a_model_above_the_limit_is_compared_module_by_module(
+    model_type: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same comparison, never both models in memory; a broken mapping is refused as in memory."""
+    save_source(random_model(model_type, tie_word_embeddings=tied), tmp_path / "source")
+    import_model(ImportConfig(source=tmp_path / "source", run_dir=tmp_path / "run"))
+    options: dict[str, Any] = {"run_dir": tmp_path / "run", "shard_bytes": 9000}
+    whole = read_json(export_model(ExportConfig(output_dir=tmp_path / "whole", **options)) / "checked.json")
+    monkeypatch.setattr(export_hf, "load_rounded", None)
+    monkeypatch.setattr(export_hf, "open_reference", None)
+    options["gate_memory_bytes"] = 0
+    found = read_json(export_model(ExportConfig(output_dir=tmp_path / "streamed", **options)) / "checked.json")
+    assert (whole["weights_in_memory"], found["weights_in_memory"]) == ("whole", "module by module")
+    assert found["tensors"] == whole["tensors"]
+    assert found["logits"]["largest_logit"] == pytest.approx(whole["logits"]["largest_logit"], rel=1e-5)
+    assert found["logits"]["relative"] <= 1e-5
+
+    kind = "transformer.h.*.attn.c_attn.weight" if model_type == "gpt2" else "model.layers.*.self_attn.k_proj.weight"
+    slices = weight_files.slices_of
+    monkeypatch.setattr(
+        weight_files,
+        "slices_of",
+        lambda planned, *rest: (part.roll(1, 0) if planned.kind == kind else part for part in slices(planned, *rest)),
+    )
+    with pytest.raises(ConversionError, match=rf"logits differ by .* most likely {re.escape(kind)} differs"):
+        export_model(ExportConfig(output_dir=tmp_path / "broken", **options))
+    assert not (tmp_path / "broken").exists()
