@@ -35,6 +35,7 @@ _CONSENT_STARTS = (
     "cc-window", "gdpr",
 )  # fmt: skip
 """How ids and classes of the dialogues of consent vendors begin."""
+_CONSENT_HEADS = frozenset(start[:2] for start in _CONSENT_STARTS)
 _CONSENT_PAIRS = {
     **dict.fromkeys(("cookie", "cookies", "consent", "privacy", "gdpr", "ccpa"), _words_of(
         "law consent banner notice bar popup modal message dialog overlay wall preferences disclaimer manager alert accept"
@@ -104,6 +105,10 @@ _WEAK_SUFFIXES = ("bar", "stories")
 _THREAD = _words_of(
     "thread threads topic forum forums bbs bbp discussion discussions postlist poststream question questions answer answers"
 )
+_SUFFIXES = _STRONG_SUFFIXES + _WEAK_SUFFIXES
+_MEANT = frozenset(
+    _COMMENT_WORDS | _STRONG_WORDS | _STRONG_JOINED | _WEAK_WORDS | _WHOLE | _CONSENT_PAIRS.keys() | _STRONG_PAIRS.keys()
+)
 _MODIFIERS = _words_of("has with no without not js enable disable show use")
 _NO_WIDGETS = ("wp-block", "elementor-widget", "elementor-element", "elementor-section", "elementor-column")
 _HIDDEN = re.compile(
@@ -114,6 +119,7 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SEPARATORS = re.compile(r"[^A-Za-z0-9]+")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def judge_name(value: str) -> Verdict:
     """What a class attribute or an id says."""
     return max(map(_judge_part, value[:500].split()), default=NOTHING)
@@ -124,8 +130,10 @@ def _judge_part(part: str) -> Verdict:
     """What one class, or an id, says."""
     name = _name(part)
     words = name.split("-")
-    if name.startswith(_CONSENT_STARTS):
+    if name[:2] in _CONSENT_HEADS and name.startswith(_CONSENT_STARTS):
         return Verdict(CONSENT, "consent")
+    if not any(map(_may_say, words)):
+        return NOTHING
     if (words[0] in _MODIFIERS and words != ["no", "print"]) or name.startswith(_NO_WIDGETS):
         return NOTHING
     if words[0] in _WHOLE:
@@ -145,6 +153,12 @@ def _judge_part(part: str) -> Verdict:
     return verdict
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _may_say(word: str) -> bool:
+    """Whether a word may say something; a name of other words says nothing."""
+    return word in _MEANT or word.endswith(_SUFFIXES)
+
+
 @functools.lru_cache(maxsize=1 << 12)
 def names_thread(value: str) -> bool:
     """Whether classes and ids say that an element holds the posts of a thread."""
@@ -153,7 +167,8 @@ def names_thread(value: str) -> bool:
 
 def _name(part: str) -> str:
     """A class in small letters, its words joined by hyphens: `topNav_left` is `top-nav-left`."""
-    return _SEPARATORS.sub("-", _CAMEL.sub("-", part)).strip("-").lower()
+    parted = part if part.islower() else _CAMEL.sub("-", part)
+    return _SEPARATORS.sub("-", parted).strip("-").lower()
 
 
 def judge_others(attributes: str) -> Verdict:

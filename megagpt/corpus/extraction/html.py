@@ -81,8 +81,8 @@ def parse_page(page: str, url: str | None = None) -> ParsedPage:
     """Parse a page and read its lines: the one part of extraction that all pages need."""
     from megagpt.corpus.extraction.page_guard import limit_page
 
-    source = limit_page(_open_shadow_roots(page))
-    tree = LexborHTMLParser(source)
+    source, encoded = limit_page(_open_shadow_roots(page))
+    tree = LexborHTMLParser(encoded)
     title_node = tree.css_first("title")
     title = " ".join(title_node.text().split()) if title_node is not None else ""
     is_thread = _says_thread(tree, page, url)
@@ -224,7 +224,7 @@ def _is_in_thread(page: PageLines, good: np.ndarray) -> bool:
 def _verdicts(page: PageLines) -> dict[int, Verdict]:
     """What names say of the elements that hold lines, where they say something."""
     found: dict[int, Verdict] = {}
-    named = (page.ends > page.starts) & (page.attributes[:, (0, 2, 4)] >= 0).any(axis=1)
+    named = (page.ends > page.starts) & (page.attributes.max(axis=1) >= 0)
     for i in np.flatnonzero(named).tolist():
         verdict = judge_element(page, i)
         if verdict.level:
@@ -238,7 +238,7 @@ def _meaningless(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray
     prose: dict[str, int] = {}
     ends: dict[str, int] = {}
     for i, verdict in verdicts.items():
-        start, end = int(page.starts[i]), int(page.ends[i])
+        start, end = page.start_list[i], page.end_list[i]
         if start >= ends.get(verdict.word, 0):
             ends[verdict.word] = end
             prose[verdict.word] = prose.get(verdict.word, 0) + sums[end] - sums[start]
@@ -256,15 +256,16 @@ def _dropped(
     mostly_links = (links > 0.5 * sizes) & (prose <= 0.3 * good.sum()) & (sentences == 0)
     rich = (prose >= WEAK_PROSE) & (prose > 0.5 * sizes) & (links < 0.25 * sizes)
     dropped, end = np.zeros(len(page.texts), bool), 0
+    names, ends, are_links = page.names, page.end_list, mostly_links.tolist()
     for i in np.flatnonzero((sizes > 0) & may_be_bad).tolist():
-        if page.ends[i] <= end:
+        if ends[i] <= end:
             continue  # its parent is dropped already
-        name = page.names[i]
-        bad = name in ALWAYS_BAD or (mostly_links[i] and name in _MAY_BE_LINKS)
+        name = names[i]
+        bad = name in ALWAYS_BAD or (are_links[i] and name in _MAY_BE_LINKS)
         if not bad and (verdict := verdicts.get(i)) and verdict.word not in meaningless:
             bad = verdict.level >= STRONG or not rich[i]
         if bad:
-            end = int(page.ends[i])
+            end = ends[i]
             dropped[page.starts[i] : end] = True
     return dropped
 
@@ -313,7 +314,7 @@ def _with_siblings(page: PageLines, number: int, parent_of: list[int]) -> tuple[
             siblings = [
                 i for i in np.flatnonzero(page.depths == page.depths[number]).tolist() if parent_of[i] == parent_of[number]
             ]
-            posts = [i for i in siblings if page.ends[i] > page.starts[i] and element_class(page, i) == name]
+            posts = [i for i in siblings if page.end_list[i] > page.start_list[i] and element_class(page, i) == name]
             if len(posts) > 1:
                 return int(page.starts[posts[0]]), int(page.ends[posts[-1]])
         number = parent_of[number]
@@ -334,7 +335,7 @@ def _densest(page: PageLines, kept: list[int], inside: np.ndarray, parent_of: li
         if size < 25:
             continue
         points = 1 + page.texts[i].count(",") + min(size / 100, 3)
-        holder = int(page.parents[i])
+        holder = page.parent_list[i]
         if page.tags[i] in ("p", "pre", "li", "td", "blockquote"):
             holder = parent_of[holder]
         scores[holder] = scores.get(holder, 0) + points

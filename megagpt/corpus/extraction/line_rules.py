@@ -4,6 +4,7 @@ A byline, a date or a button's words are boilerplate only where they stand at an
 thread, or are mostly a link; "By then it was late." in the middle is a sentence.
 """
 
+import functools
 import re
 from collections import Counter
 
@@ -21,14 +22,16 @@ def trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
     lines = [
         i for at, i in enumerate(lines) if i in fixed or not is_aside(page, i) or _is_title(page, lines[at : at + 2], fixed)
     ]
-    wide = [at for at, i in enumerate(lines) if _is_text(page, i) and not _is_notice(page, i)]
+    is_notice = [_is_notice(page, i) for i in lines]
+    wide = [at for at, i in enumerate(lines) if _is_text(page, i) and not is_notice[at]]
     first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
-    notices = {at: class_of_holder(page, i) for at, i in enumerate(lines) if i not in fixed and _is_notice(page, i)}
+    notices = {at: class_of_holder(page, i) for at, i in enumerate(lines) if is_notice[at] and i not in fixed}
     repeated = {name for name, count in Counter(notices.values()).items() if name and count >= 3}
     lines = [
         i
         for at, i in enumerate(lines)
-        if at not in notices or not (at < first or at > last or notices[at] in repeated or page.links[i] > 0.3 * page.sizes[i])
+        if at not in notices
+        or not (at < first or at > last or notices[at] in repeated or page.link_list[i] > 0.3 * page.size_list[i])
     ]
     while lines and lines[-1] not in fixed and _hangs(page, lines[-1]):
         lines.pop()
@@ -44,40 +47,50 @@ def _is_title(page: PageLines, pair: list[int], fixed: set[int]) -> bool:
 
 def is_aside(page: PageLines, i: int) -> bool:
     """Whether a line is only links, only a control's label, or only says that an advertisement follows."""
-    size = page.sizes[i]
-    is_links = page.links[i] >= 0.9 * size and size <= 200
-    return bool(is_links or page.labels[i] >= 0.9 * size or _ADVERTISEMENT.match(page.texts[i]))
+    size = page.size_list[i]
+    is_links = page.link_list[i] >= 0.9 * size and size <= 200
+    return bool(is_links or page.label_list[i] >= 0.9 * size or _ADVERTISEMENT.match(page.texts[i]))
 
 
 def _is_text(page: PageLines, i: int) -> bool:
     """Whether a line is wide, has few links and is no heading."""
-    return bool(page.sizes[i] - page.links[i] >= EDGE_LINE and page.tags[i] not in HEADINGS)
+    return page.size_list[i] - page.link_list[i] >= EDGE_LINE and page.tags[i] not in HEADINGS
 
 
 def _is_notice(page: PageLines, i: int) -> bool:
     """Whether a line reads like a byline, a date, an address, or a button's words."""
-    return bool(page.sizes[i] < 100 and page.tags[i] != "li" and _NOTICE.match(page.texts[i])) or is_boilerplate(page, i)
+    return bool(page.size_list[i] < 100 and page.tags[i] != "li" and _NOTICE.match(page.texts[i])) or is_boilerplate(page, i)
 
 
 def _hangs(page: PageLines, i: int) -> bool:
     """Whether a line at the end is a heading, or a few words that end no sentence."""
     tag, text = page.tags[i], page.texts[i].rstrip()
-    short = page.sizes[i] < 30 and tag != "li" and text[-1] not in _SENTENCE_ENDS
+    short = page.size_list[i] < 30 and tag != "li" and text[-1] not in _SENTENCE_ENDS
     return short or tag in HEADINGS
 
 
 def is_sentence(page: PageLines, i: int) -> bool:
     """Whether a line is a paragraph that ends like a sentence and is not all links."""
-    is_paragraph = page.tags[i] == "p" and page.links[i] > 0 and page.sizes[i] - page.links[i] >= SENTENCE_WIDTH
-    return bool(is_paragraph and page.texts[i][-1] in _SENTENCE_ENDS)
+    links = page.link_list[i]
+    return (
+        page.tags[i] == "p"
+        and links > 0
+        and page.size_list[i] - links >= SENTENCE_WIDTH
+        and page.texts[i][-1] in _SENTENCE_ENDS
+    )
 
 
 def is_boilerplate(page: PageLines, i: int) -> bool:
     """Whether a line says that a browser is old or lacks JavaScript, that cookies are used, or whose the rights are."""
-    if page.sizes[i] >= 300:
+    if page.size_list[i] >= 300:
         return False
-    text = page.texts[i].lower()
-    return any(hint in text for hint in _HINTS) and _BOILERPLATE.search(text) is not None
+    return _says_boilerplate(page.texts[i])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _says_boilerplate(text: str) -> bool:
+    text = text.lower()
+    return any(map(text.__contains__, _HINTS)) and _BOILERPLATE.search(text) is not None
 
 
 _SENTENCE_ENDS = frozenset(".!?\"'”’»…)]｣。！？．｡」』】）〉》؟۔॥।။၊។៕་།፧።՞՜։;")

@@ -23,6 +23,8 @@ _NUMBER_NAMES = re.compile(r"(?<![a-z])(?:num|blob-num|line-?n(?:o|os|umbers?|um
 _LANGUAGE = re.compile(
     r"""class="[^"]*?\b(?:lang(?:uage)?|highlight-source|highlight|brush:)[- ]([a-z][\w+#-]*)""", re.IGNORECASE
 )
+_MAY_BE_NAMED_CODE = frozenset(("div", "table", "td", "ol", "ul", "tbody", "tr"))
+_MAY_BE_CODE = _MAY_BE_NAMED_CODE | {"pre", "listing"}
 _TAG = re.compile(r"<[^<>]*>")
 _MARKS = re.compile("[\ufdd0-\ufdd5]")
 _RAISED = re.compile("\ufdd0([^\ufdd0-\ufdd3]*)\ufdd1")
@@ -67,16 +69,26 @@ def read_structure(page: PageLines, parent_of: list[int]) -> Structure:
             if table not in nested and not around.is_code(table) and _is_data(page, its_rows):
                 for row, its_cells in its_rows.items():
                     cells[row], tables[row] = its_cells, table
-                    for line in range(int(page.starts[row]), int(page.ends[row])):
+                    for line in range(page.start_list[row], page.end_list[row]):
                         rows[line] = row
-    code = [around.code(parent) for parent in page.parents.tolist()]
-    return Structure(rows, cells, tables, code, [_starts_section(page, i, parent_of) for i in range(len(page.texts))])
+    section_starts = [False] * len(page.texts)
+    for i in [i for i, tag in enumerate(page.tags) if tag == "p" and i and page.tags[i - 1] in HEADINGS]:
+        section_starts[i] = _starts_section(page, i, parent_of)
+    return Structure(rows, cells, tables, _code(page, around), section_starts)
+
+
+def _code(page: PageLines, around: "_Around") -> list[int]:
+    """By line: number of the outermost element around it that holds code, -1 if there is none."""
+    code, end = [-1] * len(page.texts), 0
+    for i, name in enumerate(page.names):
+        if name in _MAY_BE_CODE and page.end_list[i] > end and page.start_list[i] < page.end_list[i] and around.is_code(i):
+            start, end = page.start_list[i], page.end_list[i]
+            code[start:end] = [i] * (end - start)
+    return code
 
 
 def _starts_section(page: PageLines, i: int, parent_of: list[int]) -> bool:
-    if not i or page.tags[i] != "p" or page.tags[i - 1] not in HEADINGS:
-        return False
-    element = int(page.parents[i])
+    element = page.parent_list[i]
     for _ in range(3):
         element = parent_of[element]
         if is_sectioning(page, element):
@@ -89,7 +101,6 @@ class _Around:
 
     def __init__(self, page: PageLines, parent_of: list[int]) -> None:
         self._page, self._parent_of = page, parent_of
-        self._code: dict[int, int] = {0: -1}
         self._named: dict[int, bool] = {}
 
     def find(self, element: int, name: str) -> int:
@@ -105,7 +116,7 @@ class _Around:
         if element not in self._named:
             name = self._page.names[element]
             named = False
-            if name in ("div", "table", "td", "ol", "ul", "tbody", "tr"):
+            if name in _MAY_BE_NAMED_CODE:
                 css_class, _, others = attributes_of(self._page, element)
                 named = (
                     (bool(css_class) and _names_code(css_class)) or "white-space: pre" in others or "white-space:pre" in others
@@ -113,21 +124,8 @@ class _Around:
             self._named[element] = name in ("pre", "listing") or named
         return self._named[element]
 
-    def code(self, element: int) -> int:
-        """The outermost element around (or the element itself) that holds code, -1 if there is none."""
-        path = []
-        while element not in self._code:
-            path.append(element)
-            element = self._parent_of[element]
-        found = self._code[element]
-        for element in reversed(path):
-            if found < 0 and self.is_code(element):
-                found = element
-            self._code[element] = found
-        return found
 
-
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 16)
 def _names_code(css_class: str) -> bool:
     return _CODE_NAMES.search(css_class) is not None
 
@@ -208,14 +206,14 @@ def _lowered(match: re.Match[str]) -> str:
 
 def _line(page: PageLines, i: int, parent_of: list[int], markup: Markup) -> str:
     text, tag = resolve_marks(page.texts[i], code=markup == "markdown"), page.tags[i]
-    if tag in HEADINGS and page.links[i]:
+    if tag in HEADINGS and page.link_list[i]:
         text = _PERMALINK.sub("", text)
     if markup == "text":
         return text
     if tag in HEADINGS:
         return f"\n{'#' * int(tag[1])} {text}\n"
     items, quotes = 0, 0
-    element = item = int(page.parents[i])
+    element = item = page.parent_list[i]
     first_item = -1
     while element:
         name = page.names[element]

@@ -24,17 +24,18 @@ _KINDS = {
 }
 
 
-def limit_page(page: str) -> str:
-    """The page without the tags and attributes that would make parsing slow; the same object if there are none."""
-    data = page.encode("utf-8", "surrogatepass")
+def limit_page(page: str) -> tuple[str, bytes]:
+    """(the page without the tags and attributes that would make parsing slow, the same object if there are none; its UTF-8)."""
+    data = page.encode("utf-8", "ignore")  # lone surrogates go
     cuts = find_excess(np.frombuffer(data, np.uint8), *_TABLE)
     if not len(cuts):
-        return page
+        return page, data
     pieces, at = [], 0
     for start, end in cuts.tolist():
         pieces.append(data[at:start])
         at = end
-    return b"".join([*pieces, data[at:]]).decode("utf-8", "surrogatepass")
+    data = b"".join([*pieces, data[at:]])
+    return data.decode("utf-8"), data
 
 
 @njit(cache=True, nogil=True)

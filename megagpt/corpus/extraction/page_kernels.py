@@ -190,9 +190,10 @@ def read_page(codes, hashes, numbers, flags, watched):
     for code in codes:
         num_tags += code == _LT
     out, lines = np.empty(size + 1, np.uint32), np.empty((num_tags, LINE_COLUMNS), np.int64)
-    elements = np.full((num_tags, ELEMENT_COLUMNS), -1, np.int64)
+    elements = np.empty((num_tags, ELEMENT_COLUMNS), np.int64)
     stack = np.empty(num_tags, np.int64)
-    elements[0, :3] = 0
+    elements[0, :CLASS] = 0
+    elements[0, CLASS:] = -1
     num_lines, num_elements, depth, skipped = 0, 1, 0, 0
     stack[0] = 0
     at, begin, end, link, label, source = 0, 0, 0, 0, 0, 0

@@ -86,6 +86,14 @@ class PageLines:
     ends: np.ndarray
     attributes: np.ndarray
     """(elements, 6): where in the source class, id and other attributes begin and end, -1 where there are none."""
+    attribute_rows: list[list[int]]
+    """The same as lists: single values are read faster from lists; so are those of the next fields."""
+    size_list: list[int]
+    link_list: list[int]
+    label_list: list[int]
+    parent_list: list[int]
+    start_list: list[int]
+    end_list: list[int]
     places: np.ndarray
     """(lines, 2): where each line begins and ends in the source, tags and all."""
     source: str
@@ -108,18 +116,29 @@ def read_page(source: str) -> PageLines:
     texts = [text[start:end] for start, end in lines[:, :2].tolist()]
     names = [_NAMES[number] for number in elements[:, kernels.NAME].tolist()]
     parents = lines[:, kernels.HOLDER]
+    parent_list = parents.tolist()
+    sizes, links, labels = (lines[:, column] // 2 for column in (kernels.LINE_WIDTH, kernels.LINK_WIDTH, kernels.LABEL_WIDTH))
+    starts, ends = np.ascontiguousarray(elements[:, kernels.START]), np.ascontiguousarray(elements[:, kernels.END])
+    attributes = elements[:, kernels.CLASS :]
     return PageLines(
         texts,
-        [names[parent] for parent in parents.tolist()],
-        lines[:, kernels.LINE_WIDTH] // 2,
-        lines[:, kernels.LINK_WIDTH] // 2,
-        lines[:, kernels.LABEL_WIDTH] // 2,
+        [names[parent] for parent in parent_list],
+        sizes,
+        links,
+        labels,
         parents,
         names,
         elements[:, kernels.DEPTH],
-        elements[:, kernels.START],
-        elements[:, kernels.END],
-        elements[:, kernels.CLASS :],
+        starts,
+        ends,
+        attributes,
+        attributes.tolist(),
+        sizes.tolist(),
+        links.tolist(),
+        labels.tolist(),
+        parent_list,
+        starts.tolist(),
+        ends.tolist(),
         lines[:, kernels.SOURCE_START :],
         source,
     )
@@ -129,20 +148,22 @@ def judge_element(page: PageLines, element: int) -> Verdict:
     """Whether an element's id, class or other attributes say navigation, sharing, comments, hidden and the like."""
     if page.names[element] not in _MAY_BE_BAD:
         return NOTHING
-    css_class, identifier, others = attributes_of(page, element)
-    verdict = judge_name(css_class) if css_class else NOTHING
+    class_start, class_end, id_start, id_end, start, end = page.attribute_rows[element]
+    source = page.source
+    verdict = judge_name(source[class_start:class_end]) if class_start < class_end else NOTHING
+    identifier = source[id_start:id_end]
     if identifier and verdict.level < CONSENT:
         by_id = judge_name(identifier)
         if by_id.level > verdict.level and not is_title_made(page, element, identifier):
             verdict = by_id
-    if others and verdict.level < STRONG:
-        verdict = max(verdict, judge_others(others))
+    if start < end and verdict.level < STRONG:
+        verdict = max(verdict, judge_others(source[start:end]))
     return verdict
 
 
 def class_of_holder(page: PageLines, line: int) -> str:
     """Tag and first class of the element that holds a line, "" if it has no class."""
-    return element_class(page, int(page.parents[line]))
+    return element_class(page, page.parent_list[line])
 
 
 def element_class(page: PageLines, element: int) -> str:
@@ -169,8 +190,8 @@ def is_sectioning(page: PageLines, element: int) -> bool:
 
 def is_title_made(page: PageLines, element: int, identifier: str) -> bool:
     """Whether an id is made of the words of the heading that the element begins with, as generators of documents make them."""
-    start = int(page.starts[element])
-    if start >= page.ends[element] or page.tags[start] not in HEADINGS:
+    start = page.start_list[element]
+    if start >= page.end_list[element] or page.tags[start] not in HEADINGS:
         return False
     title = set(_WORD.findall(page.texts[start].lower()))
     return bool(title) and title.issuperset(_WORD.findall(identifier.lower()))
@@ -197,7 +218,7 @@ def body_kind(page: PageLines, element: int) -> int:
 
 def attributes_of(page: PageLines, element: int) -> tuple[str, str, str]:
     """Class, id, and all attributes if there are others of meaning; "" where there are none."""
-    class_start, class_end, id_start, id_end, start, end = page.attributes[element].tolist()
+    class_start, class_end, id_start, id_end, start, end = page.attribute_rows[element]
     source = page.source
     return (
         source[class_start:class_end] if class_start >= 0 else "",
