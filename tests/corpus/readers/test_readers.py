@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from webencodings.labels import LABELS
 
 from megagpt.config import UserError
 from megagpt.corpus.config import match_paths
@@ -357,6 +358,13 @@ def test_content_encodings(tmp_path: Path, headers: str, body: bytes, problem: s
 def test_charsets(body: bytes, declared: str | None, charset: str, text: str, problems: tuple[str, ...]) -> None:
     decoded = decode_text(body, declared)
     assert (decoded.charset, decoded.text, decoded.problems) == (charset, text, problems)
+
+
+@pytest.mark.parametrize("label", sorted(LABELS))
+def test_labels_of_browsers_are_known_charsets(label: str) -> None:
+    problems = decode_text(b"plain text", label).problems
+    # "replacement" stands for charsets that browsers refuse to decode; Python has no codec for these three labels
+    assert problems == (("unknown charset",) if label in ("iso-2022-cn", "iso-2022-cn-ext", "replacement") else ())
 
 
 @pytest.mark.parametrize(
