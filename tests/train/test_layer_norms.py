@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def run(world: World, engine_name: str, optim: OptimConfig, every_steps: int) ->
     draw_weights(engine, MODEL, seed=1)
     norms, losses, found, totals = LayerNorms(every_steps, optim, world), [], [], []
     for step in range(STEPS):
-        options = {"global_batch_size": 12, "micro_batch_size": 3, "rank": world.rank, "size": world.size}
+        options: dict[str, Any] = {"global_batch_size": 12, "micro_batch_size": 3, "rank": world.rank, "size": world.size}
         batches = step_batches(DATASET, at_step(step), **options)
         (num_targets,) = world.sum([batches.num_targets])
         for i, batch in enumerate(batches.micro_batches):
