@@ -189,12 +189,16 @@ def is_sectioning(page: PageLines, element: int) -> bool:
 
 
 def is_title_made(page: PageLines, element: int, identifier: str) -> bool:
-    """Whether an id is made of the words of the heading that the element begins with, as generators of documents make them."""
+    """Whether an id is made of the words of the heading that the element begins with, as generators of documents make them.
+
+    Single letters beside words do not count: Sphinx writes `s-introduction`.
+    """
     start = page.start_list[element]
     if start >= page.end_list[element] or page.tags[start] not in HEADINGS:
         return False
     title = set(_WORD.findall(page.texts[start].lower()))
-    return bool(title) and title.issuperset(_WORD.findall(identifier.lower()))
+    words = _WORD.findall(identifier.lower())
+    return bool(title) and title.issuperset([word for word in words if len(word) > 1] or words)
 
 
 def body_kind(page: PageLines, element: int) -> int:

@@ -193,6 +193,15 @@ def test_text_that_is_nowhere_else_is_found(before: str, after: str) -> None:
     assert_whole(lines_of(f"<html><body>{before}{body}{after}</body></html>"))
 
 
+@pytest.mark.parametrize("identifier", ["related-posts", "s-related-posts"])
+def test_an_id_made_of_its_title_says_nothing(identifier: str) -> None:
+    def lines(title: str) -> list[str]:
+        return lines_of(page(f'<div id="{identifier}"><h2>{title}</h2><p>They are few.</p></div>'))
+
+    assert "They are few." in lines("Related posts")
+    assert "They are few." not in lines("Read also")
+
+
 def test_headings_that_are_buttons_stay() -> None:
     questions = [f"When does ferry number {number} leave?" for number in range(3)]
     for heading in (
