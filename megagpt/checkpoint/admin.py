@@ -106,7 +106,7 @@ def average(run_dir: Path, steps: Sequence[int], output_dir: Path) -> Path:
         problems = verify(path)
         if problems:
             raise CheckpointError("; ".join(problems))
-    saved = read_state(paths[-1])
+    saved = read_state(paths[-1], of_model=True)
     if saved.get("base"):
         raise UserError(f"average: {paths[-1]}: holds only what was trained beside {saved['base']['path']}: merge=true first")
     shapes = whole_shapes(read_settings(ModelConfig, saved["model"], source=str(paths[-1] / "state.json")))
@@ -122,7 +122,7 @@ def merge(run_dir: Path, output_dir: Path) -> Path:
     if output_dir.exists():
         raise UserError(f"output_dir={output_dir} exists; name a new one")
     path = find_checkpoint(run_dir)
-    saved = read_state(path)
+    saved = read_state(path, of_model=True)
     if not saved.get("base"):
         raise UserError(f"merge: {path}: holds the whole model already")
     model = read_model(path, read_settings(ModelConfig, saved["model"], source=str(path / "state.json")))

@@ -62,7 +62,7 @@ def load_base(path: Path, rows: NewRows | None, engine: Engine, world: World, *,
 def read_model(path: Path, config: ModelConfig) -> GPT:
     """The whole model of a checkpoint in fp32, frozen weights and merged adapters included. Raises UserError if its base is
     gone, CheckpointError if that is damaged."""
-    saved = read_state(path)
+    saved = read_state(path, of_model=True)
     if saved.get("base") is None:
         _refuse_other_sizes(path, config)
     model = GPT(config)
@@ -115,7 +115,7 @@ def _refuse_other_sizes(path: Path, config: ModelConfig) -> None:
 
 def read_adapters(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Layer -> its factors (A [rank, in], B [out, rank]) of a checkpoint with adapters."""
-    saved, index = read_state(path), index_of(path)
+    saved, index = read_state(path, of_model=True), index_of(path)
     source = str(path / "state.json")
     lora = read_settings(TuneConfig, saved["config"]["tune"], source=source).lora
     layers = sorted(key.removeprefix("param.").removesuffix(f".{LORA_A}") for key in index if _is_a(key)) if lora else []

@@ -36,7 +36,7 @@ def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", devi
     Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
     """
     path = find_checkpoint(run_dir, step)
-    saved = read_state(path)
+    saved = read_state(path, of_model=True)
     config = read_settings(ModelConfig, saved["model"], source=str(path / "state.json"))
     model = read_model(path, config)
     tokenizer = tokenizer_of(run_dir, saved.get("tokenizer_sha256"))

@@ -257,20 +257,20 @@ def _candidates(run_dir: Path, step: int | None) -> list[Path]:
     return [path for path in committed if step_of(path) == step] + newer
 
 
-STATE_FIELDS = {"train_state": dict, "config": dict, "model": dict, "updates": int}
-"""What every state.json has."""
+STATE_FIELDS = {"train_state": dict, "updates": int}
+"""What every state.json has; `config` and `model` (dict) are the trainer's."""
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, *, of_model: bool = False) -> dict[str, Any]:
     """A checkpoint's state.json. Raises UserError that names the file, the field and the rule if it is not one.
 
-    A later format than this release reads is refused too.
+    A later format than this release reads is refused too. `of_model`: settings of the model and the run are needed as well.
     """
     saved = read_object(path / "state.json")
     later = saved.get("format", 1)
     if isinstance(later, int) and later > FORMAT:
         raise UserError(f"{path / 'state.json'}: format {later} is of a later release; this one reads up to {FORMAT}")
-    check_fields(path / "state.json", saved, STATE_FIELDS)
+    check_fields(path / "state.json", saved, STATE_FIELDS | ({"config": dict, "model": dict} if of_model else {}))
     return saved
 
 

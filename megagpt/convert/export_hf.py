@@ -82,7 +82,7 @@ def export_model(config: ExportConfig) -> Path:
         return config.output_dir
     if config.format == "transformers":
         import_transformers()
-    state = read_state(checkpoint)
+    state = read_state(checkpoint, of_model=True)
     model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
     tokenizer = tokenizer_of(config.run_dir, state.get("tokenizer_sha256"))
     if config.format != "transformers":

@@ -35,7 +35,7 @@ def write_adapter(checkpoint: Path, folder: Path, base_model: str) -> None:
     trained other weights too, which such a folder does not hold."""
     from safetensors.torch import save_file
 
-    state = read_state(checkpoint)
+    state = read_state(checkpoint, of_model=True)
     source = str(checkpoint / "state.json")
     config = read_settings(ModelConfig, state["model"], source=source)
     tune = read_settings(TuneConfig, state["config"].get("tune") or {}, source=source)

@@ -9,7 +9,6 @@ from pathlib import Path
 from megagpt.config import UserError
 from megagpt.data.open_data import open_data
 from megagpt.engine.build import refuse_shared_samples, refuse_unsupported
-from megagpt.engine.config import DeepSpeedConfig
 from megagpt.files import show_bytes
 from megagpt.model.float8 import refuse_float8
 from megagpt.plan.run_plan import Cluster, PlanConfig, RunPlan
@@ -51,12 +50,6 @@ def _settings(config: TrainConfig) -> Iterator[str]:
         refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=tokens)
     except UserError as error:
         yield str(error)
-    engine = config.engine
-    if config.activation_checkpointing == "selective" and isinstance(engine, DeepSpeedConfig) and engine.zero_stage == 3:
-        yield (
-            "activation_checkpointing=selective with engine.zero_stage=3 ends with an error where weights are gathered during"
-            " the recomputation, which torch takes for another computation: use full, or engine.kind=fsdp"
-        )
 
 
 def _batches(config: TrainConfig, ranks: int) -> Iterator[str]:

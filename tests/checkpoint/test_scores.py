@@ -75,7 +75,7 @@ def test_what_is_not_committed_has_no_score_and_a_full_disk_is_a_warning(
     [
         ("1", "holds a JSON int"),
         ("{}", "train_state is missing"),
-        ('{"train_state": [], "config": {}}', "train_state is a list"),
+        ('{"train_state": []}', "train_state is a list"),
     ],
 )
 def test_a_state_of_another_shape_is_refused_by_file_and_field(text: str, rule: str, tmp_path: Path) -> None:

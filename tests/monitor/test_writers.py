@@ -83,7 +83,10 @@ def test_a_hanging_writer_drops_and_counts_and_is_left(caplog: pytest.LogCapture
     ]
     gate.set()
     writer._thread.join(30)
-    assert [step for _, step, _ in kept.rows] == list(range(100 - writer.dropped))
+    steps = [step for _, step, _ in kept.rows]
+    assert steps[:5] == [0, 1, 2, 3, 4]  # a sixth is whichever came when the writer took the first
+    assert len(steps) == 100 - writer.dropped
+    assert steps == sorted(set(steps))
     assert kept.closed == 1
 
 

@@ -41,10 +41,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "data read too often": ({"max_steps": 1_000_000}, "train for fewer steps or on more data"),
     "more memory than there is": ({"gpu_memory_gib": 0.5}, "fit=true searches settings that fit"),
     "an engine that is inexact": ({"engine": {"zero_stage": 0}, "precision": "bf16"}, "use 1 to 3"),
-    "checkpointing that ends with an error": (
-        {"gpus": 2, "engine": {"zero_stage": 3}, "activation_checkpointing": "selective"},
-        "use full, or engine.kind=fsdp",
-    ),
     "sbatch for other GPUs": ({"gpus": 2, "sbatch": "--nodes=2 --gpus-per-node=8 --signal=B:USR1@300"}, "make them equal"),
     "no warning before the time limit": ({"sbatch": "--time=24:00:00"}, "give B:USR1@300"),
     "a time limit within the warning": ({"sbatch": "--time=5 --signal=B:USR1@300"}, "gets the stop signal as it starts"),
