@@ -123,7 +123,7 @@ def api_page() -> str:
     """The public modules, for mkdocstrings."""
     parts = [
         "# API",
-        "The modules that a script of yours may import. Their names stay within a minor version; all else may move.",
+        "The modules that a script of yours may import. Versions promise settings, files and commands, not these names.",
     ]
     for module in PUBLIC:
         parts += [f"## {module}", f"::: {module}"]
