@@ -43,7 +43,7 @@ constraints: $(VENV)/.installed ## Write constraints.txt anew from pyproject.tom
 	$(BIN)/uv pip compile pyproject.toml --quiet --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --no-annotate --no-header $(UPGRADE) --output-file $(VENV)/constraints.txt
 	{ head -n 1 constraints.txt; grep -Pv '^(cuda-|nvidia-(?!ml-py)|triton=)' $(VENV)/constraints.txt; } > $(VENV)/constraints.new
-	mv $(VENV)/constraints.new constraints.txt
+	cmp -s $(VENV)/constraints.new constraints.txt || mv $(VENV)/constraints.new constraints.txt
 
 bench-cpu: $(VENV)/.installed ## Measure training, generation, scale against peers (environments are made first), under 30 minutes; docs/benchmarks.md
 	$(BIN)/python -m bench.training.compare cells=one_fp32,one_bf16,two_replicated,two_sharded repetitions=1
