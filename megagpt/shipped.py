@@ -59,7 +59,14 @@ def as_installed(text: str, in_checkout: bool = IN_CHECKOUT) -> str:
     if in_checkout:
         return text
     tool = rf"tools/({'|'.join(tool_names())})\.py\b"
-    text = re.sub(rf"(?:\.venv/bin/)?(torchrun [^\n`]*?)(?<![\w/.-]){tool}", r"\1-m megagpt.tools.\2", text)
-    text = re.sub(rf"(?:(?:\.venv/bin/)?\bpython )?(?<![\w/.-]){tool}", r"megagpt \1", text)
+
+    def command(found: re.Match[str]) -> str:
+        begin = max(found.string.rfind(end, 0, found.start()) for end in "\n`") + 1
+        with_ranks = "torchrun " in found.string[begin : found.start()]
+        return f"-m megagpt.tools.{found[1]}" if with_ranks else f"megagpt {found[1]}"
+
+    text = re.sub(
+        rf"(?:(?:\.venv/bin/)?\bpython )?(?<![\w/.-]){tool}", command, text.replace(".venv/bin/torchrun ", "torchrun ")
+    )
     configs = "|".join(config_files())
     return re.sub(rf"(?<![\w/.-])configs/\w+/({configs})\.yaml\b", r"\1", text)

@@ -1,9 +1,8 @@
 """Ten mistakes in a job, each caught before it is submitted with a sentence that says what to do."""
 
-import resource
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +98,17 @@ def test_a_script_is_checked(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_7b_on_512_ranks_takes_less_than_a_minute_and_2_gib() -> None:
+def test_7b_on_512_ranks_takes_less_than_a_minute_and_2_gib(tmp_path: Path) -> None:
     words = ["configs/train/gpt_7b.yaml", "gpus=512", "summary=true", "preflight=true"]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "tools/plan_run.py", *words], cwd=PROJECT, capture_output=True, text=True, timeout=600
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "plan: 6.74 B parameters on 512 x h100_80gb" in done.stdout, done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60, f"{time.perf_counter() - began:.0f} s"
-    assert after.ru_maxrss < 2 * 2**20  # KiB, of the largest child so far
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "tools/plan_run.py", *words], cwd=PROJECT, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert "plan: 6.74 B parameters on 512 x h100_80gb" in (tmp_path / "output").read_text()
+    assert used.ru_utime + used.ru_stime < 60
+    assert used.ru_maxrss < 2 * 2**20  # KiB
 
 
 @pytest.mark.parametrize(

@@ -239,31 +239,39 @@ def slow_load(train, fault) -> None:
     train.draw_weights = draw_weights
 
 
+def before_training_forwards(train, action) -> None:
+    """Call `action` in each forward pass of the training, not in those of evaluation."""
+    build = train.build_engine
+
+    def build_engine(*arguments, **options):
+        engine = build(*arguments, **options)
+        engine.module.register_forward_pre_hook(lambda *_: action() if train.torch.is_grad_enabled() else None)
+        return engine
+
+    train.build_engine = build_engine
+
+
 def slow_first_forward(train, fault) -> None:
     """The first forward pass takes `seconds`, as one that is compiled does."""
-    original = train.inputs
 
-    def inputs(*arguments):
+    def wait():
         if not os.path.exists(f"{fault['mark']}_{rank()}"):
             for path in (f"{fault['mark']}_{rank()}", fault["mark"]):
                 with open(path, "a"):
                     pass
             ctypes.CDLL(None).sleep(fault["seconds"])
-        return original(*arguments)
 
-    train.inputs = inputs
+    before_training_forwards(train, wait)
 
 
 def slow(train, fault) -> None:
     """One rank's forward passes take longer."""
-    original = train.inputs
 
-    def inputs(*arguments):
+    def wait():
         if rank() == fault["rank"]:
             time.sleep(0.1)
-        return original(*arguments)
 
-    train.inputs = inputs
+    before_training_forwards(train, wait)
 
 
 def poisoned(train, fault) -> None:
