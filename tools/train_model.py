@@ -9,9 +9,24 @@ SIGTERM, SIGUSR1 and Ctrl-C end it after the current update with a checkpoint. E
 ended by the watchdog, 2 a mistake in the settings, 1 a crash.
 """
 
+from collections.abc import Mapping
+
 from megagpt.command import main
 from megagpt.train.config import TrainConfig
 from megagpt.train.loop import train
 
+
+def run(config: TrainConfig) -> int:
+    """Train, with the planner at hand for the message when memory runs out."""
+    return train(config, planner=planned_parts)
+
+
+def planned_parts(config: TrainConfig, ranks: int, kernels: str) -> Mapping[str, int]:
+    """See megagpt.plan.run_plan, which is imported when it is needed."""
+    from megagpt.plan import run_plan
+
+    return run_plan.planned_parts(config, ranks, kernels)
+
+
 if __name__ == "__main__":
-    main(TrainConfig, train, __doc__ or "")
+    main(TrainConfig, run, __doc__ or "")

@@ -163,6 +163,11 @@ def job_of(config: TrainConfig, ranks: int, global_batch_size: int | None = None
     )
 
 
+def planned_parts(config: TrainConfig, ranks: int, kernels: str) -> dict[str, int]:
+    """Bytes by part at the most of a step on one of `ranks` GPUs ("gpu") or processes ("cpu")."""
+    return plan_memory(replace(job_of(config, ranks), kernels="gpu" if kernels == "gpu" else "cpu")).parts
+
+
 def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
     """The plan of a run on these GPUs. Raises UserError if the engine's groups do not divide them."""
     job = job_of(config, cluster.gpus)

@@ -52,6 +52,7 @@ from megagpt.train.data_changes import continue_mixture, record_of
 from megagpt.train.early_stop import evaluated_losses, used_up
 from megagpt.train.feed import Feed
 from megagpt.train.layer_norms import LayerNorms
+from megagpt.train.out_of_memory import Planner, explaining_out_of_memory
 from megagpt.train.profile import StepProfiler
 from megagpt.train.spike_guard import Guard
 from megagpt.watchdog.watchdog import Watchdog
@@ -76,14 +77,17 @@ class Run:
     """See digest_settings."""
     questions: Questions | None = None
     """What it is scored by besides validation data."""
+    planner: Planner | None = None
+    """What a step is expected to hold, for the message when memory runs out."""
     base: dict[str, Any] = field(default_factory=dict)
     """Of a run that freezes something: the checkpoint that the frozen weights are from (checkpoint.base_weights)."""
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, planner: Planner | None = None) -> int:
     """Start or resume a run until max_steps or a stop signal; returns the exit status (0 done, 75 stopped and saved).
 
-    Raises UserError before any work if configuration, data, tokenizer or an earlier checkpoint do not fit together.
+    Raises UserError before any work if configuration, data, tokenizer or an earlier checkpoint do not fit together, and Failure
+    if a step runs out of memory; `planner` adds what it was expected to hold.
     """
     data = open_data(config.data)
     preflight.check_run(config, data)
@@ -113,7 +117,7 @@ def train(config: TrainConfig) -> int:
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
             settings = digest_settings(config, data)
-            run = Run(config, data, world, engine, monitor, watchdog, guard, attempt, saver, settings, questions)
+            run = Run(config, data, world, engine, monitor, watchdog, guard, attempt, saver, settings, questions, planner)
             state = restore_or_start(run)
         preflight.record_settings(config, data, world)
         status = loop(run, state)
@@ -182,7 +186,8 @@ def loop(run: Run, state: TrainState) -> int:
             stopping, settles = bool(told), True
             if not stopping:
                 profiler.before(state.step)
-                unjudged.append(launch(state, coming.batches, num_targets, fed_hash))
+                with explaining_out_of_memory(config, run.engine, world, state.step, monitor.clock, run.planner):
+                    unjudged.append(launch(state, coming.batches, num_targets, fed_hash))
                 state = unjudged[-1].after
                 profiler.after(state.step)
                 settles = not late or is_due(config, state.step)

@@ -103,6 +103,19 @@ def killed(train, fault) -> None:
     before_forward(train, fault, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def out_of_memory(train, fault) -> None:
+    """The host's memory does not suffice, or a device's as torch says it."""
+
+    def action():
+        import torch
+
+        if fault.get("device"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has too little.")
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    before_forward(train, fault, action)
+
+
 def interpreter(train, fault) -> None:
     before_forward(train, fault, lambda: ctypes.PyDLL(None).sleep(3600))  # PyDLL keeps the interpreter's lock
 
