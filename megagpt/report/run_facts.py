@@ -94,7 +94,7 @@ def _attempt(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | 
 
 def _read_start(path: Path) -> dict[str, Any]:
     start = read_json(path)
-    names = ("time", "host", "launcher", "world_size", "device", "git_commit", "python", "data_fingerprint")
+    names = ("time", "host", "launcher", "world_size", "device", "git_commit", "git_diff", "python", "data_fingerprint")
     sources = start["config"].get("data", {}).get("sources", {})
     if not all(isinstance(source["path"], str) for source in sources.values()):
         raise ValueError("a source without a path")

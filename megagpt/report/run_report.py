@@ -178,7 +178,7 @@ def _made_by(facts: Facts) -> str:
     start = facts.starts[-1]
     model = start["config"].get("model", {})
     sizes = f"{model.get('num_layers')} layers × {model.get('hidden_size')} wide, context {model.get('seq_len')}"
-    return f"{sizes} · {start['world_size']} × {start['device']} · commit {str(start['git_commit'] or 'unknown')[:12]}"
+    return f"{sizes} · {start['world_size']} × {start['device']} · commit {_commit(start)}"
 
 
 def _tiles(facts: Facts) -> list[Tile]:
@@ -290,6 +290,13 @@ def _samples(rows: list[Row]) -> list[Block]:
     return [*quote(rows[-1]), *quote(rows[0]), Fold(f"{len(rows) - 2} between them", between)]
 
 
+def _commit(start: dict[str, Any]) -> str:
+    """The commit's first digits, and the file with what the code that ran had besides."""
+    commit = str(start["git_commit"] or "unknown")
+    changes = f" + starts/{start['git_diff']}" if start["git_diff"] else " + changes" * commit.endswith("+changes")
+    return commit.removesuffix("+changes")[:12] + changes
+
+
 def _starts(facts: Facts) -> list[Block]:
     ends = {}
     for row in facts.metrics.all_rows:
@@ -308,7 +315,7 @@ def _starts(facts: Facts) -> list[Block]:
                 start["host"],
                 start["launcher"],
                 start["world_size"],
-                str(start["git_commit"] or "unknown")[:12],
+                _commit(start),
                 None if began is None else f"{began['step']:,}",
                 None if end is None else f"{end['step']:,}",
                 how,

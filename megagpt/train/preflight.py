@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +29,8 @@ from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.config import check_monitor
 from megagpt.settings_record import difference, filled, read_settings
-from megagpt.shipped import IN_CHECKOUT, ROOT
 from megagpt.train import cross_checks, data_changes
+from megagpt.train.code_version import git_commit, git_diff
 from megagpt.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -274,9 +273,12 @@ def record_mixture(config: TrainConfig, world: World, attempt: int, state: Train
 
 
 def record_start(config: TrainConfig, data: Data, world: World, attempt: int) -> None:
-    """Write what this start was made from into run_dir/starts (rank 0): settings, git commit, versions, layout."""
+    """Write what this start was made from into run_dir/starts (rank 0): settings, git commit and changes, versions, layout."""
     if world.rank != 0:
         return
+    diff, diff_path = git_diff(), config.run_dir / "starts" / f"{attempt:04d}.diff"
+    if diff:
+        write_text(diff_path, diff)
     record = {
         "incarnation": attempt,
         "time": utc_now(),
@@ -287,22 +289,12 @@ def record_start(config: TrainConfig, data: Data, world: World, attempt: int) ->
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in PACKAGES},
         "git_commit": git_commit(),
+        "git_diff": diff_path.name if diff else None,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "data_fingerprint": data.fingerprint,
         "config": config.model_dump(mode="json"),
     }
     write_json(config.run_dir / "starts" / f"{attempt:04d}.json", record)
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with `+changes` if the working tree differs from it; None outside a checkout."""
-    if not IN_CHECKOUT:  # a repository that holds the environment is not ours
-        return None
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _version(package: str) -> str | None:

@@ -100,7 +100,8 @@ def write_run(root: Path) -> Path:
             "device": "cuda:0",
             "python": "3.11.7",
             "versions": {"torch": "2.13.0"},
-            "git_commit": "abcdef0123456789",
+            "git_commit": "abcdef0123456789" + "+changes" * (attempt == 2),
+            **({"git_diff": "0002.diff"} if attempt == 2 else {}),
             "data_fingerprint": "f00d",
             "config": {"data": {"sources": {"plays": {"path": str(corpus / "shards")}}}, "model": {"num_layers": 12}},
         }
@@ -189,6 +190,7 @@ def test_what_the_page_says(report: Path) -> None:
     assert "best: 2.7500" in texts
     assert HOSTILE in texts
     assert "abcdef012345" in texts
+    assert "abcdef012345 + starts/0002.diff" in texts
 
 
 def test_the_funnel_of_a_corpus_that_has_not_run_is_empty(tmp_path: Path) -> None:
