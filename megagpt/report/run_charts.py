@@ -6,7 +6,7 @@ import numpy as np
 
 from megagpt.monitor.metrics import Row
 from megagpt.report.charts import Chart, Line, Mark, smoothed
-from megagpt.report.page import Block, Card, Note, Picture
+from megagpt.report.page import Block, Card, Note, Picture, Table
 from megagpt.report.run_facts import Facts, column
 from megagpt.report.run_state import number
 
@@ -73,6 +73,28 @@ def small_cards(facts: Facts) -> list[Card]:
             chart = Chart(title, (line(title, rows, values, 1, facts),), marks(facts), unit=unit, y_limits=y_limits)
             cards.append(Card(title, [Picture(chart)], wide=False))
     return cards
+
+
+def mixture_card(facts: Facts) -> Card:
+    """Each source's share of the samples over steps, and of all of them beside what the weights ask for."""
+    spans, title = facts.consumed, "Mixture as consumed"
+    names = list(dict.fromkeys(name for span in spans for name in span.samples))
+    if len(names) < 2:
+        return Card(title, [])
+    totals = {name: sum(span.samples.get(name, 0) for span in spans) for name in names}
+    asked = {name: sum(span.configured.get(name, 0.0) for span in spans) for name in names}
+    names.sort(key=lambda name: -totals[name])
+    steps, whole = [span.step for span in spans], max(1, sum(totals.values()))
+    lines = [
+        Line(name, steps, [span.samples.get(name, 0) / max(1, sum(span.samples.values())) for span in spans], i + 1)
+        for i, name in enumerate(names[:MAX_COMPARED])
+    ]
+    rows = [(name, f"{totals[name]:,}", f"{totals[name] / whole:.2%}", f"{asked[name] / whole:.2%}") for name in names]
+    chart = Chart(title, tuple(lines), marks(facts), unit="share of the samples", size=(11.0, 3.0), y_limits=(0.0, 1.0))
+    blocks: list[Block] = [Picture(chart), Table(("source", "samples", "share", "by the weights"), rows, numbers=(1, 2, 3))]
+    if len(names) > MAX_COMPARED:
+        blocks.append(Note(f"not drawn: {', '.join(names[MAX_COMPARED:])}"))
+    return Card(title, blocks)
 
 
 def score_cards(facts: Facts) -> list[Card]:

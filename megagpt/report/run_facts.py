@@ -12,6 +12,7 @@ from megagpt.evaluate.results import read_results
 from megagpt.files import read_json
 from megagpt.monitor.goodput import Ledger, goodput_ledger
 from megagpt.monitor.metrics import Metrics, Row, read_metrics
+from megagpt.report.consumed import Span, read_consumed
 from megagpt.report.funnel import read_funnel
 from megagpt.report.run_state import number
 
@@ -33,6 +34,8 @@ class Facts:
     """The results of evaluations/*.json, oldest step first."""
     funnels: dict[str, list[dict[str, Any]]]
     """By corpus: the summaries of its stages, and of its shards."""
+    consumed: list[Span]
+    """Samples by source over the updates."""
     settings: str
     """config.yaml."""
     problems: tuple[str, ...]
@@ -62,12 +65,14 @@ def read_facts(run_dir: Path, corpora: dict[str, Path] | None = None) -> Facts:
         for found in _attempt(path, _read_evaluations, problems) or []
     ]
     funnels = {name: funnel for name, folder in corpora.items() if (funnel := _attempt(folder, read_funnel, problems))}
+    consumed = _attempt(run_dir / "ledger.jsonl", lambda path: read_consumed(path.parent, starts), problems) or []
     settings = run_dir / "config.yaml"
     return Facts(
         run_dir=run_dir,
         metrics=metrics,
         ledger=goodput_ledger(metrics),
         starts=starts,
+        consumed=consumed,
         checkpoints=_read_checkpoints(run_dir, problems),
         evaluations=evaluations,
         funnels=funnels,
