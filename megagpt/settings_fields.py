@@ -59,6 +59,8 @@ LATER: dict[str, dict[str, Any]] = {
         "read_results": "at_once",
         "score": {},
         "best_by": "loss",
+        "export_every_steps": 0,
+        "export_keep_last": 2,
     },
     "TuneConfig": _NO_TUNE,
     "LoraConfig": {

@@ -17,7 +17,7 @@ window of microseconds stays open.
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,15 +331,16 @@ def _problem_of(file: Path, size: int, sha256: str, progress: Callable[[], objec
     return ""
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0) -> list[Path]:
-    """Delete checkpoints but the newest `keep_last`, the best, and multiples of keep_every_steps; returns what went."""
+def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0, in_use: Collection[int] = ()) -> list[Path]:
+    """Delete checkpoints but the newest `keep_last`, the best, multiples of keep_every_steps and those of the steps `in_use`;
+    returns what went."""
     best_step = read_best(run_dir).get("step", -1)
     committed = list_checkpoints(run_dir)
     whole = [path for path in committed if (path / "manifest.json").exists()]  # a deletion that was killed leaves none
     newest, removed = whole[-max(1, keep_last) :], []
     for path in committed:
         step = step_of(path)
-        kept = path in newest or step == best_step or (keep_every_steps > 0 and step % keep_every_steps == 0)
+        kept = path in newest or step == best_step or step in in_use or (keep_every_steps > 0 and step % keep_every_steps == 0)
         if kept and path in whole:
             continue
         (path / "manifest.json").unlink(missing_ok=True)  # from here on it does not exist, however far the deletion comes

@@ -103,6 +103,11 @@ class TrainConfig(Config):
     """Newest checkpoints that are kept; the best one stays too."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints of multiples of this step are kept for good; 0 = none."""
+    export_every_steps: int = Field(default=0, ge=0)
+    """Steps between exports of the checkpoint for transformers, to run_dir/exports, beside the training and at the lowest
+    priority; 0 = none. A multiple of save_every_steps. Needs megagpt[convert]."""
+    export_keep_last: int = Field(default=2, gt=0)
+    """Newest exports that are kept."""
     sample_every_steps: int = Field(default=0, ge=0)
     """Steps between samples of generated text in the log; 0 = none."""
     sample_prompt: str = "\n"

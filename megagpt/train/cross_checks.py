@@ -68,6 +68,7 @@ def _never_due(config: TrainConfig) -> Iterator[str]:
     intervals = {
         "evaluate_every_steps": (config.evaluate_every_steps, "the only evaluation is the one at the end"),
         "sample_every_steps": (config.sample_every_steps, "no text is generated"),
+        "export_every_steps": (config.export_every_steps, "nothing is exported"),
         "monitor.log_every_steps": (config.monitor.log_every_steps, "no training loss is logged"),
         "save_every_steps": (config.save_every_steps, "the only checkpoint is the one at the end"),
     }
@@ -86,6 +87,11 @@ def _never_due(config: TrainConfig) -> Iterator[str]:
                 f"keep_every_steps={config.keep_every_steps} is not a multiple of save_every_steps={config.save_every_steps}: "
                 f"checkpoints are kept every {together} steps"
             )
+    if config.export_every_steps % config.save_every_steps and config.export_every_steps <= config.max_steps:
+        yield (
+            f"export_every_steps={config.export_every_steps} is not a multiple of save_every_steps={config.save_every_steps}: "
+            f"checkpoints are exported every {math.lcm(config.export_every_steps, config.save_every_steps)} steps"
+        )
     for phase in config.batch_warmup:
         if phase.until_step > config.max_steps:
             yield f"batch_warmup: until_step={phase.until_step} is more than max_steps={config.max_steps}"

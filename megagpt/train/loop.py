@@ -47,6 +47,7 @@ from megagpt.monitor.metrics import interrupted_at, read_metrics
 from megagpt.monitor.monitor import Monitor
 from megagpt.tokenizer.base import prompt_ids
 from megagpt.train import preflight
+from megagpt.train.background_export import BackgroundExports
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
 from megagpt.train.early_stop import evaluated_losses, used_up
@@ -73,6 +74,7 @@ class Run:
     guard: Guard
     attempt: int
     saver: checkpoint.Saver
+    exports: BackgroundExports
     settings: dict[str, str]
     """See digest_settings."""
     questions: Questions | None = None
@@ -116,11 +118,16 @@ def train(config: TrainConfig, planner: Planner | None = None) -> int:
             engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
+            every, keep_last = config.export_every_steps, config.export_keep_last
+            exports = BackgroundExports(config.run_dir, world, monitor, attempt, every_steps=every, keep_last=keep_last)
             settings = digest_settings(config, data)
-            run = Run(config, data, world, engine, monitor, watchdog, guard, attempt, saver, settings, questions, planner)
+            run = Run(
+                config, data, world, engine, monitor, watchdog, guard, attempt, saver, exports, settings, questions, planner
+            )
             state = restore_or_start(run)
         preflight.record_settings(config, data, world)
-        status = loop(run, state)
+        with exports:
+            status = loop(run, state)
         owned.refuse_if_lost()
         if status == EXIT_STOPPED:
             world.stop.ignore()
@@ -172,6 +179,7 @@ def loop(run: Run, state: TrainState) -> int:
     profiler = StepProfiler(config.profile, config.run_dir, world.rank, run.attempt, monitor.clock)
     late, saved_step = results_come_late(config, world), state.step  # at its beginning a run has nothing to save either
     watchdog.beat(state.step)
+    run.exports.catch_up(state.step)
     kinds = left_by_a_stop(run, state)
     if state.step == 0 and config.init_from is not None:  # what tuning begins from, to be compared
         kinds = ("score",) * (run.questions is not None) + ("sample",) * (config.sample_every_steps > 0)
@@ -213,14 +221,18 @@ def loop(run: Run, state: TrainState) -> int:
             kinds = due_at(config, state.step)
             score, interrupted = evaluate_and_sample(run, state, kinds, saved_step)
             early = bool(kinds) and not interrupted and stops_early(run)
+            run.exports.look(state.step)
             collect_garbage(state.step)
     profiler.close()
     stopped = bool(interrupted) or (state.step < config.max_steps and not early)
+    if stopped:
+        run.exports.end()
     if state.step != saved_step:
         save(run, state, score)
     loader.close()
     with monitor.clock("save"):
         run.saver.close()
+        run.exports.wait(state.step)
     if stopped:
         more = {"interrupted": interrupted} if interrupted else {}
         monitor.log("stop", state.step, reason=world.stop.signal_name or "another rank was told to stop", **more)
@@ -608,13 +620,15 @@ def save(run: Run, state: TrainState, score: dict[str, Any] | None = None) -> No
 
     def tidy(path: Path) -> None:
         try:
-            checkpoint.prune(config.run_dir, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps)
+            keep = {"keep_last": config.keep_last, "keep_every_steps": config.keep_every_steps}
+            checkpoint.prune(config.run_dir, **keep, in_use=run.exports.in_use())
         except OSError as error:  # somebody else deletes there, or has a file open on a network disk: the next save tries again
             log.warning("not all old checkpoints could be deleted: %s", error)
 
     with run.monitor.clock("save"):
         run.saver.save(run.engine, state, info, after=tidy)
     run.monitor.log("save", state.step, background=config.save_in_background)
+    run.exports.after(run.saver, state.step)
     if score is not None:
         keep_score(run, state, score)
 

@@ -30,6 +30,7 @@ from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.config import check_monitor
 from megagpt.settings_record import difference, filled, read_settings
 from megagpt.train import cross_checks, data_changes
+from megagpt.train.background_export import refuse_exports
 from megagpt.train.code_version import git_commit, git_diff
 from megagpt.train.config import TrainConfig
 
@@ -60,6 +61,8 @@ def check_run(config: TrainConfig, data: Data) -> None:
     refuse_float8(config.float8, config.model, config.precision, canonical=canonical, seq_len=tokens)
     refuse_compiled_dropout(config, torch.__version__, on_gpu=torch.cuda.is_available())
     check_monitor(config.monitor)
+    if config.export_every_steps:
+        refuse_exports(config.model)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is less than the {data.vocab_size} of the shards' tokenizer "

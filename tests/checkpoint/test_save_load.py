@@ -113,6 +113,8 @@ def test_prune_keeps_the_newest_the_best_and_the_round_ones(tmp_path: Path) -> N
     assert not checkpoint.mark_best(tmp_path, 8, 2.5)
     assert not checkpoint.mark_best(tmp_path, 10, math.nan)
     assert not checkpoint.mark_best(tmp_path, 10, 3.0)
+    checkpoint.prune(tmp_path, keep_last=1, keep_every_steps=6, in_use={8})
+    assert steps_of(tmp_path) == [4, 6, 8, 10]
     checkpoint.prune(tmp_path, keep_last=1, keep_every_steps=6)
     assert steps_of(tmp_path) == [4, 6, 10]
 

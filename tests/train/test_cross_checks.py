@@ -41,10 +41,13 @@ ACCEPTED: list[dict[str, Any]] = [
     {"data": {"shuffle_block": 1}},
     {"data": {"document_mask": True}},
     {"keep_every_steps": 8},
+    {"export_every_steps": 8},
 ]
 REPORTED = [
     ({"evaluate_every_steps": 17}, "evaluate_every_steps=17 is more than max_steps=16"),
     ({"sample_every_steps": 17}, "sample_every_steps=17 is more than max_steps=16: no text is generated"),
+    ({"export_every_steps": 20}, "export_every_steps=20 is more than max_steps=16: nothing is exported"),
+    ({"export_every_steps": 6}, "6 is not a multiple of save_every_steps=4: checkpoints are exported every 12 steps"),
     ({"save_every_steps": 17}, "save_every_steps=17 is more than max_steps=16: the only checkpoint"),
     ({"monitor": {"log_every_steps": 17}}, "monitor.log_every_steps=17 is more than max_steps=16: no training loss"),
     (
