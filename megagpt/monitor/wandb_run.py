@@ -49,6 +49,7 @@ class WandbRun:
             self.mode = "offline"
             wandb.teardown()
             self._run = wandb.init(mode=self.mode, **options)
+        self._samples: Any = wandb.Table(columns=["step", "prompt", "text"], log_mode="INCREMENTAL")
         self.folder = Path(self._run.settings.sync_dir).name
         server_step = self._run.starting_step - 1 if self.mode == "online" else None
         missing = missing_rows(earlier, run_dir, server_step)
@@ -65,7 +66,11 @@ class WandbRun:
         self._step = step
         if kind == "alert":
             self._run.alert(title=f"{values['alert']}: {self._run.name}", text=f"step {step}: {values['reason']}")
-        self._run.log(dict(flat(kind, values)), step=step)
+        row = dict(flat(kind, values))
+        if kind == "sample":
+            self._samples.add_data(step, values.get("prompt"), values.get("text"))
+            row["samples"] = self._samples
+        self._run.log(row, step=step)
 
     def close(self) -> None:
         """Flush and end the W&B run."""

@@ -115,6 +115,18 @@ def test_alerts_reach_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert json.loads((tmp_path / "plays" / METRICS_FILE).read_text().splitlines()[-1])["kind"] == "alert"
 
 
+def test_samples_are_rows_of_a_table_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monitor = Monitor(tmp_path / "plays", MonitorConfig(wandb="offline"), run_config={}, rank=0)
+    for step in (10, 20):
+        monitor.log("sample", step, prompt="O ", text=f"text {step}")
+    monitor.close()
+    tables = (tmp_path / "plays" / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
+    found = [json.loads(path.read_text()) for path in tables]
+    assert all(table["columns"] == ["step", "prompt", "text"] for table in found)
+    assert sorted(row for table in found for row in table["data"]) == [[10, "O ", "text 10"], [20, "O ", "text 20"]]
+
+
 def test_step_percentiles_and_shares(tmp_path: Path) -> None:
     from megagpt.monitor.goodput import Stopwatch
 
