@@ -107,7 +107,7 @@ def ask_tasks(
     that ask for what the model does not do."""
     lm_eval = import_harness(offline=False)
     names, manager, tasks = loaded.names, loaded.manager, loaded.found
-    with _quiet():
+    with _quiet(), _undescribed():
         groups = [tasks["groups"][name] for name in names if name in tasks["groups"]]
         inside = {task.task_name for group in groups for task in group.get_all_tasks()}
         wanted = [*groups, *(task for name, task in tasks["tasks"].items() if name not in inside)]
@@ -284,6 +284,21 @@ def _in_folder(folder: Path | None) -> Iterator[None]:
         raise UserError(f"harness_folder={folder}: no such folder")
     with contextlib.chdir(folder):
         yield
+
+
+@contextlib.contextmanager
+def _undescribed() -> Iterator[None]:
+    """Without lm-eval's description of machine and repository, which nobody reads here: pip, git and more run for seconds."""
+    from lm_eval import evaluator
+
+    before = {name: getattr(evaluator, name) for name in ("add_env_info", "get_git_commit_hash")}
+    try:
+        for name in before:
+            setattr(evaluator, name, lambda *_: None)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(evaluator, name, function)
 
 
 @contextlib.contextmanager

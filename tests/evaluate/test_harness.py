@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,20 @@ def evaluated(world: World, folder: Path, run: str, names: tuple[str, ...]) -> E
 
 
 @pytest.mark.slow
-def test_the_harness_scores_as_our_own_tasks_do_on_one_and_two_ranks(folder: Path, tmp_path: Path) -> None:
+def test_the_harness_scores_as_our_own_tasks_do_on_one_and_two_ranks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("choices", "words", "rolling", "text")
-    alone = evaluated(lone_world(torch.device("cpu")), folder, "run", names)
+    started: list[Any] = []
+
+    def refuse(*words: Any, **_: Any) -> None:
+        started.append(words)
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", refuse)
+        alone = evaluated(lone_world(torch.device("cpu")), folder, "run", names)
+    assert not started, "lm-eval describes the machine by pip and git"
     ours, found = alone.tasks["own"], alone.harness["choices"]
     assert found.questions == 3
     assert found.metrics == {
