@@ -32,19 +32,7 @@ LAYERS = (
         "__main__",
     ),
 )
-TORCH_FREE = (
-    "config",
-    "strict_yaml",
-    "terminal",
-    "files",
-    "documents",
-    "command",
-    "shipped",
-    "__main__",
-    "tokenizer",
-    "corpus",
-    "data",
-)
+TORCH_FREE = (*LAYERS[-1], "tokenizer", "corpus", "data")
 """Folders of which no module names torch, but for NEEDS_TORCH."""
 NEEDS_TORCH = ("data.loader",)
 DEEPSPEED_ONLY_IN = "engine.deepspeed"

@@ -4,85 +4,43 @@ import gc
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagpt.checkpoint import save_load as checkpoint
-from megagpt.checkpoint import scores
 from megagpt.checkpoint.base_weights import base_path, base_record, load_base
 from megagpt.checkpoint.new_rows import NewRows
 from megagpt.checkpoint.ownership import Ownership, still_owner, take_run
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
-from megagpt.config import Failure, UserError
-from megagpt.data.loader import Loader, MicroBatch, StepBatches
+from megagpt.config import UserError
+from megagpt.data.loader import Loader
 from megagpt.data.open_data import Data, open_data
-from megagpt.data.permutation import mix
-from megagpt.data.sample_hash import HASH_MASK
-from megagpt.data.sample_ledger import LedgerWriter, entry_of
-from megagpt.data.state import TrainState, sample_indices
+from megagpt.data.sample_ledger import LedgerWriter
+from megagpt.data.state import TrainState
 from megagpt.distributed.determinism import make_deterministic
-from megagpt.distributed.fetch import Record, Records
 from megagpt.distributed.mesh import with_context_parallel
-from megagpt.distributed.world import Stopped, StopRequest, World, abort_world, close_world, init_world
-from megagpt.engine.base import Engine
+from megagpt.distributed.world import StopRequest, World, abort_world, close_world, init_world
 from megagpt.engine.build import build_engine, draw_weights
-from megagpt.engine.dtypes import check_formats, declared_formats, name_of
-from megagpt.engine.optim import lr_at
-from megagpt.evaluate.loss import combine, evaluate_sources, evaluation_mode, validation_set
-from megagpt.evaluate.results import keep_result
-from megagpt.evaluate.scores_in_training import Questions, numbers_of, read_questions, score_model
-from megagpt.files import sha256_file
-from megagpt.generate.sampling import SamplingConfig
-from megagpt.generate.streams import generate_ids
-from megagpt.generate.text_stream import StreamDecoder
+from megagpt.engine.dtypes import declared_formats
+from megagpt.evaluate.scores_in_training import read_questions
 from megagpt.model.flops import flops_per_token
-from megagpt.monitor.metrics import interrupted_at, read_metrics
 from megagpt.monitor.monitor import Monitor
-from megagpt.tokenizer.base import prompt_ids
 from megagpt.train import preflight
 from megagpt.train.background_export import BackgroundExports
+from megagpt.train.between_steps import due, due_at, evaluate_and_sample, left_by_a_stop, save, stops_early
 from megagpt.train.config import TrainConfig
-from megagpt.train.data_changes import continue_mixture, record_of
-from megagpt.train.early_stop import evaluated_losses, used_up
-from megagpt.train.feed import Feed
-from megagpt.train.layer_norms import LayerNorms
+from megagpt.train.data_changes import continue_mixture
 from megagpt.train.out_of_memory import Planner, explaining_out_of_memory
 from megagpt.train.profile import StepProfiler
+from megagpt.train.run import Run
 from megagpt.train.spike_guard import Guard
+from megagpt.train.step import Judge, Launch, Launched, Prepared, prepare
 from megagpt.watchdog.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one start of a run works with."""
-
-    config: TrainConfig
-    data: Data
-    world: World
-    engine: Engine
-    monitor: Monitor
-    watchdog: Watchdog
-    guard: Guard
-    attempt: int
-    saver: checkpoint.Saver
-    exports: BackgroundExports
-    settings: dict[str, str]
-    """See digest_settings."""
-    questions: Questions | None = None
-    """What it is scored by besides validation data."""
-    planner: Planner | None = None
-    """What a step is expected to hold, for the message when memory runs out."""
-    base: dict[str, Any] = field(default_factory=dict)
-    """Of a run that freezes something: the checkpoint that the frozen weights are from (checkpoint.base_weights)."""
 
 
 def train(config: TrainConfig, planner: Planner | None = None) -> int:
@@ -186,12 +144,12 @@ def loop(run: Run, state: TrainState) -> int:
     score, interrupted = evaluate_and_sample(run, state, kinds, saved_step)
     early, stopping = stops_early(run), False
     unjudged: list[Launched] = []
-    coming: Coming | None = None
+    coming: Prepared | None = None
     with collecting_garbage_together() as collect_garbage:
         while state.step < config.max_steps and not (interrupted or early or stopping):
             coming = coming or prepare(run, loader, state)
-            num_targets, fed_hash, told = coming.agreed()
-            stopping, settles = bool(told), True
+            num_targets, fed_hash, num_told_to_stop = coming.agreed()
+            stopping, settles = num_told_to_stop > 0, True
             if not stopping:
                 profiler.before(state.step)
                 with explaining_out_of_memory(config, run.engine, world, state.step, monitor.clock, run.planner):
@@ -252,203 +210,11 @@ def is_due(config: TrainConfig, step: int) -> bool:
     return due(config.save_every_steps, step) or step == config.max_steps or bool(due_at(config, step))
 
 
-@dataclass(frozen=True)
-class Coming:
-    """A step to be launched: this rank's micro-batches, and what the ranks agree on (`agreed`, to be called once): targets,
-    hash of the samples, how many ranks were told to stop when it was prepared."""
-
-    batches: StepBatches
-    agreed: Callable[[], list[int]]
-
-
-def prepare(run: Run, loader: Loader, state: TrainState) -> Coming:
-    """Take the micro-batches of the step at `state` and begin to agree on it."""
-    world = run.world
-    with run.monitor.clock("data_wait"):
-        batches = loader.step(state)  # pure in TrainState: a rewind is only another state
-    stop = bool(world.stop.signal_name)
-    return Coming(batches, world.begin_sum([world.counts * batches.num_targets, world.counts * batches.fed_hash, stop]))
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A step that was launched: the states before and after it, and what it has computed, on its way to the host."""
-
-    before: TrainState
-    after: TrainState
-    batch_size: int
-    fed_hash: int
-    lr: float
-    loss_format: str
-    micro_batches: int
-    terms: tuple[str, ...]
-    """Names of what is added to the loss."""
-    record: Record
-    """Per rank: the loss of each micro-batch, the gradients' norm, whether the update was applied, then each term of each
-    micro-batch; terms and losses as shares of the step's mean."""
-    norms: dict[str, dict[str, float]] | None
-    """By layer, where they were due."""
-
-
-class Launch:
-    """Launches steps. With FSDP and AdamW nothing in it waits for the device, but where norms by layer are due."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._feed, self._records = run, Feed(run.world.device), Records(run.world)
-        self._norms = LayerNorms(run.config.monitor.norms_every_steps, run.config.optim, run.world)
-
-    def __call__(self, state: TrainState, batches: StepBatches, num_targets: int, fed_hash: int) -> Launched:
-        """Forward and backward passes and the update of the step at `state`."""
-        run, config, engine = self._run, self._run.config, self._run.engine
-        batch_size = config.batch_size_at(state.step)
-        with run.monitor.clock("train"):
-            losses, added, lr = [], [], lr_at(config.optim, state.step, config.max_steps)
-            for i, (batch, inputs) in enumerate(self._feed(batches.micro_batches)):
-                run.watchdog.beat(state.step)
-                seed_dropout(config, state.step, batch)
-                with run.watchdog.forward():
-                    micro_loss = engine.model(*inputs) / num_targets  # never a mean of means
-                terms = {name: term / num_targets for name, term in engine.module.loss_terms().items()}
-                engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
-                losses.append(terms.pop("loss", micro_loss.detach()))  # without what only training adds
-                added.append(terms)
-            self._norms.before(engine, state.step)
-            result = engine.launch_step(lr, config.optim.max_grad_norm)
-            norms = self._norms.after(engine, result, config.optim.max_grad_norm)
-            names = tuple(added[0])
-            rows = [
-                torch.stack(losses).double(),
-                result,
-                *(torch.stack([part[name] for part in added]).double() for name in names),
-            ]
-            record = self._records.send(torch.cat(rows))
-        after = state.advance(batch_size, num_targets)
-        kind = name_of(losses[0].dtype)
-        return Launched(state, after, batch_size, fed_hash, lr, kind, len(losses), names, record, norms)
-
-
-class Judge:
-    """Reads what a step has computed, and keeps the books: ledger, guard, metrics. All ranks judge the same numbers."""
-
-    def __init__(self, run: Run, ledger: LedgerWriter | None) -> None:
-        self._run, self._ledger, self._checked = run, ledger, False
-
-    def __call__(self, step: Launched) -> str:
-        """What is wrong with the step, "" if it may stand."""
-        run, monitor, engine = self._run, self._run.monitor, self._run.engine
-        with monitor.clock("train"):
-            rows = step.record.read()
-        number, done = step.before.step, step.after.step
-        grad_norm, applied = rows[run.world.rank][step.micro_batches : step.micro_batches + 2]
-        engine.count_update(bool(applied))
-        if self._ledger is not None:
-            self._ledger.write(entry_of(step.before, step.batch_size, step.fed_hash, run.attempt))
-        loss = _total(rows, 0, step.micro_batches)
-        run.world.stop.remember()  # from here on there is an update to save
-        planned = run.guard.enter(number, regime_at(run, step.before))
-        if planned:
-            monitor.log("planned", number, change=planned)
-        problem = run.guard.look(loss, grad_norm)
-        if problem:
-            return problem
-        run.watchdog.beat(done)
-        if not self._checked and applied:
-            found = engine.formats | {"loss": step.loss_format}
-            check_formats(declared_formats(run.config.precision, run.config.engine), found)
-            self._checked = True
-        if not applied:
-            monitor.log("skip", done, reason="non-finite gradients: the update was not applied")
-        if monitor.due(done):
-            starts = range(step.micro_batches + 2, len(rows[0]), step.micro_batches)
-            terms = {name: _total(rows, start, step.micro_batches) for name, start in zip(step.terms, starts, strict=True)}
-            facts = {"lr": step.lr, "grad_norm": grad_norm, "tokens": step.after.tokens, **run.watchdog.ranks()}
-            monitor.log("train", done, loss=loss, **terms, **facts)
-        if step.norms is not None:
-            monitor.log("norms", done, layers=step.norms)
-        return ""
-
-
-def _total(rows: Sequence[Sequence[float]], start: int, count: int) -> float:
-    """The sum of all ranks' numbers from `start` on, rounded once: the same bits for every order and layout."""
-    return math.fsum(value for row in rows for value in row[start : start + count])
-
-
-def stops_early(run: Run) -> bool:
-    """Whether best_by has not become better for early_stop_evaluations; all ranks call it together."""
-    config = run.config
-    patience = config.early_stop_evaluations
-    if patience == 0:
-        return False
-    used = run.world.rank == 0 and used_up(evaluated_losses(config.run_dir, config.best_by), patience)
-    return run.world.broadcast(used)
-
-
-def due_at(config: TrainConfig, step: int) -> tuple[str, ...]:
-    """What is done after this step besides saving, in order."""
-    evaluates = due(config.evaluate_every_steps, step) or step == config.max_steps
-    scores = config.score.asks and (due(config.score.every_steps, step) or step == config.max_steps)
-    return ("evaluate",) * evaluates + ("score",) * scores + ("sample",) * due(config.sample_every_steps, step)
-
-
-def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
-    """What an earlier start of this run was stopped in at this step."""
-    rows = read_metrics(run.config.run_dir).all_rows if run.world.rank == 0 else ()
-    return run.world.broadcast(interrupted_at([row for row in rows if row["incarnation"] < run.attempt], state.step))
-
-
-def evaluate_and_sample(
-    run: Run, state: TrainState, kinds: Sequence[str], saved_step: int
-) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """Do `kinds` in order; (the evaluation's score, the kinds that a stop signal has cut short or left out).
-
-    Where an evaluation fails, by a damaged shard say, this step is saved before that ends the run.
-    """
-    score = None
-    for number, kind in enumerate(kinds):
-        try:
-            if kind == "evaluate":
-                score = evaluate(run, state)
-                if score is not None and saved_step == state.step:
-                    keep_score(run, state, score)
-            elif kind == "score":
-                score_by_tasks(run, state, is_saved=saved_step == state.step)
-            else:
-                sample(run, state)
-        except Stopped:
-            return score, tuple(kinds[number:])
-        except (UserError, Failure):
-            if state.step != saved_step:
-                save(run, state)
-            with run.monitor.clock("save"):
-                run.saver.close()
-            raise
-    return score, ()
-
-
-def regime_at(run: Run, state: TrainState) -> dict[str, Any]:
-    """What the loss of the step at `state` depends on by plan; the guard does not take a change of it for a fault."""
-    batch_size = run.config.batch_size_at(state.step)
-    last_sample = sample_indices(state, batch_size)[-1]
-    phase = sum(change.from_sample <= last_sample for change in run.config.data.weight_changes)
-    return {**run.settings, "data.weight_changes": phase, "batch_size": batch_size}
-
-
 def digest_settings(config: TrainConfig, data: Data) -> dict[str, str]:
     """A short digest of each setting that a resume may change and the loss depends on."""
     values = config.model_dump(mode="json", include={"model", "optim", "max_steps", "precision", "float8"})
     values |= {"data": data.fingerprint}
     return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8] for name, value in values.items()}
-
-
-def due(every_steps: int, step: int) -> bool:
-    """Whether something done every `every_steps` (0 = never) is done after this step."""
-    return every_steps > 0 and step % every_steps == 0
-
-
-def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
-    """Dropout depends on the seed, the step and the micro-batch's samples, not on which rank computes it."""
-    if config.model.dropout > 0 or (config.tune.lora is not None and config.tune.lora.dropout > 0):
-        torch.manual_seed(mix(config.seed, step, batch.first_sample) & HASH_MASK)
 
 
 def restore_or_start(run: Run) -> TrainState:
@@ -521,116 +287,6 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
         state = continue_mixture(config.data, restored.saved, state, restored.path)
         preflight.record_mixture(config, world, run.attempt, state)
     return state, restored
-
-
-def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
-    """Validation loss per source and over all, logged; None without validation data. Raises as evaluate.evaluate does."""
-    config = run.config
-    if not run.data.validation:
-        return None
-    with run.monitor.clock("evaluate"):
-        found = evaluate_sources(
-            run.engine.model,
-            run.engine.module,
-            run.data.validation,
-            run.data.tokenizer,
-            run.world,
-            micro_batch_size=config.micro_batch_size,
-            max_samples=config.evaluate_max_samples,
-            document_mask=config.data.document_mask,
-        )
-    score = {**combine(found.values()).summary(), "sources": {name: part.summary() for name, part in found.items()}}
-    run.monitor.log("evaluate", state.step, **score)
-    return score
-
-
-def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
-    """Put the score beside this step's checkpoint, once that is committed."""
-    config = run.config
-    path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
-    measured = validation_set(
-        run.data.validation, max_samples=config.evaluate_max_samples, document_mask=config.data.document_mask
-    )
-
-    def keep() -> None:
-        if still_owner(config.run_dir, run.attempt):
-            best_by = "loss" if config.best_by == "loss" else None
-            scores.keep_score(path, state.step, measured, score, best_by=best_by)
-
-    run.saver.then(keep)
-
-
-def score_by_tasks(run: Run, state: TrainState, *, is_saved: bool) -> None:
-    """Scores of tasks, harness and exercises, logged; where this step has a checkpoint, kept beside it and in evaluations/."""
-    config, questions, engine = run.config, run.questions, run.engine
-    if questions is None:
-        return
-    parts = (engine.model, config.model, run.data.tokenizer)
-    with run.monitor.clock("evaluate"), evaluation_mode(engine.module):
-        found = score_model(*parts, questions, run.world, micro_batch_size=config.micro_batch_size)
-    numbers = numbers_of(found)
-    run.monitor.log("score", state.step, scores=numbers)
-    best_by = None if config.best_by == "loss" else config.best_by
-    if best_by is not None:
-        scores.score_of(numbers, best_by)
-    path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
-
-    def keep() -> None:
-        if not still_owner(config.run_dir, run.attempt):
-            return
-        scores.keep_score(path, state.step, questions.digest, {"scores": numbers}, best_by=best_by)
-        try:
-            measured = {"checkpoint": sha256_file(path / "manifest.json"), "questions": questions.digest}
-            kept = {"step": state.step, "sources": {}, **found, "measured": measured}
-            kept |= {"config": config.score.model_dump(mode="json")}
-            keep_result(config.run_dir / "evaluations" / f"step_{state.step:08d}.json", kept)
-        except OSError as error:
-            log.warning("the scores of step %d are in metrics.jsonl only: %s", state.step, error)
-
-    if is_saved and state.step > 0:
-        run.saver.then(keep)
-
-
-def sample(run: Run, state: TrainState) -> None:
-    """Generated text in the log. Every rank takes part, with equally many forwards: the weights may be spread over them."""
-    config, tokenizer = run.config, run.data.tokenizer
-    sampling = SamplingConfig(max_tokens=config.sample_tokens, seed=config.seed)
-    with run.monitor.clock("generate"), evaluation_mode(run.engine.module):
-        ids = torch.tensor([prompt_ids(tokenizer, config.sample_prompt)], device=run.world.device)
-        steps = generate_ids(run.engine.model, config.model, ids, sampling, vocab_size=tokenizer.vocab_size)
-        decoder, text = StreamDecoder(tokenizer, at_start=not config.sample_prompt), ""
-        for tokens in steps:
-            run.world.agree()
-            run.world.progress()
-            text += "".join(decoder.push(token) for token in tokens if token is not None)
-        text += decoder.finish()
-    run.monitor.log("sample", state.step, prompt=config.sample_prompt, text=text)
-
-
-def save(run: Run, state: TrainState, score: dict[str, Any] | None = None) -> None:
-    """Begin a checkpoint of this step; once it is committed delete old ones, and keep its score if it has one already."""
-    config = run.config
-    info = {
-        "config": config.model_dump(mode="json"),
-        "model": config.model.model_dump(mode="json"),
-        **record_of(run.data),
-        "guard": run.guard.to_json(),
-        **({"base": dict(run.base)} if config.tune.freezes else {}),
-    }
-
-    def tidy(path: Path) -> None:
-        try:
-            keep = {"keep_last": config.keep_last, "keep_every_steps": config.keep_every_steps}
-            checkpoint.prune(config.run_dir, **keep, in_use=run.exports.in_use())
-        except OSError as error:  # somebody else deletes there, or has a file open on a network disk: the next save tries again
-            log.warning("not all old checkpoints could be deleted: %s", error)
-
-    with run.monitor.clock("save"):
-        run.saver.save(run.engine, state, info, after=tidy)
-    run.monitor.log("save", state.step, background=config.save_in_background)
-    run.exports.after(run.saver, state.step)
-    if score is not None:
-        keep_score(run, state, score)
 
 
 def stop_mark(owned: Ownership) -> Path:

@@ -1,12 +1,15 @@
 """A small run as a user starts it: shards of two-letter text, settings, tools/train_model.py on some ranks."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from ranks import Ranks
+from ranks import Ranks, wait_until
 
+from megagpt.command import EXIT_STOPPED
+from megagpt.data.sample_ledger import read_ledger
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.monitor.metrics import read_metrics
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
@@ -63,3 +66,11 @@ def start(project: Path, folder: Path, values: dict[str, Any], size: int = 2, *w
 
 def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(run_dir).of_kind("train")}
+
+
+def stop_one_of_two(ranks: Ranks, run_dir: Path) -> int:
+    """Send SIGTERM to the second of two ranks after some steps; both stop. Returns how many steps the ledger then has."""
+    wait_until(lambda: len(read_ledger(run_dir)) >= 6)
+    ranks.send(signal.SIGTERM, [1])
+    assert ranks.wait() == [EXIT_STOPPED] * 2, ranks.output()
+    return len(read_ledger(run_dir))

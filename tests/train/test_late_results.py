@@ -1,16 +1,14 @@
 """A step that is judged after the next one was launched: the same run, and nothing waits for the device inside a step."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import wait_until
-from small_run import STEPS, losses, settings, start
+from small_run import STEPS, losses, settings, start, stop_one_of_two
 
-from megagpt.command import EXIT_DONE, EXIT_STOPPED
+from megagpt.command import EXIT_DONE
 from megagpt.data.loader import MicroBatch
 from megagpt.data.sample_ledger import read_ledger
 from megagpt.files import read_json
@@ -62,11 +60,8 @@ def test_told_to_stop_while_a_step_is_unjudged_it_saves_that_step(shards: Path, 
     values = settings(shards, tmp_path / "run", engine={"kind": "fsdp"}, read_results="late", save_every_steps=100)
     values |= {"evaluate_every_steps": 0}
     ranks = start(project, tmp_path, values)
-    wait_until(lambda: len(read_ledger(tmp_path / "run")) >= 6)
-    ranks.send(signal.SIGTERM, [1])
-    assert ranks.wait() == [EXIT_STOPPED] * 2, ranks.output()
-    done = len(read_ledger(tmp_path / "run"))
-    assert 6 <= done < STEPS
+    done = stop_one_of_two(ranks, tmp_path / "run")
+    assert done < STEPS
     saved = read_json(tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "state.json")
     assert (saved["train_state"]["step"], saved["updates"]) == (done, done)
     assert len(saved["guard"]["loss"]) == done, "every step in the checkpoint is judged"

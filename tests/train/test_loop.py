@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from ranks import free_port, run_ranks, wait_until
-from small_run import STEPS, losses, settings, start, write_shards
+from small_run import STEPS, losses, settings, start, stop_one_of_two, write_shards
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.save_load import list_checkpoints, step_of
@@ -114,11 +114,8 @@ def test_told_to_stop_it_saves_and_goes_on_with_other_ranks(
     """One rank of two gets the signal; ZeRO 1 on 2 ranks goes on as ZeRO 3 on 3, with the same data order."""
     values = settings(shards, tmp_path / "run")
     ranks = start(project, tmp_path, values)
-    wait_until(lambda: len(read_ledger(tmp_path / "run")) >= 6)
-    ranks.send(signal.SIGTERM, [1])
-    assert ranks.wait() == [EXIT_STOPPED] * 2, ranks.output()
-    done = len(read_ledger(tmp_path / "run"))
-    assert 6 <= done < STEPS
+    done = stop_one_of_two(ranks, tmp_path / "run")
+    assert done < STEPS
     assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "manifest.json").is_file()
     ranks = start(project, tmp_path, values, 3, "engine.zero_stage=3", "engine.stage3_persistence_elements=0")
     assert ranks.wait() == [EXIT_DONE] * 3, ranks.output()
@@ -514,7 +511,7 @@ def engine_traits(world: Any) -> list[tuple[bool, bool]]:
 
 def dropout_masks(world: Any, _: None) -> list[int]:
     from megagpt.data.loader import MicroBatch
-    from megagpt.train.loop import seed_dropout
+    from megagpt.train.step import seed_dropout
 
     model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}
     config = TrainConfig.model_validate(settings(Path(), Path()) | {"model": model})

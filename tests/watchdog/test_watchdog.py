@@ -254,7 +254,7 @@ def test_a_slow_rank_is_named_in_the_metrics(
 
 def test_a_fetch_from_the_device_is_waiting_for_others() -> None:
     """A GPU's queue holds a collective that another rank does not join: the host sleeps in the driver, or spins."""
-    outer = "/x/megagpt/train/loop.py:300 __call__: rows = step.record.read()"
+    outer = "/x/megagpt/train/step.py:120 __call__: rows = step.record.read()"
     fetch = "/x/megagpt/distributed/fetch.py:30 read: self._ready.synchronize()"
     torch_frame = "/y/torch/cuda/streams.py:233 synchronize: super().synchronize()"
     for stack, call in (

@@ -49,14 +49,16 @@ def block_on_fifo(folder: str) -> None:
 
 
 def before_forward(train, fault, action) -> None:
-    original = train.seed_dropout
+    from megagpt.train import step as training_step
+
+    original = training_step.seed_dropout
 
     def seed_dropout(config, step, batch):
         if due(fault, step):
             action()
         original(config, step, batch)
 
-    train.seed_dropout = seed_dropout
+    training_step.seed_dropout = seed_dropout
 
 
 def in_loader(train, fault, action) -> None:
@@ -207,7 +209,9 @@ def long_evaluation(train, fault) -> None:
 
 def slow_sampling(train, fault) -> None:
     """Each token of generated text takes `seconds`."""
-    original = train.generate_ids
+    from megagpt.train import between_steps
+
+    original = between_steps.generate_ids
 
     def generate_ids(*arguments, **options):
         for tokens in original(*arguments, **options):
@@ -216,7 +220,7 @@ def slow_sampling(train, fault) -> None:
             time.sleep(fault["seconds"])
             yield tokens
 
-    train.generate_ids = generate_ids
+    between_steps.generate_ids = generate_ids
 
 
 def slow_answers(train, fault) -> None:
@@ -254,11 +258,13 @@ def slow_load(train, fault) -> None:
 
 def before_training_forwards(train, action) -> None:
     """Call `action` in each forward pass of the training, not in those of evaluation."""
+    import torch
+
     build = train.build_engine
 
     def build_engine(*arguments, **options):
         engine = build(*arguments, **options)
-        engine.module.register_forward_pre_hook(lambda *_: action() if train.torch.is_grad_enabled() else None)
+        engine.module.register_forward_pre_hook(lambda *_: action() if torch.is_grad_enabled() else None)
         return engine
 
     train.build_engine = build_engine
