@@ -17,8 +17,9 @@ def run(config: CorpusConfig) -> None:
     if config.extract is None:
         raise UserError("extract: the configuration has no such section, which names the dumps (extract.inputs)")
     summary = extract_documents(config.extract, config.directory("extract"), config)
-    faults = sum(summary.faults.values())
-    print(f"{summary.kept:,} of {summary.documents_in:,} documents kept, {faults:,} faults: {config.directory('extract')}")
+    malformed = sum(summary.faults.values())
+    counts = f"{summary.kept:,} of {summary.documents_in:,} documents kept, {malformed:,} malformed records"
+    print(f"{counts}: {config.directory('extract')}")
 
 
 if __name__ == "__main__":

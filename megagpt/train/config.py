@@ -95,7 +95,7 @@ class TrainConfig(Config):
     save_every_steps: int = Field(default=1000, gt=0)
     """Steps between checkpoints; one more is saved at the end and on a stop signal."""
     read_results: Literal["auto", "late", "at_once"] = "auto"
-    """When a step's loss and gradient norm are read and judged: late, after the next step has been launched, so that a GPU is
+    """When a step's loss and gradient norm are read and checked: late, after the next step has been launched, so that a GPU is
     never without work, or at once, before it. auto: late on GPUs. What is trained is the same."""
     save_in_background: bool = True
     """Copy the state to host memory and write it while training continues; needs host memory for one copy of it."""

@@ -151,11 +151,11 @@ def test_the_end_leaves_nothing_half_written(background: Background) -> None:
 
 
 def test_what_hangs_is_ended(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background_export, "STALL_SECONDS", 0.5)
     exports = background.exports
     background.hold()
     exports.catch_up(2)
     wait_until(lambda: any(background.run_dir.glob("exports/.tmp-*")))
+    monkeypatch.setattr(background_export, "STALL_SECONDS", 0.5)
     [temporary] = background.run_dir.glob("exports/.tmp-*")
     psutil.Process(int(temporary.name.rpartition("-")[2])).send_signal(signal.SIGSTOP)
     exports.wait(3)

@@ -207,11 +207,8 @@ def long_evaluation(train, fault) -> None:
     each_validation_window({**fault, "always": True}, action)
 
 
-def slow_sampling(train, fault) -> None:
-    """Each token of generated text takes `seconds`."""
-    from megagpt.train import between_steps
-
-    original = between_steps.generate_ids
+def slow_tokens(module, fault) -> None:
+    original = module.generate_ids
 
     def generate_ids(*arguments, **options):
         for tokens in original(*arguments, **options):
@@ -220,14 +217,21 @@ def slow_sampling(train, fault) -> None:
             time.sleep(fault["seconds"])
             yield tokens
 
-    between_steps.generate_ids = generate_ids
+    module.generate_ids = generate_ids
+
+
+def slow_sampling(train, fault) -> None:
+    """Each token of generated text takes `seconds`."""
+    from megagpt.train import between_steps
+
+    slow_tokens(between_steps, fault)
 
 
 def slow_answers(train, fault) -> None:
     """Each token of a generated answer takes `seconds`."""
     from megagpt.evaluate import generated_answers
 
-    slow_sampling(generated_answers, fault)
+    slow_tokens(generated_answers, fault)
 
 
 def slow_save(train, fault) -> None:
