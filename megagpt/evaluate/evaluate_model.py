@@ -20,7 +20,7 @@ from megagpt.evaluate.harness import HarnessTask, evaluate_harness, import_harne
 from megagpt.evaluate.likelihood import text_scorer
 from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
 from megagpt.evaluate.results import keep_result
-from megagpt.evaluate.tasks import TaskResult, read_task, score_task
+from megagpt.evaluate.tasks import TaskResult, read_files, read_task, score_task
 from megagpt.evaluate.text_scores import TextScores, score_texts
 from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
@@ -88,8 +88,8 @@ def evaluate_run(config: EvaluateConfig, world: World | None = None) -> Evaluati
     model is loaded where possible; Stopped after a rank got a stop request.
     """
     world = world or lone_world(pick_device(config.device))
-    questions = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}
-    exercises = {name: read_exercises(path)[: config.max_samples] for name, path in config.exercises.items()}
+    questions = read_files("tasks", config.tasks, read_task, config.max_samples)
+    exercises = read_files("exercises", config.exercises, read_exercises, config.max_samples)
     if config.harness:
         import_harness(offline=config.harness_folder is not None)
     loaded = load_model(config.run_dir, config.step, device=str(world.device))

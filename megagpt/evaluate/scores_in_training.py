@@ -22,7 +22,7 @@ from megagpt.distributed.world import World
 from megagpt.evaluate.generated_answers import AnswerRequest, Exercise, generate_answers, read_exercises
 from megagpt.evaluate.harness import LoadedTasks, ask_tasks, load_tasks, open_adapter
 from megagpt.evaluate.likelihood import text_scorer
-from megagpt.evaluate.tasks import Question, TaskResult, read_task, score_task
+from megagpt.evaluate.tasks import Question, TaskResult, read_files, read_task, score_task
 from megagpt.evaluate.text_scores import TextScores, score_texts
 from megagpt.files import sha256_file
 from megagpt.model.gpt import ModelConfig
@@ -83,8 +83,8 @@ def read_questions(config: ScoreConfig, *, seq_len: int) -> Questions:
     """Read all questions. Raises UserError, naming file and line, on what cannot be read or asked of a model of `seq_len`."""
     if config.exercises and config.answer_tokens >= seq_len:
         raise UserError(f"score.answer_tokens={config.answer_tokens} leaves no room for a prompt in seq_len={seq_len}")
-    tasks = {name: read_task(path)[: config.max_samples] for name, path in config.tasks.items()}
-    exercises = {name: read_exercises(path)[: config.max_samples] for name, path in config.exercises.items()}
+    tasks = read_files("score.tasks", config.tasks, read_task, config.max_samples)
+    exercises = read_files("score.exercises", config.exercises, read_exercises, config.max_samples)
     if exercises:
         score_texts(["a"], [["a"]])  # says now what is not installed
     harness = load_tasks(config.harness, config.harness_folder) if config.harness else None

@@ -9,16 +9,19 @@ A line is one of these, told apart by its keys:
 """
 
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+import zstandard
 
 from megagpt.config import UserError
 from megagpt.documents import open_lines
 
+T = TypeVar("T")
 Scorer = Callable[[Sequence[tuple[str, str]]], list[tuple[float, bool]]]
 """(context, continuation) pairs to (log-likelihood in nats, whether every token was the likeliest)."""
 
@@ -54,6 +57,21 @@ class TaskResult:
     """Mean nats of the right continuation."""
     bits_per_byte: float
     """Bits of the right continuations per UTF-8 byte of them, all questions together: moves before accuracy does."""
+
+
+def read_files(
+    setting: str, files: Mapping[str, Path], read: Callable[[Path], list[T]], limit: int | None
+) -> dict[str, list[T]]:
+    """What `read` finds in each file that a setting names, `limit` at most. Raises UserError naming setting, file and line."""
+    found = {}
+    for name, path in files.items():
+        try:
+            found[name] = read(path)[:limit]
+        except UserError as error:
+            raise UserError(f"{setting}.{name}: {error}") from None
+        except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(f"{setting}.{name}: {path}: damaged: {error}") from None
+    return found
 
 
 def read_task(path: Path) -> list[Question]:

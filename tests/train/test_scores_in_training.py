@@ -1,5 +1,6 @@
 """Tasks, the harness and generated answers in the training loop: on every engine, without moving a bit of the run."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -182,5 +183,10 @@ def test_questions_are_read_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"context": "a"}\n')
     with pytest.raises(UserError, match=r"bad.jsonl: line 1: no question of a known kind"):
         read_questions(ScoreConfig(tasks={"a": tmp_path / "bad.jsonl"}), seq_len=32)
+    with pytest.raises(UserError, match=r"score.exercises.a: .*gone.jsonl: No such file or directory"):
+        read_questions(ScoreConfig(exercises={"a": tmp_path / "gone.jsonl"}, answer_tokens=4), seq_len=32)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "answer": "b"}' * 99)[:-20])
+    with pytest.raises(UserError, match=r"score.exercises.b: .*cut.jsonl.gz: damaged"):
+        read_questions(ScoreConfig(exercises={"b": tmp_path / "cut.jsonl.gz"}, answer_tokens=4), seq_len=32)
     with pytest.raises(UserError, match=r"score.answer_tokens=64 leaves no room for a prompt in seq_len=32"):
         read_questions(ScoreConfig(exercises={"a": tmp_path / "bad.jsonl"}), seq_len=32)
