@@ -106,7 +106,7 @@ def wait_for_writer(path: Path) -> None:
     """Wait while a process of this machine has the file open, WRITER_SECONDS at most."""
     deadline = time.monotonic() + WRITER_SECONDS
     while (writers := _open_in(path)) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.05)
     if writers:
         log.warning("%s: process %s still writes it: what it adds may come to W&B twice", path, writers[0])
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from megagpt.files import read_json, write_json
 from megagpt.monitor.config import MonitorConfig
 from megagpt.monitor.metrics import Metrics, plain
-from megagpt.monitor.wandb_files import missing_rows, values_of
+from megagpt.monitor.wandb_files import missing_rows, values_of, wait_for_writer
 from megagpt.monitor.writers import flat
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ class WandbRun:
         import wandb
         from wandb.errors import CommError
 
+        self._run_dir = run_dir
         path = run_dir / "wandb.json"
         if not path.exists():
             write_json(path, {"id": secrets.token_hex(8), "project": config.wandb_project})
@@ -73,5 +74,7 @@ class WandbRun:
         self._run.log(row, step=step)
 
     def close(self) -> None:
-        """Flush and end the W&B run."""
+        """Flush and end the W&B run; its file is whole afterwards (W&B's own process closes it after finish() has returned)."""
         self._run.finish()
+        for path in (self._run_dir / "wandb" / self.folder).glob("run-*.wandb"):
+            wait_for_writer(path)
