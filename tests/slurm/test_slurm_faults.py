@@ -20,8 +20,9 @@ from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
 
 PROJECT = Path(__file__).resolve().parents[2]
-SHORT = ["stop_in_evaluation", "torn_checkpoint", "long_evaluation", "rank_stopped", "preempt", "evaluation"]
-"""The six faults of the soak's short form: tests/soak/chaos.py has more kinds, and more of each."""
+SHORT = ["stop_in_evaluation", "torn_checkpoint", "rank_stopped", "preempt"]
+"""The four faults of the soak's short form: tests/soak/chaos.py has more kinds, and more of each. Evaluations that hang or take
+long are in tests/watchdog."""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -48,7 +49,6 @@ def test_faults_in_a_row_change_no_bit(cluster: Cluster, tmp_path: Path) -> None
     assert not any("used twice" in line for line in found["ledger"])
     verdicts = {outcome.fault: outcome.verdict for outcome in soak.table}
     assert verdicts["stop_in_evaluation"] == "stop: SIGUSR1, in ['evaluate']"
-    assert verdicts["evaluation"].startswith("watchdog: code, rank ")
     rewinds = read_metrics(soak.run_dir).of_kind("rewind")
     assert rewinds, "there is noise in the data"
     assert all(row["bad_step"] % chaos.PHASE > 50 for row in rewinds), "no planned change is taken for noise"
