@@ -2,7 +2,7 @@
 
 A table row is a tensor of theirs and the tensors of ours that it holds, joined along their rows; GPT-2's Conv1D keeps its
 matrices transposed. `plan_tensors` opens the table for one model and proves that every parameter is used once. What a family
-computes that megagpt/model.py does not is refused by name, as is every setting that this file does not know.
+computes that megagpt/model/gpt.py does not is refused by name, as is every setting that this file does not know.
 """
 
 from collections.abc import Callable, Iterable, Mapping
