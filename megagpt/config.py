@@ -69,7 +69,8 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
     The file is a path or the name of a configuration that ships with the package (`gpt_124m`; a local file of that name wins).
     A word that holds `=` is the file if it does not begin with a setting's name and is a path. Values are YAML, except that a
     text field takes what is not in quotes as it stands (null, where it may be null). A word that sets another `kind` of a
-    section drops what the file says there and the new kind does not have. Raises UserError that lists every wrong field at
+    section drops what the file says there and the new kind does not have. Of two words for one setting the later counts, with
+    a warning. Raises UserError that lists every wrong field at
     once, with the file it came from.
     """
     files = [word for word in words if _is_file(config_class, word)]
@@ -77,10 +78,14 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
         raise UserError(f"one configuration file is expected, {len(files)} were given: {' '.join(files)}")
     path = _config_file(files[0]) if files else None
     values = read_yaml(path) if path else {}
+    given: dict[str, str] = {}
     for word in words:
         if word not in files:
             key, _, text = word.partition("=")
             key = _drop_earlier_name(config_class, values, key)
+            for lost in [name for name in given if f"{name}.".startswith(f"{key}.")]:
+                log.warning("command line: %s has no effect: %s comes later", _quoted(given.pop(lost)), _quoted(word))
+            given[key] = word
             _assign(values, key, _parse_value(config_class, key, text))
             _follow_kind(config_class, values, key)
     return validate(config_class, values, source=str(path) if path else "command line")

@@ -205,6 +205,19 @@ def test_a_key_that_comes_twice_is_refused_with_the_file_and_both_lines(tmp_path
         load(Toy, ["name=a", "counts={x: 1, x: 2}"])
 
 
+def test_a_word_that_a_later_one_replaces_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    config = load(Toy, ["name=a", "steps=5", "inner.lr=1", "inner={lr: 2}", "steps=6", "steps=7"])
+    assert (config.steps, config.inner.lr) == (7, 2.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "command line: 'inner.lr=1' has no effect: 'inner={lr: 2}' comes later",
+        "command line: 'steps=5' has no effect: 'steps=6' comes later",
+        "command line: 'steps=6' has no effect: 'steps=7' comes later",
+    ]
+    caplog.clear()
+    load(Toy, ["name=a", "inner={lr: 2}", "inner.lr=1"])
+    assert caplog.records == [], "a part of it is another"
+
+
 @pytest.mark.parametrize("text", ["steps: " + "1" * 20_000, "steps: [" + "1, " * 50_000 + "1]", "steps: " + "x" * 100_000])
 def test_a_wrong_value_is_shown_in_a_short_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:

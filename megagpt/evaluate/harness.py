@@ -122,7 +122,7 @@ def ask_tasks(
         )
     results = None
     if found is not None:  # lm-eval gives it to the first rank of each machine
-        digests = {name: _digest(task, max_questions) for name, task in tasks["tasks"].items()}
+        digests = documents_sha256(loaded, max_questions)
         results = {
             name: HarnessTask(
                 questions=found["n-samples"].get(name, {}).get("effective"),
@@ -135,6 +135,11 @@ def ask_tasks(
             for name, values in found["results"].items()
         }
     return world.broadcast(results)
+
+
+def documents_sha256(loaded: LoadedTasks, max_questions: int | None = None) -> dict[str, str]:
+    """By task: sha256 of its settings and of the questions that are asked."""
+    return {name: _digest(task, max_questions) for name, task in loaded.found["tasks"].items()}
 
 
 def import_harness(*, offline: bool) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from megagpt.config import Config, UserError
 from megagpt.distributed.world import World
 from megagpt.evaluate.generated_answers import AnswerRequest, Exercise, generate_answers, read_exercises
-from megagpt.evaluate.harness import LoadedTasks, ask_tasks, load_tasks, open_adapter
+from megagpt.evaluate.harness import LoadedTasks, ask_tasks, documents_sha256, load_tasks, open_adapter
 from megagpt.evaluate.likelihood import text_scorer
 from megagpt.evaluate.tasks import Question, TaskResult, read_files, read_task, score_task
 from megagpt.evaluate.text_scores import TextScores, score_texts
@@ -91,6 +91,8 @@ def read_questions(config: ScoreConfig, *, seq_len: int) -> Questions:
     measured = config.model_dump(mode="json", exclude={"every_steps", "tasks", "exercises", "harness_folder"})
     measured |= {"tasks": {name: sha256_file(path) for name, path in config.tasks.items()}}
     measured |= {"exercises": {name: sha256_file(path) for name, path in config.exercises.items()}}
+    if harness is not None:  # the same names in another folder are other tasks
+        measured["harness_documents"] = documents_sha256(harness, config.max_samples)
     digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
     return Questions(config, tasks, harness, exercises, digest)
 

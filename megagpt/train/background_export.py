@@ -131,11 +131,16 @@ class BackgroundExports:
             self._world.progress()  # an export that hangs is ended by its own thread
             time.sleep(LOOK_SECONDS)
 
-    def end(self) -> None:
-        """End the export that is being made, leaving nothing of it; none begins after this."""
+    def begin_to_end(self) -> None:
+        """Ask the export that is being made to end, without waiting for it; none begins after this."""
         with self._lock:
             self._waiting = None
             self._ending.set()
+
+    def end(self) -> None:
+        """End the export that is being made, leaving nothing of it; none begins after this."""
+        self.begin_to_end()
+        with self._lock:
             thread = self._thread
         if thread is not None:
             thread.join(10.0)  # a process that waits for a dead disk cannot even be killed

@@ -48,8 +48,15 @@ def stops_early(run: Run) -> bool:
     patience = config.early_stop_evaluations
     if patience == 0:
         return False
-    used = run.world.rank == 0 and used_up(evaluated_losses(config.run_dir, config.best_by), patience)
+    measured = validation_name(run) if config.best_by == "loss" else run.questions and run.questions.digest
+    used = run.world.rank == 0 and used_up(evaluated_losses(config.run_dir, config.best_by, measured), patience)
     return run.world.broadcast(used)
+
+
+def validation_name(run: Run) -> str:
+    """The name of the run's validation set: losses on others are not compared with its own."""
+    config = run.config
+    return validation_set(run.data.validation, max_samples=config.evaluate_max_samples, document_mask=config.data.document_mask)
 
 
 def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
@@ -104,7 +111,7 @@ def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
             document_mask=config.data.document_mask,
         )
     score = {**combine(found.values()).summary(), "sources": {name: part.summary() for name, part in found.items()}}
-    run.monitor.log("evaluate", state.step, **score)
+    run.monitor.log("evaluate", state.step, **score, measured=validation_name(run))
     return score
 
 
@@ -112,9 +119,7 @@ def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
     """Put the score beside this step's checkpoint, once that is committed."""
     config = run.config
     path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
-    measured = validation_set(
-        run.data.validation, max_samples=config.evaluate_max_samples, document_mask=config.data.document_mask
-    )
+    measured = validation_name(run)
 
     def keep() -> None:
         if still_owner(config.run_dir, run.attempt):
@@ -133,7 +138,7 @@ def score_by_tasks(run: Run, state: TrainState, *, is_saved: bool) -> None:
     with run.monitor.clock("evaluate"), evaluation_mode(engine.module):
         found = score_model(*parts, questions, run.world, micro_batch_size=config.micro_batch_size)
     numbers = numbers_of(found)
-    run.monitor.log("score", state.step, scores=numbers)
+    run.monitor.log("score", state.step, scores=numbers, measured=questions.digest)
     best_by = None if config.best_by == "loss" else config.best_by
     if best_by is not None:
         scores.score_of(numbers, best_by)

@@ -67,14 +67,18 @@ def _unshuffled(config: TrainConfig, data: Data) -> Iterator[str]:
 def _never_due(config: TrainConfig) -> Iterator[str]:
     intervals = {
         "evaluate_every_steps": (config.evaluate_every_steps, "the only evaluation is the one at the end"),
+        "score.every_steps": (config.score.every_steps, "the only scores are those at the end"),
         "sample_every_steps": (config.sample_every_steps, "no text is generated"),
         "export_every_steps": (config.export_every_steps, "nothing is exported"),
         "monitor.log_every_steps": (config.monitor.log_every_steps, "no training loss is logged"),
+        "monitor.norms_every_steps": (config.monitor.norms_every_steps, "no norms are logged"),
         "save_every_steps": (config.save_every_steps, "the only checkpoint is the one at the end"),
     }
     for name, (every, consequence) in intervals.items():
         if every > config.max_steps:
             yield f"{name}={every} is more than max_steps={config.max_steps}: {consequence}"
+    if config.profile.steps is not None and config.profile.steps[0] > config.max_steps:
+        yield f"profile.steps={[*config.profile.steps]} begin after max_steps={config.max_steps}: nothing is recorded"
     if config.keep_every_steps > 0:
         together = math.lcm(config.keep_every_steps, config.save_every_steps)
         if together > config.max_steps:
@@ -106,9 +110,11 @@ def _without_effect(config: TrainConfig, data: Data) -> Iterator[str]:
         yield f"optim.schedule.decay_steps={schedule.decay_steps} has no effect with kind={schedule.kind}"
     if (config.evaluate_every_steps > 0 or config.evaluate_max_samples is not None) and not data.validation:
         yield "no source has a validation split: nothing is evaluated, and no checkpoint is the best"
-    if config.early_stop_evaluations > 0 and config.evaluate_every_steps % config.save_every_steps:
+    by_loss = config.best_by == "loss"
+    every = config.evaluate_every_steps if by_loss else config.score.every_steps
+    if config.early_stop_evaluations > 0 and every % config.save_every_steps:
         yield (
-            f"evaluate_every_steps={config.evaluate_every_steps} is not a multiple of save_every_steps="
+            f"{'evaluate_every_steps' if by_loss else 'score.every_steps'}={every} is not a multiple of save_every_steps="
             f"{config.save_every_steps}: the best step may have no checkpoint when early_stop_evaluations ends the run"
         )
     if config.resume_step is not None and config.resume_step > config.max_steps:

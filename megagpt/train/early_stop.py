@@ -1,6 +1,8 @@
 """Early stopping: a run ends when its validation loss, or a score, has not become better for some evaluations.
 
 What was evaluated is read from metrics.jsonl, without what a rewind or a restart did again: so a start after a stop counts on.
+With another validation set, or other questions, it begins anew: their numbers are never compared. So it does at a planned
+change (row `planned`), which may raise the loss by itself.
 """
 
 import math
@@ -18,12 +20,18 @@ def used_up(losses: Sequence[float], patience: int) -> bool:
     return not min(losses[-patience:]) < min(losses[:-patience])
 
 
-def evaluated_losses(run_dir: Path, metric: str = "loss") -> list[float]:
+def evaluated_losses(run_dir: Path, metric: str = "loss", measured: str | None = None) -> list[float]:
     """The validation losses of a run, in the order of their steps; a non-finite one counts as infinite. Of another metric,
-    "TASK.METRIC", its values, negative where the highest is the best. Raises UserError if a score has no such value."""
+    "TASK.METRIC", its values, negative where the highest is the best. Raises UserError if a score has no such value.
+
+    `measured` names the validation set or the questions that count (None: any); rows of earlier versions name none, and count.
+    """
     metrics = read_metrics(run_dir)
+    changed = max((row["step"] for row in metrics.of_kind("planned")), default=-1)
+    found = [row for row in metrics.of_kind("evaluate" if metric == "loss" else "score") if row["step"] > changed]
+    rows = [row for row in found if measured is None or row.get("measured", measured) == measured]
     if metric == "loss":
-        by_step = {row["step"]: float(row["loss"]) for row in metrics.of_kind("evaluate")}
+        by_step = {row["step"]: float(row["loss"]) for row in rows}
     else:
-        by_step = {row["step"]: as_loss(metric, score_of(row["scores"], metric)) for row in metrics.of_kind("score")}
+        by_step = {row["step"]: as_loss(metric, score_of(row["scores"], metric)) for row in rows}
     return [loss if math.isfinite(loss) else math.inf for _, loss in sorted(by_step.items())]

@@ -152,7 +152,9 @@ def loop(run: Run, state: TrainState) -> int:
             stopping, settles = num_told_to_stop > 0, True
             if not stopping:
                 profiler.before(state.step)
-                with explaining_out_of_memory(config, run.engine, world, state.step, monitor.clock, run.planner):
+                with explaining_out_of_memory(
+                    config, run.engine, world, state.step, monitor.clock, run.planner, attempt=run.attempt
+                ):
                     unjudged.append(launch(state, coming.batches, num_targets, fed_hash))
                 state = unjudged[-1].after
                 profiler.after(state.step)
@@ -184,7 +186,7 @@ def loop(run: Run, state: TrainState) -> int:
     profiler.close()
     stopped = bool(interrupted) or (state.step < config.max_steps and not early)
     if stopped:
-        run.exports.end()
+        run.exports.begin_to_end()  # what waits for its end comes after the save
     if state.step != saved_step:
         save(run, state, score)
     loader.close()

@@ -87,9 +87,12 @@ def explaining_out_of_memory(
     step: int,
     clock: Callable[[str], AbstractContextManager[None]],
     planner: Planner | None = None,
+    *,
+    attempt: int,
 ) -> Iterator[None]:
-    """Put the update after `step` of them into it. If memory runs out there, write run_dir/memory/rank_N_step_S.json (with CUDA
-    a .pickle beside it) and raise Failure with its contents in words. If that fails, it is logged and the first error raised.
+    """Put the update after `step` of them into it. If memory runs out there, write run_dir/memory/attempt_A_rank_N_step_S.json
+    (with CUDA a .pickle beside it) and raise Failure with its contents in words. If that fails, it is logged and the first
+    error raised.
 
     clock: the run's stopwatch; the record is charged to "save", so that the watchdog allows for it.
     """
@@ -100,16 +103,24 @@ def explaining_out_of_memory(
             raise
         try:
             with clock("save"):
-                words = _record(config, engine, world, step, error, planner)
+                words = _record(config, engine, world, step, error, planner, attempt)
         except Exception:
             log.exception("rank %d: the record of what was held when memory ran out could not be made", world.rank)
             raise error from None
         raise Failure(words) from error
 
 
-def _record(config: TrainConfig, engine: Engine, world: World, step: int, error: BaseException, planner: Planner | None) -> str:
+def _record(
+    config: TrainConfig,
+    engine: Engine,
+    world: World,
+    step: int,
+    error: BaseException,
+    planner: Planner | None,
+    attempt: int,
+) -> str:
     """Write the record; returns the message."""
-    path = config.run_dir / "memory" / f"rank_{world.rank}_step_{step}.json"
+    path = config.run_dir / "memory" / f"attempt_{attempt:04d}_rank_{world.rank}_step_{step}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     cuda, snapshot = world.device.type == "cuda", None
     if cuda:  # before anything is freed
@@ -130,6 +141,7 @@ def _record(config: TrainConfig, engine: Engine, world: World, step: int, error:
     plan = None if planner is None else partial(planner, ranks=world.size, kernels="gpu" if cuda else "cpu")
     record = {
         "time": utc_now(),
+        "incarnation": attempt,
         "rank": world.rank,
         "step": step,
         "device": str(world.device),

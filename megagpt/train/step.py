@@ -4,7 +4,7 @@ On a GPU the next step is launched in the meantime (`read_results`), so the devi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ class Judge:
             self._ledger.write(entry_of(step.before, step.batch_size, step.fed_hash, run.attempt))
         loss = _total(rows, 0, step.micro_batches)
         run.world.stop.remember()  # from here on there is an update to save
-        planned = run.guard.enter(number, regime_at(run, step.before))
+        planned = run.guard.enter(number, regime_at(run.config, run.settings, step.before))
         if planned:
             monitor.log("planned", number, change=planned)
         problem = run.guard.look(loss, grad_norm)
@@ -145,12 +145,15 @@ def _total(rows: Sequence[Sequence[float]], start: int, count: int) -> float:
     return math.fsum(value for row in rows for value in row[start : start + count])
 
 
-def regime_at(run: Run, state: TrainState) -> dict[str, Any]:
-    """What the loss of the step at `state` depends on by plan; the guard does not take a change of it for a fault."""
-    batch_size = run.config.batch_size_at(state.step)
+def regime_at(config: TrainConfig, settings: Mapping[str, str], state: TrainState) -> dict[str, Any]:
+    """What the loss of the step at `state` depends on by plan; the guard does not take a change of it for a fault.
+
+    settings: a digest of each setting that a resume may change (Run.settings).
+    """
+    batch_size = config.batch_size_at(state.step)
     last_sample = sample_indices(state, batch_size)[-1]
-    phase = sum(change.from_sample <= last_sample for change in run.config.data.weight_changes)
-    return {**run.settings, "data.weight_changes": phase, "batch_size": batch_size}
+    phase = sum(change.from_sample <= last_sample for change in config.data.weight_changes)
+    return {**settings, "data.weight_changes": phase, "batch_size": batch_size}
 
 
 def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:

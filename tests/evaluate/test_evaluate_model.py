@@ -27,7 +27,7 @@ from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
 from megagpt.engine.optim import OptimConfig
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
 from megagpt.evaluate.likelihood import Likelihood, LikelihoodRequest, encode_request, log_likelihoods
-from megagpt.evaluate.loss import Score, combine, evaluate_sources
+from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
 from megagpt.evaluate.results import read_results
 from megagpt.evaluate.tasks import Question, read_task, score_task
 from megagpt.generate.generate_text import GenerateConfig, generate_run
@@ -77,10 +77,10 @@ def small_gpt(**changes: Any) -> GPT:
     return model
 
 
-def write_run(run_dir: Path, source: Path, model: GPT) -> Path:
-    """A run directory with one checkpoint, of step 7."""
+def write_run(run_dir: Path, source: Path, model: GPT, **data: Any) -> Path:
+    """A run directory with one checkpoint, of step 7; `data` are more settings of its data."""
     world = lone_world(CPU)
-    run_config = {"data": {"seq_len": 32, "sources": {"toy": {"path": str(source)}}}}
+    run_config = {"data": {"seq_len": 32, "sources": {"toy": {"path": str(source)}}, **data}}
     info = {"config": run_config, "model": model.config.model_dump(mode="json")}
     attempt = take_ownership(run_dir, world)
     checkpoint.Saver(run_dir, world, attempt).save(WholeModel(model), TrainState(step=7), info)  # type: ignore[arg-type]
@@ -96,6 +96,30 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_dir(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), source, small_gpt())
+
+
+def test_the_name_of_a_validation_set_tells_all_that_a_loss_depends_on(source: Path, tmp_path: Path) -> None:
+    def name(folder: Path = source, *, seq_len: int = 32, ends: bool = True, **changes: Any) -> str:
+        datasets = {"toy": TokenDataset(folder / "validation", seq_len=seq_len, document_end_loss=ends)}
+        return validation_set(datasets, **{"max_samples": None, "document_mask": False, **changes})
+
+    same = write_source(tmp_path / "same", Bytes(), TEXTS)
+    other = write_source(tmp_path / "other", Bytes(), TEXTS[1:])
+    assert name() == name(same)
+    names = [name(), name(other), name(seq_len=16), name(ends=False), name(max_samples=5), name(document_mask=True)]
+    assert len(set(names)) == 6
+
+
+def test_the_ends_of_documents_are_evaluated_as_they_were_trained(source: Path, tmp_path: Path) -> None:
+    counted, ignored = (
+        evaluate_run(EvaluateConfig(run_dir=write_run(tmp_path / str(ends), source, small_gpt(), document_end_loss=ends)))
+        for ends in (True, False)
+    )
+    assert counted.total is not None
+    assert ignored.total is not None
+    assert counted.total.tokens - ignored.total.tokens == len(TEXTS) - 1, "nothing comes after the last document"
+    measured = [read_results(found.path)[-1]["measured"]["validation_set"] for found in (counted, ignored)]
+    assert measured[0] != measured[1]
 
 
 def slow_score(model: GPT, dataset: TokenDataset, tokenizer: Tokenizer, max_samples: int | None = None) -> Score:

@@ -25,6 +25,7 @@ def make(shards: Path, tmp_path: Path, *, data: dict[str, Any] | None = None, **
     return validate(TrainConfig, {**values, "data": {**values["data"], **(data or {})}}, source="test")
 
 
+SCORE = {"tasks": {"a": "a.jsonl"}}
 REFUSED = [
     ({"max_steps": 10, "optim": {"schedule": {"warmup_steps": 10}}}, "warmup_steps=10 is not below max_steps=10"),
     ({"max_steps": 10, "optim": {"schedule": {"kind": "constant", "warmup_steps": 11}}}, "warmup_steps=11 is not below"),
@@ -45,6 +46,13 @@ ACCEPTED: list[dict[str, Any]] = [
 ]
 REPORTED = [
     ({"evaluate_every_steps": 17}, "evaluate_every_steps=17 is more than max_steps=16"),
+    ({"score": {**SCORE, "every_steps": 17}}, "score.every_steps=17 is more than max_steps=16: the only scores are those"),
+    (
+        {"score": {**SCORE, "every_steps": 6}, "best_by": "a.accuracy", "early_stop_evaluations": 1},
+        "score.every_steps=6 is not a multiple of save_every_steps=4",
+    ),
+    ({"monitor": {"norms_every_steps": 17}}, "monitor.norms_every_steps=17 is more than max_steps=16: no norms are logged"),
+    ({"profile": {"steps": [17, 20]}}, "profile.steps=[17, 20] begin after max_steps=16: nothing is recorded"),
     ({"sample_every_steps": 17}, "sample_every_steps=17 is more than max_steps=16: no text is generated"),
     ({"export_every_steps": 20}, "export_every_steps=20 is more than max_steps=16: nothing is exported"),
     ({"export_every_steps": 6}, "6 is not a multiple of save_every_steps=4: checkpoints are exported every 12 steps"),
@@ -146,4 +154,6 @@ def test_the_tool_refuses_and_reports(
     assert len(capsys.readouterr().err.splitlines()) == 3
     with caplog.at_level(logging.WARNING):
         assert run_words(TrainConfig, train, "", [str(path), "sample_every_steps=99", "check=true"]) == EXIT_DONE
+        assert run_words(TrainConfig, train, "", [str(path), "allow_change=[data]", "check=true"]) == EXIT_DONE
     assert "sample_every_steps=99 is more than max_steps=16" in caplog.text
+    assert "allow_change=[data] stands for data.shards, data.order, data.weights, data.seq_len: name what is" in caplog.text

@@ -18,7 +18,7 @@ from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState, sample_indices
 from megagpt.files import read_json, write_json
 from megagpt.tokenizer.base import Tokenizer
-from megagpt.tokenizer.extended import extends
+from megagpt.tokenizer.extended import extend, extends
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture, record_of
@@ -325,6 +325,30 @@ def test_a_tokenizer_that_extends_another_is_told_from_one_that_does_not(
     changed = Longer(one)
     changed._bytes[10] += b"x"
     assert not extends(changed, one)  # type: ignore[arg-type]
+
+
+def test_a_resume_accepts_a_tokenizer_that_extends_the_checkpoints_and_refuses_one_that_lacks_ids(
+    two_tokenizers: tuple[Tokenizer, Tokenizer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, _ = two_tokenizers
+    longer = extend(one, ["<|im_start|>"], [], None)
+    corpora = {name: corpus_of(tmp_path / name, tokenizer) for name, tokenizer in (("one", one), ("longer", longer))}
+    keep_tokenizer(tmp_path / "run", one)
+    where = tmp_path / "run" / "checkpoints" / "step_00000001"
+
+    def resume(before: str, now: str) -> None:
+        old, new = (make(tmp_path / "run", {"a": (corpora[name], 1.0)}, model=MODEL) for name in (before, now))
+        keep_tokenizer(tmp_path / "run", open_data(old.data).tokenizer)
+        saved = saved_by(old, open_data(old.data), TrainState(1, 8, 256))
+        allowed = new.model_copy(update={"allow_change": ("data.shards",)})
+        check_resume(allowed, open_data(new.data), saved, where)
+
+    with caplog.at_level("INFO"):
+        resume("one", "longer")
+    assert f"the tokenizer extends that of {where}: its 290 ids mean the same, 1 are new" in caplog.text
+    where.mkdir(parents=True)  # from here on a later tokenizer lies beside the first
+    with pytest.raises(UserError, match=r"data\.tokenizer \(sha256 "):
+        resume("longer", "one")
 
 
 def test_a_tokenizer_is_never_replaced_under_older_checkpoints(

@@ -186,7 +186,7 @@ def test_a_run_says_what_it_held_and_resumes(
     assert ranks.wait()[rank] == EXIT_CRASH
     output = ranks.logs[rank].read_text()
     assert f"error: rank {rank} ran out of memory in step 7 on cpu: " in output
-    record = read_json(run_dir / "memory" / f"rank_{rank}_step_6.json")
+    record = read_json(run_dir / "memory" / f"attempt_0001_rank_{rank}_step_6.json")
     elements = sum(shape.numel() for shape in whole_shapes(config_of().model).values())
     assert record["engine"]["weights"] + record["engine"].get("master weights", 0) == pytest.approx(
         4 * elements / size, rel=0.05

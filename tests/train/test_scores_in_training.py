@@ -164,6 +164,24 @@ def test_patience_goes_by_a_score(tmp_path: Path) -> None:
         evaluated_losses(tmp_path, "t.f2")
 
 
+@pytest.mark.parametrize("kind", ["evaluate", "score"])
+def test_patience_begins_anew_with_what_is_measured_and_at_a_planned_change(kind: str, tmp_path: Path) -> None:
+    def row(step: int, value: float, **more: Any) -> dict[str, Any]:
+        found = {"loss": value} if kind == "evaluate" else {"scores": {"t": {"loss_of_gold": value}}}
+        return {"kind": kind, "step": step, "time": 1.0, "incarnation": 1, **found, **more}
+
+    def counted(*rows: dict[str, Any]) -> list[float]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+        return evaluated_losses(tmp_path, "loss" if kind == "evaluate" else "t.loss_of_gold", "b")
+
+    other = [row(2, 1.0, measured="a"), row(4, 1.1, measured="a")]
+    own = [row(6, 5.0, measured="b"), row(8, 4.0, measured="b")]
+    assert counted(*other, *own) == [5.0, 4.0], "losses on another set are lower, and no reason to stop"
+    assert counted(row(2, 3.0), *own) == [3.0, 5.0, 4.0], "a row of an earlier version names none"
+    planned = {"kind": "planned", "step": 6, "time": 1.0, "incarnation": 1, "change": "data.weight_changes: 0 -> 1"}
+    assert counted(own[0], planned, own[1]) == [4.0], "the evaluation after 6 updates was before the change"
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -177,6 +195,26 @@ def test_patience_goes_by_a_score(tmp_path: Path) -> None:
 def test_scores_that_cannot_be_meant_are_refused(changes: dict[str, Any], match: str, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=match):
         validate(TrainConfig, settings(shards, tmp_path, **changes), source="test")
+
+
+def test_questions_are_named_by_what_is_in_their_files(asked: dict[str, Any], tmp_path: Path) -> None:
+    """The same names, in the same folder, with other questions."""
+
+    def name() -> str:
+        return read_questions(ScoreConfig.model_validate(asked), seq_len=MODEL.seq_len).digest
+
+    whole = dict(asked)
+    for kind, file in (("tasks", "words"), ("exercises", "exercises"), ("harness", "words")):
+        asked.clear()
+        asked |= {key: value for key, value in whole.items() if key in (kind, "harness_folder", "answer_tokens")}
+        before = name()
+        assert name() == before
+        lines = (tmp_path / f"{file}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{file}.jsonl").write_text("".join(lines[1:]))
+        assert name() != before, kind
+        (tmp_path / f"{file}.jsonl").write_text("".join(lines))
+        asked["max_samples"] = 2
+        assert name() != before, kind
 
 
 def test_questions_are_read_before_any_work(tmp_path: Path) -> None:

@@ -13,13 +13,17 @@ from ranks import Ranks
 from small_run import losses, settings, write_shards
 
 from megagpt.command import EXIT_DONE
-from megagpt.config import UserError
+from megagpt.config import UserError, validate
+from megagpt.data.open_data import open_data
 from megagpt.data.sample_ledger import entry_of, read_ledger
 from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.files import read_json, write_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
+from megagpt.train.config import TrainConfig
+from megagpt.train.loop import digest_settings
 from megagpt.train.spike_guard import Guard, GuardConfig, Step, judge, merge, window_to_skip
+from megagpt.train.step import regime_at
 
 FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
 CONFIG = GuardConfig(window_steps=32, min_steps=16)
@@ -192,6 +196,48 @@ def test_the_ledger_knows_of_samples_left_out_inside_a_step() -> None:
     assert sample_indices(entry.state, 8) == sample_indices(state, 8)
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "optim": {"optim": {"lr": 3e-3, "schedule": {"warmup_steps": 4}}},
+    "max_steps": {"max_steps": 48},
+    "model": {"model": {"vocab_size": 257, "seq_len": 64, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "dropout": 0.1}},
+    "precision": {"precision": "bf16"},
+    "data": {"data": {"seq_len": 16}},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_start_with_other_settings_of_this_kind_is_a_planned_change(name: str, shards: Path, tmp_path: Path) -> None:
+    """A raised learning rate, a longer context, other data: what the guard is told of the first step after the start."""
+
+    def regime(changes: dict[str, Any]) -> dict[str, Any]:
+        values = settings(shards, tmp_path / "run")
+        data = {**values["data"], **changes.get("data", {})}
+        config = validate(TrainConfig, {**values, **changes, "data": data}, source="test")
+        return regime_at(config, digest_settings(config, open_data(config.data)), TrainState(4, 32, 1024))
+
+    before, after = regime({}), regime(CHANGES[name])
+    assert before == regime({"save_every_steps": 3, "evaluate_every_steps": 0}), "what the loss does not depend on"
+    assert {key for key in before if before[key] != after[key]} == {name}
+    guard = Guard(CONFIG, tmp_path)
+    assert guard.enter(3, before) == ""
+    assert guard.enter(4, after).startswith(f"{name}: ")
+
+
+def test_batch_sizes_and_weights_of_sources_change_at_their_step(shards: Path, tmp_path: Path) -> None:
+    values = settings(shards, tmp_path / "run", batch_warmup=[{"until_step": 5, "global_batch_size": 4}])
+    values["data"]["weight_changes"] = [{"from_sample": 32, "weights": {"toy": 2.0}}]
+    config = validate(TrainConfig, values, source="test")
+    guard, state = Guard(CONFIG, tmp_path), TrainState()
+    told = {}
+    for step in range(10):
+        told[step] = guard.enter(step, regime_at(config, {}, state))
+        state = state.advance(config.batch_size_at(step), 0)
+    assert {step: text for step, text in told.items() if text} == {
+        5: "batch_size: 4 -> 8",
+        6: "data.weight_changes: 0 -> 1",  # samples 28 to 35
+    }
+
+
 # ---- whole runs
 
 STEPS = 120
@@ -240,6 +286,10 @@ def test_poisoned_windows_and_a_nan_cost_little(
     write_json(tmp_path / "given" / "run" / "skipped.json", read_json(poisoned / "skipped.json"))
     given = run(project, shards, tmp_path / "given")
     assert read_metrics(given).of_kind("rewind") == []
+    (began,) = read_metrics(given).of_kind("start")
+    assert began["left_out"] == "48 samples in 3 windows, skipped.json"
+    told = (tmp_path / "given" / "logs" / "rank0.log").read_text()
+    assert "left out of training: 48 samples in 3 windows, skipped.json, guard.enabled=true" in told
     assert losses(given) == losses(poisoned)
 
 

@@ -114,6 +114,30 @@ def test_what_gets_done_inside_an_activity_is_progress(tmp_path: Path, monkeypat
         assert watchdog.report()["position"] == [0, 1], "by which ranks are compared"
 
 
+@pytest.mark.slow
+def test_what_torch_compiles_is_progress(tmp_path: Path) -> None:
+    """A graph of a long first step, when nothing is imported any more."""
+    world, clock = World(0, 1, 0, torch.device("cpu"), "none", None), Stopwatch()
+    watchdog = Watchdog(WatchdogConfig(enabled=False), world, tmp_path, clock, 1)
+
+    def compile_graph(number: int) -> None:
+        def add(x: torch.Tensor) -> torch.Tensor:
+            return x + number
+
+        torch._dynamo.reset()
+        torch.compile(add, backend="eager")(torch.ones(2))
+
+    compile_graph(1)  # imports what compiling needs
+    modules = len(sys.modules)
+    with clock("train"):
+        watchdog.report()
+        time.sleep(1.0)
+        assert watchdog.report()["stuck_seconds"] >= 1.0
+        compile_graph(2)
+        assert len(sys.modules) == modules
+        assert watchdog.report()["stuck_seconds"] < 1.0
+
+
 # ---- real hangs
 
 
