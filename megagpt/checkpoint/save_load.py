@@ -92,14 +92,20 @@ class Saver:
         self._pending = self._thread.submit(self._write, self._copy(shares), state.step, saved, after)
 
     def then(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 once what was begun is committed; not if it was not. It may raise nothing."""
+        """Run `action` on rank 0 once what was begun is committed; not if it was not, nor if a later start has taken the run
+        over. It may raise nothing."""
         pending = self._pending
         if self._world.rank != 0:
             return
+
+        def run() -> None:
+            if (pending is None or not pending.exception()) and still_owner(self._run_dir, self._attempt):
+                action()
+
         if self._thread is None or pending is None:
-            action()
+            run()
         else:  # the thread is one: by then `pending` has ended
-            self._thread.submit(lambda: None if pending.exception() else action())
+            self._thread.submit(run)
 
     def wait(self) -> None:
         """Until what was begun is committed. Raises CheckpointError as `save` does."""

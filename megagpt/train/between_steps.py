@@ -9,7 +9,6 @@ import torch
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint import scores
-from megagpt.checkpoint.ownership import still_owner
 from megagpt.config import Failure, UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import Stopped
@@ -122,9 +121,8 @@ def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
     measured = validation_name(run)
 
     def keep() -> None:
-        if still_owner(config.run_dir, run.attempt):
-            best_by = "loss" if config.best_by == "loss" else None
-            scores.keep_score(path, state.step, measured, score, best_by=best_by)
+        best_by = "loss" if config.best_by == "loss" else None
+        scores.keep_score(path, state.step, measured, score, best_by=best_by)
 
     run.saver.then(keep)
 
@@ -145,8 +143,6 @@ def score_by_tasks(run: Run, state: TrainState, *, is_saved: bool) -> None:
     path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
 
     def keep() -> None:
-        if not still_owner(config.run_dir, run.attempt):
-            return
         scores.keep_score(path, state.step, questions.digest, {"scores": numbers}, best_by=best_by)
         try:
             measured = {"checkpoint": sha256_file(path / "manifest.json"), "questions": questions.digest}

@@ -103,6 +103,14 @@ def test_a_start_that_loses_the_run_while_it_writes_cannot_commit(tmp_path: Path
     assert not temporary.with_name("step_00000001").exists()
 
 
+def test_what_comes_after_a_save_is_left_out_by_a_start_that_has_lost_the_run(tmp_path: Path) -> None:
+    saver, done = Saver(tmp_path, ALONE, take_ownership(tmp_path, ALONE)), []
+    saver.then(lambda: done.append("mine"))
+    take_ownership(tmp_path, ALONE)
+    saver.then(lambda: done.append("late"))
+    assert done == ["mine"]
+
+
 def steps_of(run_dir: Path) -> list[int]:
     return [step_of(path) for path in list_checkpoints(run_dir)]
 

@@ -36,13 +36,22 @@ from megagpt.corpus.dedup.reference_corpora import KnownBlock, KnownCorpus, copy
 from megagpt.corpus.dedup.repeated_lines import drop_parts, first_parts, index_parts, mark_repeated
 from megagpt.corpus.runner.blocks import Block, Seen, document_blocks, num_bytes, plan_hash, read_block
 from megagpt.corpus.runner.config import Execution
-from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_work, require_ownership, take_ownership, work_of
+from megagpt.corpus.runner.ownership import (
+    Ownership,
+    commit,
+    commit_by,
+    folder_of,
+    is_of_other_work,
+    require_ownership,
+    take_ownership,
+    work_of,
+)
 from megagpt.corpus.runner.run_phase import Task, run_phase
 from megagpt.corpus.runner.run_stage import clear, is_finished, run_stage
 from megagpt.corpus.runner.summary import StageSummary, read_summary
 from megagpt.corpus.text.shingles import load_kernels
 from megagpt.documents import Document, Rejected
-from megagpt.files import atomic_path, read_json, remove_leftovers, write_json
+from megagpt.files import read_json, remove_leftovers, write_json
 from megagpt.output_list import DONE, forget_list, list_or_none, problem_of
 from megagpt.settings_record import MadeWith, fingerprint
 
@@ -330,8 +339,8 @@ def _report(work: _Work, indexed: Sequence[IndexedBlock], output_dir: Path) -> N
     counts = Counter[str]()
     for path in sorted((index / "decisions").glob("*.json")):
         counts.update(read_json(path))
-    require_ownership(work.ownership)
-    write_json(output_dir / "dedup.json", {name: counts[name] for name in near_duplicates.COUNTS})
+    totals = {name: counts[name] for name in near_duplicates.COUNTS}
+    commit_by(work.ownership, write_json, output_dir / "dedup.json", totals)
     if counts["limited"]:
         log.info("dedup: %d documents share a band with more kept documents than max_comparisons allows", counts["limited"])
     others = [path for path in index.parent.iterdir() if path.is_dir() and path != index]
@@ -351,7 +360,7 @@ def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock]
     kinds = open_array(work.index / "kinds.u8", np.uint8)
     similarity = open_array(work.index / "similarity.f32", np.float32)
     ids = DocumentIds(indexed)
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+    with commit(path, work.ownership) as temporary, temporary.open("wb") as raw:
         with zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False) as stream:
             for place in places:
                 for number in place.first + np.flatnonzero(kept_by[place.first : place.first + place.num_documents] >= 0):
@@ -362,4 +371,3 @@ def _report_file(places: Sequence[IndexedBlock], indexed: Sequence[IndexedBlock]
                         "similarity": round(float(similarity[number]), 4),
                     }
                     stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
-        require_ownership(work.ownership)

@@ -41,7 +41,15 @@ from megagpt.corpus.packing.supervised import tokenizer_for
 from megagpt.corpus.runner.blocks import Block, document_blocks, plan_hash
 from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.executors import run_tasks
-from megagpt.corpus.runner.ownership import Ownership, folder_of, is_of_other_work, require_ownership, take_ownership, work_of
+from megagpt.corpus.runner.ownership import (
+    Ownership,
+    commit,
+    commit_by,
+    folder_of,
+    is_of_other_work,
+    take_ownership,
+    work_of,
+)
 from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import (
@@ -57,7 +65,7 @@ from megagpt.data.shards import (
     verify_shard,
     write_manifest,
 )
-from megagpt.files import atomic_path, read_json, write_json
+from megagpt.files import read_json, write_json
 from megagpt.output_list import describe_file, forget_list, list_or_none, problem_of, write_list
 from megagpt.settings_record import MadeWith, fingerprint
 from megagpt.tokenizer.base import Tokenizer
@@ -352,8 +360,7 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
                     for i, s, n, more in zip(chosen, starts, lengths, filling, strict=True)
                 ]
                 writer.add_many(np.concatenate(pieces), lengths + filling, columns, np.concatenate(targets))
-        require_ownership(job.ownership)
-        info = writer.close()
+        info = commit_by(job.ownership, writer.close)
     write_json(record, asdict(info))
     return info
 
@@ -383,8 +390,7 @@ def _finish(
     outputs: dict[str, dict[str, Any]] = {}
     settings_hash = fingerprint(_shaping(config))
     for source, folder in folders.items():
-        require_ownership(job.ownership)
-        tokenizer.save(output_dir / folder / "tokenizer")
+        commit_by(job.ownership, tokenizer.save, output_dir / folder / "tokenizer")
         for split in SPLITS:
             infos, directory = tuple(shards[source, split]), output_dir / folder / split
             directory.mkdir(parents=True, exist_ok=True)
@@ -392,24 +398,23 @@ def _finish(
                 split, dtype, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint, settings_hash, infos,
                 pack_seq_len=config.pack_seq_len, **of_rows,
             )  # fmt: skip
-            write_manifest(directory, manifest)
+            commit_by(job.ownership, write_manifest, directory, manifest)
             outputs |= _listed(directory, manifest, output_dir)
             splits[f"{folder}/{split}".lstrip("/")] = {
                 "shards": len(infos), "documents": manifest.documents, "tokens": manifest.tokens, "bytes": manifest.text_bytes,
             }  # fmt: skip
             if config.supervised is not None:
                 splits[f"{folder}/{split}".lstrip("/")]["targets"] = sum(info.targets or 0 for info in infos)
-    require_ownership(job.ownership)
-    _write_overlaps(records, output_dir)
-    rows = _write_malformed(records, output_dir, splits) if config.supervised is not None else None
+    _write_overlaps(records, output_dir, job.ownership)
+    rows = _write_malformed(records, output_dir, splits, job.ownership) if config.supervised is not None else None
     empty, leaked = (sum(record["empty"] for record in records), sum(len(record["leaks"]) for record in records))
     lists = [output_dir / name for name in ("leaks.jsonl", *(() if rows is None else ("malformed.jsonl",)))]
     paths = [*lists, *(p for f in folders.values() for p in (output_dir / f / "tokenizer").iterdir())]
     outputs |= {str(path.relative_to(output_dir)): describe_file(path) for path in paths}
-    require_ownership(job.ownership)
-    summary = PackSummary(True, splits, empty, leaked, rows, write_list(output_dir, outputs))
-    absent = () if rows is not None else ("rows",)
-    write_json(output_dir / "summary.json", {name: v for name, v in asdict(summary).items() if name not in absent})
+    listed = commit_by(job.ownership, write_list, output_dir, outputs)
+    summary = PackSummary(True, splits, empty, leaked, rows, listed)
+    written = {name: v for name, v in asdict(summary).items() if name != "rows" or rows is not None}
+    commit_by(job.ownership, write_json, output_dir / "summary.json", written)
     _sweep(output_dir)
     return summary
 
@@ -428,18 +433,20 @@ def _listed(directory: Path, manifest: Manifest, output_dir: Path) -> dict[str, 
     return entries
 
 
-def _write_overlaps(records: list[dict[str, Any]], output_dir: Path) -> None:
+def _write_overlaps(records: list[dict[str, Any]], output_dir: Path, ownership: Ownership) -> None:
     """leaks.jsonl: a line per training document that was left out for its likeness to a validation document."""
-    with atomic_path(output_dir / "leaks.jsonl") as temporary, temporary.open("wb") as file:
+    with commit(output_dir / "leaks.jsonl", ownership) as temporary, temporary.open("wb") as file:
         for record in records:
             for overlap in record["leaks"]:
                 file.write(orjson.dumps(overlap, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def _write_malformed(records: list[dict[str, Any]], output_dir: Path, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
+def _write_malformed(
+    records: list[dict[str, Any]], output_dir: Path, splits: dict[str, dict[str, int]], ownership: Ownership
+) -> dict[str, Any]:
     """malformed.jsonl: a line per row that was left out; returns what the summary says of the rows."""
     malformed = [row for record in records for row in record["malformed"]]
-    with atomic_path(output_dir / "malformed.jsonl") as temporary, temporary.open("wb") as file:
+    with commit(output_dir / "malformed.jsonl", ownership) as temporary, temporary.open("wb") as file:
         for row in malformed:
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     kept = sum(segment["tokens"] for record in records for segment in record["segments"])

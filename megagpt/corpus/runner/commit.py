@@ -1,4 +1,4 @@
-"""What a worker writes for a block, and how a file's blocks become the file. See stage.py for the whole picture."""
+"""What a worker writes for a block, and how a file's blocks become the file. See run_stage.py for the whole picture."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ import zstandard
 
 from megagpt.config import UserError
 from megagpt.corpus.runner.blocks import Block, DroppedText, MalformedRecord, Process, Seen
-from megagpt.corpus.runner.ownership import Ownership, folder_of, require_ownership
+from megagpt.corpus.runner.ownership import Ownership, commit, commit_by, folder_of
 from megagpt.documents import Document, Rejected, format_document
 from megagpt.files import atomic_path, read_json, sha256_file, write_json
 from megagpt.terminal import without_secrets
@@ -34,7 +34,7 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
     rejected, faults, records, templates = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     examples: dict[str, list[str]] = {}
     samples: dict[str, list[tuple[int, Rejected]]] = {}
-    with _frame(part.with_suffix(".kept")) as kept, _frame(part.with_suffix(".dropped")) as dropped:
+    with _part_frame(part.with_suffix(".kept")) as kept, _part_frame(part.with_suffix(".dropped")) as dropped:
         for outcome in process(block):
             match outcome:
                 case Document():
@@ -53,7 +53,7 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
                     records[kind] += number
                 case DroppedText(template, number):
                     templates[template] += number
-    with _frame(part.with_suffix(".samples")) as stream:
+    with _part_frame(part.with_suffix(".samples")) as stream:
         for reason in sorted(samples):
             for item in _smallest(samples[reason]):
                 stream.write(format_document(_as_sample(item[1])))
@@ -65,9 +65,16 @@ def commit_block(block: Block, output_dir: Path, process: Process, plan: str) ->
 
 
 @contextlib.contextmanager
+def _part_frame(path: Path) -> Iterator[Any]:
+    """`_frame` of an unfinished file, in the folder of this work alone: it appears whole."""
+    with atomic_path(path) as temporary, _frame(temporary) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
 def _frame(path: Path) -> Iterator[Any]:
-    """A writer of one zstd frame, with checksum, to a file that appears whole."""
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+    """A writer of one zstd frame, with checksum."""
+    with path.open("wb") as raw:
         compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
         # The buffer makes it one call per MiB instead of per document.
         with io.BufferedWriter(cast(io.RawIOBase, compressor.stream_writer(raw, closefd=False)), 1 << 20) as stream:
@@ -111,7 +118,7 @@ def committed(output_dir: Path, block: Block, plan: str) -> dict[str, Any] | Non
 def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, blocks: list[Block], ownership: Ownership) -> None:
     """Concatenate a file's blocks once all are committed. Two parts may do this at once: both write the same bytes.
 
-    Raises UserError if another start has claimed the folder for other work.
+    Raises UserError if another start has taken the folder for other work.
     """
     name = blocks[0].name
     if is_done(output_dir, name, plan):
@@ -124,8 +131,7 @@ def finish_file(stage: str, output_dir: Path, config_hash: str, plan: str, block
         input_name = Path(without_secrets(blocks[0].path)).name
         done = {"stage": stage, "config_hash": config_hash, "plan": plan, "input": input_name, **counts}
         merged = _merge(output_dir, plan, blocks, ownership)
-        require_ownership(ownership)
-        write_json(output_dir / f"{name}.done.json", {**done, **merged})
+        commit_by(ownership, write_json, output_dir / f"{name}.done.json", {**done, **merged})
     except FileNotFoundError:
         if not is_done(output_dir, name, plan):
             raise
@@ -143,12 +149,10 @@ def _merge(output_dir: Path, plan: str, blocks: list[Block], ownership: Ownershi
 
 
 def _concatenate(path: Path, parts: list[Path], ownership: Ownership) -> list[int]:
-    with atomic_path(path) as temporary:
-        with temporary.open("wb") as out:
-            for part in parts:
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, out, 1 << 20)
-        require_ownership(ownership)
+    with commit(path, ownership) as temporary, temporary.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, out, 1 << 20)
     return [part.stat().st_size for part in parts]
 
 
@@ -156,11 +160,10 @@ def _merge_samples(path: Path, parts: list[Path], ownership: Ownership) -> None:
     samples: dict[str, list[tuple[int, Rejected]]] = {}
     for document in itertools.chain.from_iterable(_read_frame(part) for part in parts):
         _offer(samples.setdefault(document.meta["rejected"], []), Rejected(document, document.meta["rejected"]))
-    with _frame(path) as stream:
+    with commit(path, ownership) as temporary, _frame(temporary) as stream:
         for reason in sorted(samples):
             for item in _smallest(samples[reason]):
                 stream.write(format_document(item[1].document))
-        require_ownership(ownership)
 
 
 def _read_frame(path: Path) -> Iterator[Document]:

@@ -28,7 +28,7 @@ from megagpt.corpus.runner.blocks import Block, MalformedRecord, Outcome, Proces
 from megagpt.corpus.runner.commit import add_counts, commit_block, committed, finish_file, is_done
 from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.executors import run_tasks
-from megagpt.corpus.runner.ownership import Ownership, require_ownership, take_ownership, work_of
+from megagpt.corpus.runner.ownership import Ownership, commit_by, take_ownership, work_of
 from megagpt.corpus.runner.progress import Progress
 from megagpt.corpus.runner.summary import StageSummary, read_summary, stage_outputs
 from megagpt.files import read_json, remove_leftovers, write_json
@@ -201,16 +201,14 @@ def _write_summary(
         frequent = sorted(total["dropped_templates"].items(), key=lambda item: (-item[1], item[0]))[:MAX_TEMPLATE_NAMES]
         total["dropped_templates"] = dict(frequent)
         summary = StageSummary(stage, config_hash, len(names), len(files), complete, documents_in, **total)
-        require_ownership(ownership)
-        written_last = finish() if complete else {}
+        written_last = commit_by(ownership, finish) if complete else {}
         if complete and listed:
             records = {output_dir / f"{name}.done.json": True for name in files}
-            summary = replace(summary, outputs=_write_list(output_dir, {**records, **written_last}))
-            require_ownership(ownership)
+            summary = replace(summary, outputs=commit_by(ownership, _write_list, output_dir, {**records, **written_last}))
         # What an older version's summary lacks is absent, so that it stays as it is.
         absent = {"outputs": summary.outputs is None, "dropped_templates": not summary.dropped_templates}
         written = {name: value for name, value in asdict(summary).items() if not absent.get(name)}
-        write_json(output_dir / "summary.json", written)
+        commit_by(ownership, write_json, output_dir / "summary.json", written)
         if len(names) == sum((output_dir / f"{name}.done.json").is_file() for name in files):
             break
     if not complete:
