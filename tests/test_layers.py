@@ -1,4 +1,4 @@
-"""The layers of the library: imports point down only, without cycles, and the data half never needs torch or DeepSpeed."""
+"""The layers of the library: imports point down only, without cycles; the data half and reports need no torch nor DeepSpeed."""
 
 import ast
 import functools
@@ -32,7 +32,7 @@ LAYERS = (
         "__main__",
     ),
 )
-TORCH_FREE = (*LAYERS[-1], "tokenizer", "corpus", "data")
+TORCH_FREE = (*LAYERS[-1], "tokenizer", "corpus", "data", "report")
 """Folders of which no module names torch, but for NEEDS_TORCH."""
 NEEDS_TORCH = ("data.loader",)
 DEEPSPEED_ONLY_IN = "engine.deepspeed"

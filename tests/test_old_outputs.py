@@ -15,7 +15,7 @@ import tokenize_documents
 import train_tokenizer
 
 from megagpt.checkpoint.load_model import load_model
-from megagpt.checkpoint.save_load import list_checkpoints, verify
+from megagpt.checkpoint.on_disk import list_checkpoints, verify
 from megagpt.config import UserError, load
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.dedup import dedup_documents as dedup

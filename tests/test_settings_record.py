@@ -16,7 +16,7 @@ import tokenize_documents
 from pydantic import Field
 
 from megagpt import settings_record
-from megagpt.checkpoint.save_load import list_checkpoints, read_state
+from megagpt.checkpoint.on_disk import list_checkpoints, read_state
 from megagpt.config import Config, UserError, load, section_classes
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.dedup import dedup_documents as dedup

@@ -20,8 +20,8 @@ from typing import Any
 
 from bench.training.compare import CELLS, Cell, contender, prepare_job
 from bench.training.turns import Contender, Outcome, run_turn_about
+from megagpt.checkpoint.on_disk import list_checkpoints
 from megagpt.checkpoint.partitions import read_partitions
-from megagpt.checkpoint.save_load import list_checkpoints
 from megagpt.engine.base import Partition
 from megagpt.measurement import spread, write_results
 from megagpt.model.gpt import GPT, ModelConfig

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.load_model import find_checkpoint
+from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints, read_state, step_of, verify
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions, write_safetensors
-from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, prune, read_state, seal, step_of, verify
+from megagpt.checkpoint.save_load import prune, seal
 from megagpt.checkpoint.scores import read_best, validation_loss
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError

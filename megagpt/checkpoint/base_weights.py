@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megagpt.checkpoint.new_rows import NewRows, read_with_new_rows
+from megagpt.checkpoint.on_disk import read_state, verify
 from megagpt.checkpoint.partitions import CheckpointError, index_of, read_partitions
-from megagpt.checkpoint.save_load import read_state, verify
 from megagpt.config import UserError
 from megagpt.distributed.world import World
 from megagpt.engine.base import Engine, Partition

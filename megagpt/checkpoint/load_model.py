@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megagpt.checkpoint.base_weights import read_model
+from megagpt.checkpoint.on_disk import list_checkpoints, read_state, step_of, verify
 from megagpt.checkpoint.partitions import CheckpointError
-from megagpt.checkpoint.save_load import list_checkpoints, read_state, step_of, verify
 from megagpt.checkpoint.scores import read_best
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import UserError

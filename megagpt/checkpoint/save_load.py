@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints, read_state, saved_field, step_of, verify
 from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
 from megagpt.checkpoint.scores import mark_best, read_best, value_of
@@ -33,12 +34,9 @@ from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, utc_now
 from megagpt.engine.base import Engine
-from megagpt.files import check_fields, read_json, read_object, sha256_file, sync, write_json
+from megagpt.files import sha256_file, sync, write_json
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
-
 
 Check: TypeAlias = Callable[[Path, dict[str, Any]], None]
 """Gets a checkpoint's path and its state.json; raises to refuse it."""
@@ -261,80 +259,6 @@ def _candidates(run_dir: Path, step: int | None) -> list[Path]:
         path for path in committed if step_of(path) > step and (saved_field(path, "config") or {}).get("resume_step") == step
     ]
     return [path for path in committed if step_of(path) == step] + newer
-
-
-STATE_FIELDS = {"train_state": dict, "updates": int}
-"""What every state.json has; `config` and `model` (dict) are the trainer's."""
-
-
-def read_state(path: Path, *, of_model: bool = False) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises UserError that names the file, the field and the rule if it is not one.
-
-    A later format than this release reads is refused too. `of_model`: settings of the model and the run are needed as well.
-    """
-    saved = read_object(path / "state.json")
-    later = saved.get("format", 1)
-    if isinstance(later, int) and later > FORMAT:
-        raise UserError(f"{path / 'state.json'}: format {later} is of a later release; this one reads up to {FORMAT}")
-    check_fields(path / "state.json", saved, STATE_FIELDS | ({"config": dict, "model": dict} if of_model else {}))
-    return saved
-
-
-def saved_field(path: Path, name: str) -> Any:
-    """A field of a checkpoint's state.json; None if it cannot be read."""
-    try:
-        return read_json(path / "state.json")[name]
-    except (UserError, KeyError, TypeError):
-        return None
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; not verified."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit())
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step_"))
-
-
-def require_checkpoint(path: Path) -> None:
-    """Raise UserError if the path is not that of a checkpoint."""
-    if not (path.name.startswith("step_") and path.name[5:].isdigit() and path.is_dir()):
-        raise UserError(f"{path}: not a checkpoint; run_dir/checkpoints/step_<number> is expected")
-
-
-def verify(path: Path, rank: int = 0, size: int = 1, progress: Callable[[], object] | None = None) -> list[str]:
-    """What is wrong with a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read.
-
-    `progress` is called as the files are read.
-    """
-    manifest_path = path / "manifest.json"
-    try:
-        files = read_json(manifest_path)["files"]
-        items = sorted((str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items())
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return [f"{manifest_path}: {error}"]
-    outside = [name for name, _, _ in items if Path(name).name != name]
-    if outside:
-        return [f"{manifest_path}: names {outside[0]!r}, which is not a file of the checkpoint's folder"]
-    # What is loaded must be summed: an altered state would feed samples twice.
-    there = [*(file.name for file in path.glob("pieces_*")), "state.json"]
-    extra = sorted(name for name in there if name not in files) if rank == 0 else []
-    with ThreadPoolExecutor(max_workers=4) as threads:  # hashing lets go of the interpreter
-        found = threads.map(lambda item: _problem_of(path / item[0], item[1], item[2], progress), items[rank::size])
-        return [f"{path / name}: is not in the manifest" for name in extra] + [problem for problem in found if problem]
-
-
-def _problem_of(file: Path, size: int, sha256: str, progress: Callable[[], object] | None) -> str:
-    """What is wrong with one file; empty if nothing."""
-    if not file.is_file():
-        return f"{file}: missing"
-    if file.stat().st_size != size:
-        return f"{file}: {file.stat().st_size} bytes, the manifest says {size}"
-    if sha256_file(file, progress) != sha256:
-        return f"{file}: its sha256 is not the manifest's: bytes changed since it was written"
-    return ""
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0, in_use: Collection[int] = ()) -> list[Path]:

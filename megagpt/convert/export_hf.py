@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.load_model import find_checkpoint
+from megagpt.checkpoint.on_disk import read_state
 from megagpt.checkpoint.partitions import index_of
-from megagpt.checkpoint.save_load import read_state
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
 from megagpt.convert.compare_logits import STREAMED, Comparison, compare_models, import_transformers, open_reference

@@ -17,8 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.on_disk import FORMAT
 from megagpt.checkpoint.partitions import SLICE_BYTES, safetensors_header, write_slices
-from megagpt.checkpoint.save_load import FORMAT, seal
+from megagpt.checkpoint.save_load import seal
 from megagpt.config import Config, UserError
 from megagpt.convert.compare_logits import Comparison, ConversionError, compare_models, import_transformers, open_reference
 from megagpt.convert.families import Family, Planned, family_of, plan_tensors, split

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.checkpoint.base_weights import read_adapters
-from megagpt.checkpoint.save_load import read_state
+from megagpt.checkpoint.on_disk import read_state
 from megagpt.config import UserError
 from megagpt.convert.families import Planned, family_for, plan_tensors
 from megagpt.files import read_json, write_json

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megagpt.checkpoint.save_load import list_checkpoints, step_of
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of
 from megagpt.config import UserError
 from megagpt.evaluate.results import read_results
 from megagpt.files import read_json

@@ -22,8 +22,9 @@ from types import TracebackType
 
 import psutil
 
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of
 from megagpt.checkpoint.ownership import still_owner
-from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
+from megagpt.checkpoint.save_load import Saver
 from megagpt.command import EXIT_DONE
 from megagpt.config import UserError
 from megagpt.convert.families import family_for

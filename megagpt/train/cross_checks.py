@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.on_disk import list_checkpoints, saved_field, step_of
 from megagpt.config import UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.open_data import Data
@@ -26,14 +26,14 @@ LR_JUMP = 1.05
 def refuse_contradictions(config: TrainConfig, data: Data) -> None:
     """Raise UserError that names every combination of settings that cannot be meant."""
     found = _contradictions(config, data)
-    if found and not checkpoint.list_checkpoints(config.run_dir):  # a run that began so may end so
+    if found and not list_checkpoints(config.run_dir):  # a run that began so may end so
         raise UserError("\n  ".join(["these settings contradict each other:", *found] if len(found) > 1 else found))
 
 
 def warnings_of(config: TrainConfig, data: Data) -> list[str]:
     """What may be meant, but seldom is, one line each."""
     found = [*_never_due(config), *_without_effect(config, data), *_too_short_documents(config, data), *_lr_jumps(config)]
-    return found + (_contradictions(config, data) if checkpoint.list_checkpoints(config.run_dir) else [])
+    return found + (_contradictions(config, data) if list_checkpoints(config.run_dir) else [])
 
 
 def _contradictions(config: TrainConfig, data: Data) -> list[str]:
@@ -152,11 +152,11 @@ def _longest_document(dataset: Any, enough: int) -> int:
 
 def _lr_jumps(config: TrainConfig) -> Iterator[str]:
     """A schedule is a function of step and max_steps: with another max_steps a resume may begin elsewhere on the curve."""
-    path = next(reversed(checkpoint.list_checkpoints(config.run_dir)), None) or config.continue_from
-    before = checkpoint.saved_field(path, "config") if path is not None else None
+    path = next(reversed(list_checkpoints(config.run_dir)), None) or config.continue_from
+    before = saved_field(path, "config") if path is not None else None
     if path is None or not isinstance(before, dict):
         return
-    step = checkpoint.step_of(path)
+    step = step_of(path)
     try:
         old = lr_at(OptimConfig.model_validate(before["optim"]), step, int(before["max_steps"]))
     except (KeyError, TypeError, ValueError):  # what is wrong with it, the load says

@@ -13,6 +13,7 @@ from typing import Any
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.base_weights import base_path, base_record, load_base
 from megagpt.checkpoint.new_rows import NewRows
+from megagpt.checkpoint.on_disk import list_checkpoints, read_state, step_of
 from megagpt.checkpoint.ownership import Ownership, still_owner, take_run
 from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError
@@ -274,7 +275,7 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
             path, _ = checkpoint.newest_good(config.init_from, world)
             if path is None:
                 raise UserError(f"init_from={config.init_from}: there is no checkpoint in it")
-            rows = preflight.check_initial(config, run.data, checkpoint.read_state(path), path)
+            rows = preflight.check_initial(config, run.data, read_state(path), path)
             load_base(path, rows, engine, world, frozen_only=False)
             engine.refresh(0)
             run.base.update(base_record(path, rows))
@@ -299,7 +300,7 @@ def stop_mark(owned: Ownership) -> Path:
 def last_words(owned: Ownership, monitor: Monitor, reason: str) -> None:
     """Record a stop request that came before the first update: in metrics.jsonl (rank 0), and for the other ranks."""
     stop_mark(owned).touch()
-    step = max((checkpoint.step_of(path) for path in checkpoint.list_checkpoints(owned.run_dir)), default=0)
+    step = max((step_of(path) for path in list_checkpoints(owned.run_dir)), default=0)
     monitor.log_from_a_thread("stop", step, reason=reason)
     owned.close()  # the next start need not watch a heartbeat that has ended
 

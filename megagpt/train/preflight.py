@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.new_rows import RESIZED, NewRows
+from megagpt.checkpoint.on_disk import list_checkpoints, require_checkpoint, saved_field
 from megagpt.checkpoint.tokenizers import keep_tokenizer
 from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
@@ -71,10 +71,10 @@ def check_run(config: TrainConfig, data: Data) -> None:
     for name in config.allow_change:
         if name not in FIXED_ON_RESUME:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
-    if config.continue_from is not None and not checkpoint.list_checkpoints(config.run_dir):
-        checkpoint.require_checkpoint(config.continue_from)
+    if config.continue_from is not None and not list_checkpoints(config.run_dir):
+        require_checkpoint(config.continue_from)
     refuse_longer_context(config)
-    for path in checkpoint.list_checkpoints(config.run_dir)[:1]:
+    for path in list_checkpoints(config.run_dir)[:1]:
         try:
             oldest = read_json(path / "state.json")
         except UserError:  # a damaged checkpoint, which the start passes over
@@ -184,12 +184,12 @@ def refuse_longer_context(config: TrainConfig) -> None:
     """Raise UserError if a new run has longer samples than the one it begins with, and the same rotary positions."""
     path = config.continue_from
     if config.init_from is not None:
-        path = next(reversed(checkpoint.list_checkpoints(config.init_from)), None)
-    model, before = config.model, checkpoint.saved_field(path, "model") if path is not None else None
-    if path is None or not isinstance(before, dict) or checkpoint.list_checkpoints(config.run_dir) or model.family != "llama":
+        path = next(reversed(list_checkpoints(config.init_from)), None)
+    model, before = config.model, saved_field(path, "model") if path is not None else None
+    if path is None or not isinstance(before, dict) or list_checkpoints(config.run_dir) or model.family != "llama":
         return
     old = read_settings(ModelConfig, before, source=str(path / "state.json"))
-    settings = checkpoint.saved_field(path, "config")
+    settings = saved_field(path, "config")
     data = settings.get("data") if isinstance(settings, dict) else None
     trained = int(data["seq_len"]) if isinstance(data, dict) and "seq_len" in data else old.seq_len  # none of an imported model
     longer = config.data.seq_len > trained and (old.rope_scaling, old.rope_theta) == (model.rope_scaling, model.rope_theta)

@@ -1,12 +1,8 @@
-"""Which ranks are slow, and in what: each rank's seconds per step, compared on rank 0."""
+"""Which ranks are slow, and in what: each rank's seconds per step, compared on rank 0. Needs no torch."""
 
-import contextlib
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import torch
 
 LONG_ACTIVITIES = ("start", "load", "save", "evaluate", "generate")
 """Activities of the clock that are no part of a step."""
@@ -94,27 +90,3 @@ def count_slow(texts: Iterable[str]) -> dict[tuple[str, str], tuple[int, str]]:
             what, _, figures = rest.partition(" ")
             found[place, what] = (found.get((place, what), (0, ""))[0] + 1, figures)
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
-
-
-class ForwardTimer:
-    """Seconds in forward passes: on a GPU by events, read once they have passed, so nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0
-        self._events: list[tuple[Any, Any]] | None = [] if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self._events is None:
-            began = time.perf_counter()
-            yield
-            self.seconds += time.perf_counter() - began
-            return
-        while self._events and self._events[0][1].query():
-            first, last = self._events.pop(0)
-            self.seconds += first.elapsed_time(last) / 1000
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        yield
-        last.record()
-        self._events.append((first, last))

@@ -41,7 +41,8 @@ from megagpt.monitor.metrics import METRICS_FILE, format_row
 from megagpt.monitor.nvml import read_node, summarise_nodes
 from megagpt.watchdog import flight_recorder as collectives
 from megagpt.watchdog import stacks
-from megagpt.watchdog.stragglers import LONG_ACTIVITIES, ForwardTimer, Progress, RankTimes
+from megagpt.watchdog.forward_timer import ForwardTimer
+from megagpt.watchdog.stragglers import LONG_ACTIVITIES, Progress, RankTimes
 
 Report = dict[str, Any]
 """What a rank says of itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,

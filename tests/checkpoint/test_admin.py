@@ -10,10 +10,9 @@ import torch
 from inspect_checkpoints import run as show
 from small_run import settings, start, write_shards
 
-from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.admin import InspectConfig
 from megagpt.checkpoint.load_model import load_model
-from megagpt.checkpoint.save_load import list_checkpoints, step_of
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of, verify
 from megagpt.command import EXIT_CRASH, EXIT_DONE, run_words
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
@@ -107,4 +106,4 @@ def test_going_back_to_a_step_gives_up_what_came_after(run_dir: Path, shards: Pa
     assert [row["step"] for row in starts[1:]] == [8, 10]
     assert inspect(f"run_dir={run_dir}", "prune=true") == EXIT_DONE
     assert list((run_dir / "checkpoints").glob("aside_*")) == []
-    assert checkpoint.verify(list_checkpoints(run_dir)[-1]) == []
+    assert verify(list_checkpoints(run_dir)[-1]) == []

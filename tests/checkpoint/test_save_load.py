@@ -16,9 +16,10 @@ from torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, w
 from toy import MODEL, engines_on, make_engine
 
 from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of, verify
 from megagpt.checkpoint.ownership import take_ownership
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions
-from megagpt.checkpoint.save_load import Saver, list_checkpoints, step_of
+from megagpt.checkpoint.save_load import Saver
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
@@ -229,7 +230,7 @@ def test_no_code_is_run_from_a_checkpoint(name: str, tmp_path: Path) -> None:
     if name != "manifest.json":
         mine = {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in path.glob("pieces_*")}
         checkpoint.seal(path, mine)
-        assert checkpoint.verify(path) == []
+        assert verify(path) == []
     with pytest.raises((CheckpointError, UserError), match=name):
         load_whole(tmp_path)
     assert not proof.exists()
@@ -241,7 +242,7 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> N
     write_good_run(tmp_path, (1, 2))
     path = tmp_path / "checkpoints" / "step_00000002"
     shutil.copy(path / "pieces_00000.safetensors", path / "pieces_00002.safetensors")
-    assert checkpoint.verify(path) == [f"{path}/pieces_00002.safetensors: is not in the manifest"]
+    assert verify(path) == [f"{path}/pieces_00002.safetensors: is not in the manifest"]
     assert load_whole(tmp_path)[0] == 1
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.checkpoint.save_load import read_state, set_aside
+from megagpt.checkpoint.on_disk import read_state
+from megagpt.checkpoint.save_load import set_aside
 from megagpt.checkpoint.scores import keep_score, mark_best, read_best, read_scores, score_of, validation_loss
 from megagpt.config import UserError
 from megagpt.files import read_json, write_json

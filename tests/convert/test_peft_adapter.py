@@ -10,8 +10,9 @@ from random_models import random_model, save_source
 
 from megagpt.checkpoint.base_weights import base_record
 from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.on_disk import FORMAT
 from megagpt.checkpoint.partitions import write_safetensors
-from megagpt.checkpoint.save_load import FORMAT, seal
+from megagpt.checkpoint.save_load import seal
 from megagpt.config import UserError
 from megagpt.convert.export_hf import ExportConfig, export_model
 from megagpt.convert.import_hf import ImportConfig, import_model

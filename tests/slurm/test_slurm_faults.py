@@ -14,7 +14,7 @@ from ranks import Ranks, wait_until
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from megagpt.checkpoint.load_model import load_model
-from megagpt.checkpoint.save_load import list_checkpoints, step_of
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of
 from megagpt.files import read_json
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger

@@ -32,7 +32,7 @@ from ranks import Ranks  # noqa: E402
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster  # noqa: E402
 
 from megagpt.checkpoint.load_model import load_model  # noqa: E402
-from megagpt.checkpoint.save_load import list_checkpoints  # noqa: E402
+from megagpt.checkpoint.on_disk import list_checkpoints  # noqa: E402
 from megagpt.measurement import spread, write_results  # noqa: E402
 from megagpt.monitor.metrics import METRICS_FILE, read_metrics  # noqa: E402
 from megagpt.report.inspect_data import check_ledger  # noqa: E402

@@ -35,6 +35,7 @@ from ranks import run_ranks  # noqa: E402
 from toy import MODEL, OPTIMIZERS, UNTIED, engines_on, make_engine, offered_on, train_steps, variations_on  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
+from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints  # noqa: E402
 from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
 from megagpt.checkpoint.partitions import index_of, write_partitions  # noqa: E402
 from megagpt.data.state import TrainState  # noqa: E402
@@ -105,7 +106,7 @@ def make_reference(run_dir: Path, variant: Variant, losses: int) -> list[float]:
     folder = run_dir / "checkpoints" / f"step_{TRAINED:08d}"
     folder.mkdir(parents=True)
     name, entry = write_partitions(folder, 0, shares)
-    state = {"train_state": TrainState(step=TRAINED).to_json(), "updates": TRAINED, "format": checkpoint.FORMAT}
+    state = {"train_state": TrainState(step=TRAINED).to_json(), "updates": TRAINED, "format": FORMAT}
     write_json(folder / "state.json", state)
     checkpoint.seal(folder, {name: entry})
     return plain_steps(model, optimizer, optim, range(TRAINED, TRAINED + losses))
@@ -173,7 +174,7 @@ def same(found: tuple[dict[str, torch.Tensor], list[float]], expected: tuple[dic
 
 def whole_tensors(run_dir: Path) -> dict[str, bytes]:
     """Every tensor of a run's only checkpoint put together from its files, as bytes."""
-    (path,) = checkpoint.list_checkpoints(run_dir)
+    (path,) = list_checkpoints(run_dir)
     result = {}
     for key, runs in index_of(path).items():
         full = np.full(sum(run.length for run in runs), np.nan, dtype=np.float32)

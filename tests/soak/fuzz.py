@@ -289,8 +289,9 @@ def read_checkpoint(folder: Path) -> Test:
 
     from megagpt.checkpoint.admin import InspectConfig, inspect
     from megagpt.checkpoint.load_model import load_model
+    from megagpt.checkpoint.on_disk import list_checkpoints
     from megagpt.checkpoint.ownership import take_ownership
-    from megagpt.checkpoint.save_load import list_checkpoints, seal
+    from megagpt.checkpoint.save_load import seal
     from megagpt.distributed.world import lone_world
     from megagpt.files import sha256_file
     from megagpt.monitor.metrics import read_metrics

@@ -41,6 +41,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 from ranks import free_port  # noqa: E402
 
 from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
+from megagpt.checkpoint.on_disk import list_checkpoints  # noqa: E402
 from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
 from megagpt.checkpoint.partitions import CheckpointError, read_partitions  # noqa: E402
 from megagpt.config import UserError  # noqa: E402
@@ -193,7 +194,7 @@ def aim(run_dir: Path, target: str, rng: random.Random) -> None:
     sizes: dict[str, int] = {}
     while len(sizes) < SIZE:
         with contextlib.suppress(FileNotFoundError, IndexError):
-            newest = checkpoint.list_checkpoints(run_dir)[-1]
+            newest = list_checkpoints(run_dir)[-1]
             sizes = {path.name: path.stat().st_size for path in newest.glob("pieces_*")}
     while time.monotonic() < end:
         with contextlib.suppress(FileNotFoundError):
@@ -226,7 +227,7 @@ def seen(folder: Path, target: str, sizes: dict[str, int]) -> bool:
 def phase(run_dir: Path, diary: Path) -> str:
     """What was being done when the ranks were killed, from what they left."""
     folder = run_dir / "checkpoints"
-    committed = checkpoint.list_checkpoints(run_dir)
+    committed = list_checkpoints(run_dir)
     whole = [path for path in committed if (path / "manifest.json").exists()]
     sizes = {path.name: path.stat().st_size for path in sorted(whole[-1].glob("pieces_*"))} if whole else {}
     temporary = [path for path in folder.glob("tmp_*") if "_old_" not in path.name]
@@ -342,7 +343,7 @@ def fill_the_disk(folder: Path, times: int, seed: int) -> dict[str, Any]:
     attempt, good, wrong = take_ownership(run_dir, world), 0, []
     fill(engine, 1)
     checkpoint.Saver(run_dir, world, attempt).save(engine, TrainState(step=1), {"version": 1})
-    size = sum(file.stat().st_size for file in checkpoint.list_checkpoints(run_dir)[0].iterdir())
+    size = sum(file.stat().st_size for file in list_checkpoints(run_dir)[0].iterdir())
     for version in range(2, times + 2):
         room = rng.choice([0, rng.randrange(size), size + rng.randrange(-4096, 16384)])
         filler.write_bytes(b"\0" * max(0, shutil.disk_usage(folder).free - room))

@@ -15,7 +15,7 @@ import train_tokenizer
 from pydantic.fields import FieldInfo
 
 import megagpt
-from megagpt.checkpoint.save_load import list_checkpoints
+from megagpt.checkpoint.on_disk import list_checkpoints
 from megagpt.config import Config, load
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.dedup import dedup_documents as dedup

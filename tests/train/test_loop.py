@@ -21,7 +21,7 @@ from ranks import free_port, run_ranks, wait_until
 from small_run import STEPS, losses, settings, start, stop_one_of_two, write_shards
 
 from megagpt.checkpoint.load_model import load_model
-from megagpt.checkpoint.save_load import list_checkpoints, step_of
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
 from megagpt.data.open_data import DataConfig, open_data

@@ -15,8 +15,9 @@ from megagpt.checkpoint.admin import merge
 from megagpt.checkpoint.base_weights import base_path, load_base, read_adapters
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.new_rows import NewRows
+from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints, read_state
 from megagpt.checkpoint.partitions import index_of, write_safetensors
-from megagpt.checkpoint.save_load import FORMAT, list_checkpoints, read_state, seal
+from megagpt.checkpoint.save_load import seal
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR
 from megagpt.config import UserError, validate
 from megagpt.corpus.packing.config import TokenizeConfig
