@@ -33,6 +33,8 @@ class MicroBatch:
     first_sample: int
     """Global sample index of row 0, the seed of this micro-batch's dropout."""
     num_targets: int
+    sources: torch.Tensor | None = None
+    """[B] int64, which of a mixture's sources each row is from; None where there is one source."""
     num_bytes: int = 0
     """UTF-8 bytes of the text in the targets, for bits per byte; filled by `eval_batches` only."""
 
@@ -46,6 +48,8 @@ class StepBatches:
     fed_hash: int
     """Sum modulo 2^63 of this rank's sample hashes. Sums over ranks are taken in int64 and masked with 2^63 - 1 (wrapping is
     harmless), and are then the same on every layout."""
+    targets_by_source: tuple[int, ...] = ()
+    """`num_targets` by source of a mixture; () where there is one source."""
 
 
 def step_batches(
@@ -63,8 +67,9 @@ def step_batches(
     The step's samples form micro-batches 0, 1, … of `micro_batch_size` consecutive samples, the last maybe smaller; number j
     goes to rank j % size. All ranks have equally many: a short rank gets an empty one (one row, all targets IGNORE).
     """
-    if isinstance(dataset, Mixture):
-        dataset = dataset.continued(state.mixture)
+    mixture = dataset.continued(state.mixture) if isinstance(dataset, Mixture) else None
+    dataset = mixture or dataset
+    targets_by_source = [0] * (len(mixture.datasets) if mixture is not None and len(mixture.datasets) > 1 else 0)
     indices = sample_indices(state, global_batch_size)
     groups = [indices[i : i + micro_batch_size] for i in range(0, len(indices), micro_batch_size)]
     micro_batches, fed_hash = [], 0
@@ -77,8 +82,14 @@ def step_batches(
             batch = _empty(len(dataset.sample(indices[0]).inputs), indices[0], document_mask)
         for index, ids, targets in zip(group, batch.ids.numpy(), batch.targets.numpy(), strict=False):
             fed_hash += sample_hash(index, ids, targets)
+        if mixture is not None and targets_by_source:
+            sources = [mixture.locate(index)[0] for index in group or indices[:1]]
+            for source, targets in zip(sources, batch.targets, strict=True):
+                targets_by_source[source] += int((targets != IGNORE).sum())
+            batch = replace(batch, sources=torch.tensor(sources))
         micro_batches.append(batch)
-    return StepBatches(tuple(micro_batches), sum(b.num_targets for b in micro_batches), fed_hash & HASH_MASK)
+    num_targets = sum(batch.num_targets for batch in micro_batches)
+    return StepBatches(tuple(micro_batches), num_targets, fed_hash & HASH_MASK, tuple(targets_by_source))
 
 
 def eval_batches(

@@ -187,6 +187,8 @@ class Head(nn.Linear):
     """Logits made at a time; None = as many as suit the device."""
     loss_terms: Mapping[str, Tensor] = MappingProxyType({})
     """Of the last forward with targets, where it gave more than the loss: its terms, without gradient (see loss.py)."""
+    token_losses: Tensor | None = None
+    """Of the last forward with targets: the loss of each token, [B, T] in nats, 0 where there is no target."""
 
     def forward(  # type: ignore[override]
         self, x_btd: Tensor, targets: Tensor | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
@@ -194,7 +196,7 @@ class Head(nn.Linear):
         """x [B, T, D] -> logits [B, T, V]; with targets [B, T] the fp32 scalar sum of losses (see loss.py)."""
         if targets is None:
             return F.linear(x_btd, self.weight)
-        total, self.loss_terms = summed_loss_terms(
+        total, self.loss_terms, token_losses = summed_loss_terms(
             x_btd.flatten(0, 1),
             self.weight,
             targets.flatten(),
@@ -203,6 +205,7 @@ class Head(nn.Linear):
             compiled=self.compile_loss,
             chunk_elements=self.chunk_elements,
         )
+        self.token_losses = token_losses.view(x_btd.shape[:2])
         return total
 
 
@@ -294,6 +297,12 @@ class GPT(nn.Module):
         """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats and what training
         adds to it (`z_loss`, `label_smoothing`), {} where it was the loss alone; under no_grad also `hits` (see loss.py)."""
         return dict(self.head.loss_terms)
+
+    def sample_losses(self) -> Tensor:
+        """Of the last forward with targets: each sample's summed loss, [B] fp64 in nats, without gradient; with context
+        parallelism that of this rank's tokens of it."""
+        assert self.head.token_losses is not None
+        return self.head.token_losses.double().sum(1)
 
     def new_cache(self, num_slots: int, max_tokens: int | None = None) -> Cache:
         """An empty cache for `forward(..., cache=)`, for that many sequences of `max_tokens` (None = seq_len) each."""

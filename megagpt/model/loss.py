@@ -33,7 +33,7 @@ def summed_cross_entropy(
     the target with weight 1 - s and the mean over the vocabulary with weight s (arXiv 1512.00567). Gradients flow to hidden
     and weight. `compiled` uses torch.compile for what lies between the matrix products; on CPUs it would be slower and is not.
     """
-    total, _ = summed_loss_terms(
+    total, _, _ = summed_loss_terms(
         hidden_nd, weight_vd, targets_n, z_loss=z_loss, label_smoothing=label_smoothing, compiled=compiled
     )
     return total
@@ -48,10 +48,10 @@ def summed_loss_terms(
     label_smoothing: float = 0.0,
     compiled: bool = False,
     chunk_elements: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """What `summed_cross_entropy` gives, and its terms without gradient: `loss` in nats, and of `z_loss` and `label_smoothing`
     what those that are on add to it; {} without both. Where no gradient is computed also `hits`, the number of counted targets
-    (int64) that are the likeliest token.
+    (int64) that are the likeliest token. Third: each token's loss, [n] fp32 in nats, without gradient, 0 for IGNORE.
 
     `chunk_elements`: logits made at a time; None = CHUNK_ELEMENTS of the device.
     """
@@ -59,17 +59,17 @@ def summed_loss_terms(
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
     chunk = chunk_elements or (CHUNK_ELEMENTS_GPU if hidden_nd.is_cuda else CHUNK_ELEMENTS)
     results = _SummedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, z_loss, label_smoothing, compiled, chunk)
-    total, nats, added, smoothed, hits = results  # type: ignore[misc]
+    total, nats, added, smoothed, hits, token_losses = results  # type: ignore[misc]
     extra = ({"z_loss": added} if z_loss else {}) | ({"label_smoothing": smoothed} if label_smoothing else {})
     terms = {"loss": nats, **extra} if extra else {}
-    return total, terms if torch.is_grad_enabled() else {**terms, "hits": hits}
+    return total, terms if torch.is_grad_enabled() else {**terms, "hits": hits}, token_losses
 
 
 def loss_and_gradient(
     logits_nv: Tensor, targets_n: Tensor, z_loss: float, label_smoothing: float, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(summed loss, summed z-loss, what label smoothing adds, hits, the gradient of the losses' sum with respect to the logits,
-    in their dtype), computed in fp32; `logits_nv` may be overwritten.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(summed loss, summed z-loss, what label smoothing adds, hits, the losses of the tokens, the gradient of the losses' sum
+    with respect to the logits, in their dtype), computed in fp32; `logits_nv` may be overwritten.
 
     Hits are counted without `wants_gradient` only, and the last result then means nothing.
     """
@@ -87,7 +87,8 @@ def loss_and_gradient(
     sum_n1 = values_nv.sum(dim=-1, keepdim=True)
     log_sum_n1 = sum_n1.log()
     log_z_n1 = log_sum_n1 + largest_n1
-    nats = (log_sum_n1 - target_n1).masked_fill(~counted_n1, 0.0).sum()
+    nats_n1 = (log_sum_n1 - target_n1).masked_fill(~counted_n1, 0.0)
+    nats = nats_n1.sum()
     added = (z_loss * log_z_n1.square()).masked_fill(~counted_n1, 0.0).sum() if z_loss else torch.zeros_like(nats)
     difference_n1 = label_smoothing * (target_n1 - mean_n1)
     smoothed = difference_n1.masked_fill(~counted_n1, 0.0).sum() if label_smoothing else torch.zeros_like(nats)
@@ -100,11 +101,11 @@ def loss_and_gradient(
             values_nv.scatter_add_(1, index_n1, (label_smoothing - 1) * counted_n1.to(values_nv.dtype))
         if label_smoothing:
             values_nv -= (label_smoothing / values_nv.shape[1]) * counted_n1.to(values_nv.dtype)
-    return nats, added, smoothed, hits, values_nv.to(logits_nv.dtype)
+    return nats, added, smoothed, hits, nats_n1[:, 0], values_nv.to(logits_nv.dtype)
 
 
 @cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     return torch.compile(loss_and_gradient)
 
 
@@ -119,11 +120,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         compiled: bool,
         chunk_elements: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         between = _compiled() if compiled and hidden_nd.is_cuda else loss_and_gradient
         nats = added = smoothed = torch.zeros((), dtype=torch.float32, device=hidden_nd.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden_nd.device)
+        token_losses = torch.empty(len(hidden_nd), dtype=torch.float32, device=hidden_nd.device)
         grad_hidden = torch.empty_like(hidden_nd) if wants_grad else None
         trained = ctx.needs_input_grad[1]  # a frozen head needs no gradient
         grad_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if trained else None
@@ -131,7 +133,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_nd.shape[0], chunk):
             hidden, targets = hidden_nd[start : start + chunk], targets_n[start : start + chunk]
             terms = between(hidden @ weight_vd.T, targets, z_loss, label_smoothing, wants_grad)
-            chunk_nats, chunk_added, chunk_smoothed, chunk_hits, grad = terms
+            chunk_nats, chunk_added, chunk_smoothed, chunk_hits, token_losses[start : start + chunk], grad = terms
             nats, added = nats + chunk_nats, added + chunk_added
             smoothed, hits = smoothed + chunk_smoothed, hits + chunk_hits
             if grad_hidden is not None:
@@ -141,8 +143,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             del grad, terms  # else the next chunk's logits are made beside this one's gradient
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_vd.dtype))
-        ctx.mark_non_differentiable(nats, added, smoothed, hits)
-        return nats + added + smoothed, nats, added, smoothed, hits
+        ctx.mark_non_differentiable(nats, added, smoothed, hits, token_losses)
+        return nats + added + smoothed, nats, added, smoothed, hits, token_losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:

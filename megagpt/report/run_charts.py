@@ -22,6 +22,8 @@ SHARES = (
 """Scores from 0 to 1 that are drawn, by the names that tasks, the harness and exercises have."""
 MAX_COMPARED = 6
 """The most runs in one comparison: the number of colours."""
+MAX_EXPORTS = 10
+"""Exports that are listed."""
 
 
 def loss_card(facts: Facts) -> Card:
@@ -60,6 +62,49 @@ def loss_card(facts: Facts) -> Card:
     if len(names) > 4:
         blocks.append(Note(f"not drawn: {', '.join(names[4:])}"))
     return Card("Loss", blocks)
+
+
+def source_losses_card(facts: Facts) -> Card:
+    """Training loss over steps by source of the mixture, of the sources with the most targets; nothing where there is one."""
+    train, title = facts.metrics.of_kind("train"), "Training loss by source"
+    targets: dict[str, float] = {}
+    for row in train:
+        for name, score in _sources(row).items():
+            targets[name] = targets.get(name, 0.0) + (number(score.get("targets")) or 0.0)
+    lines = []
+    for name in (names := sorted(targets, key=lambda name: (-targets[name], name)))[:MAX_COMPARED]:
+        rows, losses = column([{**row, **_sources(row)[name]} for row in train if name in _sources(row)], "loss")
+        is_smoothed = len(losses) > 30
+        values = smoothed(losses, 1 - 1 / min(100.0, max(3.0, len(losses) / 50))) if is_smoothed else losses
+        if losses:
+            lines.append(line(f"{name} (smoothed)" if is_smoothed else name, rows, values, len(lines) + 1, facts))
+    if not lines:
+        return Card(title, [])
+    y_limits = limits([value for item in lines for value in item.y])
+    blocks: list[Block] = [
+        Picture(Chart(title, tuple(lines), marks(facts), unit="nats per token", size=(11.0, 3.0), y_limits=y_limits))
+    ]
+    if len(names) > MAX_COMPARED:
+        blocks.append(Note(f"not drawn: {', '.join(names[MAX_COMPARED:])}"))
+    return Card(title, blocks)
+
+
+def exports_card(facts: Facts) -> Card:
+    """What came of the exports beside the training, the newest first."""
+    rows = facts.metrics.of_kind("export")[::-1]
+    cells = []
+    for row in rows[:MAX_EXPORTS]:
+        seconds = number(row.get("duration"))
+        duration = "" if seconds is None else f"{seconds:,.0f} s"
+        cells.append(
+            (str(row.get("of_step", row["step"])), str(row.get("status", "")), duration, str(row.get("message") or ""))
+        )
+    if not cells:
+        return Card("Exports", [])
+    blocks: list[Block] = [Table(("step", "status", "took", "message"), cells, numbers=(0, 2))]
+    if len(rows) > MAX_EXPORTS:
+        blocks.append(Note(f"{len(rows) - MAX_EXPORTS} earlier ones are not listed"))
+    return Card("Exports", blocks, wide=False)
 
 
 def small_cards(facts: Facts) -> list[Card]:

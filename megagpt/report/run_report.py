@@ -14,7 +14,16 @@ from megagpt.monitor.goodput import Ledger, advise_checkpoints
 from megagpt.monitor.metrics import Row
 from megagpt.report.funnel import big, show_funnel
 from megagpt.report.page import Bars, Block, Card, Code, Fold, Heading, Note, Quote, Table, Tile, page
-from megagpt.report.run_charts import MAX_COMPARED, compared_cards, loss_card, mixture_card, score_cards, small_cards
+from megagpt.report.run_charts import (
+    MAX_COMPARED,
+    compared_cards,
+    exports_card,
+    loss_card,
+    mixture_card,
+    score_cards,
+    small_cards,
+    source_losses_card,
+)
 from megagpt.report.run_facts import Facts, column, read_facts
 from megagpt.report.run_state import number
 from megagpt.watchdog.stragglers import count_slow
@@ -60,10 +69,12 @@ def render(facts: Facts) -> str:
     funnels = [block for name, stages in facts.funnels.items() for block in show_funnel(name, stages)]
     cards = [
         loss_card(facts),
+        source_losses_card(facts),
         *score_cards(facts),
         *small_cards(facts),
         Card("Where the time went", _goodput(facts.ledger) + _advice(facts)),
         mixture_card(facts),
+        exports_card(facts),
         Card("From documents to shards", funnels),
         Card("Evaluations of checkpoints", _evaluations(facts.evaluations)),
         Card("Generated text", _samples(facts.metrics.of_kind("sample"))),

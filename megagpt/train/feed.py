@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megagpt.data.loader import MicroBatch
 
-Inputs = tuple[Tensor, Tensor, Tensor | None]
-"""ids, targets and document lengths."""
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""ids, targets, document lengths and sources."""
 
 
 class Feed:
@@ -29,15 +29,16 @@ class Feed:
 
     def _begin(self, batch: MicroBatch) -> tuple[Inputs, Any]:
         if self._stream is None:
-            return (batch.ids.to(self._device), batch.targets.to(self._device), _copied(batch.doc_lengths, self._device)), None
+            lengths, sources = (None if x is None else x.to(self._device) for x in (batch.doc_lengths, batch.sources))
+            return (batch.ids.to(self._device), batch.targets.to(self._device), lengths, sources), None
         with torch.cuda.stream(self._stream):  # torch reuses pinned memory only after the copies from it
-            ids, targets, lengths = (
+            ids, targets, lengths, sources = (
                 None if tensor is None else tensor.pin_memory().to(self._device, non_blocking=True)
-                for tensor in (batch.ids, batch.targets, batch.doc_lengths)
+                for tensor in (batch.ids, batch.targets, batch.doc_lengths, batch.sources)
             )
             assert ids is not None
             assert targets is not None
-            return (ids, targets, lengths), self._stream.record_event()
+            return (ids, targets, lengths, sources), self._stream.record_event()
 
     def _ready(self, inputs: Inputs, event: Any) -> Inputs:
         if event is not None:
@@ -47,7 +48,3 @@ class Feed:
                 if tensor is not None:
                     tensor.record_stream(stream)
         return inputs
-
-
-def _copied(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)

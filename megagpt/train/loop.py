@@ -149,14 +149,14 @@ def loop(run: Run, state: TrainState) -> int:
     with collecting_garbage_together() as collect_garbage:
         while state.step < config.max_steps and not (interrupted or early or stopping):
             coming = coming or prepare(run, loader, state)
-            num_targets, fed_hash, num_told_to_stop = coming.agreed()
+            num_targets, fed_hash, num_told_to_stop, *by_source = coming.agreed()
             stopping, settles = num_told_to_stop > 0, True
             if not stopping:
                 profiler.before(state.step)
                 with explaining_out_of_memory(
                     config, run.engine, world, state.step, monitor.clock, run.planner, attempt=run.attempt
                 ):
-                    unjudged.append(launch(state, coming.batches, num_targets, fed_hash))
+                    unjudged.append(launch(state, coming.batches, num_targets, fed_hash, by_source))
                 state = unjudged[-1].after
                 profiler.after(state.step)
                 settles = not late or is_due(config, state.step)

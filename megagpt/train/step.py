@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megagpt.data.loader import Loader, MicroBatch, StepBatches
 from megagpt.data.permutation import mix
@@ -18,6 +19,7 @@ from megagpt.data.state import TrainState, sample_indices
 from megagpt.distributed.fetch import Record, Records
 from megagpt.engine.dtypes import check_formats, declared_formats, name_of
 from megagpt.engine.optim import lr_at
+from megagpt.model.gpt import GPT
 from megagpt.train.config import TrainConfig
 from megagpt.train.feed import Feed
 from megagpt.train.layer_norms import LayerNorms
@@ -27,7 +29,7 @@ from megagpt.train.run import Run
 @dataclass(frozen=True)
 class Prepared:
     """A step to be launched: this rank's micro-batches, and what the ranks agree on (`agreed`, to be called once): targets,
-    hash of the samples, how many ranks were told to stop when it was prepared."""
+    hash of the samples, how many ranks were told to stop when it was prepared, targets by source of a mixture."""
 
     batches: StepBatches
     agreed: Callable[[], list[int]]
@@ -39,7 +41,8 @@ def prepare(run: Run, loader: Loader, state: TrainState) -> Prepared:
     with run.monitor.clock("data_wait"):
         batches = loader.step(state)  # pure in TrainState: a rewind is only another state
     stop = bool(world.stop.signal_name)
-    return Prepared(batches, world.begin_sum([world.counts * batches.num_targets, world.counts * batches.fed_hash, stop]))
+    of_samples = [world.counts * number for number in (batches.num_targets, batches.fed_hash, *batches.targets_by_source)]
+    return Prepared(batches, world.begin_sum([*of_samples[:2], stop, *of_samples[2:]]))
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,11 @@ class Launched:
     micro_batches: int
     terms: tuple[str, ...]
     """Names of what is added to the loss."""
+    targets_by_source: tuple[int, ...]
+    """Of a mixture, where the step is logged, else ()."""
     record: Record
     """Per rank: the loss of each micro-batch, the gradients' norm, whether the update was applied, then each term of each
-    micro-batch; terms and losses as shares of the step's mean."""
+    micro-batch; terms and losses as shares of the step's mean; then the summed loss of each source in `targets_by_source`."""
     norms: dict[str, dict[str, float]] | None
     """By layer, where they were due."""
 
@@ -69,17 +74,22 @@ class Launch:
         self._run, self._feed, self._records = run, Feed(run.world.device), Records(run.world)
         self._norms = LayerNorms(run.config.monitor.norms_every_steps, run.config.optim, run.world)
 
-    def __call__(self, state: TrainState, batches: StepBatches, num_targets: int, fed_hash: int) -> Launched:
-        """Forward and backward passes and the update of the step at `state`."""
+    def __call__(
+        self, state: TrainState, batches: StepBatches, num_targets: int, fed_hash: int, targets_by_source: Sequence[int] = ()
+    ) -> Launched:
+        """Forward and backward passes and the update of the step at `state`; losses by source where it is logged."""
         run, config, engine = self._run, self._run.config, self._run.engine
         batch_size = config.batch_size_at(state.step)
         with run.monitor.clock("train"):
             losses, added, lr = [], [], lr_at(config.optim, state.step, config.max_steps)
-            for i, (batch, inputs) in enumerate(self._feed(batches.micro_batches)):
+            is_logged = (state.step + 1) % config.monitor.log_every_steps == 0
+            by_source = SourceLosses(len(targets_by_source) if is_logged else 0, run.world.device)
+            for i, (batch, (*inputs, sources)) in enumerate(self._feed(batches.micro_batches)):
                 run.watchdog.beat(state.step)
                 seed_dropout(config, state.step, batch)
                 with run.watchdog.forward():
                     micro_loss = engine.model(*inputs) / num_targets  # never a mean of means
+                by_source.add(engine.module, sources)
                 terms = {name: term / num_targets for name, term in engine.module.loss_terms().items()}
                 engine.backward(micro_loss, last=i == len(batches.micro_batches) - 1)
                 losses.append(terms.pop("loss", micro_loss.detach()))  # without what only training adds
@@ -92,11 +102,30 @@ class Launch:
                 torch.stack(losses).double(),
                 result,
                 *(torch.stack([part[name] for part in added]).double() for name in names),
+                *by_source.sums,
             ]
             record = self._records.send(torch.cat(rows))
         after = state.advance(batch_size, num_targets)
         kind = name_of(losses[0].dtype)
-        return Launched(state, after, batch_size, fed_hash, lr, kind, len(losses), names, record, norms)
+        counts = tuple(targets_by_source) if is_logged else ()
+        return Launched(state, after, batch_size, fed_hash, lr, kind, len(losses), names, counts, record, norms)
+
+
+class SourceLosses:
+    """Sums the losses of a step's samples by source of the mixture, on the device and in an order that is always the same."""
+
+    def __init__(self, num_sources: int, device: torch.device) -> None:
+        """num_sources 0: nothing is summed."""
+        self.sums: list[Tensor] = []
+        """[sources] fp64 in nats, or nothing."""
+        if num_sources:
+            self._numbers = torch.arange(num_sources, device=device)[:, None]
+            self.sums.append(torch.zeros(num_sources, dtype=torch.float64, device=device))
+
+    def add(self, module: GPT, sources_b: Tensor | None) -> None:
+        """Add those of the last forward pass, whose samples are of `sources_b`."""
+        if self.sums and sources_b is not None:
+            self.sums[0] += torch.where(sources_b == self._numbers, module.sample_losses(), 0.0).sum(1)
 
 
 class Judge:
@@ -131,10 +160,14 @@ class Judge:
         if not applied:
             monitor.log("skip", done, reason="non-finite gradients: the update was not applied")
         if monitor.due(done):
-            starts = range(step.micro_batches + 2, len(rows[0]), step.micro_batches)
-            terms = {name: _total(rows, start, step.micro_batches) for name, start in zip(step.terms, starts, strict=True)}
+            starts = [step.micro_batches * (i + 1) + 2 for i in range(len(step.terms) + 1)]
+            terms = {name: _total(rows, start, step.micro_batches) for name, start in zip(step.terms, starts, strict=False)}
+            found = [_total(rows, starts[-1] + i, 1) for i in range(len(step.targets_by_source))]
+            counted = zip(run.data.train.names, found, step.targets_by_source, strict=False)
+            by_source = {name: {"loss": nats / count, "targets": count} for name, nats, count in counted if count}
+            sources = {"sources": by_source} if by_source else {}
             facts = {"lr": step.lr, "grad_norm": grad_norm, "tokens": step.after.tokens, **run.watchdog.ranks()}
-            monitor.log("train", done, loss=loss, **terms, **facts)
+            monitor.log("train", done, loss=loss, **terms, **facts, **sources)
         if step.norms is not None:
             monitor.log("norms", done, layers=step.norms)
         return ""

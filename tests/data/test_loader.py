@@ -319,6 +319,24 @@ def test_micro_batches_are_dealt_in_turn(two_sources: Data) -> None:
     assert firsts == [[(0, 3, 48), (9, 2, 32)], [(3, 3, 48), (0, 1, 0)], [(6, 3, 48), (0, 1, 0)]]
 
 
+def test_rows_name_their_source_and_targets_are_counted_by_it(two_sources: Data) -> None:
+    mixture = two_sources.train
+    layout: dict[str, Any] = {"global_batch_size": 11, "micro_batch_size": 3, "size": 3}
+    parts = [step_batches(mixture, TrainState(samples=5), rank=rank, **layout) for rank in range(3)]
+    counted = [0, 0]
+    for batch in (batch for part in parts for batch in part.micro_batches):
+        assert batch.sources is not None
+        sources = batch.sources.tolist()
+        assert sources == [mixture.locate(batch.first_sample + row)[0] for row in range(len(batch.ids))]
+        for source, targets in zip(sources, batch.targets.tolist(), strict=True):
+            counted[source] += sum(target != IGNORE for target in targets)
+    assert [sum(counts) for counts in zip(*(part.targets_by_source for part in parts), strict=True)] == counted
+    assert min(counted) > 0
+    alone = step_batches(Mixture(mixture.datasets[:1], [1.0]), TrainState(), rank=0, **layout)
+    assert alone.targets_by_source == ()
+    assert alone.micro_batches[0].sources is None
+
+
 class Swapped:
     """A dataset with two of its samples exchanged."""
 

@@ -141,7 +141,7 @@ def test_hits_are_counted_without_gradients_in_chunks_and_only_where_a_target_co
     targets[7:10] = IGNORE
     for chunk_elements in (None, 50 * 4):
         with torch.no_grad():
-            _, terms = summed_loss_terms(hidden, weight, targets, chunk_elements=chunk_elements)
+            _, terms, _ = summed_loss_terms(hidden, weight, targets, chunk_elements=chunk_elements)
         assert terms["hits"].item() == 20
     assert summed_loss_terms(hidden, weight, targets)[1] == {}
 

@@ -79,12 +79,18 @@ def write_run(root: Path) -> Path:
         for step in steps:
             values = {"loss": 5 - step / 40, "lr": 1e-3, "grad_norm": 1.0 if step != 70 else math.nan, "tokens": step * 100}
             values["tokens_per_second"] = 1000.0
+            values["sources"] = {"plays": {"loss": 4 - step / 40, "targets": 75}}
+            if step != 20:  # a step may have no sample of a source
+                values["sources"]["news"] = {"loss": 6 - step / 40, "targets": 25}
             values |= {"step_time": {"median_seconds": 1.0}, "slow": "rank 3 on n7: own_work 0.900 s, median 0.400 s"}
             seconds = {"start": 5.0, "train": float(step), "save": 1.0}
             rows.append({"kind": "train", "step": step, "incarnation": attempt, "seconds": seconds, **values})
     score = {"loss": 2.75, "perplexity": 15.6, "bits_per_byte": 1.234, "tokens": 900, "text_bytes": 2900}
     rows.append({"kind": "evaluate", "step": 100, "incarnation": 2, "sources": {"plays": score, "news": score}, **score})
     rows.append({"kind": "sample", "step": 100, "incarnation": 2, "prompt": "O ", "text": HOSTILE})
+    for step, status, message in ((80, "failed", "no space left"), (100, "written", "")):
+        export = {"of_step": step, "status": status, "message": message, "duration": 4.0}
+        rows.append({"kind": "export", "step": 100, "incarnation": 2, **export})
     rows.append({"kind": "done", "step": 100, "incarnation": 2})
     run_dir.mkdir(parents=True)
     lines = [format_row({"time": 1000.0 + i, **row}) for i, row in enumerate(rows)]
@@ -151,13 +157,19 @@ def test_the_page_is_whole_and_loads_nothing(report: Path) -> None:
     found = parse(report)
     assert (report.parent.name, report.name) == ("run", "report.html")
     assert [target for target in found.loads if not target.startswith("#")] == []
-    assert found.tags.count("svg") == 4
+    assert found.tags.count("svg") == 5
     data, library, charts = found.scripts
     assert library.startswith("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (library, charts)]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     assert f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed};" in found.policy
-    assert [chart["title"] for chart in json.loads(data)] == ["Loss", "Learning rate", "Gradient norm", "Throughput"]
+    by_title = {chart["title"]: chart for chart in json.loads(data)}
+    assert list(by_title) == ["Loss", "Training loss by source", "Learning rate", "Gradient norm", "Throughput"]
+    steps = [10, 20, 30, 40, *range(50, 101, 10)]
+    plays, news = by_title["Training loss by source"]["lines"]
+    assert (plays["label"], news["label"]) == ("plays", "news"), "the source with the most targets first"
+    assert (plays["step"], plays["y"]) == (steps, [4 - step / 40 for step in steps])
+    assert (news["step"], news["y"][0]) == ([step for step in steps if step != 20], 5.75)
     style = report.read_text()
     assert "url(http" not in style
     assert "@import" not in style
@@ -188,6 +200,8 @@ def test_what_the_page_says(report: Path) -> None:
     assert after("torn gzip") == "3"
     assert after("piqa") == "0.750 ± 0.217"
     assert "best: 2.7500" in texts
+    assert (after("written", -1), after("written")) == ("100", "4 s")
+    assert (after("failed", -1), after("failed", 2)) == ("80", "no space left")
     assert HOSTILE in texts
     assert "abcdef012345" in texts
     assert "abcdef012345 + starts/0002.diff" in texts
