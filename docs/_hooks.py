@@ -1,4 +1,4 @@
-"""Pages of the site that are made from the code: home (README), settings, commands, API, changelog, contributing."""
+"""Pages of the site that are made from the code: home (README), settings, commands, API, changelog, contributing, security."""
 
 import ast
 import html
@@ -15,7 +15,12 @@ from megagpt.config import Config, describe
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-COPIES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+COPIES = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+}
 """Pages of the site that are files of the project's root."""
 
 UNITS = {
