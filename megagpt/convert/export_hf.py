@@ -19,6 +19,7 @@ from megagpt.checkpoint.base_weights import read_model
 from megagpt.checkpoint.load_model import find_checkpoint
 from megagpt.checkpoint.on_disk import read_state
 from megagpt.checkpoint.partitions import index_of
+from megagpt.checkpoint.scores import validation_loss
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
 from megagpt.convert.compare_logits import STREAMED, Comparison, compare_models, import_transformers, open_reference
@@ -31,7 +32,7 @@ from megagpt.convert.tokenizers import export_tokenizer
 from megagpt.convert.weight_files import DTYPES, SLICE_ELEMENTS, Parameters, check_weights_written, write_weights
 from megagpt.distributed.world import utc_now
 from megagpt.engine.build import whole_shapes
-from megagpt.evaluate.results import read_results
+from megagpt.evaluate.results import measured_checkpoint, read_results
 from megagpt.files import sha256_file, write_json, write_text
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.settings_record import read_settings
@@ -182,17 +183,20 @@ def read_lineage(run_dir: Path, checkpoint: Path, state: Mapping[str, Any], toke
         manifest = Path(source["path"]) / "train" / "manifest.json"
         data[name] = {"weight": source.get("weight"), "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None}
     evaluation = run_dir / "evaluations" / f"{checkpoint.name}.json"
-    scores = (read_results(evaluation) or [{}])[-1]
+    manifest_sha256 = sha256_file(checkpoint / "manifest.json")
+    # Another course of the run may have had a checkpoint of the same step.
+    own = [found for found in read_results(evaluation) if measured_checkpoint(found) in (None, manifest_sha256)]
+    scores = (own or [{}])[-1]
     return {
         "checkpoint": checkpoint.name,
-        "manifest_sha256": sha256_file(checkpoint / "manifest.json"),
+        "manifest_sha256": manifest_sha256,
         "step": state["train_state"]["step"],
         "tokens": state["train_state"]["tokens"],
         "imported_from": state.get("imported_from"),
         "data_fingerprint": state.get("data_fingerprint") or None,
         "data": data,
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.fingerprint},
-        "validation_loss": state.get("validation_loss"),
+        "validation_loss": validation_loss(checkpoint),
         "scores": {key: scores[key] for key in ("loss", "perplexity", "bits_per_byte", "tasks") if scores.get(key)},
     }
 

@@ -26,6 +26,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return list(_read(path).values())
 
 
+def measured_checkpoint(result: dict[str, Any]) -> str | None:
+    """The sha256 of the manifest of the checkpoint that a result is of; None of release 0.1's, which do not say it."""
+    measured = result.get("measured")
+    return str(measured["checkpoint"]) if isinstance(measured, dict) and "checkpoint" in measured else None
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     value = read_json(path) if path.exists() else {"results": {}}
     return value.get("results", {"release 0.1": value})

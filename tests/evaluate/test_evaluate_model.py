@@ -461,6 +461,31 @@ def test_evaluate_run_writes_what_it_found(run_dir: Path, source: Path, tmp_path
     assert whole == written
 
 
+def test_whatever_differs_in_what_is_measured_is_a_result_of_its_own(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu")
+    config = EvaluateConfig(run_dir=write_run(tmp_path / "run", source, small_gpt()), device="cpu", max_samples=2)
+    task, asked = tmp_path / "t.jsonl", tmp_path / "e.jsonl"
+    task.write_text('{"context": "a", "continuation": "b"}\n')
+    asked.write_text('{"prompt": "fox", "answer": "x"}\n')
+    changes: list[dict[str, Any]] = [
+        {},
+        {"max_samples": 3},
+        {"tasks": {"t": task}},
+        {"tasks": {"t": task}, "max_samples": 3},
+        {"exercises": {"e": asked}, "answer_tokens": 4},
+        {"exercises": {"e": asked}, "answer_tokens": 5},
+        {"exercises": {"e": asked}, "answer_tokens": 5, "answer_stop": ("o",)},
+        {"shards": {"other": source / "validation"}},
+    ]
+    for _ in range(2):
+        found = [evaluate_run(config.model_copy(update=changed)) for changed in changes]
+    assert len(read_results(found[0].path)) == len(changes)
+    for path, (key, number) in ((task, ("tasks", 2)), (asked, ("exercises", 5))):
+        path.write_text(path.read_text() * 2)  # the same name
+        evaluate_run(config.model_copy(update=changes[number]))
+        assert len(read_results(found[0].path)) == len(changes) + ["tasks", "exercises"].index(key) + 1
+
+
 def test_the_tools_run_on_the_checkpoint(run_dir: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import evaluate_model
     import generate_text

@@ -150,6 +150,8 @@ def test_the_harness_scores_as_our_own_tasks_do_on_one_and_two_ranks(
     first, second = run_ranks(evaluated, 2, tmp_path, folder, "run", names)
     assert first == second == alone
     assert len(read_results(alone.path)) == 1
+    evaluated(lone_world(torch.device("cpu")), folder, "run", ("choices",))
+    assert len(read_results(alone.path)) == 2, "other tasks of the harness are another measurement"
 
 
 @pytest.mark.slow
