@@ -169,3 +169,18 @@ def test_tools_are_not_imported_by_the_library() -> None:
     tools = {path.stem for path in (PROJECT / "tools").glob("*.py")} | {"tools"}
     for name, path in MODULES.items():
         assert not {full.split(".")[0] for full in imported_names(path)} & tools, f"megagpt.{name} imports a tool"
+
+
+TESTS_OF_BENCH = "tests/test_benchmarks.py"
+
+
+@pytest.mark.parametrize("folder", ["megagpt", "tools", "bench", "tests"])
+def test_nothing_imports_bench_or_tests(folder: str) -> None:
+    """Shared code is in the library; a benchmark and a test stand alone, but for the test of the benchmarks themselves."""
+    of_tests = {path.stem for path in (PROJECT / "tests").rglob("*.py")} | {"tests"}
+    for path in sorted((PROJECT / folder).rglob("*.py")):
+        name = str(path.relative_to(PROJECT))
+        refused = set() if folder == "tests" else of_tests
+        refused |= set() if folder == "bench" or name == TESTS_OF_BENCH else {"bench"}
+        found = {full.split(".")[0] for full in imported_names(path)} & refused
+        assert not found, f"{name} imports {sorted(found)}"

@@ -4,14 +4,14 @@ import re
 import time
 
 import pytest
+from patterns import MAX_RATIO, ONLY_MATCHED, growth, patterns
 
-from bench.patterns import MAX_RATIO, ONLY_MATCHED, growth, patterns
 from megagpt.corpus.text.words import split_words
 
 
 @pytest.mark.slow
 def test_every_pattern_is_linear() -> None:
-    """Measured one after the other: bench/patterns.py prints which family a failing one grows on."""
+    """Measured one after the other: tests/soak/patterns.py prints which family a failing one grows on."""
     found = patterns()
     assert len(found) > 100
     assert found.keys() >= ONLY_MATCHED

@@ -20,7 +20,6 @@ Medians; GB = 1e9 bytes of state. Ratios hold between methods of one row, which 
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,20 +30,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
-
-from ranks import run_ranks  # noqa: E402
-
-from megagpt.checkpoint import save_load as checkpoint  # noqa: E402
-from megagpt.checkpoint.ownership import take_ownership  # noqa: E402
-from megagpt.data.state import TrainState  # noqa: E402
-from megagpt.distributed.world import World  # noqa: E402
-from megagpt.engine.build import build_engine  # noqa: E402
-from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig  # noqa: E402
-from megagpt.engine.optim import OptimConfig  # noqa: E402
-from megagpt.measurement import spread, write_results  # noqa: E402
-from megagpt.model.gpt import ModelConfig  # noqa: E402
+from bench.ranks import run_ranks
+from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.ownership import take_ownership
+from megagpt.data.state import TrainState
+from megagpt.distributed.world import World
+from megagpt.engine.build import build_engine
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig
+from megagpt.engine.optim import OptimConfig
+from megagpt.measurement import spread, write_results
+from megagpt.model.gpt import ModelConfig
 
 SIZE = 2
 MODELS = {
@@ -247,7 +242,7 @@ def main() -> None:
                 folder = Path(name)
                 (folder / "saves").mkdir()
                 words = (folder / "saves", MODELS[size], engine, arguments.repetitions)
-                found = run_ranks(measure, SIZE, folder / "ranks", *words, timeout_seconds=3600)[0]
+                found = run_ranks(measure, SIZE, *words)[0]
             rows += rows_of(size, engine, found)
     about = " ".join((__doc__ or "").split("\n\n", 2)[2].split())
     results = {"about": about, "ranks": SIZE, "rows": rows, "lost": lost(rows)}

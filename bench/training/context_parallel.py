@@ -13,31 +13,25 @@ attends under a mask of its own instead of the plain causal one.
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
-
-from ranks import run_ranks  # noqa: E402
-
-from megagpt.distributed.mesh import with_context_parallel  # noqa: E402
-from megagpt.distributed.world import World  # noqa: E402
-from megagpt.engine.build import build_engine, draw_weights  # noqa: E402
-from megagpt.engine.config import FSDPConfig  # noqa: E402
-from megagpt.engine.optim import OptimConfig  # noqa: E402
-from megagpt.measurement import write_results  # noqa: E402
-from megagpt.model.context_parallel import ContextParallel, ContextParallelMethod  # noqa: E402
-from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402
-from megagpt.plan.communication import step_traffic  # noqa: E402
-from megagpt.plan.measured import CollectiveCounter  # noqa: E402
-from megagpt.plan.timeline import Job  # noqa: E402
+from bench.ranks import run_ranks
+from megagpt.distributed.mesh import with_context_parallel
+from megagpt.distributed.world import World
+from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.config import FSDPConfig
+from megagpt.engine.optim import OptimConfig
+from megagpt.measurement import write_results
+from megagpt.model.context_parallel import ContextParallel, ContextParallelMethod
+from megagpt.model.gpt import GPT, ModelConfig, initialise
+from megagpt.plan.communication import step_traffic
+from megagpt.plan.measured import CollectiveCounter
+from megagpt.plan.timeline import Job
 
 RANKS, STEPS = 4, 4
 MODEL = ModelConfig(vocab_size=512, seq_len=2048, num_layers=4, num_heads=8, num_kv_heads=2, hidden_size=256)
@@ -50,8 +44,7 @@ CELLS: tuple[tuple[int, ContextParallelMethod], ...] = (
 def main(words: Sequence[str]) -> None:
     """Measure, print and write the table."""
     short = "short=true" in words
-    with tempfile.TemporaryDirectory() as folder:
-        found = run_ranks(measure, RANKS, Path(folder), TINY if short else MODEL, timeout_seconds=1800)
+    found = run_ranks(measure, RANKS, TINY if short else MODEL)
     rows: list[dict[str, Any]] = []
     for number, (size, method) in enumerate(CELLS):
         by_rank = [results[number] for results in found]

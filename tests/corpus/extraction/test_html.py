@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from selectolax.lexbor import LexborHTMLParser
 
-from bench.data.extraction import body_pages, score_bodies, score_segments
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.element_names import STRONG
 from megagpt.corpus.extraction.extract_documents import read_outcomes
@@ -26,6 +25,7 @@ from megagpt.corpus.extraction.page_lines import (
     read_page,
     words,
 )
+from megagpt.corpus.extraction.scores import body_pages, score_bodies, score_segments
 from megagpt.corpus.extraction.wiki_pages import wiki_outcomes
 from megagpt.corpus.extraction.wikitext import is_redirect, wikitext_to_text
 from megagpt.corpus.runner.blocks import Block

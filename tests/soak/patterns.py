@@ -1,4 +1,4 @@
-"""How the time of every regular expression of megagpt grows with its input: python bench/patterns.py
+"""How the time of every regular expression of megagpt grows with its input: python tests/soak/patterns.py
 
 For each pattern, hostile texts are derived from its own parse tree: what may stand before a repetition, then what the
 repetition takes, many times, then something that fits nowhere; and the beginning of the pattern many times. A pattern whose
@@ -10,6 +10,7 @@ import argparse
 import ast
 import importlib
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,9 +18,11 @@ from re import _constants as constants  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
-from megagpt.measurement import write_results
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT)]
 
-PROJECT = Path(__file__).resolve().parent.parent
+from megagpt.measurement import write_results  # noqa: E402
+
 SMALL, FACTOR, MAX_RATIO = 1_500, 8, 20.0
 MEASURABLE_SECONDS = 0.01
 """Below this time at the larger size a growth is noise, and harms nobody: a quadratic pattern takes 0.2 s there."""
