@@ -3,7 +3,7 @@
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -25,6 +25,12 @@ JsonValue: TypeAlias = Any
 """What JSON can hold; spelled Any because a recursive alias helps no reader."""
 IGNORE = -100
 """A target without a loss, as torch's cross_entropy has it by default."""
+
+
+def check_classes(names: Sequence[str]) -> None:
+    """Raise ValueError unless names of classes are none, or at least two different ones that are not empty."""
+    if len(names) == 1 or len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ValueError(f"classes={list(names)}: at least two different names are expected")
 
 
 @dataclass(frozen=True, slots=True)

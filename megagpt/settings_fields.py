@@ -27,7 +27,7 @@ LATER: dict[str, dict[str, Any]] = {
     "ExtractConfig": {"comments": "drop", "markup": "text"},
     "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
-    "ModelConfig": {"head_size": None, "qkv_bias": False, "label_smoothing": 0.0},
+    "ModelConfig": {"head_size": None, "qkv_bias": False, "label_smoothing": 0.0, "classes": []},
     "MonitorConfig": {
         "tensorboard": False,
         "prometheus_port": None,
@@ -43,6 +43,7 @@ LATER: dict[str, dict[str, Any]] = {
         "prompt": None,
         "system": None,
         "labels": {},
+        "classes": [],
         "template": "chatml",
         "special_tokens": [],
         "end_tokens": [],

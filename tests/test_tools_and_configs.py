@@ -258,7 +258,7 @@ def test_configs_are_there() -> None:
             f"configs/train/{name}.yaml"
             for name in ("debug_cpu", "shakespeare_cpu", "gpt_124m", "gpt_1b3", "gpt_7b", "gpt_13b")
         ),
-        *(f"configs/finetune/{name}.yaml" for name in ("chat", "summarize", "lora")),
+        *(f"configs/finetune/{name}.yaml" for name in ("chat", "summarize", "lora", "classify")),
     }
     assert expected <= set(CONFIGS)
 

@@ -18,7 +18,7 @@ from megagpt.distributed.world import World
 from megagpt.engine.base import Engine, Partition
 from megagpt.files import sha256_file
 from megagpt.model.gpt import GPT, ModelConfig
-from megagpt.model.tune import LORA_A, LORA_B, TuneConfig, is_adapter, merged
+from megagpt.model.tune import CLASS_HEAD, LORA_A, LORA_B, TuneConfig, is_adapter, merged
 from megagpt.settings_record import read_settings
 
 
@@ -53,6 +53,8 @@ def load_base(path: Path, rows: NewRows | None, engine: Engine, world: World, *,
     if not frozen_only:
         partitions |= {k: p for k, p in engine.state().items() if k.startswith("param.") and not is_adapter(k)}
     index = world.broadcast(index_of(path) if world.rank == 0 else None)
+    if f"param.{CLASS_HEAD}" not in index:
+        partitions.pop(f"param.{CLASS_HEAD}", None)  # it begins as drawn
     if rows is None:
         read_partitions(path, partitions, world, index)
     else:
@@ -76,12 +78,12 @@ def read_model(path: Path, config: ModelConfig) -> GPT:
     problems = verify(base)
     if problems:
         raise CheckpointError("; ".join(problems))
-    base_index, rows = index_of(base), record["new_rows"]
+    base_index, index, rows = index_of(base), index_of(path), record["new_rows"]
+    of_base = {key: partition for key, partition in partitions.items() if key != f"param.{CLASS_HEAD}" or key not in index}
     if rows is None:
-        read_partitions(base, partitions, index=base_index)
+        read_partitions(base, of_base, index=base_index)
     else:
-        read_with_new_rows(base, partitions, NewRows(**rows), None, base_index)
-    index = index_of(path)
+        read_with_new_rows(base, of_base, NewRows(**rows), None, base_index)
     read_partitions(path, {key: partition for key, partition in partitions.items() if key in index}, index=index)
     tune = read_settings(TuneConfig, saved["config"]["tune"], source=str(path / "state.json"))
     if tune.lora is not None:

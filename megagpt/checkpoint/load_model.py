@@ -30,17 +30,28 @@ class LoadedModel:
     path: Path
 
 
-def load_model(run_dir: Path, step: int | Literal["last", "best"] = "last", device: str = "cpu") -> LoadedModel:
+def load_model(
+    run_dir: Path, step: int | Literal["last", "best"] = "last", device: str = "cpu", *, classifier: bool = False
+) -> LoadedModel:
     """The weights of a run's newest good, best, or named checkpoint as a plain fp32 GPT in evaluation mode.
 
-    Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
+    Raises UserError if the run or the step is not there or, unless `classifier` is true, the model is one, which gives no text;
+    CheckpointError if no such checkpoint is good.
     """
     path = find_checkpoint(run_dir, step)
     saved = read_state(path, of_model=True)
     config = read_settings(ModelConfig, saved["model"], source=str(path / "state.json"))
+    if not classifier:
+        refuse_classifier(config, path)
     model = read_model(path, config)
     tokenizer = tokenizer_of(run_dir, saved.get("tokenizer_sha256"))
     return LoadedModel(model.to(device).eval(), config, tokenizer, step_of(path), saved["config"], path)
+
+
+def refuse_classifier(config: ModelConfig, path: Path, what: str = "a language model is needed") -> None:
+    """Raise UserError, with what it is wanted for, if the checkpoint at `path` is of a classifier."""
+    if config.classes:
+        raise UserError(f"{path}: is a classifier of {list(config.classes)} (model.classes), which gives no text: {what}")
 
 
 def find_checkpoint(run_dir: Path, step: int | Literal["last", "best"] = "last") -> Path:

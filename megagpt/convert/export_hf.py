@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megagpt.checkpoint.base_weights import read_model
-from megagpt.checkpoint.load_model import find_checkpoint
+from megagpt.checkpoint.load_model import find_checkpoint, refuse_classifier
 from megagpt.checkpoint.on_disk import read_state
 from megagpt.checkpoint.partitions import index_of
 from megagpt.checkpoint.scores import validation_loss
@@ -75,6 +75,9 @@ def export_model(config: ExportConfig) -> Path:
     if config.format != "transformers" and config.dtype == "bf16":
         raise UserError(f"dtype=bf16: format={config.format} is fp32")
     checkpoint = find_checkpoint(config.run_dir, config.step)
+    state = read_state(checkpoint, of_model=True)
+    model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
+    refuse_classifier(model_config, checkpoint, "exports are of language models")
     if config.adapter_only:
         if config.format != "transformers":
             raise UserError(f"format={config.format} with adapter_only=true: adapters are written in peft's format only")
@@ -83,8 +86,6 @@ def export_model(config: ExportConfig) -> Path:
         return config.output_dir
     if config.format == "transformers":
         import_transformers()
-    state = read_state(checkpoint, of_model=True)
-    model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
     tokenizer = tokenizer_of(config.run_dir, state.get("tokenizer_sha256"))
     if config.format != "transformers":
         from megagpt.convert.export_graph import write_graph_export

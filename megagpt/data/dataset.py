@@ -153,8 +153,10 @@ class TokenDataset:
         number = bisect.bisect_right(self._starts, start) - 1
         shard, offset = self._shard(number), start - self._starts[number]
         inputs = shard.read(offset, self.seq_len).astype(np.int64)
-        targets = np.full(self.seq_len, IGNORE)
-        targets[:-1] = np.where(shard.targets(offset, self.seq_len)[1:], inputs[1:], IGNORE)
+        targets, is_target = np.full(self.seq_len, IGNORE), shard.targets(offset, self.seq_len)
+        targets[:-1] = np.where(is_target[1:], inputs[1:], IGNORE)
+        if self.manifest.classes:
+            inputs[is_target] = self.manifest.eot_id  # a number of a class is no token
         if number not in self._offsets:
             self._offsets[number] = shard.document_offsets()
         offsets = self._offsets[number]

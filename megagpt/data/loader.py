@@ -103,7 +103,8 @@ def eval_batches(
     token_lengths: np.ndarray | None = None,
 ) -> Iterator[MicroBatch]:
     """Windows of a split in order, without overlap, dealt to ranks as `step_batches` does; each token but the first is a target
-    once. With `token_lengths` (tokenizer.token_lengths) num_bytes is exactly the text that the targets stand for.
+    once. With `token_lengths` (tokenizer.token_lengths) num_bytes is exactly the text that the targets stand for; classes
+    stand for none.
     """
     windows = dataset.num_windows() if max_samples is None else min(max_samples, dataset.num_windows())
     groups = [range(i, min(i + micro_batch_size, windows)) for i in range(0, windows, micro_batch_size)]
@@ -113,7 +114,7 @@ def eval_batches(
             yield _empty(dataset.seq_len, 0, document_mask)
             continue
         batch = _collate(samples, groups[number][0], document_mask)
-        if token_lengths is not None:
+        if token_lengths is not None and not dataset.manifest.classes:
             targets = batch.targets.numpy()
             batch = replace(batch, num_bytes=int(token_lengths[targets[targets != IGNORE]].sum()))
         yield batch

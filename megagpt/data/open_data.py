@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +107,16 @@ def refuse_rows_that_see_each_other(dataset: TokenDataset, *, document_mask: boo
         raise UserError(
             f"data.document_mask=false: {dataset.directory} has several rows in a sample, which would see each other: "
             "set data.document_mask=true, or tokenize with supervised.padding=padded"
+        )
+
+
+def refuse_other_classes(dataset: TokenDataset, classes: Sequence[str]) -> None:
+    """Raise UserError unless the targets of a split are what a model with these classes (none: a language model) scores."""
+    if tuple(classes) != dataset.manifest.classes:
+        theirs = list(dataset.manifest.classes) if dataset.manifest.classes else "no classes, its targets are tokens"
+        raise UserError(
+            f"model.classes={list(classes)}: {dataset.directory} has {theirs} (tokenize.supervised.classes): both have to be "
+            "the same names in the same order"
         )
 
 

@@ -3,7 +3,8 @@
 A split is one folder: `manifest.json`, and per shard `<name>.bin` (little-endian tokens, no header), `<name>.idx` (Megatron's
 index, byte for byte) and `<name>.docs.parquet` (one row per document: id, url, source, tokens, bytes). Every document ends with
 the end-of-text token, which counts as one of its tokens. The manifest is written last, so a folder without one is unfinished.
-Rows of fine-tuning data have `<name>.mask` besides: one bit per token, lowest first, 1 = a target (Manifest.supervised).
+Rows of fine-tuning data have `<name>.mask` besides: one bit per token, lowest first, 1 = a target (Manifest.supervised). Where
+rows are texts of a classifier, the number of its class ends each in the place of the end of text (Manifest.classes).
 
 Opening a split checks the manifest and the size of every file. A shard's index is checked when the shard is first touched, and
 each 4 MiB block of tokens (xxh3) when it is first read: nothing is read before it is needed, and nothing unverified is used.
@@ -29,8 +30,9 @@ BLOCK_BYTES = 4 << 20
 MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX"
 HEADER_BYTES = 34
 DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-FORMAT, SUPERVISED_FORMAT = 1, 2
-"""Versions of manifest.json; the second has masks, which a release that knows the first one only would leave out."""
+FORMAT, SUPERVISED_FORMAT, CLASSES_FORMAT = 1, 2, 3
+"""Versions of manifest.json; the second has masks, which a release that knows the first one only would leave out, and in the
+third the targets are numbers of classes."""
 INDEX_HASH_BYTES = 64 << 20
 """An index up to this size is hashed when its shard is first touched; a larger one by `verify_shard` (header, size always)."""
 
@@ -82,6 +84,8 @@ class Manifest:
     """Documents were placed so that samples of this many tokens cut few of them; None: they were not."""
     supervised: Literal["packed", "padded"] | None = None
     """Rows of fine-tuning data with masks, in samples of pack_seq_len tokens: several in one, or one. None: documents."""
+    classes: tuple[str, ...] = ()
+    """Names of classes: the one target of each row stands in the place of its end of text and is the number of its class."""
 
     @property
     def tokens(self) -> int:
@@ -107,6 +111,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def manifest_json(manifest: Manifest) -> dict[str, Any]:
     """A manifest as JSON; what only rows of fine-tuning data have is absent from others, which stay as they were."""
     value = asdict(manifest)
+    if not manifest.classes:
+        del value["classes"]
     if manifest.supervised is None:
         del value["supervised"]
         later = ("targets", "mask_bytes", "mask_sha256")
@@ -137,10 +143,11 @@ def parse_manifest(path: Path) -> Manifest:
     except UserError as error:
         raise ShardError(str(error)) from None
     try:
-        if values["format"] not in (FORMAT, SUPERVISED_FORMAT):
-            known = f"this version reads formats {FORMAT} and {SUPERVISED_FORMAT}"
+        if values["format"] not in (FORMAT, SUPERVISED_FORMAT, CLASSES_FORMAT):
+            known = f"this version reads formats {FORMAT} to {CLASSES_FORMAT}"
             raise ShardError(f"{path}: format={values['format']}, {known}")
-        manifest = Manifest(**{**values, "shards": tuple(ShardInfo(**shard) for shard in values["shards"])})
+        shards, classes = tuple(ShardInfo(**shard) for shard in values["shards"]), tuple(values.get("classes", ()))
+        manifest = Manifest(**{**values, "shards": shards, "classes": classes})
         np.dtype(manifest.dtype)
     except (KeyError, TypeError) as error:
         raise ShardError(f"{path}: not a shard manifest ({error})") from None

@@ -49,7 +49,7 @@ def build_engine(
         if world.cp_size > 1:
             method = engine.context_parallel_method
             model.context_parallel = ContextParallel(method, world.cp_rank, world.cp_size, world.cp_group)
-        model.head.compile_loss = compile_blocks
+        model.last_layer.compile_loss = compile_blocks
         for block in model.blocks if compile_blocks else ():
             block.compile()
         return model

@@ -84,7 +84,7 @@ class DeepSpeedEngine(Steps):
         create_states(self._torch_optimizer, self._kinds.items())
         if isinstance(optimizer, DealtMatrices):
             optimizer.deal(self._held_matrices(optim.kind), world)
-        self.formats = watch_formats(module.head, self._torch_optimizer)
+        self.formats = watch_formats(module.last_layer, self._torch_optimizer)
         self.formats["reductions"] = name_of(self._deepspeed.communication_data_type)
         self._canonical = _CanonicalZero1(self._zero, module, self._flat_partitions(), world) if canonical else None
         if self._canonical is not None:

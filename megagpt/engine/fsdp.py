@@ -66,7 +66,7 @@ class FSDPEngine(Steps):
             self._units = [fully_shard(b, reshard_after_forward=config.reshard_after_forward, **options) for b in module.blocks]
             self._units.append(fully_shard(module, reshard_after_forward=False, **options))
         module.to_empty(device="cpu" if config.cpu_offload else world.device)
-        if not self._shards and module.config.tied_head:
+        if not self._shards and module.config.tied_head and not module.config.classes:
             module.head.weight = module.embedding.weight  # which to_empty parts, but for sharded parameters
         cast = precision == "bf16" and not self._shards
         self.model: Callable[..., Tensor] = computing_in_bf16(module) if cast else module
@@ -76,7 +76,7 @@ class FSDPEngine(Steps):
         groups = self._optimizer.param_groups
         self._kinds = {parameter: group["kind"] for group in groups for parameter in group["params"]}
         create_states(self._optimizer, self._kinds.items())
-        self.formats = watch_formats(module.head, self._optimizer)
+        self.formats = watch_formats(module.last_layer, self._optimizer)
         self.formats["reductions"] = name_of(options["mp_policy"].reduce_dtype)
         self._sums: list[OrderedReduceScatter] = []
         self._canonical = canonical

@@ -11,10 +11,11 @@ from pydantic import Field
 from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import Config, UserError
 from megagpt.data.dataset import TokenDataset
-from megagpt.data.open_data import DataConfig, refuse_rows_that_see_each_other
+from megagpt.data.open_data import DataConfig, refuse_other_classes, refuse_rows_that_see_each_other
 from megagpt.distributed.world import World, lone_world, pick_device
 from megagpt.documents import IGNORE
 from megagpt.evaluate.answers import Journal
+from megagpt.evaluate.classes import describe_classes
 from megagpt.evaluate.generated_answers import AnswerRequest, generate_answers, read_exercises
 from megagpt.evaluate.harness import HarnessTask, evaluate_harness, import_harness, open_adapter
 from megagpt.evaluate.likelihood import text_scorer
@@ -92,7 +93,7 @@ def evaluate_run(config: EvaluateConfig, world: World | None = None) -> Evaluati
     exercises = read_files("exercises", config.exercises, read_exercises, config.max_samples)
     if config.harness:
         import_harness(offline=config.harness_folder is not None)
-    loaded = load_model(config.run_dir, config.step, device=str(world.device))
+    loaded = load_model(config.run_dir, config.step, device=str(world.device), classifier=not _has_more(config))
     data_config = _data_config(config, loaded)
     datasets = _datasets(config, loaded, data_config) if data_config is not None else {}
     sources = evaluate_sources(
@@ -167,7 +168,12 @@ def _more_measured(config: EvaluateConfig, harness: dict[str, HarnessTask]) -> d
 def to_json(result: Evaluation, config: EvaluateConfig) -> dict[str, Any]:
     """An evaluation as it is written to disk."""
     sources = {
-        name: {**score.summary(), "unigram_entropy": result.unigram_entropies[name]} for name, score in result.sources.items()
+        name: {
+            **score.summary(),
+            "unigram_entropy": result.unigram_entropies[name],
+            **({"scores": score.class_scores()} if score.classes else {}),
+        }
+        for name, score in result.sources.items()
     }
     tasks = {name: asdict(task) for name, task in result.tasks.items()}
     total = {} if result.total is None else result.total.summary()
@@ -187,8 +193,9 @@ def describe(result: Evaluation) -> str:
         beaten = "" if entropy is None else f"  (unigram entropy {entropy:.4f})"
         lines.append(
             f"  {name:<20} loss {score.loss:.4f}{beaten}  perplexity {score.perplexity:.4g}{bits}  "
-            f"accuracy {score.accuracy:.4f}  tokens {score.tokens:,}"
+            f"accuracy {score.accuracy:.4f}  {'rows' if score.classes else 'tokens'} {score.tokens:,}"
         )
+        lines += describe_classes(score.class_scores())
     for name, task in result.tasks.items():
         by_length = f"per character {task.accuracy_per_character:.3f}, per byte {task.accuracy_per_byte:.3f}"
         lines.append(
@@ -258,6 +265,7 @@ def _datasets(config: EvaluateConfig, loaded: LoadedModel, data_config: DataConf
     options = {"seq_len": data_config.seq_len, "document_end_loss": data_config.document_end_loss}
     datasets = {name: TokenDataset(path, **options) for name, path in folders.items()}
     for dataset in datasets.values():
+        refuse_other_classes(dataset, loaded.model_config.classes)
         refuse_rows_that_see_each_other(dataset, document_mask=data_config.document_mask)
         if not _means_the_same(dataset, loaded.tokenizer):
             raise UserError(

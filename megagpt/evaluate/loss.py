@@ -15,6 +15,7 @@ from megagpt.config import Failure, UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.loader import MicroBatch, eval_batches
 from megagpt.distributed.world import World
+from megagpt.evaluate.classes import class_scores
 from megagpt.files import sha256_file
 from megagpt.model.gpt import GPT
 from megagpt.tokenizer.base import Tokenizer, token_lengths
@@ -31,7 +32,11 @@ class Score:
     text_bytes: int
     """UTF-8 bytes of the text that the targets stand for (end-of-text tokens stand for none)."""
     hits: int
-    """Targets that were the likeliest token."""
+    """Targets that were the likeliest token, or class."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Of a classifier: rows by right class (row) and likeliest class (column)."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes; a target is then a row's class."""
 
     @property
     def loss(self) -> float:
@@ -57,6 +62,10 @@ class Score:
         """loss, perplexity, bits_per_byte, accuracy, tokens, text_bytes: as metrics.jsonl and the tool's result have them."""
         names = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "text_bytes")
         return {name: getattr(self, name) for name in names}
+
+    def class_scores(self) -> dict[str, dict[str, float]]:
+        """Accuracy, precision, recall and F1 (see evaluate/classes.py); {} of a language model."""
+        return class_scores(self.confusion, self.classes) if self.confusion else {}
 
 
 def evaluate_sources(
@@ -100,14 +109,20 @@ def evaluate(model: Callable[..., Tensor], module: GPT, batches: Iterable[MicroB
     """
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     hits = torch.zeros((), dtype=torch.int64, device=world.device)
+    classes = module.config.classes
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
     tokens = text_bytes = 0
     for batch in _together(batches, world):
         lengths = None if batch.doc_lengths is None else batch.doc_lengths.to(world.device)
         nats += model(batch.ids.to(world.device), batch.targets.to(world.device), lengths)
-        hits += module.loss_terms()["hits"]
+        terms = module.loss_terms()
+        hits += terms["hits"]
+        if classes:
+            confusion += terms["confusion"]
         tokens, text_bytes = tokens + batch.num_targets, text_bytes + batch.num_bytes
     # The nats and hits are of this rank's part of the tokens.
-    sums = (float(nats), world.counts * tokens, world.counts * text_bytes, int(hits))
+    counts = tuple(tuple(row) for row in confusion.tolist())
+    sums = (float(nats), world.counts * tokens, world.counts * text_bytes, int(hits), counts, classes)
     return combine(Score(*parts) for parts in world.gather(sums))
 
 
@@ -143,11 +158,14 @@ def validation_set(datasets: Mapping[str, TokenDataset], *, max_samples: int | N
 def combine(scores: Iterable[Score]) -> Score:
     """The score of several texts together: sums, so each token counts the same."""
     scores = list(scores)
+    confusions = [score.confusion for score in scores]
     return Score(
         math.fsum(score.nats for score in scores),
         sum(score.tokens for score in scores),
         sum(score.text_bytes for score in scores),
         sum(score.hits for score in scores),
+        tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*confusions, strict=True)),
+        scores[0].classes if scores else (),
     )
 
 

@@ -66,7 +66,7 @@ def flops_per_token(
     projections = 2 * config.hidden_size * (2 * query_width + 2 * kv_width)
     mlp_out = 2 * config.hidden_size * config.mlp_width
     mlp = mlp_out * (3 if config.family == "llama" else 2)
-    head = 2 * config.hidden_size * config.vocab_size
+    head = 2 * config.hidden_size * (len(config.classes) or config.vocab_size)
     attention = 2 * 2 * length * query_width
     block = projections + mlp + attention
     repeats = checkpoint_every and not checkpoint_selectively

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from megagpt.config import Config
+from megagpt.documents import IGNORE, check_classes
 from megagpt.model.attention import Mask, attend, attention_mask
 from megagpt.model.cache import Cache, KeyValues, ragged_mask
 from megagpt.model.context_parallel import ContextParallel, GroupMask, attend_in_group
@@ -68,9 +69,13 @@ class ModelConfig(Config):
     """Weight of logsumexp(logits)^2 in the training loss (arXiv 2204.02311); 0 = none."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of a target that is spread evenly over the vocabulary in the training loss (arXiv 1512.00567); 0 = none."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes of a sequence classifier: its last layer scores them instead of the vocabulary, at the last token of
+    each row (rows of tokenize.supervised.classes). Empty = a language model."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
+        check_classes(self.classes)
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         if self.num_heads % self.kv_heads:
@@ -180,7 +185,11 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Final projection onto the vocabulary: logits, or with targets the summed loss without ever holding the logits."""
+    """Final projection onto the vocabulary, or onto classes: logits, or with targets the summed loss without ever holding the
+    logits."""
+
+    counts_confusion = False
+    """Whether forwards with targets and without gradient also count `confusion` (see GPT.loss_terms)."""
 
     compile_loss = False
     chunk_elements: int | None = None
@@ -206,7 +215,17 @@ class Head(nn.Linear):
             chunk_elements=self.chunk_elements,
         )
         self.token_losses = token_losses.view(x_btd.shape[:2])
+        if self.counts_confusion and not torch.is_grad_enabled():
+            self.loss_terms = {**self.loss_terms, "confusion": confusion(F.linear(x_btd, self.weight), targets)}
         return total
+
+
+def confusion(logits_btc: Tensor, targets_bt: Tensor) -> Tensor:
+    """[C, C] int64: how many targets of each class (row) have which class as the likeliest (column); IGNORE counts nowhere."""
+    num_classes = logits_btc.shape[-1]
+    is_target = targets_bt != IGNORE
+    pairs = targets_bt[is_target] * num_classes + logits_btc.argmax(dim=-1)[is_target]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 class GPT(nn.Module):
@@ -229,6 +248,10 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = _norm_of(config)()
+        if config.classes:
+            self.score = Head(config.hidden_size, len(config.classes), bias=False)
+            self.score.counts_confusion = True
+            return
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
@@ -241,7 +264,8 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         first_slot: int = 0,
     ) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = no loss) the SUMMED loss, an fp32 scalar in nats.
+        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = no loss) the SUMMED loss, an fp32 scalar in nats. Of a
+        classifier the logits are those of its classes, and targets are numbers of classes, given where a row is scored.
 
         doc_lengths [B, documents], zero-padded, each row summing to T: attention then does not cross documents, and learned
         positions count from the start of each.
@@ -290,19 +314,25 @@ class GPT(nn.Module):
             cache.advance(first_slot, len(ids), length)
             x_btd = x_btd[:, -1:]
         if not self.training:
-            return self.head(self.norm(x_btd), targets)
-        return self.head(self.norm(x_btd), targets, self.config.z_loss, self.config.label_smoothing)
+            return self.last_layer(self.norm(x_btd), targets)
+        return self.last_layer(self.norm(x_btd), targets, self.config.z_loss, self.config.label_smoothing)
+
+    @property
+    def last_layer(self) -> Head:
+        """What makes the logits: `head`, or of a classifier `score`."""
+        return self.score if self.config.classes else self.head
 
     def loss_terms(self) -> dict[str, Tensor]:
         """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats and what training
-        adds to it (`z_loss`, `label_smoothing`), {} where it was the loss alone; under no_grad also `hits` (see loss.py)."""
-        return dict(self.head.loss_terms)
+        adds to it (`z_loss`, `label_smoothing`), {} where it was the loss alone; under no_grad also `hits` (see loss.py), and
+        of a classifier `confusion`, [C, C]: targets by class (row) and likeliest class (column)."""
+        return dict(self.last_layer.loss_terms)
 
     def sample_losses(self) -> Tensor:
         """Of the last forward with targets: each sample's summed loss, [B] fp64 in nats, without gradient; with context
         parallelism that of this rank's tokens of it."""
-        assert self.head.token_losses is not None
-        return self.head.token_losses.double().sum(1)
+        assert self.last_layer.token_losses is not None
+        return self.last_layer.token_losses.double().sum(1)
 
     def new_cache(self, num_slots: int, max_tokens: int | None = None) -> Cache:
         """An empty cache for `forward(..., cache=)`, for that many sequences of `max_tokens` (None = seq_len) each."""

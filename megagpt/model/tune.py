@@ -18,6 +18,8 @@ from megagpt.config import Config, UserError
 from megagpt.model.gpt import GPT
 
 LORA_A, LORA_B = "lora_a", "lora_b"
+CLASS_HEAD = "score.weight"
+"""The last layer of a classifier, which is always trained: a model to begin with need not have one."""
 
 
 class LoraConfig(Config):
@@ -40,7 +42,8 @@ class TuneConfig(Config):
     """What is trained; without a setting everything is."""
 
     freeze: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are: embedding.*, blocks.*.mlp.*. Frozen weights have no optimizer states."""
+    """Patterns of parameters that stay as they are: embedding.*, blocks.*.mlp.*. Frozen weights have no optimizer states. The
+    last layer of a classifier is trained all the same, so * leaves that alone."""
     freeze_blocks: int = Field(default=0, ge=0)
     """The embeddings and the first n blocks stay as they are."""
     lora: LoraConfig | None = None
@@ -122,7 +125,7 @@ def _ends_with(name: str, pattern: str) -> bool:
 
 
 def _frozen(model: GPT, tune: TuneConfig) -> Iterator[str]:
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters() if name != CLASS_HEAD]
     if tune.lora is not None:
         _refuse_without_match("tune.lora.also_train", tune.lora.also_train, names)
         trained = tune.lora.also_train

@@ -249,7 +249,7 @@ def _play_3(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
         timeline.span("activations", trace_block(job, layers - 1, "taken").head)
         timeline.phase = f"backward {micro + 1}"
         run(after, 0)
-        made = sum(size for name, size in numel.items() if name.startswith("head"))
+        made = sum(size for name, size in numel.items() if name.startswith(("head", "score")))
         timeline.span("activations", trace_block(job, layers - 1, "taken").head_backward)
         for number in reversed(range(layers)):
             if checkpointing_of(job, number) != "none":
@@ -304,12 +304,12 @@ def _module_order(job: Job, shapes: Shapes) -> tuple[int, int, int, list[list[st
     modules: dict[str, list[str]] = {}
     for name in shapes:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
-    if job.model.tied_head:
+    if job.model.tied_head and not job.model.classes:
         modules["head"] = ["embedding.weight"]
     names = list(modules)
     # The model and each block are modules too: they need nothing, but what comes next is gathered ahead as they begin.
     first = [[], *(modules[name] for name in ("embedding", "positions") if name in modules)]
-    last = [modules[name] for name in ("norm", "head") if name in modules]
+    last = [modules[name] for name in ("norm", "head", "score") if name in modules]
     blocks = [[[], *(modules[n] for n in names if n.startswith(f"blocks.{i}."))] for i in range(job.model.num_layers)]
     order = [*first, *(module for block in blocks for module in block), *last]
     order += reversed(last)

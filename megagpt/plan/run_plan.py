@@ -292,7 +292,7 @@ def _step_time(config: TrainConfig, cluster: Cluster, job: Job, parameters: int)
     work = Workload(
         layers=model.num_layers,
         width=model.hidden_size,
-        vocab_size=model.vocab_size,
+        vocab_size=len(model.classes) or model.vocab_size,
         parameters=parameters,
         block_products=products,
         block_attention=attention,

@@ -173,7 +173,7 @@ def play_passes(
         timeline.change(part, size)
     timeline.span("activations", trace_block(job, layers - 1, mode, casts=casts).head_backward)
     block, root = units_of(shapes_of(job.model))
-    made = sum(shape.numel() for name, shape in root.items() if name.startswith("head"))
+    made = sum(shape.numel() for name, shape in root.items() if name.startswith(("head", "score")))
     waiting = dict(after_elements)
     for number in reversed(range(layers)):
         made += sum(shape.numel() for shape in block.values())

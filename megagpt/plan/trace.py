@@ -240,7 +240,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _use_gpu_kernels(model: GPT) -> None:
     """Make norms keep what a GPU's fused ones keep, the head make as many logits at a time, and attention no dropout mask."""
-    model.head.chunk_elements = CHUNK_ELEMENTS_GPU
+    model.last_layer.chunk_elements = CHUNK_ELEMENTS_GPU
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = _fused_norm(module.weight, None, 1)  # type: ignore[method-assign]

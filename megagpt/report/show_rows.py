@@ -39,6 +39,10 @@ def show_sample(directory: Path, index: int) -> Iterator[str]:
         first = int(sample.doc_lengths[:row].sum())
         yield f"row {row}: {_name_of(dataset, start + first)}, {length} tokens"
         ids, marks = sample.inputs[first : first + length], is_target[first : first + length]
+        if manifest.classes:  # what a classifier learns of the row stands before its text
+            [place] = np.flatnonzero(marks)
+            yield f"  class {LEARNED}{manifest.classes[sample.targets[first + place - 1]]}{END}"
+            marks = np.zeros(len(marks), np.bool_)
         yield from (f"  {line}" for line in _text(ids, marks, tokenizer, names, manifest.eot_id).split("\n"))
 
 
@@ -60,6 +64,8 @@ def rows_problems(directory: Path, manifest: Manifest, number: int) -> Iterator[
             yield f"{where}: a row does not end with the end of text"
         elif np.any(sample.targets[ends - 1] != IGNORE):
             yield f"{where}: the first token of a row is a target"
+        elif manifest.classes and int(sample.targets.max()) >= len(manifest.classes):
+            yield f"{where}: holds class {sample.targets.max()}, there are {len(manifest.classes)}"
         elif int(sample.inputs.max()) >= manifest.vocab_size:
             yield f"{where}: holds id {sample.inputs.max()}, the vocabulary has {manifest.vocab_size}"
 

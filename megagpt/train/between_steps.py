@@ -47,7 +47,8 @@ def stops_early(run: Run) -> bool:
     patience = config.early_stop_evaluations
     if patience == 0:
         return False
-    measured = validation_name(run) if config.best_by == "loss" else run.questions and run.questions.digest
+    of_validation = config.best_by == "loss" or config.model.classes
+    measured = validation_name(run) if of_validation else run.questions and run.questions.digest
     used = run.world.rank == 0 and used_up(evaluated_losses(config.run_dir, config.best_by, measured), patience)
     return run.world.broadcast(used)
 
@@ -109,7 +110,10 @@ def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
             max_samples=config.evaluate_max_samples,
             document_mask=config.data.document_mask,
         )
-    score = {**combine(found.values()).summary(), "sources": {name: part.summary() for name, part in found.items()}}
+    total = combine(found.values())
+    score: dict[str, Any] = {**total.summary(), "sources": {name: part.summary() for name, part in found.items()}}
+    if config.model.classes:
+        score["scores"] = total.class_scores()
     run.monitor.log("evaluate", state.step, **score, measured=validation_name(run))
     return score
 
@@ -121,7 +125,7 @@ def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
     measured = validation_name(run)
 
     def keep() -> None:
-        best_by = "loss" if config.best_by == "loss" else None
+        best_by = config.best_by if config.best_by == "loss" or config.model.classes else None
         scores.keep_score(path, state.step, measured, score, best_by=best_by)
 
     run.saver.then(keep)

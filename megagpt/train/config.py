@@ -12,6 +12,7 @@ from megagpt.distributed.determinism import Determinism
 from megagpt.distributed.device import Device
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from megagpt.engine.optim import OptimConfig
+from megagpt.evaluate.classes import metrics_of
 from megagpt.evaluate.scores_in_training import ScoreConfig, check_metric
 from megagpt.model.float8 import Float8
 from megagpt.model.gpt import ModelConfig
@@ -87,7 +88,8 @@ class TrainConfig(Config):
     score: ScoreConfig = ScoreConfig()
     """Tasks, the harness and generated answers while it is trained. Weights are the same bits with and without."""
     best_by: str = "loss"
-    """What the best checkpoint and early stopping go by: loss (of validation), or TASK.METRIC of `score` (piqa.accuracy). The
+    """What the best checkpoint and early stopping go by: loss (of validation), TASK.METRIC of `score` (piqa.accuracy), or of a
+    classifier classes.accuracy, classes.macro_f1, classes.NAME.f1 (also precision, recall). The
     lowest loss, perplexity and bits_per_byte are the best, the highest of everything else."""
     early_stop_evaluations: int = Field(default=0, ge=0)
     """Evaluations in a row whose validation loss (or best_by) is not better than the best one before them, after which the run
@@ -159,7 +161,9 @@ class TrainConfig(Config):
                 least = f"micro_batch_size={self.micro_batch_size}"
                 raise ValueError(f"batch_warmup: global_batch_size={phase.global_batch_size} is less than {least}")
         needed = ("evaluate_every_steps", self.evaluate_every_steps)
-        if self.best_by != "loss":
+        if self.model.classes:
+            self._check_classifier()
+        elif self.best_by != "loss":
             needed = ("score.every_steps", self.score.every_steps)
             try:
                 check_metric(self.score, self.best_by)
@@ -177,6 +181,21 @@ class TrainConfig(Config):
         if self.init_from is not None and self.continue_from is not None:
             raise ValueError("init_from and continue_from are given: a run begins with the one or the other")
         return self
+
+    def _check_classifier(self) -> None:
+        """Raise ValueError for what a model that gives no text cannot do."""
+        if self.best_by != "loss" and self.best_by not in metrics_of(self.model.classes):
+            raise ValueError(
+                f"best_by={self.best_by}: loss, or one of {', '.join(metrics_of(self.model.classes))}, is expected"
+            )
+        of_text = {
+            "score": self.score.asks,
+            "sample_every_steps": self.sample_every_steps,
+            "export_every_steps": self.export_every_steps,
+        }
+        for name, is_set in of_text.items():
+            if is_set:
+                raise ValueError(f"{name} with model.classes: a classifier gives no text")
 
     def batch_size_at(self, step: int) -> int:
         """Samples of the update number `step` (from 0)."""

@@ -28,7 +28,10 @@ def evaluated_losses(run_dir: Path, metric: str = "loss", measured: str | None =
     """
     metrics = read_metrics(run_dir)
     changed = max((row["step"] for row in metrics.of_kind("planned")), default=-1)
-    found = [row for row in metrics.of_kind("evaluate" if metric == "loss" else "score") if row["step"] > changed]
+    evaluated = metrics.of_kind("evaluate")
+    if metric != "loss":  # a classifier's scores are of its evaluations
+        evaluated = [row for row in evaluated if "scores" in row] or metrics.of_kind("score")
+    found = [row for row in evaluated if row["step"] > changed]
     rows = [row for row in found if measured is None or row.get("measured", measured) == measured]
     if metric == "loss":
         by_step = {row["step"]: float(row["loss"]) for row in rows}

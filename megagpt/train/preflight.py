@@ -16,7 +16,7 @@ from megagpt.checkpoint.on_disk import list_checkpoints, require_checkpoint, sav
 from megagpt.checkpoint.tokenizers import keep_tokenizer
 from megagpt.config import UserError, dump
 from megagpt.data.dataset import Dataset, TokenDataset
-from megagpt.data.open_data import Data
+from megagpt.data.open_data import Data, refuse_other_classes
 from megagpt.data.state import TrainState
 from megagpt.distributed.mesh import refuse_groups, refuse_idle_groups
 from megagpt.distributed.world import World, place_from_environment, utc_now
@@ -68,6 +68,9 @@ def check_run(config: TrainConfig, data: Data) -> None:
             f"model.vocab_size={config.model.vocab_size} is less than the {data.vocab_size} of the shards' tokenizer "
             f"({', '.join(str(source.path) for source in config.data.sources.values())})"
         )
+    for dataset in (*data.train.datasets, *data.validation.values()):
+        if isinstance(dataset, TokenDataset):
+            refuse_other_classes(dataset, config.model.classes)
     for name in config.allow_change:
         if name not in FIXED_ON_RESUME:
             raise UserError(f"allow_change={name!r}: one of {', '.join(FIXED_ON_RESUME)} is expected")
@@ -215,7 +218,13 @@ def check_initial(config: TrainConfig, data: Data, saved: dict[str, Any], where:
     first = other.vocab_size if tokenizer else data_changes.vocab_size_of(saved, where, data.vocab_size)
     grown = (first, other.vocab_size) != (data.vocab_size, config.model.vocab_size) and not tokenizer
     rows = NewRows(first, other.hidden_size) if grown else None
-    check_weights(config, saved, where, resized=() if rows is None else RESIZED)
+    if other.classes and other.classes != config.model.classes:
+        raise UserError(
+            f"{where}: is a classifier of {list(other.classes)}, and model.classes={list(config.model.classes)}: "
+            "init_from takes a language model, or a classifier of the same classes in the same order"
+        )
+    as_before = other.model_copy(update={"classes": config.model.classes})  # without a head, one begins as it is drawn
+    check_weights(config, saved, where, resized=() if rows is None else RESIZED, other=as_before)
     if tokenizer and "data.tokenizer" not in config.allow_change:
         raise UserError(
             f"{where}: was trained with another tokenizer ({tokenizer}): its token ids mean something else here; "
@@ -238,13 +247,21 @@ def refuse_imported(saved: dict[str, Any], where: Path) -> None:
         )
 
 
-def check_weights(config: TrainConfig, saved: dict[str, Any], where: Path, *, resized: Sequence[str] = ()) -> None:
+def check_weights(
+    config: TrainConfig,
+    saved: dict[str, Any],
+    where: Path,
+    *,
+    resized: Sequence[str] = (),
+    other: ModelConfig | None = None,
+) -> None:
     """Raise UserError if a checkpoint's weights do not mean the same in this model: other shapes, or other heads in them.
+    `other`: the model that the weights are of, if not the one in `saved`.
 
     `resized` parameters may have another number of rows. Partitions are read by their offset in the flattened parameters: a
     larger matrix would fill a smaller one without an error.
     """
-    other = read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
+    other = other or read_settings(ModelConfig, saved["model"], source=str(where / "state.json"))
     differences = [
         f"{name}: {getattr(other, name)} -> {getattr(config.model, name)}"
         for name in ("family", "num_heads", "kv_heads")

@@ -28,6 +28,8 @@ MODELS = {
     family: ModelConfig(family=family, vocab_size=259, seq_len=SEQ_LEN, num_layers=2, num_heads=2, hidden_size=32)
     for family in ("llama", "gpt2")
 }  # fmt: skip
+CLASSES = ("bad", "fair", "good")
+MODELS |= {f"{family}_classes": config.model_copy(update={"classes": CLASSES}) for family, config in MODELS.items()}
 PLAIN_SGD = OptimConfig(
     kind="sgd", lr=1.0, beta1=0.0, weight_decay=0.0, max_grad_norm=0.0, schedule=ScheduleConfig(kind="constant")
 )
@@ -46,7 +48,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         values = {"pack_seq_len": SEQ_LEN, "validation_fraction": 0, "overlap_threshold": None, "supervised": supervised}
         config = validate(TokenizeConfig, values, source="test")
         pack_documents([root / "rows.jsonl"], root / padding, "bytes", config, Execution(num_workers=1, executor="inline"))
-    return {padding: root / padding for padding in ("packed", "padded")}
+    texts = [{"text": "t" * int(rng.integers(1, 40)), "label": str(rng.choice(CLASSES))} for _ in range(40)]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    for padding in ("packed", "padded"):
+        supervised = {"format": "text_label", "template": "plain", "classes": CLASSES, "padding": padding}
+        values = {"pack_seq_len": SEQ_LEN, "validation_fraction": 0, "overlap_threshold": None, "supervised": supervised}
+        config, folder = validate(TokenizeConfig, values, source="test"), root / f"{padding}_classes"
+        pack_documents([root / "texts.jsonl"], folder, "bytes", config, Execution(num_workers=1, executor="inline"))
+    return {folder.name: folder for folder in root.iterdir() if folder.is_dir()}
 
 
 def row_by_row(model_config: ModelConfig, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
@@ -100,6 +109,10 @@ def test_loss_and_gradients_are_those_of_one_row_at_a_time(size: int, folders: d
     cases = [(name, "llama", str(folders["packed"]), 3, "packed") for name in ENGINES]
     cases += [("fsdp", "gpt2", str(folders["packed"]), 2, "packed"), ("zero1", "gpt2", str(folders["packed"]), 7, "packed")]
     cases += [("fsdp", "llama", str(folders["padded"]), 1, "padded"), ("zero2", "gpt2", str(folders["padded"]), 3, "padded")]
+    cases += [(name, "llama_classes", str(folders["packed_classes"]), 3, "packed") for name in ENGINES]
+    cases += [("zero2", "gpt2_classes", str(folders["packed_classes"]), 2, "packed")]
+    cases += [("zero1", "llama_classes", str(folders["padded_classes"]), 1, "padded")]
+    cases += [("fsdp", "gpt2_classes", str(folders["padded_classes"]), 3, "padded")]
     expected = {key: row_by_row(MODELS[key[0]], Path(key[1])) for key in {(case[1], case[2]) for case in cases}}
     for case, (loss, parts) in zip(cases, run_ranks(engine_steps, size, tmp_path, cases)[0], strict=True):
         wanted_loss, wanted = expected[case[1], case[2]]

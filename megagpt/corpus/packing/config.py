@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megagpt.config import Config
+from megagpt.documents import check_classes
 from megagpt.tokenizer.bpe import Encoder
 
 
@@ -22,6 +23,9 @@ class SupervisedConfig(Config):
     labels: dict[str, str] = Field(default={})
     """text_label: the answer for each label, {"0": negative, "1": positive}; another label is a malformed row. Empty: the label
     itself is the answer."""
+    classes: tuple[str, ...] = ()
+    """text_label: names of the answers, in the order of a classifier's model.classes. A row is then the text alone, and its
+    target the number of its class. Needs template=plain. Empty: the answer is text that a language model learns."""
     template: str = "chatml"
     """chatml; plain (prompt and answer as one text, then the end of text); or the path of a Hugging Face chat template (Jinja)
     with {% generation %} around the answer."""
@@ -43,6 +47,12 @@ class SupervisedConfig(Config):
             raise ValueError(f"prompt={self.prompt!r}: {rule}")
         if self.labels and self.format != "text_label":
             raise ValueError(f"labels are for format=text_label, not {self.format}")
+        check_classes(self.classes)
+        if self.classes and (self.format, self.template, self.system) != ("text_label", "plain", None):
+            raise ValueError("classes need format=text_label, template=plain and no system message: rows are texts alone")
+        unknown = sorted(set(self.labels.values()) - set(self.classes)) if self.classes else []
+        if unknown:
+            raise ValueError(f"labels: {unknown[0]!r} is not one of classes {list(self.classes)}")
         if self.template in ("chatml", "plain") and (self.special_tokens or self.end_tokens):
             raise ValueError(f"special_tokens and end_tokens are for a template that is a file, not {self.template}")
         unknown = sorted(set(self.end_tokens) - set(self.special_tokens))

@@ -88,6 +88,8 @@ def _messages(value: Mapping[str, Any], config: SupervisedConfig) -> list[dict[s
         if answer not in config.labels:
             raise RowError("label", f"{answered}={answer!r} is none of {sorted(config.labels)}")
         answer = config.labels[answer]
+    elif config.classes and answer not in config.classes:
+        raise RowError("label", f"{answered}={answer!r} is none of {list(config.classes)}")
     if not answer.strip():
         raise RowError("empty_answer", f"{answered} is empty")
     template = config.prompt or PROMPTS.get(config.format, f"{{{asked}}}")

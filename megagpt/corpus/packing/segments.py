@@ -208,16 +208,27 @@ class _Segments:
         self._rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
         self._tokens = self._documents = 0
 
-    def add(self, split: str, document: Document, ids: np.ndarray, text_bytes: int, targets: np.ndarray | None = None) -> None:
-        """`targets` of a row: a bool for each of its tokens and the end of text, which is added here."""
+    def add(
+        self,
+        split: str,
+        document: Document,
+        ids: np.ndarray,
+        text_bytes: int,
+        targets: np.ndarray | None = None,
+        end: int | None = None,
+    ) -> None:
+        """`targets` of a row: a bool for each of its tokens and its end, `end` or the end of text, which is added here."""
         source = document.source if self.job.config.separate_sources else ""
-        rows = self._rows.setdefault((source, split), {name: [] for name in ("key", "id", "url", "source", "bytes", "ids")})
+        rows = self._rows.setdefault(
+            (source, split), {name: [] for name in ("key", "id", "url", "source", "bytes", "ids", "end")}
+        )
         rows["key"].append(xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.job.config.seed))
         rows["id"].append(document.id)
         rows["url"].append(document.url)
         rows["source"].append(document.source)
         rows["bytes"].append(text_bytes)
         rows["ids"].append(ids.astype(self.job.dtype))
+        rows["end"].append(self._end if end is None else np.array(end, self.job.dtype).tobytes())
         if targets is not None:
             rows.setdefault("targets", []).append(targets)
         self._tokens += len(ids) + 1
@@ -240,9 +251,9 @@ class _Segments:
             columns["tokens"], columns["start"] = number_column(lengths), number_column(np.cumsum(lengths) - lengths)
             table = pa.table(columns)
             with atomic_path(Path(self.job.segments) / f"{name}.tokens") as temporary, temporary.open("wb") as file:
-                for piece in ids:
-                    file.write(piece.data)
-                    file.write(self._end)
+                for i in order:
+                    file.write(rows["ids"][i].data)
+                    file.write(rows["end"][i])
             if "targets" in rows:
                 with atomic_path(Path(self.job.segments) / f"{name}.targets") as temporary, temporary.open("wb") as file:
                     for i in order:
@@ -273,7 +284,7 @@ def _tokenize_rows(block: Block, job: Job, cuts: Cuts) -> int:
         for split, document, text in batch if index is None else _without_overlaps(batch, index, overlaps):
             found = encoder.encode(document, partial(report, int(document.meta["line"])))
             if found is not None:
-                segments.add(split, document, found[0], len(text.encode()), found[1])
+                segments.add(split, document, found[0], len(text.encode()), found[1], encoder.end_of(document))
                 documents += 1
     segments.flush()
     more = {"malformed": malformed, "truncated": encoder.num_truncated}

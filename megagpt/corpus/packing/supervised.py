@@ -3,6 +3,8 @@
 A row is rendered by its template (templates.py). Text between two special tokens is encoded as one, as transformers does, and
 the ids are those of `apply_chat_template`; a token is a target if it begins where an answer has begun. The first token of a
 row never is one. Every row ends with the end of text, which is a target only where the template puts it into the answer.
+
+A row of a classifier is a text; the number of its class stands in the place of the end of text and is its only target.
 """
 
 from collections.abc import Callable
@@ -47,7 +49,7 @@ class RowEncoder:
 
     def __init__(self, tokenizer: Tokenizer, config: SupervisedConfig, seq_len: int) -> None:
         self.num_truncated = 0
-        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._tokenizer, self._seq_len, self._classes = tokenizer, seq_len, config.classes
         self._lengths = np.array([len(piece) for piece in tokenizer.token_bytes()], np.int64)
         self._ids = dict(tokenizer.tokens) if isinstance(tokenizer, Extended) and config.template != "plain" else {}
         self._ids |= {EOS: tokenizer.eot_id} | ({} if tokenizer.bos_id is None else {BOS: tokenizer.bos_id})
@@ -55,8 +57,10 @@ class RowEncoder:
         self._template = Template(template_of(config), [name for name in self._ids if name not in (BOS, EOS)], name=name)
 
     def encode(self, row: Document, report: Callable[[str, str], object]) -> tuple[np.ndarray, np.ndarray] | None:
-        """(ids without the end of text that ends the row, for each id and that end whether it is a target); None for a row that
-        was reported (kind, what is wrong) instead."""
+        """(ids without the token that ends the row, for each id and that end whether it is a target); None for a row that
+        was reported (kind, what is wrong) instead. The end is the end of text, or `end_of`."""
+        if self._classes:
+            return self._encode_text(row.meta["messages"][0]["content"])
         try:
             spans = self._template.render(row.meta["messages"])
         except TemplateError as error:
@@ -83,6 +87,18 @@ class RowEncoder:
             report("no_target", "the template marks nothing of it as an answer")
             return None
         return np.array(ids, np.uint32), marks
+
+    def end_of(self, row: Document) -> int | None:
+        """The number of its class, which ends a row of a classifier; None = the end of text."""
+        return self._classes.index(row.meta["messages"][-1]["content"]) if self._classes else None
+
+    def _encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A text whose class is its only target."""
+        bos_id = self._tokenizer.bos_id
+        ids = [*(() if bos_id is None else (bos_id,)), *self._tokenizer.encode(text)]
+        self.num_truncated += len(ids) + 1 > self._seq_len
+        ids = ids[: self._seq_len - 1]
+        return np.array(ids, np.uint32), np.arange(len(ids) + 1) == len(ids)
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """What a model is given to answer these messages: the template's `add_generation_prompt`. Raises TemplateError."""

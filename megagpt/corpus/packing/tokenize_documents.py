@@ -53,6 +53,7 @@ from megagpt.corpus.runner.ownership import (
 from megagpt.corpus.runner.progress import Progress
 from megagpt.data.arrow import number_column, numbers_of
 from megagpt.data.shards import (
+    CLASSES_FORMAT,
     SUPERVISED_FORMAT,
     Manifest,
     ShardError,
@@ -324,7 +325,9 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
         if all((directory / f"{name}{suffix}").is_file() for suffix in info.suffixes):
             return info
     tables, sources, marks = [], [], []
-    supervised, seq_len = job.config.supervised, job.config.pack_seq_len or 0
+    supervised, seq_len, eot_id = job.config.supervised, job.config.pack_seq_len or 0, None
+    if supervised is not None and supervised.classes:  # other rows end with it themselves
+        eot_id = cached_tokenizer(job.tokenizer, job.config.encoder, job.config.pattern).eot_id
     for segment in names:
         table = _rows(job, segment)
         keys = numbers_of(table["key"])
@@ -354,7 +357,10 @@ def _write_shard(directory: Path, number: int, count: int, first_token: int, nam
                     writer.add_many(np.concatenate(pieces), lengths, columns)
                     continue
                 filling = padding[begin : begin + 1024]
-                pieces = [np.pad(piece, (0, n), constant_values=piece[-1]) for piece, n in zip(pieces, filling, strict=True)]
+                pieces = [
+                    np.pad(piece, (0, n), constant_values=piece[-1] if eot_id is None else eot_id)
+                    for piece, n in zip(pieces, filling, strict=True)
+                ]
                 targets = [
                     np.pad(marks[origin[i]][s : s + n], (0, more))
                     for i, s, n, more in zip(chosen, starts, lengths, filling, strict=True)
@@ -386,6 +392,8 @@ def _finish(
 ) -> PackSummary:
     supervised = job.config.supervised
     of_rows: Any = {} if supervised is None else {"format": SUPERVISED_FORMAT, "supervised": supervised.padding}
+    if supervised is not None and supervised.classes:
+        of_rows = {"format": CLASSES_FORMAT, "supervised": supervised.padding, "classes": supervised.classes}
     config, dtype, splits = job.config, token_dtype(tokenizer.vocab_size).name, {}
     outputs: dict[str, dict[str, Any]] = {}
     settings_hash = fingerprint(_shaping(config))
