@@ -25,7 +25,8 @@ from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.model.rope import rope_table
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
-from megagpt.tokenizer.sentencepiece import SPACE_MARK, SentencePiece
+from megagpt.tokenizer.sentencepiece import SentencePiece
+from megagpt.tokenizer.space_mark import SPACE_MARK
 from megagpt.tokenizer.special_ids import write_special_ids
 
 log = logging.getLogger(__name__)

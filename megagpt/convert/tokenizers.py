@@ -20,7 +20,8 @@ from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
 from megagpt.tokenizer.reading import GPT2_PATTERN
-from megagpt.tokenizer.sentencepiece import SPACE_MARK, SentencePiece
+from megagpt.tokenizer.sentencepiece import SentencePiece
+from megagpt.tokenizer.space_mark import SPACE_MARK
 from megagpt.tokenizer.special_ids import write_special_ids
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,9 @@ from megagpt.config import UserError
 from megagpt.files import read_json
 from megagpt.tokenizer.bpe import EOT_NAMES, byte_characters, copy_files, files_fingerprint, join_pieces, probe_texts
 from megagpt.tokenizer.reading import Reading, write_reading
+from megagpt.tokenizer.space_mark import SPACE_MARK, encode_around_marks
 from megagpt.tokenizer.special_ids import read_special_ids
 
-SPACE_MARK = "\u2581"
-"""Stands for a space in SentencePiece's vocabularies and those made after them."""
 _PROBE = (
     "  \ufb01 a\u3000\u00bd\n\n\tb  ",
     "e\u0301 A\u030a \u1100\u1161",
@@ -80,12 +79,11 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         if SPACE_MARK not in text or not self._mark_ids:
-            return self._fast.encode(text, add_special_tokens=False).ids
-        first, *rest = text.split(SPACE_MARK)
-        ids = list(self._fast.encode(first, add_special_tokens=False).ids)
-        for part in rest:
-            ids += self._mark_ids + self._fast.encode(part, add_special_tokens=False).ids
-        return ids
+            return self._ids_of(text)
+        return encode_around_marks(text, self._mark_ids, self._ids_of)
+
+    def _ids_of(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._mark_ids and any(SPACE_MARK in text for text in texts):

@@ -16,10 +16,8 @@ import numpy as np
 from megagpt.config import UserError
 from megagpt.files import atomic_path
 from megagpt.tokenizer.bpe import copy_files, files_fingerprint, join_pieces
+from megagpt.tokenizer.space_mark import SPACE_MARK, encode_around_marks
 from megagpt.tokenizer.special_ids import read_special_ids
-
-SPACE_MARK = "\u2581"
-"""SentencePiece writes a space as this character, so the character itself must never reach it."""
 
 
 class SentencePiece:
@@ -52,11 +50,7 @@ class SentencePiece:
         if SPACE_MARK not in text or not self._byte_ids:
             return self._model.encode(text)
         mark = [self._byte_ids[value] for value in SPACE_MARK.encode("utf-8")]
-        first, *rest = text.split(SPACE_MARK)
-        ids = list(self._model.encode(first))
-        for part in rest:
-            ids += mark + self._model.encode(part)
-        return ids
+        return encode_around_marks(text, mark, self._model.encode)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if any(SPACE_MARK in text for text in texts):

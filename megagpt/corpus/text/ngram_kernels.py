@@ -1,4 +1,4 @@
-"""Compiled loops behind text_statistics.count_repeated_n_grams. Importing this module imports numba: do it where it is used.
+"""Compiled loops behind words.count_repeated_n_grams. Importing this module imports numba: do it where it is used.
 
 Both loops keep n-grams in an open-addressing table of positions and compare the n-grams themselves on a hit, so a collision of
 hashes changes nothing.
@@ -11,7 +11,8 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @njit(cache=True, nogil=True)
-def _mix(value):
+def mix(value):
+    """The finalizer of MurmurHash3, 64 bits: https://github.com/aappleby/smhasher."""
     value ^= value >> np.uint64(33)
     value *= np.uint64(0xFF51AFD7ED558CCD)
     value ^= value >> np.uint64(33)
@@ -42,7 +43,7 @@ def top_n_gram(ids, starts, n):
         value = np.uint64(0)
         for j in range(i, i + n):
             value = value * _BASE + np.uint64(ids[j]) + np.uint64(1)
-        slot = _mix(value) & mask
+        slot = mix(value) & mask
         while True:
             first = table[slot]
             if first < 0:
@@ -88,7 +89,7 @@ def duplicate_n_grams(codes, starts, sizes):
         while i + n <= num_words:
             begin = starts[i]
             length = starts[i + n] - begin
-            slot = _mix(prefix[i + n] - prefix[i] * power[length]) & mask
+            slot = mix(prefix[i + n] - prefix[i] * power[length]) & mask
             hit = False
             while table[slot] >= 0 and not hit:
                 first = starts[table[slot]]

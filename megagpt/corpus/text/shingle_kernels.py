@@ -18,19 +18,11 @@ from megagpt.corpus.text.characters import (
     TABLE_SIZE,
     WORD_CHARACTER,
 )
+from megagpt.corpus.text.ngram_kernels import mix
 
 _CODE_BITS = (1 << CLASS_SHIFT) - 1
 _HANGUL_FIRST, _HANGUL_END = HANGUL
 _POINT, _COMMA = ord("."), ord(",")
-
-
-@njit(cache=True, nogil=True)
-def _mix(value):
-    value ^= value >> np.uint64(33)
-    value *= np.uint64(0xFF51AFD7ED558CCD)
-    value ^= value >> np.uint64(33)
-    value *= np.uint64(0xC4CEB9FE1A85EC53)
-    return value ^ (value >> np.uint64(33))
 
 
 @njit(cache=True, nogil=True)
@@ -180,15 +172,15 @@ def shingles(entries, size):
                     i = _last_digit(entries, i + 2)
         elif kind != MARK:
             if value != start:
-                words[num_words] = _mix(value)
+                words[num_words] = mix(value)
                 num_words += 1
                 value = start
             if kind == WORD_CHARACTER:
-                words[num_words] = _mix((start ^ np.uint64(code)) * prime)
+                words[num_words] = mix((start ^ np.uint64(code)) * prime)
                 num_words += 1
         i += 1
     if value != start:
-        words[num_words] = _mix(value)
+        words[num_words] = mix(value)
         num_words += 1
     if num_words == 0:
         return np.empty(0, np.uint64)
@@ -196,9 +188,9 @@ def shingles(entries, size):
     found = np.full(num_words - size + 1, np.uint64(size))
     for offset in range(size):  # the inner loop is the one over shingles: it becomes vector instructions
         for first in range(found.size):
-            found[first] = _mix(found[first] ^ words[first + offset]) + np.uint64(0x9E3779B97F4A7C15)
+            found[first] = mix(found[first] ^ words[first + offset]) + np.uint64(0x9E3779B97F4A7C15)
     for first in range(found.size):
-        found[first] = _mix(found[first])
+        found[first] = mix(found[first])
     return found
 
 
@@ -245,7 +237,7 @@ def band_keys(smallest, rows):
     for band in range(keys.size):
         value = np.uint64(band)
         for row in range(band * rows, band * rows + rows):
-            value = _mix(value ^ np.uint64(smallest[row])) + np.uint64(0x9E3779B97F4A7C15)
+            value = mix(value ^ np.uint64(smallest[row])) + np.uint64(0x9E3779B97F4A7C15)
         keys[band] = value
     return keys
 
