@@ -277,7 +277,7 @@ def _tiles(funnel: Sequence[dict[str, Any]], shards: Shards, duplicates: Duplica
         yield Tile("text", f"{big(size)}B", "UTF-8, in shards")
         yield Tile("train/validation overlap", f"{read_overlapping(work_dir):,}", "left out of train: too like validation")
     faults = sum(sum(stage["faults"].values()) for stage in funnel)
-    yield Tile("damaged records", f"{faults:,}", "met in the input")
+    yield Tile("malformed records", f"{faults:,}", "in the input")
 
 
 def _splits(shards: Shards) -> list[Block]:

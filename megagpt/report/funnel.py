@@ -71,7 +71,7 @@ def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) 
         blocks += [Heading("why documents went"), Table(head, lost[:max_rows], numbers=(2, 3))]
     if faults:
         head = ("stage", "kind", "times")
-        blocks += [Heading("damage met in the input"), Table(head, faults[:max_rows], numbers=(2,))]
+        blocks += [Heading("malformed records in the input"), Table(head, faults[:max_rows], numbers=(2,))]
     return blocks
 
 

@@ -87,7 +87,7 @@ class InspectConfig(Config):
 
 
 def inspect(config: InspectConfig) -> Iterator[str]:
-    """What the settings ask for. Raises UserError; also at the end of a verification that found faults."""
+    """What the settings ask for. Raises UserError; also at the end of a verification that found problems."""
     if config.stage is not None and config.verify:
         return verify_stage(config.stage)
     if config.stage is not None:
@@ -187,7 +187,7 @@ def verify_splits(splits: Sequence[Path], listed: Path | None = None) -> Iterato
             if len(faults) == before:
                 yield f"{directory}: sound, {manifest.tokens:,} tokens in {len(manifest.shards)} shards"
     if faults:
-        raise ShardError("\n  ".join([f"{len(faults)} faults:", *faults]))
+        raise ShardError("\n  ".join([f"{len(faults)} problems found:", *faults]))
 
 
 def check_tokenizer(directory: Path, manifest: Manifest) -> Iterator[str]:

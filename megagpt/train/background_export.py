@@ -1,10 +1,10 @@
 """Exports beside training: rank 0 gives committed checkpoints to tools/export_model.py, one at a time, at the lowest priority.
 
     exports/step_00001000/     what export_model wrote and compared (docs/weights.md); `.tmp-step_*` until it is whole
-            step_00001000.log  what it said, where it failed
+            step_00001000.log  its output, if it failed
 
-A thread waits for the tool's process and deletes old exports; the loop only asks what has ended. Nothing that goes wrong here
-reaches the training: it is a row of metrics.jsonl.
+A thread waits for the tool's process and deletes old exports; the loop only asks which exports have ended. A failed
+export never stops the training: it is a row of metrics.jsonl.
 """
 
 import logging
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 GATE_MEMORY_BYTES = 4_000_000_000
 """export_model's gate_memory_bytes: the host's memory is the training's."""
 STALL_SECONDS = 300.0
-"""An export that used no CPU time for so long is ended: its disk hangs."""
+"""An export that used no CPU time for this long is ended: its disk hangs."""
 LOOK_SECONDS = 0.2
 
 _RUN_TOOL = """
@@ -58,7 +58,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def refuse_exports(model: ModelConfig) -> None:
-    """Raise UserError where no checkpoint of a run could be exported."""
+    """Raise UserError if no checkpoint of the run could be exported."""
     if find_spec("transformers") is None:
         raise UserError("export_every_steps: transformers is not installed: exports need megagpt[convert]")
     try:
@@ -95,12 +95,12 @@ class BackgroundExports:
         self.end()
 
     def after(self, saver: Saver, step: int) -> None:
-        """Export the checkpoint of `step`, which the saver has begun, once it is committed."""
+        """Export the checkpoint of `step` once the saver has committed it."""
         if self._every_steps > 0 and step % self._every_steps == 0:
             saver.then(lambda: self._offer(step))
 
     def catch_up(self, step: int) -> None:
-        """A start at `step` exports the newest checkpoint that was due, where a stop has ended its export."""
+        """At a start at `step`: export the newest checkpoint that was due, if a stop ended its export."""
         if self._every_steps == 0 or self._world.rank != 0:
             return
         found = [of_step for of_step in map(step_of, list_checkpoints(self._run_dir)) if 0 < of_step <= step]
@@ -109,7 +109,7 @@ class BackgroundExports:
             self._offer(due[-1])
 
     def in_use(self) -> set[int]:
-        """Steps whose checkpoints must stay for now. May be called by any thread."""
+        """Steps whose checkpoints must not be deleted now. Any thread may call it."""
         with self._lock:
             return {step for step in (self._current, self._waiting) if step is not None}
 
@@ -133,13 +133,13 @@ class BackgroundExports:
             time.sleep(LOOK_SECONDS)
 
     def begin_to_end(self) -> None:
-        """Ask the export that is being made to end, without waiting for it; none begins after this."""
+        """Ask the running export to end, without waiting for it; no export begins after this."""
         with self._lock:
             self._waiting = None
             self._ending.set()
 
     def end(self) -> None:
-        """End the export that is being made, leaving nothing of it; none begins after this."""
+        """End the running export and remove its files; no export begins after this."""
         self.begin_to_end()
         with self._lock:
             thread = self._thread
@@ -215,7 +215,7 @@ class BackgroundExports:
         return "failed", f"status {process.returncode}: {lines[-1]} (see {said})"
 
     def _outlast(self, process: "subprocess.Popen[bytes]") -> bool:
-        """Until the process has ended, by itself or with the run; True if it was ended because it did nothing."""
+        """Wait until the process has ended, by itself or with the run; True if it was ended because it did nothing."""
         used, moved_at = -1.0, time.monotonic()
         while process.poll() is None:
             stopped = self._ending.wait(LOOK_SECONDS)
@@ -230,7 +230,7 @@ class BackgroundExports:
         return False
 
     def _delete_old(self, newest: Path) -> None:
-        """Delete exports but the `keep_last` that were made last."""
+        """Delete all exports but the newest `keep_last`."""
         made = sorted((path for path in newest.parent.glob("step_*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
         for path in made[: -self._keep_last]:
             if path != newest:
@@ -241,7 +241,7 @@ class BackgroundExports:
 
 
 def _environment() -> dict[str, str]:
-    """One process by itself, without the GPU."""
+    """The environment of a single process without a GPU."""
     places = {name for names in LAUNCHERS.values() for name in names}
     return {name: value for name, value in os.environ.items() if name not in places} | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -255,6 +255,6 @@ def _source_of(export: Path) -> str:
 
 
 def _remove(export: Path) -> None:
-    """Delete an export, which a kill in the middle leaves under a name that the next start deletes."""
+    """Delete an export. If this is killed half-way, the rest has a name that the next start deletes."""
     leaving = export.rename(export.with_name(f".tmp-{export.name}-old"))
     shutil.rmtree(leaving)

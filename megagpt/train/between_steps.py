@@ -1,4 +1,4 @@
-"""What happens between steps: checkpoints, evaluations, scores and samples of text, and when each is due."""
+"""Work between steps: checkpoints, evaluations, scores and samples of text, and when each is due."""
 
 import logging
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ def due(every_steps: int, step: int) -> bool:
 
 
 def due_at(config: TrainConfig, step: int) -> tuple[str, ...]:
-    """What is done after this step besides saving, in order."""
+    """What runs after this step besides saving, in order."""
     evaluates = due(config.evaluate_every_steps, step) or step == config.max_steps
     scores = config.score.asks and (due(config.score.every_steps, step) or step == config.max_steps)
     return ("evaluate",) * evaluates + ("score",) * scores + ("sample",) * due(config.sample_every_steps, step)
 
 
 def stops_early(run: Run) -> bool:
-    """Whether best_by has not become better for early_stop_evaluations; all ranks call it together."""
+    """Whether best_by has not improved for early_stop_evaluations; all ranks call it together."""
     config = run.config
     patience = config.early_stop_evaluations
     if patience == 0:
@@ -60,7 +60,7 @@ def validation_name(run: Run) -> str:
 
 
 def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
-    """What an earlier start of this run was stopped in at this step."""
+    """The work at this step in which an earlier start of this run was stopped."""
     rows = read_metrics(run.config.run_dir).all_rows if run.world.rank == 0 else ()
     return run.world.broadcast(interrupted_at([row for row in rows if row["incarnation"] < run.attempt], state.step))
 
@@ -68,9 +68,9 @@ def left_by_a_stop(run: Run, state: TrainState) -> tuple[str, ...]:
 def evaluate_and_sample(
     run: Run, state: TrainState, kinds: Sequence[str], saved_step: int
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """Do `kinds` in order; (the evaluation's score, the kinds that a stop signal has cut short or left out).
+    """Do `kinds` in order; returns (the evaluation's score, the kinds that a stop signal cut short or skipped).
 
-    Where an evaluation fails, by a damaged shard say, this step is saved before that ends the run.
+    If an evaluation fails (by a damaged shard, for example), this step is saved before the run ends.
     """
     score = None
     for number, kind in enumerate(kinds):
@@ -119,7 +119,7 @@ def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
 
 
 def keep_score(run: Run, state: TrainState, score: dict[str, Any]) -> None:
-    """Put the score beside this step's checkpoint, once that is committed."""
+    """Write the score beside this step's checkpoint once it is committed."""
     config = run.config
     path = config.run_dir / "checkpoints" / f"step_{state.step:08d}"
     measured = validation_name(run)

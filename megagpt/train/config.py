@@ -24,10 +24,10 @@ from megagpt.watchdog.watchdog import WatchdogConfig
 
 
 class BatchPhase(Config):
-    """A batch size in the beginning of a run."""
+    """A batch size for the first steps of a run."""
 
     until_step: int = Field(gt=0)
-    """The first step that no longer has it."""
+    """The first step that no longer uses it."""
     global_batch_size: int = Field(gt=0)
     """Samples per update over all ranks."""
 
@@ -36,15 +36,15 @@ class TrainConfig(Config):
     """One complete training run. The same command starts it and, after any stop, resumes it."""
 
     run_dir: Path
-    """Where everything of this run lies: checkpoints, metrics, ledger, tokenizer, report."""
+    """The folder of this run: checkpoints, metrics, ledger, tokenizer, report."""
     seed: int = 0
     """Initial weights and dropout; the order of samples has data.seed."""
     max_steps: int = Field(gt=0)
-    """Updates in the whole run."""
+    """Optimizer updates in the whole run."""
     global_batch_size: int = Field(gt=0)
     """Samples per update over all ranks. Gradient accumulation follows from it, micro_batch_size and the number of ranks."""
     batch_warmup: tuple[BatchPhase, ...] = ()
-    """Other batch sizes in the beginning, e.g. [{until_step: 1000, global_batch_size: 256}]; steps ascend."""
+    """Batch-size warmup schedule, e.g. [{until_step: 1000, global_batch_size: 256}]; steps ascend."""
     micro_batch_size: int = Field(gt=0)
     """Samples that one rank puts through one forward."""
     device: Device = "auto"
@@ -65,55 +65,55 @@ class TrainConfig(Config):
     model: ModelConfig
     """The model."""
     data: DataConfig
-    """What it is trained on."""
+    """The training data."""
     tune: TuneConfig = TuneConfig()
     """What of the model is trained: frozen parameters, or adapters (LoRA). Needs init_from, whose run has to stay: checkpoints
     hold only what is trained."""
     optim: OptimConfig = OptimConfig()
-    """How it is updated."""
+    """Optimizer, learning rate and clipping."""
     engine: EngineConfig = DeepSpeedConfig()
-    """How it is spread over ranks."""
+    """How the model is sharded over ranks."""
     monitor: MonitorConfig = MonitorConfig()
-    """What is shown."""
+    """What is logged and shown."""
     profile: ProfileConfig = ProfileConfig()
     """Which updates torch.profiler records."""
     watchdog: WatchdogConfig = WatchdogConfig()
-    """When it counts as hung."""
+    """When a run counts as hung."""
     guard: GuardConfig = GuardConfig()
-    """When it goes back to a checkpoint and leaves data out."""
+    """When a run goes back to a checkpoint and skips data."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations on the validation split; 0 = only at the end."""
     evaluate_max_samples: int | None = Field(default=None, gt=0)
     """Validation samples per source; null = all."""
     score: ScoreConfig = ScoreConfig()
-    """Tasks, the harness and generated answers while it is trained. Weights are the same bits with and without."""
+    """Scores during training: tasks, the harness and generated answers. Weights are the same bits with and without."""
     best_by: str = "loss"
-    """What the best checkpoint and early stopping go by: loss (of validation), TASK.METRIC of `score` (piqa.accuracy), or of a
-    classifier classes.accuracy, classes.macro_f1, classes.NAME.f1 (also precision, recall). The
-    lowest loss, perplexity and bits_per_byte are the best, the highest of everything else."""
+    """The measure for the best checkpoint and early stopping: loss (of validation), TASK.METRIC of `score` (piqa.accuracy), or
+    of a classifier classes.accuracy, classes.macro_f1, classes.NAME.f1 (also precision, recall). The lowest loss, perplexity
+    and bits_per_byte are the best, the highest of everything else."""
     early_stop_evaluations: int = Field(default=0, ge=0)
     """Evaluations in a row whose validation loss (or best_by) is not better than the best one before them, after which the run
     is done; 0 = never. The best checkpoint stays (checkpoints/best.json)."""
     save_every_steps: int = Field(default=1000, gt=0)
     """Steps between checkpoints; one more is saved at the end and on a stop signal."""
     read_results: Literal["auto", "late", "at_once"] = "auto"
-    """When a step's loss and gradient norm are read and checked: late, after the next step has been launched, so that a GPU is
-    never without work, or at once, before it. auto: late on GPUs. What is trained is the same."""
+    """When a step's loss and gradient norm are read and checked: late, after the next step was launched, so that a GPU is
+    never without work, or at once, before it. auto: late on GPUs. The result is the same."""
     save_in_background: bool = True
     """Copy the state to host memory and write it while training continues; needs host memory for one copy of it."""
     keep_last: int = Field(default=2, gt=0)
-    """Newest checkpoints that are kept; the best one stays too."""
+    """How many of the newest checkpoints are kept; the best one is kept too."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints of multiples of this step are kept for good; 0 = none."""
     export_every_steps: int = Field(default=0, ge=0)
     """Steps between exports of the checkpoint for transformers, to run_dir/exports, beside the training and at the lowest
     priority; 0 = none. A multiple of save_every_steps. Needs megagpt[convert]."""
     export_keep_last: int = Field(default=2, gt=0)
-    """Newest exports that are kept."""
+    """How many of the newest exports are kept."""
     sample_every_steps: int = Field(default=0, ge=0)
     """Steps between samples of generated text in the log; 0 = none."""
     sample_prompt: str = "\n"
-    """What the generated text begins with."""
+    """The beginning of the generated text."""
     sample_tokens: int = Field(default=100, gt=0)
     """Tokens per generated sample."""
     init_from: Path | None = None
@@ -122,7 +122,7 @@ class TrainConfig(Config):
     """Another run's checkpoint (its `checkpoints/step_...`) with which a new run begins: weights, optimizer states, step and
     place in the data. For a cooldown, or several, from one long run."""
     resume_step: int | None = Field(default=None, ge=0)
-    """Go back to this step's checkpoint; newer ones are quarantined. The same command later resumes this branch."""
+    """Resume from the checkpoint of this step; newer ones are quarantined. The same command later resumes this branch."""
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the checkpoint's although a resume refuses them: model (what keeps the weights' meaning),
     data.shards (other tokens of the same source), data.order (seed, shuffle_block), data.weights (other weights from the next
@@ -133,7 +133,7 @@ class TrainConfig(Config):
     """What a start does when another start of this run is alive: refuse (status 2), wait until it has ended, or take_over: the
     older one ends within seconds. A requeued job never takes over, so that two cannot take a run from each other."""
     check: bool = False
-    """Only check configuration, data, tokenizer and disk space, on one process, and end."""
+    """Check configuration, data, tokenizer and disk space on one process, then exit."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -218,7 +218,7 @@ class TrainConfig(Config):
 
     @property
     def checkpoint_every(self) -> int:
-        """Every how many blocks activations are recomputed; 0 = never."""
+        """Activations of every n-th block are recomputed; 0 = none."""
         every = self.activation_checkpointing
         return every if isinstance(every, int) else {"none": 0, "selective": 1, "full": 1}[every]
 

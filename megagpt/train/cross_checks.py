@@ -1,6 +1,6 @@
 """Settings that are right one by one and wrong together: schedule against length, intervals against length, data against shape.
 
-What cannot be meant is refused when a run begins; what may be meant is a warning. check=true shows both.
+Combinations that make no sense are refused when a run begins; unusual ones are a warning. check=true shows both.
 """
 
 import math
@@ -24,14 +24,14 @@ LR_JUMP = 1.05
 
 
 def refuse_contradictions(config: TrainConfig, data: Data) -> None:
-    """Raise UserError that names every combination of settings that cannot be meant."""
+    """Raise UserError that names every combination of settings that makes no sense."""
     found = _contradictions(config, data)
     if found and not list_checkpoints(config.run_dir):  # a run that began so may end so
         raise UserError("\n  ".join(["these settings contradict each other:", *found] if len(found) > 1 else found))
 
 
 def warnings_of(config: TrainConfig, data: Data) -> list[str]:
-    """What may be meant, but seldom is, one line each."""
+    """Combinations that are valid but seldom intended, one line each."""
     found = [*_never_due(config), *_without_effect(config, data), *_too_short_documents(config, data), *_lr_jumps(config)]
     return found + (_contradictions(config, data) if list_checkpoints(config.run_dir) else [])
 

@@ -1,4 +1,5 @@
-"""What a resume finds changed in its data: what is refused, by name, and how a changed mixture continues without repeating.
+"""Changes of the data between a checkpoint and a resume: which are refused, by name, and how a changed mixture continues
+without repeating samples.
 
 Sources that are added, removed or put in another order, weights that are allowed to change, and samples of another length take
 over at the next sample of the run: every source continues, by name, with what it has not given yet (state.MixtureStart).
@@ -31,7 +32,7 @@ _FIELDS = {
 
 
 def record_of(data: Data) -> dict[str, Any]:
-    """What a checkpoint's state.json keeps of the data beside its settings."""
+    """The record of the data in a checkpoint's state.json, beside the settings."""
     return {
         "data_fingerprint": data.fingerprint,
         "tokenizer_sha256": data.tokenizer.fingerprint,
@@ -40,7 +41,7 @@ def record_of(data: Data) -> dict[str, Any]:
 
 
 def data_differences(config: DataConfig, data: Data, saved: Mapping[str, Any], where: Path) -> dict[str, str]:
-    """By kind, what differs from a checkpoint's data so that a resume has to be allowed to change it."""
+    """By kind, the differences from a checkpoint's data that a resume needs allow_change for."""
     found = {}
     tokenizer = tokenizer_difference(data, saved, where)
     if tokenizer:
@@ -96,7 +97,7 @@ def vocab_size_of(saved: Mapping[str, Any], where: Path, otherwise: int) -> int:
 
 
 def advice(differences: Mapping[str, str], samples: int) -> str:
-    """How to make a change of the mixture that a resume refuses: planned, so that nothing is repeated."""
+    """How to plan a change of the mixture that a resume refuses, so that no sample is repeated."""
     if "data.weights" not in differences:
         return ""
     return (
@@ -106,7 +107,7 @@ def advice(differences: Mapping[str, str], samples: int) -> str:
 
 
 def only_length_differs(config: DataConfig, saved: Mapping[str, Any], where: Path) -> bool:
-    """Whether of `data.seq_len` (see KINDS) nothing but the length differs from a checkpoint's: no token is then fed twice."""
+    """Whether nothing of `data.seq_len` (see KINDS) but the length differs from a checkpoint's: then no token is used twice."""
     old = read_settings(DataConfig, saved["config"]["data"], source=str(where))
     same = all(
         getattr(old, name) == getattr(config, name) for name in _FIELDS["data.seq_len"] if name not in ("seq_len", "stride")

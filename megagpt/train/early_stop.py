@@ -1,8 +1,8 @@
-"""Early stopping: a run ends when its validation loss, or a score, has not become better for some evaluations.
+"""Early stopping: a run ends when its validation loss, or a score, has not improved for some evaluations.
 
-What was evaluated is read from metrics.jsonl, without what a rewind or a restart did again: so a start after a stop counts on.
-With another validation set, or other questions, it begins anew: their numbers are never compared. So it does at a planned
-change (row `planned`), which may raise the loss by itself.
+Evaluations are read from metrics.jsonl, without those that a rewind or a restart repeated, so a start after a stop continues
+the count. With another validation set or other questions the count begins again, because their numbers are not comparable. It
+also begins again at a planned change (row `planned`), which may raise the loss by itself.
 """
 
 import math

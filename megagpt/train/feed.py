@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device: on a GPU one is copied while the one before it is computed."""
+"""Micro-batches to the device: on a GPU the next one is copied while the current one is computed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class Feed:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Inputs]]:
-        """Each of the micro-batches and what is on the device of it; the next one's copy has begun by then."""
+        """Each micro-batch with its tensors on the device; the copy of the next one has begun by then."""
         coming = self._begin(batches[0]) if batches else None
         for number, batch in enumerate(batches):
             assert coming is not None

@@ -1,4 +1,4 @@
-"""Norms by layer, at an interval: of weights and gradients, and of an update against its weights. No engine knows of it.
+"""Norms by layer, every n steps: weights, gradients, and updates relative to their weights. Engines need no code for it.
 
 Every engine shows this rank's fp32 weights and moments (Engine.state). They are copied to the host before an update and
 compared after it: the difference of the weights is the update, and the first moment gives back the gradient that went into
@@ -28,7 +28,7 @@ class LayerNorms:
         self._before: dict[str, Tensor] | None = None
 
     def before(self, engine: Engine, step: int) -> None:
-        """An update begins after `step` of them. Where it is to be measured, 8 bytes per weight of this rank go to the host."""
+        """Call it before an update, after `step` of them. A measured one copies 8 bytes per weight of this rank to the host."""
         self._before = None
         if self._every_steps and (step + 1) % self._every_steps == 0:
             kept = {
@@ -37,7 +37,7 @@ class LayerNorms:
             self._before = {name: data.detach().to("cpu", copy=True) for name, data in kept.items()}
 
     def after(self, engine: Engine, result: Tensor, max_norm: float) -> dict[str, dict[str, float]] | None:
-        """Of the update just done, whose `result` launch_step gave, by layer; None: it was not measured, or not applied.
+        """Norms by layer of the last update, of which launch_step gave `result`; None: it was not measured, or not applied.
 
         weight: L2 norm of the weights it was made to. gradient: norm before clipping; not with sgd, whose moment holds weight
         decay too. update_ratio: norm of the change over that of the weights.

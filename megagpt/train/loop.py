@@ -121,8 +121,8 @@ def train(config: TrainConfig, planner: Planner | None = None) -> int:
 def loop(run: Run, state: TrainState) -> int:
     """Updates until max_steps or a stop signal, with all that happens between them.
 
-    A step is launched, and judged when what it has computed has reached the host: at once, or (`results_come_late`) after the
-    next one has been launched. Before anything that a step's state is used for, a checkpoint above all, it is judged.
+    A step is launched, and judged when its results have reached the host: at once, or (`results_come_late`) after the next step
+    was launched. A step is always judged before its state is used, for a checkpoint above all.
     """
     config, world, monitor, watchdog = run.config, run.world, run.monitor, run.watchdog
     loader = Loader(
@@ -204,7 +204,7 @@ def loop(run: Run, state: TrainState) -> int:
 
 
 def results_come_late(config: TrainConfig, world: World) -> bool:
-    """Whether a step is judged after the next one has been launched, so that a GPU is never without work."""
+    """Whether a step is judged after the next one was launched, so that a GPU is never idle."""
     return config.read_results == "late" or (config.read_results == "auto" and world.device.type == "cuda")
 
 
@@ -221,7 +221,7 @@ def digest_settings(config: TrainConfig, data: Data) -> dict[str, str]:
 
 
 def restore_or_start(run: Run) -> TrainState:
-    """The state of the newest good checkpoint, loaded into the engine, or fresh weights; says what it passed over."""
+    """The state of the newest good checkpoint, loaded into the engine, or fresh weights; logs those passed over."""
     state, restored = load_newest(run, run.config.resume_step)
     precision = declared_formats(run.config.precision, run.config.engine)
     left_out = run.guard.summary()

@@ -1,4 +1,4 @@
-"""What a training step that finds no memory leaves behind: a record of what was held, and an error that says what to do.
+"""A training step that runs out of memory: a record of the memory in use, and an error that names settings that need less.
 
 On a GPU the largest allocations are those of the CUDA allocator (torch.cuda.memory._snapshot), named by the tensors that lie in
 them; on a CPU they are the engine's own tensors, with the activations as megagpt.plan expects them.

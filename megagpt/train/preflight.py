@@ -1,4 +1,4 @@
-"""What is checked and recorded before a run does any work."""
+"""Checks and records before a run does any work."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What one start of a run works with."""
+"""The objects of one start of a run: engine, data, monitor, saver and so on."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +33,8 @@ class Run:
     settings: dict[str, str]
     """See digest_settings."""
     questions: Questions | None = None
-    """What it is scored by besides validation data."""
+    """Tasks and exercises that score it besides validation data."""
     planner: Planner | None = None
-    """What a step is expected to hold, for the message when memory runs out."""
+    """The memory that a step is expected to need, for the message when it runs out."""
     base: dict[str, Any] = field(default_factory=dict)
     """Of a run that freezes something: the checkpoint that the frozen weights are from (checkpoint.base_weights)."""

@@ -35,12 +35,12 @@ MAD_TO_SIGMA = 1.4826
 
 
 class GuardConfig(Config):
-    """When a run goes back to a checkpoint and leaves data out."""
+    """When a run goes back to a checkpoint and skips data."""
 
     enabled: bool = True
     """Whether spikes, explosions and repeated non-finite steps make the run go back."""
     window_steps: int = Field(default=128, ge=8)
-    """Steps before a step that it is compared with."""
+    """How many earlier steps a step is compared with."""
     min_steps: int = Field(default=64, ge=8)
     """The number of earlier steps that the guard needs before it can call a step a spike."""
     loss_z: float = Field(default=10.0, gt=0)
@@ -51,17 +51,17 @@ class GuardConfig(Config):
     grad_norm_ratio: float = Field(default=100.0, gt=1)
     """An explosion is a gradient norm, before clipping, of this many times the median of the steps before."""
     max_non_finite_steps: int = Field(default=3, gt=0)
-    """So many non-finite steps in a row are left out one by one; one more, and the run goes back."""
+    """At most this many non-finite steps in a row are skipped one by one; after one more the run goes back."""
     skip_steps: int = Field(default=4, gt=0)
-    """Batches that are left out, from the one in which it was seen on; twice as many if it comes again right there."""
+    """How many batches are skipped, from the one with the problem on; twice as many if it comes again right there."""
     max_repeats: int = Field(default=1, ge=1)
-    """So often the samples right behind those left out may be left out as well. The same verdict at the same step once more
+    """How often the samples right behind skipped ones may be skipped as well. The same verdict at the same step once more
     says that the samples are not the cause: they are used after all, and the step counts as a planned change."""
     max_rewinds: int = Field(default=10, ge=0)
-    """How often a run may go back in its whole life; a verdict that was taken back counts once with all its repeats."""
+    """How often a run may go back in all; a withdrawn verdict counts once with all its repeats."""
     cleared_windows: int = Field(default=0, ge=0)
-    """So many of the first entries of run_dir/skipped.json no longer count: their samples are used from here on. Each start
-    says how many entries leave samples out, also with enabled=false."""
+    """The first n entries of run_dir/skipped.json no longer count: their samples are used from here on. Each start logs how
+    many entries skip samples, also with enabled=false."""
 
     @model_validator(mode="after")
     def _check(self) -> "GuardConfig":
@@ -72,7 +72,7 @@ class GuardConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is kept of a step to compare later ones with."""
+    """What later steps are compared with."""
 
     loss: float
     grad_norm: float
@@ -106,7 +106,7 @@ class Guard:
             raise UserError(f"guard.cleared_windows={config.cleared_windows}: {self._path} has {len(self._rewinds)} entries")
 
     def enter(self, step: int, regime: Regime) -> str:
-        """Before a step (its number, from 0) is judged: what has changed by plan since the step before; "" if nothing."""
+        """Call it before a step (its number, from 0) is judged: the planned changes since the step before; "" if none."""
         before, self._regime = self._regime, dict(regime)
         if before is None:  # a new run, or a checkpoint of an older release
             self._begins = len(self._steps) > 0
@@ -265,7 +265,7 @@ def judge(before: Sequence[Step] | deque[Step], step: Step, config: GuardConfig)
 
 
 def _rises(stretch: Sequence[Step]) -> list[float]:
-    """By how much each loss is above the median of the RECENT ones before it."""
+    """How much each loss is above the median of the RECENT ones before it."""
     losses = [step.loss for step in stretch]
     return [losses[i] - statistics.median(losses[i - RECENT : i]) for i in range(RECENT, len(losses))]
 

@@ -1,6 +1,6 @@
-"""One step: the ranks agree on it, it is launched, and its results are judged when they have reached the host.
+"""One step: the ranks agree on its samples, it is launched, and its results are judged when they have reached the host.
 
-On a GPU the next step is launched in the meantime (`read_results`), so the device is never without work.
+On a GPU the next step is launched in the meantime (`read_results`), so the device is never idle.
 """
 
 import math
@@ -129,7 +129,7 @@ class SourceLosses:
 
 
 class Judge:
-    """Reads what a step has computed, and keeps the books: ledger, guard, metrics. All ranks judge the same numbers."""
+    """Reads the results of a step and writes ledger, guard and metrics. All ranks judge the same numbers."""
 
     def __init__(self, run: Run, ledger: LedgerWriter | None) -> None:
         self._run, self._ledger, self._checked = run, ledger, False
@@ -179,7 +179,7 @@ def _total(rows: Sequence[Sequence[float]], start: int, count: int) -> float:
 
 
 def regime_at(config: TrainConfig, settings: Mapping[str, str], state: TrainState) -> dict[str, Any]:
-    """What the loss of the step at `state` depends on by plan; the guard does not take a change of it for a fault.
+    """The planned settings that the loss of the step at `state` depends on; the guard takes no change of them for a spike.
 
     settings: a digest of each setting that a resume may change (Run.settings).
     """
@@ -190,6 +190,6 @@ def regime_at(config: TrainConfig, settings: Mapping[str, str], state: TrainStat
 
 
 def seed_dropout(config: TrainConfig, step: int, batch: MicroBatch) -> None:
-    """Dropout depends on the seed, the step and the micro-batch's samples, not on which rank computes it."""
+    """Seed dropout by the seed, the step and the micro-batch's samples, so it does not depend on the rank that computes it."""
     if config.model.dropout > 0 or (config.tune.lora is not None and config.tune.lora.dropout > 0):
         torch.manual_seed(mix(config.seed, step, batch.first_sample) & HASH_MASK)

@@ -75,7 +75,7 @@ def test_verify_names_every_fault(tmp_path: Path) -> None:
     with pytest.raises(ShardError) as caught:
         lines(shards=folder, verify=True)
     message = str(caught.value)
-    assert message.startswith("2 faults:")
+    assert message.startswith("2 problems found:")
     assert "shard_00000.bin: block 0" in message
     assert "shard_00001.docs.parquet: sha256" in message
     flip(folder / "train" / "shard_00000.idx", 40)
