@@ -1,4 +1,4 @@
-"""Looking after the checkpoints of a run: list, verify, prune, average."""
+"""Maintenance of the checkpoints of a run: list, verify, prune, average, merge."""
 
 import logging
 import shutil
@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 
 
 class InspectConfig(Config):
-    """What to do with the checkpoints of a run; without anything else they are listed."""
+    """Actions on the checkpoints of a run; without one they are listed."""
 
     run_dir: Path
-    """The run."""
+    """The run directory."""
     verify: bool = False
     """Read every file and compare it with its sha256."""
     prune: bool = False
     """Delete all but the newest keep_last, the best, and multiples of keep_every_steps; and quarantined ones."""
     keep_last: int = Field(default=2, gt=0)
-    """prune: how many of the newest stay."""
+    """prune: how many of the newest are kept."""
     keep_every_steps: int = Field(default=0, ge=0)
-    """prune: multiples of this step stay; 0 = none."""
+    """prune: checkpoints of multiples of this step are kept; 0 = none."""
     average: tuple[int, ...] = ()
     """Steps whose weights are averaged into one checkpoint (arXiv 1803.05407), written to output_dir as a run of its own."""
     merge: bool = False
@@ -75,7 +75,7 @@ class CheckpointInfo:
 
 
 def inspect(config: InspectConfig) -> list[CheckpointInfo]:
-    """Do what the configuration asks and return what is there afterwards. Raises UserError on a missing run or step."""
+    """Do the actions of the configuration; returns the checkpoints left. Raises UserError on a missing run or step."""
     if not (config.run_dir / "checkpoints").is_dir():
         raise UserError(f"run_dir={config.run_dir}: there is no folder checkpoints/ in it")
     if config.average and config.output_dir is not None:

@@ -1,7 +1,7 @@
-"""Checkpoints of tuned runs: they hold what is trained, and name the checkpoint that everything else is from.
+"""Checkpoints of tuned runs: they hold the trained weights, and name the checkpoint of all other weights.
 
 state.json has `base`: the path of that checkpoint, the sha256 of its manifest, and which rows of the vocabulary were new.
-Frozen weights are read from it at every start, so they are the same bits for ever; whoever uses the model reads both.
+Frozen weights are read from it at every start, so they are always the same bits; using the model takes both checkpoints.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ from megagpt.settings_record import read_settings
 
 
 def base_record(path: Path, rows: NewRows | None) -> dict[str, Any]:
-    """What state.json says of the checkpoint with the frozen weights."""
+    """The record in state.json of the checkpoint with the frozen weights."""
     new = None if rows is None else {"first": rows.first, "width": rows.width}
     return {"path": str(path.absolute()), "manifest_sha256": sha256_file(path / "manifest.json"), "new_rows": new}
 
 
 def base_path(record: Mapping[str, Any], where: Path, init_from: Path | None = None) -> Path:
-    """The checkpoint that a record names, also where its run has moved to `init_from`. Raises UserError if it is gone or
+    """The checkpoint that a record names, also if its run has moved to `init_from`. Raises UserError if it is gone or
     changed."""
     named = Path(record["path"])
     places = [named] if init_from is None else [init_from / "checkpoints" / named.name, named]
@@ -42,7 +42,7 @@ def base_path(record: Mapping[str, Any], where: Path, init_from: Path | None = N
 
 
 def load_base(path: Path, rows: NewRows | None, engine: Engine, world: World, *, frozen_only: bool) -> None:
-    """Fill the engine from the checkpoint it begins with: what is frozen, unless `frozen_only` also what is trained in full.
+    """Fill the engine from the checkpoint it begins with: the frozen weights, and unless `frozen_only` those trained in full.
 
     Raises CheckpointError if the checkpoint is damaged. All ranks call it together.
     """

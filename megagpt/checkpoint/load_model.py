@@ -1,4 +1,4 @@
-"""The model of a run as one process uses it: to evaluate, to generate, to export."""
+"""The model of a run in one process: to evaluate, to generate, to export."""
 
 import logging
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as one process uses it, with what is needed to feed it."""
+    """A model in one process, with its tokenizer and settings."""
 
     model: GPT
     model_config: ModelConfig
@@ -35,8 +35,8 @@ def load_model(
 ) -> LoadedModel:
     """The weights of a run's newest good, best, or named checkpoint as a plain fp32 GPT in evaluation mode.
 
-    Raises UserError if the run or the step is not there or, unless `classifier` is true, the model is one, which gives no text;
-    CheckpointError if no such checkpoint is good.
+    Raises UserError if the run or the step does not exist or, unless `classifier` is true, the model is one, which gives no
+    text; CheckpointError if no such checkpoint is good.
     """
     path = find_checkpoint(run_dir, step)
     saved = read_state(path, of_model=True)
@@ -57,7 +57,7 @@ def refuse_classifier(config: ModelConfig, path: Path, what: str = "a language m
 def find_checkpoint(run_dir: Path, step: int | Literal["last", "best"] = "last") -> Path:
     """The newest good checkpoint of a run, its best, or that of a step; warns of newer ones that are not good.
 
-    Raises UserError if the run or the step is not there, CheckpointError if no such checkpoint is good.
+    Raises UserError if the run or the step does not exist, CheckpointError if no such checkpoint is good.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory")

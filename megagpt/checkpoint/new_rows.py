@@ -1,4 +1,4 @@
-"""Weights for a model whose vocabulary has grown: rows of old ids as they are, those of new ids at the mean of the old ones.
+"""Weights for a model with a larger vocabulary: rows of old ids are unchanged, rows of new ids get the mean of the old ones.
 
 A new row at the mean gives a new token the average of all logits: it is neither likely nor impossible, and the loss of old
 tokens hardly moves (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
@@ -22,7 +22,7 @@ ROWS_AT_A_TIME = 4096
 
 @dataclass(frozen=True, slots=True)
 class NewRows:
-    """`first`: ids below it mean what they meant, those from it on are new. `width`: elements of a row."""
+    """`first`: ids below it keep their meaning, ids from it on are new. `width`: elements of a row."""
 
     first: int
     width: int

@@ -1,4 +1,4 @@
-"""Committed checkpoints of a run: which there are, what state.json says, and whether their files are whole. Needs no torch."""
+"""Committed checkpoints of a run on disk: their steps, their state.json, and whether their files are whole. Needs no torch."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +12,13 @@ FORMAT = 1
 """Of state.json; it grows when an earlier release could not read what is written."""
 
 STATE_FIELDS = {"train_state": dict, "updates": int}
-"""What every state.json has; `config` and `model` (dict) are the trainer's."""
+"""The fields of every state.json; `config` and `model` (dict) are added by the trainer."""
 
 
 def read_state(path: Path, *, of_model: bool = False) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises UserError that names the file, the field and the rule if it is not one.
+    """A checkpoint's state.json. Raises UserError that names file, field and rule if it is malformed.
 
-    A later format than this release reads is refused too. `of_model`: settings of the model and the run are needed as well.
+    Refuses a later format than this release reads. `of_model`: the settings of model and run are required as well.
     """
     saved = read_object(path / "state.json")
     later = saved.get("format", 1)
@@ -53,7 +53,7 @@ def require_checkpoint(path: Path) -> None:
 
 
 def verify(path: Path, rank: int = 0, size: int = 1, progress: Callable[[], object] | None = None) -> list[str]:
-    """What is wrong with a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read.
+    """Problems of a checkpoint, one line each; [] = good. With size > 1 only every size-th file is read.
 
     `progress` is called as the files are read.
     """
@@ -75,7 +75,7 @@ def verify(path: Path, rank: int = 0, size: int = 1, progress: Callable[[], obje
 
 
 def _problem_of(file: Path, size: int, sha256: str, progress: Callable[[], object] | None) -> str:
-    """What is wrong with one file; empty if nothing."""
+    """The problem of one file; "" if there is none."""
     if not file.is_file():
         return f"{file}: missing"
     if file.stat().st_size != size:

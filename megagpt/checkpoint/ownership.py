@@ -1,14 +1,13 @@
-"""Who owns a run directory: its newest attempt. A start looks first whether an earlier one is alive, which then keeps the run.
+"""Who owns a run directory: its newest attempt. A start first checks whether an earlier one is alive; that one keeps the run.
 
-    starts/<attempt>.claim  made exclusively: two starts never have the same number
+    starts/<attempt>.claim  created exclusively: two starts never get the same number
     owner.json              the attempt that owns the run; a checkpoint is only committed by the attempt that it names
-    heartbeat.json          written by rank 0 of the owner every few seconds: a number that grows, host, process, job
+    heartbeat.json          written by rank 0 of the owner every few seconds: a growing number, host, process, job
 
-An owner is alive if its heartbeat moves while it is watched, by the watcher's own clock. It is dead without watching if it says
-that it has ended, if its process is gone from this machine, or if it is an earlier start of the same SLURM job, which SLURM has
-ended (what may be left of it on a lost node is fenced off by owner.json). An owner that finds a later attempt in owner.json
-asks its ranks to stop; they end with status 2, which no job script starts again.
-"""
+An owner is alive if its heartbeat changes while the new start watches it, by that start's own clock. It counts as dead at once
+if its heartbeat says that it has ended, if its process is gone from this machine, or if it is an earlier start of the same
+SLURM job, which SLURM has ended (owner.json fences off what may be left of it on a lost node). An owner that finds a later
+attempt in owner.json asks its ranks to stop; they end with status 2, which no job script starts again."""
 
 import contextlib
 import json
@@ -29,16 +28,16 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
 SILENT_SECONDS = 20.0
-"""An owner whose heartbeat has not moved for so long is dead: a disk or the interpreter may hold it up for some seconds."""
+"""An owner whose heartbeat has not changed for this long is dead: a disk or the interpreter may delay it by some seconds."""
 
 IfRunning: TypeAlias = Literal["refuse", "wait", "take_over"]
 
 
 class Ownership:
-    """One attempt's hold on a run. On rank 0 a thread writes the heartbeat and looks for a later attempt."""
+    """One attempt's ownership of a run. On rank 0 a thread writes the heartbeat and checks for a later attempt."""
 
     def __init__(self, run_dir: Path, world: World, attempt: int) -> None:
-        """All ranks make it; only that of rank 0 does anything until `refuse_if_lost`."""
+        """All ranks create it; only rank 0 does anything until `refuse_if_lost`."""
         self.run_dir, self.attempt, self._world = run_dir, attempt, world
         self._lost, self._closing, self._beats = threading.Event(), threading.Event(), 0
         self._thread: threading.Thread | None = None
@@ -53,7 +52,7 @@ class Ownership:
             raise UserError(f"{self.run_dir}: a later start has taken this run over; attempt {self.attempt} ends")
 
     def close(self) -> None:
-        """Say that this attempt has ended. Safe to call twice."""
+        """Record that this attempt has ended. Safe to call twice."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(5.0)
@@ -88,7 +87,7 @@ class Ownership:
 
 
 def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> Ownership | None:
-    """Own a run directory, if no other start that is alive does; all ranks call it together. None: a stop signal came first.
+    """Take ownership of a run directory unless a live start has it; all ranks call it together. None: a stop signal came first.
 
     if_running: what to do about an owner that is alive. Raises UserError on every rank if it is refused.
     """
@@ -129,9 +128,9 @@ def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> O
 
 
 def take_ownership(run_dir: Path, world: World) -> int:
-    """Take possession of a run directory at once, whoever has it: the number of the new attempt, on every rank.
+    """Take ownership of a run directory at once, from any owner; returns the number of the new attempt on every rank.
 
-    What unfinished saves of earlier attempts have left is removed. Raises UserError on every rank if owner.json is damaged.
+    Removes unfinished saves of earlier attempts. Raises UserError on every rank if owner.json is damaged.
     """
     attempt, problem = 0, ""
     if world.rank == 0:
@@ -150,7 +149,7 @@ def take_ownership(run_dir: Path, world: World) -> int:
 
 
 def still_owner(run_dir: Path, attempt: int) -> bool:
-    """Whether no later start has claimed the run directory."""
+    """Whether no later start has taken the run directory."""
     return owner_of(run_dir) == attempt
 
 
@@ -171,7 +170,7 @@ def _read_attempt(path: Path) -> dict[str, Any]:
 
 
 def _next_attempt(run_dir: Path) -> int:
-    """A number above every one that was given before, also where owner.json has been lost or set back."""
+    """A number above all earlier ones, also if owner.json was lost or set back."""
     (run_dir / "starts").mkdir(parents=True, exist_ok=True)
     attempt = max(owner_of(run_dir), _newest_attempt(run_dir))
     while True:
@@ -213,7 +212,7 @@ def _heartbeat(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _may_be_alive(heartbeat: Mapping[str, Any] | None) -> bool:
-    """Whether an owner has to be watched: nothing proves that it has ended."""
+    """Whether an owner has to be watched, because nothing proves that it has ended."""
     if heartbeat is None or heartbeat.get("ended"):
         return False
     me = _myself()
@@ -236,7 +235,7 @@ def _named(heartbeat: Mapping[str, Any] | None) -> str:
 
 
 def _myself() -> dict[str, Any]:
-    """This process so that another one can tell whether it is still there."""
+    """The identity of this process, by which another one can tell whether it still runs."""
     return {
         "host": os.uname().nodename,
         "pid": os.getpid(),

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on disk: runs of flattened fp32 tensors in safetensors files, one file per rank that wrote."""
+"""The tensors of a checkpoint on disk: runs of flattened fp32 tensors in safetensors files, one file per writing rank."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from megagpt.distributed.world import World
 from megagpt.engine.base import Partition
 
 Shares: TypeAlias = dict[str, tuple[int, Tensor]]
-"""What one rank writes: by name, the offset in the flattened whole and the 1-D fp32 elements from there."""
+"""The share of one rank: by name, the offset in the flattened tensor and the 1-D fp32 elements from there."""
 
 
 class CheckpointError(Failure):
@@ -46,7 +46,7 @@ def read_partitions(
 ) -> None:
     """Fill `partitions` in place from the files that overlap with them. Raises CheckpointError if elements are missing.
 
-    `index` spares the reading of all headers to who reads the same checkpoint many times.
+    Pass `index` to read the same checkpoint many times without reading all headers again.
     """
     if index is None:
         index = index_of(path) if world is None or world.rank == 0 else None
@@ -79,7 +79,7 @@ def read_partitions(
 def write_partitions(
     folder: Path, rank: int, shares: Shares, progress: Callable[[], object] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """This rank's file; returns its name and its entry in the manifest. `progress` is called for every slice written."""
+    """Write this rank's file; returns its name and its entry in the manifest. `progress` is called for every slice written."""
     name = f"pieces_{rank:05d}.safetensors"
     tensors = {key: data for key, (_, data) in shares.items() if len(data)}
     starts = {key: str(start) for key, (start, data) in shares.items() if len(data)}
@@ -88,7 +88,7 @@ def write_partitions(
 
 
 def own_share(partition: Partition) -> tuple[int, Tensor]:
-    """(start, data) of what this rank writes: of a run that several ranks hold, its part."""
+    """(start, data) that this rank writes: all of a partition, or its part of one that several ranks hold."""
     length = len(partition.data)
     first, last = length * partition.copy // partition.copies, length * (partition.copy + 1) // partition.copies
     return partition.start + first, partition.data[first:last]
@@ -140,7 +140,7 @@ def write_slices(path: Path, slices: Iterable[memoryview], progress: Callable[[]
 
 
 SLICE_BYTES, HASHED_LATER = 16 << 20, 16
-"""What is written at a time, and how many of them the checksum may lag behind."""
+"""Bytes of one write, and how many writes the checksum may lag behind."""
 
 
 def _slices(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:
@@ -154,7 +154,7 @@ def _slices(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:
-    """A disk that is filling up takes a part; the next write then says so."""
+    """A full disk may take a part of the data; the next write then raises."""
     while data:
         data = data[file.write(data) :]
 
@@ -174,7 +174,7 @@ def index_of(path: Path) -> dict[str, list[Run]]:
 
 
 def _opened(file: Path, framework: str) -> Any:
-    """The file, if it is safetensors and nothing else: no other format is ever tried, least of all one that holds code."""
+    """The file, if it is safetensors. No other format is ever tried, least of all one that holds code."""
     try:
         return safe_open(file, framework=framework)
     except SafetensorError as error:

@@ -1,17 +1,17 @@
 """The portable checkpoint: written by any engine, ZeRO stage and number of ranks, read by any other, with no conversion step.
 
 A checkpoint is a set of 1-D fp32 tensors, `param.<name>` and `<optimizer state>.<name>`, of each parameter's full flattened
-length. Every rank writes the runs of them that it holds (engine.Partition) into one safetensors file of its own; who reads
-takes from any file what overlaps with what it holds. safetensors holds no code, so loading runs none.
+length. Every rank writes the partitions that it holds (engine.Partition) into one safetensors file of its own. On load, each
+rank reads only the ranges that overlap its own partitions. safetensors holds no code, so loading runs none.
 
-    step_00001000/  pieces_00000.safetensors ...  one file per rank; its header says where each run begins
+    step_00001000/  pieces_00000.safetensors ...  one file per rank; its header says where each partition begins
                     state.json                    TrainState, config, data fingerprint, the start that wrote it
                     manifest.json                 size and sha256 of every file above; written last
-                    scores.json                   what evaluations of this step found, by validation set; added afterwards
+                    scores.json                   scores of this step, by validation set; added afterwards
 
-All is written into `tmp_<attempt>_step_...`, fsynced, and renamed by rank 0 when every rank has succeeded: a checkpoint
-without a manifest that verifies does not exist. The attempt grows with each start of the run (owner.json) and is compared
-before the rename, so a rank left over from an earlier start cannot commit (ownership.py); between that look and the rename a
+Ranks write into `tmp_<attempt>_step_...` and fsync; rank 0 renames it when every rank has succeeded. A checkpoint counts
+only if its manifest verifies. The attempt grows with each start of the run (owner.json) and is compared
+before the rename, so a rank left over from an earlier start cannot commit (ownership.py); between that check and the rename a
 window of microseconds stays open.
 """
 
@@ -44,7 +44,7 @@ Check: TypeAlias = Callable[[Path, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint says besides the tensors."""
+    """The contents of a checkpoint besides its tensors."""
 
     path: Path
     state: TrainState
@@ -55,10 +55,10 @@ class Restored:
 
 
 class Saver:
-    """Writes the checkpoints of one start of a run; in the background if asked, one at a time.
+    """Writes the checkpoints of one start of a run, one at a time; in the background if asked.
 
     In the background the step waits only while this rank's partitions are copied to host memory; files, agreement and commit
-    happen in a thread with a process group of its own. What fails there is raised on every rank by the next call.
+    happen in a thread with a process group of its own. An error there is raised on every rank by the next call.
     """
 
     def __init__(self, run_dir: Path, world: World, attempt: int, *, background: bool = False) -> None:
@@ -90,8 +90,8 @@ class Saver:
         self._pending = self._thread.submit(self._write, self._copy(shares), state.step, saved, after)
 
     def then(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 once what was begun is committed; not if it was not, nor if a later start has taken the run
-        over. It may raise nothing."""
+        """Run `action` on rank 0 once the save in progress is committed, but not if it failed, nor if a later start has taken
+        the run over. The action must not raise."""
         pending = self._pending
         if self._world.rank != 0:
             return
@@ -106,13 +106,13 @@ class Saver:
             self._thread.submit(run)
 
     def wait(self) -> None:
-        """Until what was begun is committed. Raises CheckpointError as `save` does."""
+        """Wait until the save in progress is committed. Raises CheckpointError as `save` does."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait for the save in progress and end the thread."""
         try:
             self.wait()
         finally:
@@ -171,11 +171,11 @@ def restore(
 ) -> Restored | None:
     """Load the newest good checkpoint (or that of `step`) into the engine; None if there is none. All ranks call it together.
 
-    Every file's sha256 is verified first, the files dealt over the ranks; a checkpoint that fails is passed over for the next
-    older one. `check(path, state.json)` may raise to refuse it. Raises CheckpointError if `step` is named and not good, or if
+    Every file's sha256 is verified first, by all ranks together; a checkpoint that fails is passed over for the next older
+    one. `check(path, state.json)` may raise to refuse it. Raises CheckpointError if `step` is named and not good, or if
     all checkpoints are damaged. `step` is the `resume_step` of the run's settings: newer checkpoints that were made after a
     start with the same one are its continuation, and the newest of them is loaded. With `attempt` this start owns the run:
-    newer checkpoints that are not used are renamed to `aside_*`, so that what comes is not mixed up with them.
+    newer checkpoints that are not used are renamed to `aside_*`, so that later checkpoints are not mixed up with them.
     """
     path, passed_over = newest_good(run_dir, world, step=step)
     if path is None:
@@ -262,8 +262,8 @@ def _candidates(run_dir: Path, step: int | None) -> list[Path]:
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int = 0, in_use: Collection[int] = ()) -> list[Path]:
-    """Delete checkpoints but the newest `keep_last`, the best, multiples of keep_every_steps and those of the steps `in_use`;
-    returns what went."""
+    """Delete all checkpoints but the newest `keep_last`, the best, multiples of keep_every_steps and those of the steps
+    `in_use`; returns the deleted ones."""
     best_step = read_best(run_dir).get("step", -1)
     committed = list_checkpoints(run_dir)
     whole = [path for path in committed if (path / "manifest.json").exists()]  # a deletion that was killed leaves none
@@ -293,7 +293,7 @@ def _commit(run_dir: Path, temporary: Path, final: Path, files: dict[str, Any], 
 
 
 def _replace(final: Path, temporary: Path, old: Path) -> None:
-    """Put `temporary` in the place of `final`. Whoever ends between the renames leaves `old`; take_ownership restores it."""
+    """Put `temporary` in the place of `final`. A kill between the renames leaves `old`; take_ownership restores it."""
     final.rename(old)
     try:
         temporary.rename(final)

@@ -1,4 +1,4 @@
-"""What evaluations found of committed checkpoints: scores.json inside each, and best.json beside them.
+"""Scores of committed checkpoints: scores.json inside each, and best.json beside them.
 
 A checkpoint is committed before it is evaluated, so its score is no part of it: scores.json is not in the manifest, moves with
 the folder and goes with it. Scores are kept by validation set: losses on different ones are never compared.
@@ -19,14 +19,14 @@ SCORES_FILE = "scores.json"
 
 
 LOWER_IS_BETTER = ("loss", "loss_of_gold", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")
-"""Metrics of which the best is the lowest; of every other one it is the highest."""
+"""Metrics whose lowest value is the best; of every other metric it is the highest."""
 
 
 def keep_score(path: Path, step: int, validation_set: str, score: Mapping[str, Any], *, best_by: str | None = "loss") -> None:
-    """Write what an evaluation found into the committed checkpoint at `path`, and mark it if it is the best of its run by
+    """Write the scores of an evaluation into the committed checkpoint at `path`, and mark it if it is the best of its run by
     `best_by`: "loss", "TASK.METRIC" of the score's `scores`, or None = by what others evaluate.
 
-    Without a checkpoint there nothing happens. A disk that does not take it is a warning: metrics.jsonl has the score too.
+    Without a checkpoint there it does nothing. A failed write is a warning only: metrics.jsonl has the score too.
     """
     try:
         if (path / "manifest.json").is_file():
@@ -41,7 +41,7 @@ def keep_score(path: Path, step: int, validation_set: str, score: Mapping[str, A
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What evaluations of a checkpoint found, by validation set, the last written one last; {} if there was none."""
+    """The scores of a checkpoint by validation set, the newest last; {} if there are none."""
     file = path / SCORES_FILE
     scores = read_object(file) if file.exists() else {}
     check_fields(file, scores, dict.fromkeys(scores, dict))
@@ -51,7 +51,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def read_best(run_dir: Path) -> dict[str, Any]:
-    """What best.json says of a run's best checkpoint; {} if none was evaluated. Raises UserError if it is damaged."""
+    """The contents of best.json about a run's best checkpoint; {} if none was evaluated. Raises UserError if it is damaged."""
     path = run_dir / "checkpoints" / "best.json"
     if not path.exists():
         return {}
@@ -99,13 +99,13 @@ def score_of(scores: Mapping[str, Mapping[str, Any]], metric: str) -> float:
 
 
 def as_loss(metric: str, value: float) -> float:
-    """The value, turned round where the highest is the best: of two the lower one is the better one."""
+    """The value, negated if the highest is the best, so that of two values the lower one is the better one."""
     return value if metric.rpartition(".")[2] in LOWER_IS_BETTER else -value
 
 
 def mark_best(run_dir: Path, step: int, value: float, validation_set: str | None = None, *, metric: str | None = None) -> bool:
     """Record a committed step as the best if its validation loss (or `metric`, see LOWER_IS_BETTER) is better than the best
-    one's on the same validation set or tasks; returns whether it is. With others the comparison begins anew."""
+    one's on the same validation set or tasks; returns whether it is. On other sets or tasks the comparison begins again."""
     path = run_dir / "checkpoints" / "best.json"
     if not math.isfinite(value):
         return False

@@ -1,4 +1,4 @@
-"""The tokenizers of a run: that of its first checkpoint in run_dir/tokenizer, any later one beside it under its sha256.
+"""The tokenizers of a run: the first one is in run_dir/tokenizer, later ones are beside it under their sha256.
 
 A checkpoint's state.json names the sha256 of its tokenizer (checkpoints of release 0.1 do not: theirs is run_dir/tokenizer).
 """
@@ -14,7 +14,7 @@ NAME_CHARACTERS = 12
 
 
 def tokenizer_of(run_dir: Path, sha256: str | None) -> Tokenizer:
-    """The tokenizer of a checkpoint of the run. Raises UserError if it is not there, or another one."""
+    """The tokenizer of a checkpoint of the run. Raises UserError if it is missing or another one."""
     first = run_dir / "tokenizer"
     later = run_dir / f"tokenizer_{sha256[:NAME_CHARACTERS]}" if sha256 else first
     tokenizer = open_tokenizer(later if later.is_dir() else first, saved=True)
