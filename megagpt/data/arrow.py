@@ -1,5 +1,5 @@
-"""Arrow columns to and from Python values without pandas: pyarrow itself imports it, where it is installed, to ask whether
-values are of its kinds. That takes half a second and 40 MB in every worker."""
+"""Arrow columns to and from Python values without pandas: where pandas is installed, pyarrow imports it to check the types of
+values, which takes half a second and 40 MB in every worker."""
 
 from collections.abc import Sequence
 from typing import Any

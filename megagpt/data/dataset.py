@@ -1,4 +1,4 @@
-"""Which tokens are sample number i: datasets, mixtures and the position of a run, computed from manifests and seed. No torch.
+"""Sample number i as tokens: datasets, mixtures and the position of a run, computed from manifests and seed. Needs no torch.
 
     global sample index  --Mixture-->  source, index in it  --TokenDataset-->  epoch, keyed permutation, window of tokens
 
@@ -64,7 +64,7 @@ class TokenDataset:
         base_seed: int = 0,
     ) -> None:
         """document_end_loss: whether the first token of a document is a target after the end of the one before it.
-        base_seed: what `with_number` makes the seed of."""
+        base_seed: from which `with_number` computes the seed."""
         self.directory, self.seq_len, self.stride = Path(directory), seq_len, stride or seq_len
         self.seed, self.shuffle_block, self.document_end_loss = seed, shuffle_block, document_end_loss
         self.base_seed = base_seed

@@ -1,4 +1,4 @@
-"""From samples to micro-batches: one rank's part of a step, validation in order, and a loader that works ahead.
+"""From samples to micro-batches: one rank's part of a step, validation in order, and a loader that prepares the next step.
 
 `step_batches` takes a TrainState, whose `samples` is the next global sample index, and gives one rank its micro-batches of that
 step. The samples of a step are the same for any number of ranks and any micro-batch size; a rewind is only another TrainState.
@@ -22,7 +22,7 @@ from megagpt.documents import IGNORE
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank puts through one forward. `num_targets` 0 = an empty one that keeps the ranks in step."""
+    """The samples of one forward pass of one rank. `num_targets` 0 = an empty one that keeps the ranks in step."""
 
     ids: torch.Tensor
     """[B, T] int64."""
@@ -121,7 +121,7 @@ def eval_batches(
 
 
 _Place: TypeAlias = tuple[int, int, tuple[Window, ...], MixtureStart | None]
-"""What of a TrainState says which samples come: step, samples, skipped, mixture."""
+"""The fields of a TrainState that fix the next samples: step, samples, skipped, mixture."""
 
 
 class Loader:

@@ -11,8 +11,8 @@ from megagpt.data.state import MixtureStart
 
 
 class Mixture:
-    """Several datasets as one endless sequence in exact proportions: after any n samples each of S sources has had its share of
-    them, give or take half of log2(S), rounded up.
+    """Several datasets as one endless sequence in exact proportions: after any n samples each of S sources has given its share
+    of them, within half of log2(S), rounded up.
 
     Computed, not stored: the sources are halved, sample i of the two halves goes to the first one when its share of the first
     i + 1 samples, rounded, is more than its share of i; and so on within the half. Each source counts its own samples, so it
@@ -43,7 +43,7 @@ class Mixture:
         self._length = max(-(-len(d) * sums[-1] // share) for d, share in zip(datasets, shares, strict=True) if share)
 
     def __len__(self) -> int:
-        """Samples until every source has been through about once, by the first weights."""
+        """Samples until every source was used about once, by the first weights."""
         return self._length
 
     def sample(self, index: int) -> Sample:

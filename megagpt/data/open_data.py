@@ -39,7 +39,7 @@ class WeightChange(Config):
 
 
 class DataConfig(Config):
-    """What is trained on, and in which order."""
+    """The training data, and the order of its samples."""
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The corpora by name; validation loss is reported per name."""
@@ -87,7 +87,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class Data:
-    """All that training and evaluation need to know about the data."""
+    """The opened data that training and evaluation use."""
 
     train: Mixture
     validation: dict[str, TokenDataset]

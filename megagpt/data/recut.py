@@ -1,4 +1,4 @@
-"""Samples of another length in the middle of an epoch: what the samples before have not given is cut anew, nothing comes twice.
+"""Samples of another length in the middle of an epoch: the tokens not used yet are cut again, and none is used twice.
 
 The order of an epoch permutes blocks of `shuffle_block` consecutive samples (dataset.py). Blocks that have given no sample yet
 are whole runs of tokens: they keep their places in the order, and each is cut into samples of the new length. Left out until

@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def state(self) -> TrainState:
-        """Where the run stood before it, as far as samples go."""
+        """The position of the run before this update, in samples."""
         return TrainState(step=self.step, samples=self.first_sample, skipped=self.skipped)
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -52,7 +52,7 @@ def entry_of(state: TrainState, num_samples: int, fed_hash: int, attempt: int) -
 
 
 class LedgerWriter:
-    """Appends entries; a line that a kill tore is ended first, so that it costs no other line."""
+    """Appends entries. It first ends a line that a kill has torn, so that no other line is lost."""
 
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / LEDGER_FILE
@@ -62,7 +62,7 @@ class LedgerWriter:
             self._file.write(b"\n")
 
     def write(self, entry: Entry) -> None:
-        """One line, handed to the system at once: a kill of the process loses nothing."""
+        """Write one line and flush it, so that a kill of the process loses nothing."""
         row = {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(entry).items()}
         self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 

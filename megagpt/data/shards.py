@@ -43,7 +43,7 @@ class ShardError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """What the manifest says about one shard; sizes in bytes, hashes in hex."""
+    """The entry of one shard in the manifest; sizes in bytes, hashes in hex."""
 
     name: str
     tokens: int

@@ -1,4 +1,4 @@
-"""The protocol of an engine, and what it hands out and returns."""
+"""The protocol of an engine, with its partitions and the results of a step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one update did: global L2 norm of the gradients before clipping, and whether the update was applied."""
+    """The result of one update: global L2 norm of the gradients before clipping, and whether the update was applied."""
 
     grad_norm: float
     applied: bool
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """Clip to `max_norm` (0 = no clipping), update, zero the gradients. A non-finite update is reported, not applied.
 
         Returns fp64 [2] on the device: the norm before clipping, and 1 if the update was applied, else 0. FSDP with AdamW, but
-        in canonical order, fetches nothing for it. Whoever reads it tells `count_update`.
+        in canonical order, fetches nothing for it. The caller passes the result to `count_update`.
         """
         ...
 
@@ -83,7 +83,8 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Partition]:
-        """`param.<name>` and `<optimizer state>.<name>` of what this rank trains, as views: writing changes the engine."""
+        """`param.<name>` and `<optimizer state>.<name>` of the weights that this rank trains, as views: writing changes the
+        engine."""
         ...
 
     def frozen(self) -> dict[str, Partition]:

@@ -1,4 +1,4 @@
-"""Builds the engine that a configuration names; refuses what no engine computes rightly."""
+"""Builds the engine that a configuration names; refuses settings that no engine computes correctly."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,8 @@ def build_engine(
     float8: Float8 = "none",
     tune: TuneConfig | None = None,
 ) -> Engine:
-    """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on what it cannot do.
+    """The engine that `engine` names, with weights not yet drawn or loaded. Raises UserError on settings that it does not
+    support.
 
     `tune`: what is trained; None = everything. `canonical`: gradients are added in the order of the micro-batches
     (megagpt.engine.canonical), whatever the layout.
@@ -65,7 +66,7 @@ def build_engine(
 
 
 def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision, *, canonical: bool = False) -> None:
-    """Raise UserError on a combination that no engine computes rightly."""
+    """Raise UserError on a combination that no engine computes correctly."""
     if canonical:
         _refuse_canonical(engine, optim)
     if not isinstance(engine, DeepSpeedConfig):

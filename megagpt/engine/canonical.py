@@ -1,10 +1,9 @@
 """Sums whose bits do not depend on the layout: gradients in the order of the micro-batches, and their norm in fixed blocks.
 
-Floating-point addition is not associative, so the usual reductions give other last bits on another number of ranks. Here each
-micro-batch's gradient crosses ranks by itself (an all-to-all, the traffic of a reduce-scatter), and whoever keeps an element
-adds the micro-batches' values one by one, in fp32, in the order of their numbers in the step; micro-batch j is computed by
-rank j % ranks (megagpt.data.loader), so a round of one micro-batch per rank holds consecutive numbers.
-"""
+Floating-point addition is not associative, so the usual reductions give different last bits on another number of ranks. Here
+each micro-batch's gradient crosses ranks by itself (an all-to-all, the traffic of a reduce-scatter), and the rank that keeps an
+element adds the micro-batches' values one by one, in fp32, in the order of their numbers in the step; micro-batch j is computed
+by rank j % ranks (megagpt.data.loader), so a round of one micro-batch per rank holds consecutive numbers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 
 def declared_formats(precision: Precision, engine: EngineConfig) -> Formats:
-    """What the settings promise."""
+    """The formats that the settings promise."""
     fp32 = dict.fromkeys(("master_weights", "gradients", "optimizer_states", "loss"), "fp32")
     return {"weights": precision, **fp32, "reductions": engine.reduce_dtype}
 
@@ -30,7 +30,7 @@ def check_formats(declared: Formats, found: Formats) -> None:
 
 
 def watch_formats(head: nn.Module, optimizer: Any) -> Formats:
-    """A dict that the first forward pass and the first update fill with what their tensors are."""
+    """A dict that the first forward pass and the first update fill with the formats of their tensors."""
     found: Formats = {}
     parts = optimizer.parts if isinstance(optimizer, Together) else [optimizer]
 

@@ -4,8 +4,8 @@ The model is built on the meta device and each block becomes a unit of its own; 
 whose gathered weights are kept between the passes: the backward pass begins with them.
 Weights are fp32 shards by rows; in bf16 each unit is cast while it is gathered, and gradients are reduced in fp32.
 
-One process on a CPU has nothing to shard: there fully_shard's buffers would only be copied to and from, 4 to 10 % of a step's
-time, so the module is used as it is, in bf16 with its weights cast for each forward pass (`computing_in_bf16`).
+One process on a CPU has nothing to shard. Copies to and from fully_shard's buffers would take 4 to 10 % of a step's time,
+so the module is used as it is, in bf16 with its weights cast for each forward pass (`computing_in_bf16`).
 """
 
 from collections.abc import Callable

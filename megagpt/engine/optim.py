@@ -18,7 +18,7 @@ from megagpt.config import Config
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """What the engines and checkpoints know of an optimizer."""
+    """The properties of an optimizer that engines and checkpoints need."""
 
     about: str
     """For the help of `optim.kind`."""
@@ -28,7 +28,7 @@ class OptimizerSpec:
     """Its per-element states, by their names in torch's state dict: what the checkpoint keeps. Any other state (but the
     number of updates) would be lost."""
     updates_in: Literal["parameter", "group", "nowhere"] = "nowhere"
-    """Where it keeps the number of its updates, as `step`: in the state of each parameter, in the group, or it needs none."""
+    """Where it keeps its number of updates, `step`: in the state of each parameter, in the group, or nowhere."""
     matrices_only: bool = False
     """It updates the matrices of the blocks as wholes, and adamw the rest."""
 
@@ -77,7 +77,7 @@ else:
 
 
 class ScheduleConfig(Config):
-    """How the learning rate moves over the run."""
+    """Learning-rate schedule over the run."""
 
     kind: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
     """cosine (arXiv 1608.03983), wsd = warm-up, stable, decay (arXiv 2404.06395), linear, constant, or inverse_sqrt."""
@@ -108,7 +108,7 @@ class OptimConfig(Config):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global L2 norm; 0 = no clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """How the learning rate moves."""
+    """Learning-rate schedule."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
@@ -173,7 +173,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "Optim
 
 
 class Optimizer(Protocol):
-    """What the engines use of a torch optimizer."""
+    """The part of a torch optimizer that engines use."""
 
     param_groups: list[dict[str, Any]]
 
@@ -216,7 +216,7 @@ class Together:
 
 
 def create_states(optimizer: Optimizer, parameters: Iterable[tuple[Tensor, str]]) -> None:
-    """Make the states that torch would make in the first step, for (parameter, kind): a load needs them before."""
+    """Create the states that torch would create in the first step, for (parameter, kind): a load needs them earlier."""
     state_of = optimizer.state
     for parameter, kind in parameters:
         state = state_of[parameter]

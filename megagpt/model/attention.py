@@ -1,6 +1,6 @@
 """Causal attention, within documents if their lengths are given: torch's fused kernels; for documents on GPUs flex attention.
 
-Shape letters as in model.py: B sequences, T tokens, H query heads, K key/value heads, E head size.
+Shape letters as in gpt.py: B sequences, T tokens, H query heads, K key/value heads, E head size.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ class LinearScaling(Config):
     kind: Literal["linear"] = "linear"
     """linear, llama3 or yarn."""
     factor: float = Field(gt=1)
-    """How many times longer sequences get."""
+    """By how much sequences get longer."""
 
 
 class Llama3Scaling(Config):
@@ -25,7 +25,7 @@ class Llama3Scaling(Config):
     kind: Literal["llama3"]
     """linear, llama3 or yarn."""
     factor: float = Field(gt=1)
-    """How many times longer sequences get."""
+    """By how much sequences get longer."""
     original_seq_len: int = Field(gt=0)
     """Longest sequence of the training before, in tokens."""
     low_freq_factor: float = Field(default=1.0, gt=0)
@@ -46,7 +46,7 @@ class YarnScaling(Config):
     kind: Literal["yarn"]
     """linear, llama3 or yarn."""
     factor: float = Field(gt=1)
-    """How many times longer sequences get."""
+    """By how much sequences get longer."""
     original_seq_len: int = Field(gt=0)
     """Longest sequence of the training before, in tokens."""
     beta_fast: float = Field(default=32.0, gt=0)

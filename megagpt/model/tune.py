@@ -1,4 +1,4 @@
-"""What of a model is trained: frozen parameters by name or by block, and LoRA adapters; applied from outside to a plain GPT.
+"""Which parameters are trained: frozen ones by name or block, and LoRA adapters; applied from outside to a plain GPT.
 
 LoRA (arXiv 2106.09685): the product with a frozen matrix W gets a trained term of low rank, x W^T + (alpha / rank) x A^T B^T.
 The names of W and its bias stay, A and B are `<name of the layer>.lora_a` [rank, in] and `.lora_b` [out, rank].
@@ -39,7 +39,7 @@ class LoraConfig(Config):
 
 
 class TuneConfig(Config):
-    """What is trained; without a setting everything is."""
+    """Which parameters are trained; without a setting all are."""
 
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that stay as they are: embedding.*, blocks.*.mlp.*. Frozen weights have no optimizer states. The
@@ -107,7 +107,7 @@ def initial_adapter(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, config: LoraConfig) -> Tensor:
-    """The matrix that does what a layer and its adapter do."""
+    """The one matrix that equals a layer and its adapter."""
     return weight + (lora_b @ lora_a) * (config.alpha / config.rank)
 
 

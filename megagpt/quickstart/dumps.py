@@ -1,4 +1,4 @@
-"""The quickstart's dumps: the pages of demo_pages.py as a web crawl and an encyclopaedia, with known faults planted.
+"""The quickstart's dumps: the pages of pages.py as a web crawl and an encyclopaedia, with known faults planted.
 
 planted.json says how many of each fault
 went in, so that what the stages find can be compared. The same environment yields the same bytes.

@@ -47,7 +47,7 @@ from megagpt.watchdog.stragglers import LONG_ACTIVITIES, Progress, RankTimes
 Report = dict[str, Any]
 """What a rank says of itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,
 collectives, ended, progress (see stragglers.py); and once it is half overdue: threads, cause, what, waits_for_others, groups
-(see collectives.py)."""
+(see flight_recorder.py)."""
 
 
 class WatchdogConfig(Config):

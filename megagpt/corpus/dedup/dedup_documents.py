@@ -1,7 +1,7 @@
 """Deduplication: exact copies and verified near duplicates are dropped, of each group the earliest document is kept.
 
 How it works. All phases commit whole files below output_dir/index/<work>, so a rerun resumes where the last one stopped:
-  known/        per block of the corpora in `against`: their index, copied (known_corpora.py)
+  known/        per block of the corpora in `against`: their index, copied (reference_corpora.py)
   blocks/       per block of input: digest, MinHash band keys, id of each document      (parallel over blocks)
   same.i64      exact copies, by external sort of the digests
   pairs/        per band, documents with equal keys, by external sort                   (parallel over bands)

@@ -1,7 +1,7 @@
 """Near duplicates from the index: which document is dropped for which kept one, verified, in bounded memory.
 
-1. Per band, documents with equal keys are paired (equal_keys.py); union-find joins all pairs to components. Nothing is dropped
-   for being in one: a component only says which documents may have to be compared.
+1. Per band, documents with equal keys are paired (external_join.py); union-find joins all pairs to components.
+   Nothing is dropped for being in one: a component only says which documents may have to be compared.
 2. Components are dealt out to partitions that fit in memory; signatures and shingles of their documents, and of no others, are
    computed again from the text and written by partition.
 3. In a partition, documents are taken in order. One is dropped when its similarity to an earlier document that is KEPT reaches

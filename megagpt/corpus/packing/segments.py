@@ -1,4 +1,4 @@
-"""From documents to sorted segments of tokens, block by block: the worker's half of packing (pack.py has the whole picture).
+"""From documents to sorted segments of tokens, block by block: the workers' half of packing (see tokenize_documents.py).
 
 A block is read, split into train and validation, tokenized, and written as segments: at most 16 Mi tokens, sorted by key, as
 flat tokens (`.tokens`) and an Arrow table of rows (`.arrow`). The block's small .json comes last and means "committed".
