@@ -50,9 +50,8 @@ def build_engine(
         if world.cp_size > 1:
             method = engine.context_parallel_method
             model.context_parallel = ContextParallel(method, world.cp_rank, world.cp_size, world.cp_group)
-        model.last_layer.compile_loss = compile_blocks
-        for block in model.blocks if compile_blocks else ():
-            block.compile()
+        if compile_blocks:
+            model.compile_blocks()
         return model
 
     if isinstance(engine, FSDPConfig):

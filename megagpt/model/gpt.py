@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megagpt.config import Config
 from megagpt.documents import IGNORE, check_classes
@@ -169,6 +169,10 @@ class GeluMLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    checkpoint_options: dict[str, Any] | None = None
+    """Of a block that checkpoints itself; None = GPT does it, or nothing does. Inside the block a compiled graph holds the
+    checkpoint, and the compiler keeps and repeats what the options say; around a compiled block no product would be kept."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         norm = _norm_of(config)
@@ -180,6 +184,11 @@ class Block(nn.Module):
 
     def forward(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
+        if self.checkpoint_options is not None and self.training and cache is None:
+            return checkpoint(self._run, x_btd, rope_2te, mask, None, use_reentrant=False, **self.checkpoint_options)
+        return self._run(x_btd, rope_2te, mask, cache)
+
+    def _run(self, x_btd: Tensor, rope_2te: Tensor | None, mask: Mask, cache: KeyValues | None) -> Tensor:
         x_btd = x_btd + self.dropout(self.attention(self.attention_norm(x_btd), rope_2te, mask, cache))
         return x_btd + self.dropout(self.mlp(self.mlp_norm(x_btd)))
 
@@ -241,7 +250,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, *, checkpoint_every: int = 0, checkpoint_selectively: bool = False) -> None:
         super().__init__()
-        self.checkpoint_contexts = keep_products if checkpoint_selectively else noop_context_fn
+        self.checkpoint_options: dict[str, Any] = {"context_fn": keep_products} if checkpoint_selectively else {}
+        self.are_blocks_compiled = False
         self.config, self.checkpoint_every = config, checkpoint_every
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_len, config.hidden_size) if config.family == "gpt2" else None
@@ -306,8 +316,8 @@ class GPT(nn.Module):
             mask = mask_of(length, doc_lengths, ids.device, blockwise=blockwise)
         x_btd = self.dropout(x_btd)
         for i, block in enumerate(self.blocks):
-            if self.checkpoint_every and i % self.checkpoint_every == 0 and self.training and cache is None:
-                x_btd = checkpoint(block, x_btd, rope_2te, mask, use_reentrant=False, context_fn=self.checkpoint_contexts)
+            if self._checkpoints(i) and not self.are_blocks_compiled and self.training and cache is None:
+                x_btd = checkpoint(block, x_btd, rope_2te, mask, use_reentrant=False, **self.checkpoint_options)
             else:
                 x_btd = block(x_btd, rope_2te, mask, cache.layers[i] if cache is not None else None)
         if cache is not None:
@@ -321,6 +331,18 @@ class GPT(nn.Module):
     def last_layer(self) -> Head:
         """What makes the logits: `head`, or of a classifier `score`."""
         return self.score if self.config.classes else self.head
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block, with `options` of torch.compile; a checkpointed block then has its checkpoint in its graph."""
+        self.are_blocks_compiled = self.last_layer.compile_loss = True
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            if self._checkpoints(i):
+                block.checkpoint_options = self.checkpoint_options
+            block.compile(**options)
+
+    def _checkpoints(self, i: int) -> bool:
+        return self.checkpoint_every > 0 and i % self.checkpoint_every == 0
 
     def loss_terms(self) -> dict[str, Tensor]:
         """The terms of what the last forward with targets gave, summed and without gradient: `loss` in nats and what training

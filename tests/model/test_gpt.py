@@ -210,8 +210,8 @@ def test_documents_on_a_gpu_give_the_cpus_loss_and_gradients(compiled: bool) -> 
     for device in ("cpu", "cuda"):
         _, model = small()
         model.to(device)
-        for block in model.blocks if compiled and device == "cuda" else ():
-            block.compile()
+        if compiled and device == "cuda":
+            model.compile_blocks()
         loss = model(ids().to(device), ids(seed=1).to(device), lengths.to(device))
         loss.backward()
         losses.append(loss.detach().cpu())
@@ -232,6 +232,32 @@ def test_the_start_depends_on_seed_and_name_only() -> None:
     assert not torch.equal(other.embedding.weight, model.embedding.weight)
     values = initial_value(config, "blocks.0.mlp.out.weight", torch.Size((1000, 100)), 0)
     assert float(values.std()) == pytest.approx(0.02 / (2 * config.num_layers) ** 0.5, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_a_compiled_block_repeats_what_its_checkpoint_says_and_no_more() -> None:
+    """Counted by torch's profiler: a forward pass of a block has 7 products, a backward pass 14."""
+    from torch.profiler import profile
+
+    products, attention, grads = [], [], []
+    for every, selectively in ((0, False), (1, False), (1, True)):
+        model = GPT(small()[0], checkpoint_every=every, checkpoint_selectively=selectively)
+        initialise(model, seed=3)
+        model.compile_blocks(backend="aot_eager_decomp_partition")  # the partition is the default backend's
+        model(ids(), ids(seed=1)).backward()  # compiles
+        model.zero_grad()
+        with profile() as profiler:
+            model(ids(), ids(seed=1)).backward()
+        names = [event.name for event in profiler.events() or ()]
+        products.append(names.count("aten::mm"))
+        attention.append(names.count("aten::_scaled_dot_product_flash_attention_for_cpu"))
+        grads.append([parameter.grad for parameter in model.parameters()])
+    num_layers, of_the_head = small()[0].num_layers, 3
+    assert products == [21 * num_layers + of_the_head, 27 * num_layers + of_the_head, 21 * num_layers + of_the_head]
+    assert attention == [num_layers, 2 * num_layers, num_layers]
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0])
 
 
 def test_checkpointing_changes_no_gradient() -> None:

@@ -505,7 +505,7 @@ def engine_traits(world: Any) -> list[tuple[bool, bool]]:
             world, "fsdp", checkpoint_every=1, checkpoint_selectively=wanted, compile_blocks=wanted
         ).module
         compiled = all(block._compiled_call_impl is not None for block in module.blocks)
-        traits.append((compiled, module.checkpoint_contexts is keep_products))
+        traits.append((compiled, module.checkpoint_options.get("context_fn") is keep_products))
     return traits
 
 
