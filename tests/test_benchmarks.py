@@ -1,11 +1,13 @@
 """docs/benchmarks.md is what the results give, its tables say what the numbers are, and bench/gpu/run.py runs without a GPU."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +130,54 @@ def test_a_command_is_charged_with_its_own_memory_and_time() -> None:
     assert 0 < small.cpu_s < small.wall_s + 1
     with pytest.raises(SystemExit, match=r"exit status 7 after(.|\n)*no such thing"):
         run_once([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(7)"])
+
+
+@pytest.fixture
+def gpu_benchmark():
+    from bench.gpu import run
+
+    return run
+
+
+def test_a_shape_that_a_card_cannot_hold_is_not_run(gpu_benchmark) -> None:
+    shapes = gpu_benchmark.TIMINGS
+    assert "the card has 80 GiB" in gpu_benchmark.too_large(shapes["8b"], 80 * 2**30)
+    assert [name for name, shape in shapes.items() if gpu_benchmark.too_large(shape, 139 * 2**30)] == []
+
+
+def test_steps_on_a_gpu_are_timed_by_the_device(gpu_benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches take 20 ms of the host, steps 250 ms of the device."""
+    from bench.training import clock
+
+    events: list[Any] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            events.append(self)
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 250.0 * (events.index(other) - events.index(self))
+
+    hooks: list[Any] = []
+    monkeypatch.setattr(clock, "register_optimizer_step_post_hook", hooks.append)
+    monkeypatch.setattr(clock.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(clock.torch.cuda, "Event", Event)
+    monkeypatch.setattr(clock.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(clock.torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(clock.time, "perf_counter", itertools.count(0.0, 0.02).__next__)
+    monkeypatch.setenv("BENCH_READY", str(tmp_path / "ready"))
+    monkeypatch.setenv("BENCH_OUT", str(tmp_path / "out.json"))
+    marks = clock.Clock()
+    for _ in range(20):
+        hooks[0]()
+    marks.write(20, [1.0])
+    outcome = json.loads((tmp_path / "out.json").read_text()) | {"first_step_after_s": 1.0}
+    timing = gpu_benchmark.TIMINGS["124m"]
+    row = gpu_benchmark.row_of("124m", timing, "nanogpt", outcome, 600.0)
+    assert row["tokens_per_s"] == pytest.approx(timing.seq_len * timing.micro_batch_size / 0.25)
 
 
 GPU_PHASES = ("check", "matmul", "trace_124m", "fp8", "generation")

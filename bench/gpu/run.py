@@ -32,9 +32,13 @@ import torch
 from bench.measure import run_interleaved
 from bench.training.write_data import write_data
 from megagpt.distributed.ports import free_port
+from megagpt.engine.config import FSDPConfig
+from megagpt.engine.optim import OptimConfig
 from megagpt.measurement import PROJECT, machine, spread, write_results
 from megagpt.model.flops import flops_per_token, utilisation
 from megagpt.model.gpt import GPT, ModelConfig, initialise
+from megagpt.plan.memory import plan_memory
+from megagpt.plan.timeline import Job
 
 PEAK_TFLOPS = 989.0
 """Dense bf16 of an H100 or H200 SXM, NVIDIA's data sheet."""
@@ -174,7 +178,7 @@ def time_contenders(phase: str, timing: Timing, how: How) -> dict[str, Any]:
     before = product_rate(small=timing.size.startswith("tiny"))
     rows, runs, absent = [], {}, {}
     for name in timing.contenders:
-        reason = cannot_run(name)
+        reason = cannot_run(name) or too_large(timing)
         if reason or time.monotonic() > how.deadline:
             absent[name] = reason or "no time left in this call"
             continue
@@ -192,7 +196,7 @@ def row_of(phase: str, timing: Timing, name: str, outcome: dict[str, Any], produ
     ends = outcome["step_ends_wall_s"]
     seconds = [b - a for a, b in zip(ends[TIMED_AFTER - 1 :], ends[TIMED_AFTER:], strict=False)]
     tokens = timing.seq_len * timing.micro_batch_size * timing.micro_batches
-    rate = tokens / median(seconds)
+    rate = tokens * len(seconds) / sum(seconds)  # from the end of one step to the end of the last
     config = ModelConfig(**SIZES[timing.size], seq_len=timing.seq_len)
     every = 1 if timing.checkpointing == "full" else 0
     flops = flops_per_token(config, seq_len=timing.seq_len, checkpoint_every=every)
@@ -281,6 +285,23 @@ def cannot_run(name: str) -> str:
     """Why a contender cannot run here; empty = it can."""
     missing = [module for module in NEEDS[name] if importlib.util.find_spec(module) is None]
     return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def too_large(timing: Timing, card_bytes: int | None = None) -> str:
+    """Why a shape does not fit the card (None = the first of this machine), by the planner's arithmetic; empty = it does, or
+    there is no card."""
+    if card_bytes is None and not torch.cuda.is_available():
+        return ""
+    card_bytes = card_bytes or int(torch.cuda.get_device_properties(0).total_memory)
+    model = ModelConfig(**SIZES[timing.size], seq_len=timing.seq_len)
+    every = 1 if timing.checkpointing == "full" else 0
+    job = Job(
+        model, FSDPConfig(), OptimConfig(), "bf16", timing.micro_batch_size, timing.seq_len, 1, timing.micro_batches, every
+    )
+    plan = plan_memory(job)
+    if plan.peak <= card_bytes:
+        return ""
+    return f"needs {plan.peak / 2**30:.0f} GiB with fp32 masters and states, the card has {card_bytes / 2**30:.0f} GiB"
 
 
 def check(how: How) -> dict[str, Any]:

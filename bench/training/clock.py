@@ -18,13 +18,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Clock:
-    """Marks of this process at the end of each optimizer call. The first one touches the file BENCH_READY names."""
+    """Marks of this process at the end of each optimizer call. The first one touches the file BENCH_READY names.
+
+    On a GPU the hook runs when the update has been launched, not when it has been done: each mark is a CUDA event too, and the
+    wall times are those of the device.
+    """
 
     def __init__(self) -> None:
         self.cpu_s: list[float] = []
         self.wall_s: list[float] = []
         self.rss_bytes: list[int] = []
         self.extra: dict[str, Any] = {}
+        self._events: list[Any] | None = [] if torch.cuda.is_available() else None
         self._ready = Path(os.environ["BENCH_READY"])
         self._every = int(os.environ.get("BENCH_RSS_EVERY", "0"))
         self._trace = Trace(int(os.environ["BENCH_TRACE_FROM"])) if "BENCH_TRACE_FROM" in os.environ else None
@@ -33,6 +38,9 @@ class Clock:
     def _mark(self, *_: Any) -> None:
         self.cpu_s.append(time.process_time())
         self.wall_s.append(time.perf_counter())
+        if self._events is not None:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
         if self._trace is not None:
             self._trace.step(len(self.cpu_s))
         if not self._ready.exists():
@@ -46,6 +54,9 @@ class Clock:
         if calls == 0 or calls % steps:
             raise SystemExit(f"{calls} optimizer calls are no multiple of {steps} steps")
         per_step = calls // steps
+        if self._events is not None:
+            torch.cuda.synchronize()
+            self.wall_s = [self.wall_s[0] + self._events[0].elapsed_time(event) / 1e3 for event in self._events]
         result = {
             "step_ends_cpu_s": self.cpu_s[per_step - 1 :: per_step],
             "step_ends_wall_s": self.wall_s[per_step - 1 :: per_step],
