@@ -54,7 +54,8 @@ def as_installed(text: str, in_checkout: bool = IN_CHECKOUT) -> str:
     """A text in which commands are written as in a checkout, with those that an installed wheel has in their place.
 
     `python tools/NAME.py` becomes `megagpt NAME`, `torchrun ... tools/NAME.py` becomes `torchrun ... -m megagpt.tools.NAME`,
-    `configs/train/gpt_124m.yaml` becomes `gpt_124m`. In a checkout the text stays as it is.
+    `configs/train/gpt_124m.yaml` becomes `gpt_124m`, `make quickstart` becomes `megagpt quickstart`. In a checkout the text
+    stays as it is.
     """
     if in_checkout:
         return text
@@ -68,5 +69,6 @@ def as_installed(text: str, in_checkout: bool = IN_CHECKOUT) -> str:
     text = re.sub(
         rf"(?:(?:\.venv/bin/)?\bpython )?(?<![\w/.-]){tool}", command, text.replace(".venv/bin/torchrun ", "torchrun ")
     )
+    text = text.replace("make quickstart", "megagpt quickstart")
     configs = "|".join(config_files())
     return re.sub(rf"(?<![\w/.-])configs/\w+/({configs})\.yaml\b", r"\1", text)

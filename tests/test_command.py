@@ -92,3 +92,4 @@ def test_no_help_of_a_wheel_names_files_of_a_checkout(name: str) -> None:
     assert f"megagpt {name}" in text or f"megagpt.tools.{name}" in text
     assert "tools/" not in text
     assert "configs/" not in text
+    assert "make " not in text

@@ -1,4 +1,4 @@
-"""The site has no broken link and loads nothing from other hosts; the README's links lead somewhere; the tutorial is true."""
+"""No page has a broken link, in the repository or on the site; the site loads nothing from others; the tutorial is true."""
 
 import os
 import re
@@ -33,17 +33,24 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", "")).replace(" ", "-")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
-def test_links_of_the_first_pages_lead_somewhere(name: str) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", (PROJECT / name).read_text(encoding="utf-8"))
-    for link in links:
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+PAGES = sorted(path.relative_to(PROJECT).as_posix() for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page_lead_somewhere_in_the_repository(name: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(PROJECT / name)):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
-        target = PROJECT / (path or name)
+        target = (PROJECT / name).parent / path if path else PROJECT / name
         assert target.exists(), f"{name}: {link}: no such file"
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)$", prose(target), re.MULTILINE)
             assert anchor in map(slug, headings), f"{name}: {link}: no such heading"
 
 
