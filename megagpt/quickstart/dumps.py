@@ -80,7 +80,8 @@ def build_demo_dumps(config: DemoConfig) -> Planted:
     size = sum(len(text.encode()) for page in pages for _, text in page.blocks)
     if size < num_bytes / 2:
         raise UserError(
-            f"text_megabytes={config.text_megabytes}: the documentation on this machine holds {size / 1e6:.1f} MB only"
+            f"text_megabytes={config.text_megabytes}: the documentation on this machine holds {size / 1e6:.1f} MB only: "
+            "ask for less, or give the quickstart your own dumps (warc=PATH, wiki=PATH)"
         )
     shutil.rmtree(config.directory, ignore_errors=True)
     num_articles = len(pages) // 4
