@@ -275,7 +275,7 @@ def _tiles(funnel: Sequence[dict[str, Any]], shards: Shards, duplicates: Duplica
     if tokens:
         yield Tile("tokens", big(tokens), f"{size / tokens:.2f} bytes per token")
         yield Tile("text", f"{big(size)}B", "UTF-8, in shards")
-        yield Tile("train/validation overlap", f"{read_overlapping(work_dir):,}", "left out of train: too like validation")
+        yield Tile("train/validation overlap", f"{read_overlapping(work_dir):,}", "dropped from train: near validation")
     faults = sum(sum(stage["faults"].values()) for stage in funnel)
     yield Tile("malformed records", f"{faults:,}", "in the input")
 

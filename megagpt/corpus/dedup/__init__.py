@@ -1,1 +1,1 @@
-"""Which documents are copies of others."""
+"""Deduplication: exact copies, near duplicates, repeated lines."""

@@ -32,12 +32,13 @@ class DedupConfig(Config):
     inputs: tuple[str, ...] = ()
     """Document files or globs; default: the output of the filters. The earliest document in their sorted order is kept."""
     near: bool = True
-    """Drop near duplicates, too. Copies always go: texts that differ in nothing, or in white space and Unicode form only."""
+    """Drop near duplicates too. Exact copies, also those that differ in white space and Unicode form only, are always
+    dropped."""
     words_per_shingle: int = Field(default=5, ge=1)
     """Words per shingle. Documents are compared as sets of shingles; case, accents, punctuation and numbers are folded first.
     Vowel signs, vowel points and voicing marks are no accents."""
     fold_numbers: bool = True
-    """All numbers are equal. false: texts that differ in numbers (exercises, tables, years) differ."""
+    """Treat all numbers as equal. false: texts that differ in numbers (exercises, tables, years) differ."""
     min_words: int = Field(default=1, ge=1)
     """Texts of fewer words are no near duplicates: `C++ is fast` and `C is fast` have the same words."""
     num_bands: int = Field(default=14, ge=1)
@@ -53,10 +54,10 @@ class DedupConfig(Config):
     seed: int = Field(default=1, ge=0)
     """Seed of the MinHash functions."""
     against: tuple[Path, ...] = ()
-    """work_dir of corpora that were deduplicated before, with the same MinHash settings: what is a copy of a document that they
-    kept is dropped. They are not changed, and nothing of them is hashed again."""
+    """work_dir of corpora that were deduplicated before with the same MinHash settings: copies of documents that they kept are
+    dropped. These corpora are neither changed nor hashed again."""
     drop_repeated: PartKind | None = None
-    """lines or paragraphs: also drop those that occurred before in any document that stays (CCNet, arXiv 1911.00359)."""
+    """lines or paragraphs: also drop those that occurred before in any kept document (CCNet, arXiv 1911.00359)."""
     memory_bytes: int = Field(default=2 << 30, ge=1 << 20)
     """Memory for sorting and comparing, of all workers together, whatever the size of the corpus. Changes no result."""
 

@@ -66,7 +66,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is deduplicated, where, and against what. Known documents have the first numbers, then come those of `blocks`."""
+    """One deduplication: settings, folders and blocks. Documents of known corpora have the first numbers, then those of
+    `blocks`."""
 
     config: DedupConfig
     ownership: Ownership
@@ -158,7 +159,7 @@ def _recall(config: DedupConfig, rows_per_band: int) -> float:
 def dedup_block(
     block: Block, *, places: dict[tuple[str, int], tuple[IndexedBlock, int]], index: Path, kind: PartKind | None
 ) -> Iterator[Document | Rejected | Seen]:
-    """The process of the stage: what `kept_by` says about each document, and what is left of those that stay."""
+    """The process of the stage: keep or drop each document by `kept_by`, and drop the repeated parts of kept ones."""
     place, first_part = places[block.path, block.index]
     kept_by = open_array(index / "kept_by.i64", np.int64)
     kinds = open_array(index / "kinds.u8", np.uint8)
@@ -181,7 +182,7 @@ def dedup_block(
 
 
 def describe(summary: StageSummary | None, output_dir: Path) -> str:
-    """What was dropped, for the console."""
+    """Counts of dropped documents, for the console."""
     if summary is None or not summary.complete:
         return f"{output_dir}: other parts remain; run all parts again when they are done"
     exact, spacing, near = (summary.rejected.get(f"dedup:{kind}", 0) for kind in near_duplicates.KINDS[1:])

@@ -1,4 +1,5 @@
-"""Which documents share a 64-bit key, for any number of documents in bounded memory: sorted runs on disk, merged by key range.
+"""Pairs of documents that share a 64-bit key, for any number of documents in bounded memory: sorted runs on disk, merged by
+key range.
 
 Keys are hashes, so they spread evenly: a range of keys of all runs together fits in memory and is sorted there. A range that
 does not fit is halved; a single key with too many documents is passed through piece by piece. The memory changes no result.

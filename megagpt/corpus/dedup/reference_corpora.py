@@ -1,4 +1,4 @@
-"""Corpora that were deduplicated before, which a new crawl is compared with: their indexes are taken over, not made again.
+"""Corpora deduplicated before, to compare a new crawl with: their indexes are copied, not computed again.
 
 Of an old corpus only what it kept is of interest. Its index is copied without the dropped documents, so that the documents of a
 block are those of one frame of its output, where their texts are read again if a new document comes near to them.
@@ -53,7 +53,7 @@ class KnownCorpus:
 
 
 def write_own(index: Path, settings: dict[str, Any], blocks: list[Block], own: list[IndexedBlock]) -> None:
-    """Note in `index` what another run has to know of this one."""
+    """Write the record in `index` from which a later run reads this corpus."""
     places = [[block.name, block.index, place.first] for block, place in zip(blocks, own, strict=True)]
     write_json(index / "own.json", {"settings": settings, "blocks": places})
 

@@ -1,4 +1,4 @@
-"""Lines or paragraphs that occurred before, in any document that stays, are dropped: CCNet (arXiv 1911.00359, section 3.2).
+"""Drop lines or paragraphs that occurred before in any kept document: CCNet (arXiv 1911.00359, section 3.2).
 
 Parts are compared as CCNet does, without case, accents, punctuation and digits of numbers; those without a word stay. Documents
 are taken in order and every part but its first occurrence goes; a document that loses all its words goes as a whole. Keys (64

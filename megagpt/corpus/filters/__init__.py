@@ -1,1 +1,1 @@
-"""Which documents are good enough, and how their text is rewritten."""
+"""Filters: which documents are kept, and how their text is rewritten."""

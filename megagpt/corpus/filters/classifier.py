@@ -15,7 +15,7 @@ from megagpt.documents import Document, Rejected
 
 
 class ClassifierConfig(Config):
-    """Keep what a fastText classifier of yours likes."""
+    """Keep documents that your fastText classifier scores high."""
 
     model: Path | None = None
     """A supervised fastText model, .bin or .ftz."""

@@ -1,4 +1,4 @@
-"""Cleaning: rewrites how a text is written; no document is dropped but one of which nothing is left."""
+"""Cleaning: normalises texts; drops only documents of which nothing is left."""
 
 import re
 import unicodedata

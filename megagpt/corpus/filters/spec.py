@@ -1,4 +1,4 @@
-"""What each filter hands to the table: its settings, how they become a filter, and which languages its rules judge.
+"""The entry of a filter in the table: its settings, how they become a filter, and which languages its rules apply to.
 
 A filter is a pure function that takes a document and its settings. Lists and models that it needs are loaded when it is bound,
 once per process, and passed in.

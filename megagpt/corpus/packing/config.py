@@ -10,13 +10,13 @@ from megagpt.tokenizer.bpe import Encoder
 
 
 class SupervisedConfig(Config):
-    """Rows of fine-tuning data instead of documents: what is asked, and the answer that is learned (docs/finetuning.md)."""
+    """Rows of fine-tuning data instead of documents: a prompt, and the answer to learn (docs/finetuning.md)."""
 
     format: Literal["chat", "prompt_completion", "dialogue_summary", "question_answer", "text_label"]
-    """What a row holds: messages (chat), or the two fields that the format names. text_label is also read from .tsv files of
-    two columns."""
+    """The contents of a row: messages (chat), or the two fields that the format names. text_label is also read from .tsv files
+    of two columns."""
     prompt: str | None = None
-    """What the user asks, with the field in braces: "Is this review positive? {text}"; null = the field alone, for a summary an
+    """The prompt, with the field in braces: "Is this review positive? {text}"; null = the field alone, for a summary an
     instruction before it."""
     system: str | None = None
     """A system message before each row; null = none but a chat's own."""
@@ -36,7 +36,7 @@ class SupervisedConfig(Config):
     padding: Literal["packed", "padded"] = "packed"
     """packed: several rows in a sample, by best fit, none cut; training needs data.document_mask=true. padded: one in each."""
     max_malformed: int = Field(default=100, ge=0)
-    """Malformed rows (malformed.jsonl names each by file and line) with which the stage still ends well."""
+    """At most this many malformed rows; malformed.jsonl names each by file and line."""
 
     @model_validator(mode="after")
     def _check(self) -> "SupervisedConfig":
@@ -72,7 +72,8 @@ class TokenizeConfig(Config):
     """How a rank file (.tiktoken), or vocab.json with merges.txt, cuts text before merging: gpt2, cl100k, o200k, llama3 or a
     regular expression. null = as the publisher does; a file that is not known is refused."""
     encoder: Encoder = "tiktoken"
-    """What encodes byte-level BPE: tiktoken, or fastokens (several times as fast; compared with tiktoken at every start)."""
+    """The library that encodes byte-level BPE: tiktoken, or fastokens (several times as fast; compared with tiktoken at every
+    start)."""
     split_by: Literal["hash", "tail"] = "hash"
     """hash: validation documents are chosen by a hash of their id, and stay chosen when data is added. tail: the last part of
     each source's text, in the order of the files, counted in characters; the document at the cut is cut in two."""

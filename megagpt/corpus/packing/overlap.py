@@ -1,4 +1,4 @@
-"""Leaks from validation into training: near duplicates across the split, found exhaustively.
+"""Train/validation overlap: near duplicates across the split, found exhaustively.
 
 1. Every block writes the shingle sets of its validation documents, and their shingles sorted.
 2. These are merged to one index, range of shingles by range, in bounded memory: shingle -> validation documents.
@@ -25,7 +25,7 @@ MERGE_ENTRIES = 4 << 20
 
 @dataclass(frozen=True)
 class Overlap:
-    """A training document that is left out, and the validation document that it is too similar to."""
+    """A dropped training document, and the validation document that it is too similar to."""
 
     id: str
     url: str | None

@@ -50,7 +50,7 @@ Cuts = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every worker needs to know; small and picklable."""
+    """The settings of every worker; small and picklable."""
 
     segments: str
     tokenizer: str
@@ -322,7 +322,7 @@ def _tokenize_block(block: Block, job: Job, cuts: Cuts) -> int:
 
 
 def _without_overlaps(batch: list[_Piece], index: OverlapIndex, overlaps: list[Overlap]) -> list[_Piece]:
-    """Leave out of train what is too similar to a validation document; `overlaps` grows by it."""
+    """Drop training documents that are too similar to a validation document, and add them to `overlaps`."""
     found = iter(index.find([text for split, _, text in batch if split == "train"]))
     kept = []
     for split, document, text in batch:

@@ -15,7 +15,7 @@ How it works. Every document gets a key, a hash of its id.
     output_dir/leaks.jsonl   training documents that were left out, each with the validation document it resembles
     output_dir/malformed.jsonl  of rows of fine-tuning data: those that were left out, each with file, line and what is wrong
     output_dir/outputs.json  size and sha256 of all of these, and the manifests once more (output_list.py)
-    output_dir/summary.json  what there is, and the sum of outputs.json; written last
+    output_dir/summary.json  counts, and the sum of outputs.json; written last
 With separate_sources each source has such a folder below output_dir.
 """
 
@@ -82,14 +82,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PackSummary:
-    """What the shards hold, by folder and split; `complete` is false while other parts run."""
+    """Counts of the shards, by folder and split; `complete` is false while other parts run."""
 
     complete: bool
     splits: dict[str, dict[str, int]]
     """`<folder>/<split>` -> shards, documents, tokens, bytes."""
     empty_documents: int = 0
     leaked_documents: int = 0
-    """Training documents that were left out for their likeness to a validation document; leaks.jsonl lists them."""
+    """Training documents dropped as too similar to a validation document; leaks.jsonl lists them."""
     rows: dict[str, Any] | None = None
     """Of rows of fine-tuning data: malformed (by kind), truncated, padding (tokens). None: documents."""
     outputs: dict[str, Any] | None = None
@@ -101,7 +101,7 @@ def pack_documents(
 ) -> PackSummary:
     """Tokenize document files into shards under `output_dir`. A rerun resumes where the last one stopped.
 
-    Of finished shards what is missing or damaged is made again, and only that: sizes are compared, with execution.verify sums.
+    Missing or damaged finished shards are made again, and only those: sizes are compared, with execution.verify sums.
     Raises UserError if output_dir holds shards of other inputs or settings (unless overwrite), or the tokenizer does not suit.
     """
     tokenizer = cached_tokenizer(str(tokenizer_path), config.encoder, config.pattern)
@@ -495,5 +495,7 @@ def describe(summary: PackSummary, output_dir: Path) -> str:
         )
     if summary.leaked_documents:
         where = output_dir / "leaks.jsonl"
-        lines.append(f"{summary.leaked_documents:,} training documents were too like validation documents: left out ({where})")
+        lines.append(
+            f"{summary.leaked_documents:,} training documents dropped as too similar to validation documents ({where})"
+        )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Blocks, the unit of work of a stage, and what processing one yields."""
+"""Blocks, the unit of work of a stage, and the outcomes of one."""
 
 import hashlib
 import io
@@ -44,7 +44,7 @@ class MalformedRecord:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Records of a type that were read ("response", "page"), so that a summary can be checked against the input."""
+    """The number of records read of a type ("response", "page"), so that a summary can be checked against the input."""
 
     type: str
     count: int = 1
@@ -107,7 +107,7 @@ def read_block(block: Block) -> Iterator[Document]:
 
 
 def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items in lists that end with the one that fills BATCH_CHARACTERS, for what is faster for many at once."""
+    """Items in lists of about BATCH_CHARACTERS, for functions that are faster on many at once."""
     batch: list[T] = []
     characters = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""What a worker writes for a block, and how a file's blocks become the file. See run_stage.py for the whole picture."""
+"""The files that a worker writes for a block, and how a file's blocks become the file. See run_stage.py for the whole."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""How a stage is run: settings of every tool of the corpus."""
+"""Execution settings of every corpus tool: workers, parts, executor."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,13 @@ from megagpt.config import Config
 
 
 class Execution(Config):
-    """How a stage is run. Nothing here changes a document of any result; `block_bytes` only where zstd frames begin."""
+    """How a stage is run. None of these settings changes a document of a result; `block_bytes` changes where zstd frames
+    begin."""
 
     num_workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     """Worker processes on this machine (executor=process). Default: the cores this process may use."""
     part: str = Field(default="0/1", pattern=r"^\d+/[1-9]\d*$")
-    """i/n does every n-th block from the i-th (from 0): for job arrays. The part that ends last completes the files."""
+    """i/n processes every n-th block from the i-th (from 0), for job arrays. The part that ends last completes the files."""
     executor: Literal["process", "dask", "inline"] = "process"
     """process: a pool on this machine. dask: the workers of a running Dask scheduler (set scheduler_file).
     inline: no workers, one block after the other in this process, for a debugger or a very small corpus."""
@@ -24,9 +25,9 @@ class Execution(Config):
     block_bytes: int = Field(default=64 << 20, ge=1)
     """Large input files are split into blocks of about this size; a killed worker redoes at most one block."""
     overwrite: bool = False
-    """Replace an output that was made with other settings, instead of refusing to."""
+    """Replace an output made with other settings; false refuses it."""
     verify: bool = False
-    """Compare the sha256 of every file, of the stage before and of what this one has finished, and not its size alone."""
+    """Compare the sha256 of every input and finished file, not its size alone."""
 
     @model_validator(mode="after")
     def _check(self) -> "Execution":

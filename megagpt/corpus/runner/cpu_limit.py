@@ -1,4 +1,5 @@
-"""A limit on the CPU time of one piece of work, in whatever thread it runs: a loaded machine does not trip it."""
+"""A limit on the CPU time of one piece of work, in any thread. It counts CPU time, so a loaded machine does not reach it
+sooner."""
 
 import contextlib
 import ctypes
@@ -11,7 +12,7 @@ from megagpt.corpus.runner import hard_limit
 
 
 class CpuLimitExceededError(Exception):
-    """The work used more CPU time than it may."""
+    """The work used more CPU time than its limit."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ K = TypeVar("K")
 
 
 class WorkerDiedError(Exception):
-    """A worker process was killed (out of memory, a crash in a library). What was committed is whole."""
+    """A worker process was killed (out of memory, a crash in a library). Committed files are whole."""
 
 
 def run_tasks(

@@ -2,9 +2,9 @@
 
 A worker's child process works under `begin`: memory that it shares with its supervisor holds the number of the record it is at.
 Work on a record goes between `enter` and `leave`, which start and stop a timer of the process's CPU time. When the timer ends,
-the kernel ends the process (SIGPROF, whatever C code runs). The supervisor then starts the task anew and names the records that
-were too slow: for these `enter` says no. Records are
-numbered in the order of work, which is the same at every start, or by a hash of their name where it is not.
+the kernel ends the process (SIGPROF, whatever C code runs). The supervisor then starts the task again and names the records
+that were too slow: for these `enter` returns False. Records are numbered in the order of work, which is the same at every
+start, or by a hash of their name where it is not.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ class Ownership:
 
 
 def take_ownership(marker: Path, work: str, **said: Any) -> Ownership:
-    """Write the marker, with what else is `said` of the work. Starts of other work end at their next commit."""
+    """Write the marker with the fields `said`. Starts of other work end at their next commit."""
     write_json(marker, {**said, "work": work})
     return Ownership(marker, work)
 
@@ -67,7 +67,7 @@ def commit_by(ownership: Ownership, write: Callable[P, T], *args: P.args, **kwar
 
 @contextlib.contextmanager
 def work_of(ownership: Ownership) -> Iterator[None]:
-    """Where files of the work in the body are gone because a later start has removed them, say that instead."""
+    """If files are missing in the body because a later start has removed them, raise the UserError that says so instead."""
     try:
         yield
     except (FileNotFoundError, UserError):

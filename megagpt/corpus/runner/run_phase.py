@@ -1,4 +1,4 @@
-"""A phase: tasks of which each commits one file or folder, spread over workers and parts; what is there is not made again."""
+"""A phase: tasks that each commit one file or folder, spread over workers and parts; committed ones are skipped."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def run_phase(
     small_bytes: int = SMALL_PHASE_BYTES,
     describe: Callable[[Path], str] = str,
 ) -> bool:
-    """Run this part's tasks whose result is not there. True if afterwards the results of all parts are.
+    """Run this part's tasks that have no result yet. True if the results of all parts exist afterwards.
 
     A phase of at most `small_bytes` runs in this process: starting workers would take longer. `counted` names what functions
     return the number of, for the progress line; `describe` says what a task was at work on if its worker dies.

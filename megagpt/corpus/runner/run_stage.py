@@ -54,11 +54,11 @@ def run_stage(
 ) -> StageSummary:
     """Run `process`, a picklable pure function, over `blocks` and commit its outcomes under `output_dir`.
 
-    Of a finished output what is missing or damaged is made again, and only that: sizes are compared (execution.verify: sums).
-    `finish` runs when every file is there; what it has written is listed, too (path -> whether with its sum). A finished output
-    of an earlier format is kept as it is. Raises UserError if output_dir was made with other settings, holds
+    Missing or damaged files of a finished output are made again, and only those: sizes are compared (execution.verify: sums).
+    `finish` runs when every file exists; the files that it writes are listed too (path -> whether with its sum). A finished
+    output of an earlier format is kept as it is. Raises UserError if output_dir was made with other settings, holds
     outputs of inputs no longer given or an unfinished output of an earlier format, or two inputs share an output name, or
-    another start has claimed output_dir for other work meanwhile; WorkerDiedError naming the blocks in flight if a worker was
+    another start has taken output_dir for other work meanwhile; WorkerDiedError naming the blocks in flight if a worker was
     killed; OSError if the disk is full.
     """
     files = _group_by_file(blocks)
@@ -175,7 +175,7 @@ def _drop_outdated(output_dir: Path, plans: dict[str, str], *, verify: bool) -> 
 
 
 def _sweep(output_dir: Path) -> None:
-    """Remove what killed runs left behind, once all files are finished and nobody writes any more."""
+    """Remove leftovers of killed runs, once all files are finished and nobody writes any more."""
     shutil.rmtree(output_dir / ".parts", ignore_errors=True)
     for folder in (output_dir, output_dir / "dropped", output_dir / "rejected"):
         for path in folder.glob(".tmp-*.jsonl.zst*"):

@@ -1,4 +1,4 @@
-"""What a stage did, and where its results are, for the stages and tools after it."""
+"""The summary of a stage, and its output files, for the stages and tools after it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from megagpt.output_list import check_outputs
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """What a stage did, summed over its finished files. documents_in = kept + rejected."""
+    """Counts of a stage, summed over its finished files. documents_in = kept + rejected."""
 
     stage: str
     config_hash: str
