@@ -8,6 +8,28 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+TOOLS = (
+    "train_model",
+    "extract_documents",
+    "filter_documents",
+    "dedup_documents",
+    "tokenize_documents",
+    "report_run",
+    "inspect_data",
+    "plan_run",
+)
+"""Whose reach is printed."""
+
+
+def names_torch(path: Path) -> bool:
+    """Whether a file imports torch when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(
+        (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "torch" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch")
+        for node in tree.body
+    )
+
 
 def modules_of(project: Path) -> dict[str, Path]:
     """Dotted names below megagpt, and `tools.x`, with their files."""
@@ -60,10 +82,12 @@ def main(project: Path) -> None:
     print(f"imports between folders: {sum(a != b for a, b in edges)} pairs of folders")
     cycles = [name for name in modules if name in {x for t in graph[name] for x in ({t} | reach(t, graph))}]
     print(f"modules in an import cycle: {', '.join(cycles) or 'none'}")
-    for tool in ("train_model", "extract_documents", "filter_documents", "report_run"):
+    for tool in (tool for tool in TOOLS if f"tools.{tool}" in modules):
         reached = reach(f"tools.{tool}", graph)
         lines = sum(len(modules[name].read_text(encoding="utf-8").splitlines()) for name in reached)
-        print(f"tools/{tool}.py imports {sum(modules[n].name != '__init__.py' for n in reached)} modules, {lines:,} lines")
+        count = sum(modules[name].name != "__init__.py" for name in reached)
+        torch = "with" if any(names_torch(modules[name]) for name in reached) else "without"
+        print(f"tools/{tool}.py imports {count} modules, {lines:,} lines, {torch} torch")
 
 
 if __name__ == "__main__":
