@@ -56,7 +56,7 @@ def extract_documents(config: ExtractConfig, output_dir: Path, execution: Execut
 
 
 def read_outcomes(block: Block, *, config: ExtractConfig) -> Iterator[Outcome]:
-    """What one block of any input yields."""
+    """The outcomes of one block of any input."""
     kind = format_of(block.path, config.format)
     if kind == "datasets":
         yield from datasets_outcomes(block, config.source, config.text_field, config.split)

@@ -30,7 +30,7 @@ class ContaminationConfig(Config):
     files: tuple[Path, ...] = ()
     """Evaluation sets: .jsonl (all strings of a line are one item) or text (one item a line)."""
     words: int = Field(default=13, ge=4)
-    """So many consecutive words in common are a hit. GPT-3 (arXiv 2005.14165, appendix C): 13."""
+    """This many consecutive words in common are a hit. GPT-3 (arXiv 2005.14165, appendix C): 13."""
     min_hits: int = Field(default=1, ge=1)
     """A document with at least this many different hits is dropped."""
 

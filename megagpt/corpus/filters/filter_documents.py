@@ -117,7 +117,7 @@ def _score_block(block: Block, config: FilterConfig, path: Path) -> int:
 
 
 def describe(summary: StageSummary | None, output_dir: Path) -> str:
-    """What the filters did, for the console: one line per reason, the most frequent first."""
+    """Counts of the filters, for the console: one line per reason, the most frequent first."""
     if summary is None:
         return f"{output_dir}: the documents of this part are scored; run all parts again when they are done"
     if not summary.complete:
@@ -130,7 +130,7 @@ def describe(summary: StageSummary | None, output_dir: Path) -> str:
 
 
 def made_with(config: FilterConfig) -> MadeWith:
-    """What decides the result: the settings of the filters that run, not of the others, and the files that they name."""
+    """The settings that decide the result: those of the filters that run, and the files that they name."""
     unused = {name: type(getattr(config, name))() for name in FILTERS if name not in config.order}
     used = config.model_copy(update={**unused, "inputs": ()})
     # An unused section counts as it did in the first release, whatever its fields and defaults are today.

@@ -1,1 +1,1 @@
-"""Bytes of dumps to raw records; knows no extraction."""
+"""Readers: bytes of dumps to raw records. They import no extraction."""

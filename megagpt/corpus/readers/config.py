@@ -1,4 +1,4 @@
-"""The words that settings have for kinds of inputs."""
+"""Names of input formats in the settings."""
 
 from typing import Literal, TypeAlias
 

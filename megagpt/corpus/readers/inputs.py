@@ -1,4 +1,4 @@
-"""Inputs of a corpus: which files there are, which format each has, and how each is split into blocks.
+"""Inputs of a corpus: the list of files, the format of each, and its blocks.
 
 To add a format: a name in SourceFormat (config.py), a row in FORMATS, a case in `_ranges` and in
 extract_documents.read_outcomes (the type checker names them), a reader beside this file, and an example in
@@ -75,7 +75,7 @@ def list_inputs(patterns: tuple[str, ...], root: str = "") -> list[str]:
 
 
 def format_of(path: str, declared: Format) -> SourceFormat:
-    """The format of an input: as declared, or by its name. Raises UserError if the name does not tell."""
+    """The format of an input: as declared, or by its name. Raises UserError if the name has no known ending."""
     if path.startswith(DATASETS):
         return "datasets"
     if declared != "auto":
@@ -92,7 +92,7 @@ def format_of(path: str, declared: Format) -> SourceFormat:
 
 
 def input_blocks(paths: list[str], declared: Format, block_bytes: int) -> list[Block]:
-    """Blocks over all inputs. Raises UserError for a missing file or a format that cannot be told."""
+    """Blocks over all inputs. Raises UserError for a missing file or an unknown format."""
     blocks: list[Block] = []
     for path in paths:
         name = output_name(
@@ -106,7 +106,7 @@ def input_blocks(paths: list[str], declared: Format, block_bytes: int) -> list[B
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local file for a path or URL; what was fetched (with retries) is removed afterwards. Raises OSError naming the URL.
+    """A local file for a path or URL; a fetched file (with retries) is removed afterwards. Raises OSError naming the URL.
 
     What follows a URL's `?` may be a signature: it is sent to the server and appears nowhere else.
     """

@@ -1,7 +1,7 @@
-"""Pages of MediaWiki's pages-articles XML: plain, bz2, and multistream bz2 read from any stream on; damaged dumps too.
+"""Pages of MediaWiki's pages-articles XML: plain, bz2, and multistream bz2 from any stream on; reads damaged dumps too.
 
-How it works. A dump is far too regular to need an XML parser: `<` never stands in a text, so a page is what lies between
-`<page>` and `</page>`, and its fields are found the same way. So a damaged or cut page costs that page alone. bz2 streams are
+How it works. A dump is far too regular to need an XML parser: `<` never stands in a text, so a page is the text between
+`<page>` and `</page>`, and its fields are found the same way. A damaged or cut page loses that page alone. bz2 streams are
 independent: a block decompresses those that start in its range, and reads on only to complete a page that began there (streams
 of a multistream dump hold whole pages; those of a parallel compressor do not).
 """

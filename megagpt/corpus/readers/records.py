@@ -20,7 +20,7 @@ MAX_LINE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 30
 """What of a text file is read; the rest is left, and a MalformedRecord says so."""
 DATASETS = "datasets:"
-"""What an input's name begins with that is a data set and no file."""
+"""The prefix of an input that is a data set, not a file."""
 _UNREADABLE = object()
 
 
@@ -186,7 +186,7 @@ def _decoded(cell: bytes | None) -> Any:
 def datasets_outcomes(block: Block, source: str, text_field: str, split: str) -> Iterator[Outcome]:
     """Documents of a Hugging Face dataset: `datasets:` and a folder (saved, or with data files) or a name on the hub.
 
-    Cells are read as they lie there: images and sound are left out, and a cell that cannot be read costs its row or nothing.
+    Cells are read as stored: images and sound are left out, and a malformed cell loses at most its row.
     """
     import datasets
     import pyarrow

@@ -3,9 +3,8 @@
 How it works. A file is a sequence of members: a gzip member each, or the whole file when it is plain or zstd. A member is
 decompressed as it is read and cut into records by their own lengths. Where something does not fit (bytes that are no header, a
 member that does not decompress, a record that ends early, a length that reaches into the next record) a MalformedRecord says
-so, and reading resumes at the next thing that is surely a record: a line that begins like one, or a gzip member whose content
-does.
-So one bad record costs one record.
+so, and reading resumes at the next certain record: a line that begins like one, or a gzip member whose content does.
+So a malformed record loses one record.
 
 A block may start anywhere in a gzip file: reading starts at the first member that begins with a record, which is where the
 block before stops. `where` is "<file name>:<offset>", with "+<offset inside>" for later records of a gzip member.
@@ -143,7 +142,7 @@ class _Member:
 
 
 class _Tape:
-    """Compressed bytes of a file from an offset on; what a member did not need is given back for the next."""
+    """Compressed bytes of a file from an offset on; bytes that a member did not need are returned for the next."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._ready, self.offset = file, b"", 0

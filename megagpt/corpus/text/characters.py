@@ -1,4 +1,4 @@
-"""What each character is to the words of shingles: tables over code points, for the kernels.
+"""The role of each character in the words of shingles: tables over code points, for the kernels.
 
 An entry is a code point, and above its 24 bits one of SEPARATOR, LETTER, DIGIT, MARK, WORD_CHARACTER, EXPANSION. Accents (MARK)
 are the combining marks of Latin, Greek and Cyrillic. The marks of all other scripts are part of the word: vowel signs and
@@ -45,7 +45,7 @@ _UNSPACED = (
 
 
 class Characters(NamedTuple):
-    """What the kernels know of characters; code points from TABLE_SIZE on are words, or marks."""
+    """The tables of the kernels; code points from TABLE_SIZE on are words, or marks."""
 
     entries: np.ndarray
     """uint32 [TABLE_SIZE]. Of an EXPANSION the lower bits are a row of `expansions`."""
