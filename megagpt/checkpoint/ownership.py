@@ -122,7 +122,7 @@ def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> O
         if take:
             return Ownership(run_dir, world, take_ownership(run_dir, world))
         if not said and world.rank == 0:
-            log.info("%s: looking whether %s is alive (at most %.0f s)", run_dir, _named(found), SILENT_SECONDS)
+            log.info("%s: checking whether %s is alive (at most %.0f s)", run_dir, _named(found), SILENT_SECONDS)
         said = True
         time.sleep(HEARTBEAT_SECONDS / 4)
 

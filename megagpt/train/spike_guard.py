@@ -138,7 +138,7 @@ class Guard:
         used = len(self._active) + sum(bool(item.get("taken_back")) and not item["count"] for item in self._rewinds)
         if used >= self.config.max_rewinds:
             raise UserError(
-                f"guard.max_rewinds={self.config.max_rewinds}: the run went back so often already; now step {state.step}: "
+                f"guard.max_rewinds={self.config.max_rewinds}: the run has gone back this often; now step {state.step}: "
                 f"{problem}. Look at the samples of {self._path}: if they are bad, raise guard.max_rewinds; if they "
                 f"are good, the guard is wrong: guard.cleared_windows={len(self._rewinds)} uses them, and guard.enabled=false "
                 f"or a higher guard.loss_z ends the rewinds"

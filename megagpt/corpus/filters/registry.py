@@ -57,7 +57,7 @@ C = TypeVar("C", bound=Config)
 def _each_once(order: tuple[FilterName, ...]) -> tuple[FilterName, ...]:
     repeated = sorted({name for name in order if order.count(name) > 1})
     if repeated:
-        raise ValueError(f"each filter stands once in the order; {', '.join(repeated)} stands more often")
+        raise ValueError(f"{', '.join(repeated)}: each filter may be named once")
     return order
 
 

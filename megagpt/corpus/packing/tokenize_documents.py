@@ -114,9 +114,7 @@ def pack_documents(
     paths = {block.name: block.path for block in blocks}
     for block in blocks:
         if block.path != paths[block.name]:
-            raise UserError(
-                f"{block.path} and {paths[block.name]} have one name, under which their tokens would lie: rename one"
-            )
+            raise UserError(f"{block.path} and {paths[block.name]} have the same file name: rename one")
     if not blocks:
         raise UserError(f"{output_dir}: no input documents")
     made_with = MadeWith(

@@ -27,7 +27,7 @@ class Progress:
         self._started = self._printed = time.monotonic()
         self._bar = _Bar(total=total_bytes, unit="B", unit_scale=True, desc=label, miniters=1) if sys.stderr.isatty() else None
         if skipped:
-            log.info("%s: %d were done before", label, skipped)
+            log.info("%s: %d were done earlier", label, skipped)
 
     def add(self, num_bytes: int, **counts: int) -> None:
         """A piece of work is done. Only what is counted is shown."""

@@ -371,7 +371,7 @@ def test_filter_stage_counts_reasons(tmp_path: Path) -> None:
 
 
 def test_a_filter_named_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="each filter stands once"):
+    with pytest.raises(ValueError, match="each filter may be named once"):
         FilterConfig(order=("c4", "c4"))
 
 
