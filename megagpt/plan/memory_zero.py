@@ -5,10 +5,11 @@ stage 1 in fp32, fill buckets; stage 3 gathers weights module by module, ahead b
 that are not used again soon.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megagpt.engine.config import DeepSpeedConfig
+from megagpt.engine.optim import OPTIMIZERS
 from megagpt.plan.timeline import (
     Job,
     Shapes,
@@ -20,6 +21,7 @@ from megagpt.plan.timeline import (
     trace_block,
     width_of,
 )
+from megagpt.plan.trace import Made
 
 ALLREDUCE_ELEMENTS = 500_000_000
 """DeepSpeed's elements_per_buffer: gradients that stage 0 and BF16_Optimizer copy together to reduce them."""
@@ -62,7 +64,7 @@ def _play_whole_gradients(job: Job, engine: DeepSpeedConfig, timeline: Timeline)
             timeline.touch({"whole gradients": 4 * max(shape.numel() for shape in shapes.values())})
     timeline.phase = "update"
     together = min(numel, ALLREDUCE_ELEMENTS + max(shape.numel() for shape in shapes.values()))
-    if job.ranks > 1:
+    if job.ranks > 1 or engine.zero_stage:  # DeepSpeed copies them on one rank as well, stage 0 is reduced here
         cast = 2 * together if engine.reduce_dtype == "bf16" else 0
         timeline.touch({"all-reduce buffers": 4 * together + cast})
 
@@ -80,6 +82,7 @@ def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None
     buckets = width * engine.reduce_bucket_elements * (2 if engine.overlap_comm else 1)
     largest = max(shape.numel() for shape in shapes.values())
     keeps = engine.zero_stage == 1
+    filled = None if keeps else _Buckets(job, engine, timeline, shapes)
     for micro in range(job.accumulation):
         timeline.phase = f"forward {micro + 1}"
         first = micro == 0
@@ -91,15 +94,13 @@ def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None
             "kept" if keeps and first else "taken",
             micro=micro,
             before_backward={"reduce buckets": 0 if keeps and not first else buckets},
-            after_elements={engine.reduce_bucket_elements: {partition_part: new}},
-            beside_block={} if keeps else {"all-reduce buffers": _reducing(job, engine, shapes)},
+            take=None if filled is None else filled.begin(partition_part, allocates=new > 0),
         )
         timeline.drop("activations")
-        if keeps:
+        if filled is None:
             timeline.change("whole gradients", width * numel if first else 0)
         else:  # what is left in the bucket
-            timeline.live[partition_part] = new or timeline.live.get(partition_part, 0)
-            timeline.touch({"all-reduce buffers": _reducing(job, engine, shapes)})
+            filled.reduce(0)
             timeline.drop("reduce buckets", "gradients of this micro-batch")
             timeline.live["gradients"] = 0 if offload else 4 * partition
     timeline.phase = "update"
@@ -110,16 +111,89 @@ def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None
     timeline.touch({"gradients": 4 * partition if width == 4 else NORM_WIDTH * largest})
 
 
-def _reducing(job: Job, engine: DeepSpeedConfig, shapes: Shapes) -> int:
-    """Bytes of the copies that one bucket's reduction makes: flat, and in bf16 widened to what crosses the network."""
-    largest = max(shape.numel() for shape in shapes.values())
-    elements = max(
-        largest if largest > engine.reduce_bucket_elements else 0, min(_numel(shapes), engine.reduce_bucket_elements)
-    )
-    if job.ranks == 1 and engine.zero_stage < 3:
-        return 0
-    wide = 4 if engine.reduce_dtype == "fp32" else 2
-    return elements * (wide if width_of(job) == wide else width_of(job) + wide)
+class _Buckets:
+    """Buckets of gradients in stages 2 and 3, filled as gradients are made. In stage 2 on the last rank, which is the first to
+    keep some: its partition has the last parameters."""
+
+    def __init__(self, job: Job, engine: DeepSpeedConfig, timeline: Timeline, shapes: Shapes) -> None:
+        self._timeline, self._rank, self._width, self._stage = timeline, job.ranks - 1, width_of(job), engine.zero_stage
+        self._capacity, self._ranks = engine.reduce_bucket_elements, job.ranks
+        self._wide = 4 if engine.reduce_dtype == "fp32" else 2
+        self._owners: dict[str, list[int]] = {}
+        self._numel = {name: shape.numel() for name, shape in shapes.items()}
+        self._groups: dict[str, int] = {}
+        self._sizes: list[int] = []
+        for names in _partitioned_groups(job, shapes):
+            whole, start = sum(self._numel[name] for name in names), 0
+            size = 2 * -(-whole // (2 * job.ranks))  # padded to a multiple of two elements per rank
+            for name in names:
+                end = start + self._numel[name]
+                self._owners[name] = list(range(start // size, (end - 1) // size + 1))
+                self._groups[name], start = len(self._sizes), end
+            self._sizes.append(size)
+        self._part, self._allocates = "gradients", True
+        self._have: set[int] = set()
+        self._waiting: list[str] = []
+
+    def begin(self, part: str, *, allocates: bool) -> Callable[[str, int], None]:
+        """A micro-batch's backward pass, which keeps gradients in `part`; returns what is called for each gradient."""
+        self._part, self._allocates, self._have = part, allocates, set()
+        return self.take
+
+    def take(self, name: str, live: int) -> None:
+        """A gradient has been made, beside `live` bytes of activations."""
+        if sum(map(self._numel.__getitem__, self._waiting)) + self._numel[name] > self._capacity:
+            self.reduce(live)
+        self._waiting.append(name)
+        if self._numel[name] > self._capacity:  # stays where it is
+            self._timeline.change("large gradients", self._width * self._numel[name])
+
+    def reduce(self, live: int) -> None:
+        """Reduce what waits, beside `live` bytes of activations."""
+        if self._stage == 3:
+            self._timeline.touch({"activations": live, "reduce-scatter buffers": self._scattering()})
+        else:
+            self._reduce_2(live)
+        self._timeline.drop("large gradients")
+        self._waiting = []
+
+    def _scattering(self) -> int:
+        """Bytes of stage 3's copies: what was too large for the bucket is widened, and all is put in the order of ranks."""
+        sizes = [self._numel[name] for name in self._waiting]
+        widened = self._wide * sum(size for size in sizes if size > self._capacity) if self._wide != self._width else 0
+        ordered = len(sizes) > 1 or any(size % self._ranks for size in sizes)
+        return widened + (self._wide * sum(-(-size // self._ranks) * self._ranks for size in sizes) if ordered else 0)
+
+    def _reduce_2(self, live: int) -> None:
+        mine = [name for name in self._waiting if self._rank in self._owners[name]]
+        in_fp32 = self._width == 4
+        if not in_fp32:  # a sum in fp32 for each group
+            self._keep({self._groups[name] for name in mine})
+        runs, before = 0, -1
+        for owner in (owner for name in self._waiting for owner in self._owners[name]):
+            runs += owner != before or (owner == self._rank and not in_fp32)
+            before = owner
+        elements = sum(map(self._numel.__getitem__, self._waiting))
+        flat = self._width if runs > 1 else 0  # one run is reduced where it is
+        cast = 0 if self._wide == self._width else self._wide
+        self._timeline.touch({"activations": live, "all-reduce buffers": (flat + cast) * elements})
+        if in_fp32 and mine:  # one buffer for all groups
+            self._keep(set(range(len(self._sizes))))
+        self._timeline.touch({"activations": live})
+
+    def _keep(self, groups: set[int]) -> None:
+        for group in groups - self._have if self._allocates else ():
+            self._timeline.change(self._part, 4 * self._sizes[group])
+            self._have.add(group)
+
+
+def _partitioned_groups(job: Job, shapes: Shapes) -> list[list[str]]:
+    """Names by group of parameters, as megagpt.engine.optim.parameter_groups has them."""
+    groups: dict[str, list[str]] = {"matrices": [], "decayed": [], "plain": []}
+    for name, shape in shapes.items():
+        matrix = OPTIMIZERS[job.optim.kind].matrices_only and name.startswith("blocks.")
+        groups["plain" if len(shape) < 2 else "matrices" if matrix else "decayed"].append(name)
+    return [names for names in groups.values() if names]
 
 
 @dataclass
@@ -227,7 +301,7 @@ def _play_3(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
     if engine.hpz_partition_size > 1:
         timeline.change("secondary weights", width * _numel(shapes) // engine.hpz_partition_size)
     numel = {name: shape.numel() for name, shape in shapes.items()}
-    block_numel = sum(size for name, size in numel.items() if name.startswith("blocks.0."))
+    buckets = _Buckets(job, engine, timeline, shapes)
     before, per_block, after, order = _module_order(job, shapes)
     for micro in range(job.accumulation):
         gathered = _new_gathered(job, engine, numel, order)
@@ -239,6 +313,19 @@ def _play_3(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
             weights, flats = gathered.bytes()
             timeline.live |= {"gathered weights": weights, "all-gather buffers": flats}
 
+        def backward(modules: int, moments: Sequence[Made], prefix: str = "", gathered: _Gathered = gathered) -> None:
+            for made in moments:
+                ahead = modules
+                if made.parameter:
+                    coming = gathered.order[gathered.position : gathered.position + modules]
+                    ahead = next((i + 1 for i, names in enumerate(coming) if prefix + made.parameter in names), 0)
+                modules -= ahead
+                run(ahead, made.peak)
+                timeline.touch({"activations": made.peak})
+                if made.parameter:
+                    buckets.take(prefix + made.parameter, made.live)
+            timeline.change("activations", moments[-1].live)
+
         timeline.phase = f"forward {micro + 1}"
         run(before, trace_block(job, 0, "taken").embedding.peak)
         timeline.span("activations", trace_block(job, 0, "taken").embedding)
@@ -248,22 +335,14 @@ def _play_3(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
         run(after, 0)
         timeline.span("activations", trace_block(job, layers - 1, "taken").head)
         timeline.phase = f"backward {micro + 1}"
-        run(after, 0)
-        made = sum(size for name, size in numel.items() if name.startswith(("head", "score")))
-        timeline.span("activations", trace_block(job, layers - 1, "taken").head_backward)
+        backward(after, trace_block(job, layers - 1, "taken").made_by_head)
         for number in reversed(range(layers)):
             if checkpointing_of(job, number) != "none":
                 run(per_block, 0)
-            run(per_block, 0)
-            span = trace_block(job, number, "taken").block_backward
-            made += block_numel
-            if made > engine.reduce_bucket_elements:
-                timeline.touch({"activations": span.peak, "reduce-scatter buffers": _reducing(job, engine, shapes)})
-            timeline.span("activations", span)
-        run(before, 0)
-        timeline.span("activations", trace_block(job, 0, "taken").embedding_backward)
+            backward(per_block, trace_block(job, number, "taken").made_by_block, f"blocks.{number}.")
+        backward(before, trace_block(job, 0, "taken").made_by_embedding)
         timeline.drop("activations", "all-gather buffers")
-        timeline.touch({"reduce-scatter buffers": _reducing(job, engine, shapes)})
+        buckets.reduce(0)
         timeline.live["gathered weights"] = width * sum(
             size for size in numel.values() if size <= engine.stage3_persistence_elements
         )

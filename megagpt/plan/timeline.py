@@ -1,6 +1,6 @@
 """What every engine's memory plan is made of: the job, the timeline of allocations, and the rules by which tensors are cut."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from megagpt.engine.build import whole_shapes
 from megagpt.engine.config import EngineConfig, Precision
 from megagpt.engine.optim import OPTIMIZERS, OptimConfig
 from megagpt.model.gpt import ModelConfig
-from megagpt.plan.trace import Activations, Gradients, Kernels, Span, TraceKey, trace
+from megagpt.plan.trace import Activations, Gradients, Kernels, Made, Span, TraceKey, trace
 
 Shapes = dict[str, torch.Size]
 
@@ -155,14 +155,23 @@ def play_passes(
     casts: bool = False,
     micro: int = 0,
     before_backward: Mapping[str, int] = MappingProxyType({}),
-    after_elements: Mapping[int, Mapping[str, int]] = MappingProxyType({}),
-    beside_block: Mapping[str, int] = MappingProxyType({}),
+    take: Callable[[str, int], None] | None = None,
 ) -> None:
     """Both passes of a model whose weights are whole, its gradients counted among the activations.
 
-    before_backward: allocated between the passes; after_elements: allocated once that many
-    elements of gradients have been made; beside_block: for a moment in each block's backward pass from then on.
+    before_backward: allocated between the passes. take: called as each gradient has been made, with the parameter's name and
+    the bytes of activations, this gradient among them, that are alive besides those at the part's start; only with `taken`.
     """
+
+    def backward(span: Span, moments: Sequence[Made], prefix: str = "") -> None:
+        for made in moments if take is not None else ():
+            timeline.touch({"activations": made.peak})
+            if take is not None and made.parameter:
+                take(prefix + made.parameter, made.live)
+        if take is None:
+            timeline.touch({"activations": span.peak})
+        timeline.change("activations", span.left)
+
     layers = job.model.num_layers
     timeline.span("activations", trace_block(job, 0, mode, casts=casts).embedding)
     for number in range(layers):
@@ -171,16 +180,10 @@ def play_passes(
     timeline.phase = f"backward {micro + 1}"
     for part, size in before_backward.items():
         timeline.change(part, size)
-    timeline.span("activations", trace_block(job, layers - 1, mode, casts=casts).head_backward)
-    block, root = units_of(shapes_of(job.model))
-    made = sum(shape.numel() for name, shape in root.items() if name.startswith(("head", "score")))
-    waiting = dict(after_elements)
+    last = trace_block(job, layers - 1, mode, casts=casts)
+    backward(last.head_backward, last.made_by_head)
     for number in reversed(range(layers)):
-        made += sum(shape.numel() for shape in block.values())
-        for elements in [elements for elements in waiting if made > elements]:
-            for part, size in waiting.pop(elements).items():
-                timeline.change(part, size)
-        span = trace_block(job, number, mode, casts=casts).block_backward
-        timeline.touch({"activations": span.peak, **({} if waiting else beside_block)})
-        timeline.span("activations", span)
-    timeline.span("activations", trace_block(job, 0, mode, casts=casts).embedding_backward)
+        of_block = trace_block(job, number, mode, casts=casts)
+        backward(of_block.block_backward, of_block.made_by_block, f"blocks.{number}.")
+    first = trace_block(job, 0, mode, casts=casts)
+    backward(first.embedding_backward, first.made_by_embedding)

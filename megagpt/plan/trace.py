@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,8 @@ from megagpt.model.gpt import GPT, Attention, ModelConfig
 from megagpt.model.loss import CHUNK_ELEMENTS_GPU
 
 Kernels = Literal["cpu", "gpu"]
+GRADIENT = "gradient of "
+"""Begins the name of a mark at which a parameter's gradient has been made."""
 Gradients = Literal["kept", "taken"]
 """kept: a parameter's gradient stays in its `.grad` (fully_shard's units, stage 0); taken: a hook empties it at once (ZeRO)."""
 
@@ -112,6 +114,17 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """A moment in a part of the backward pass: a parameter's gradient is made, or (no parameter) the part ends. Bytes from the
+    part's start: the most since the moment before, and those alive now, this gradient among them."""
+
+    parameter: str
+    """Its name, in a block without the block's."""
+    peak: int
+    live: int
+
+
+@dataclass(frozen=True, slots=True)
 class Activations:
     """The parts of one micro-batch's passes, in bytes; gradients of parameters are in them as `Gradients` says.
 
@@ -124,6 +137,10 @@ class Activations:
     head_backward: Span
     block_backward: Span
     embedding_backward: Span
+    made_by_head: tuple[Made, ...]
+    """The moments of `head_backward`; only of gradients that are taken."""
+    made_by_block: tuple[Made, ...]
+    made_by_embedding: tuple[Made, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +184,8 @@ def trace(key: TraceKey) -> Activations:
         ids = torch.zeros(key.micro_batch_size, key.seq_len, dtype=torch.long)
         lengths = torch.full((key.micro_batch_size, 1), key.seq_len) if key.documents and key.kernels == "cpu" else None
         if key.gradients == "taken":
-            for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            for name, parameter in model.named_parameters():
+                parameter.register_post_accumulate_grad_hook(partial(_drop_gradient, partial(mark, f"{GRADIENT}{name}")))
         _mark_parts(model, mark)
         stack.enter_context(tracker)
         for parameter in model.parameters():
@@ -179,15 +196,28 @@ def trace(key: TraceKey) -> Activations:
         mark("head")
         loss.backward()
         mark("embedding_backward")
-    live = {name: (peak, now) for name, peak, now in marks}
-    order = [name for name, _, _ in marks]
+    return _activations(marks)
+
+
+def _activations(marks: list[tuple[str, int, int]]) -> Activations:
+    """From (name, most bytes since the mark before, bytes alive) of parts' ends and of gradients."""
+
+    def moments(name: str) -> tuple[Made, ...]:
+        end = next(i for i, mark in enumerate(marks) if mark[0] == name)
+        begin = max(i for i in range(end) if not marks[i][0].startswith(GRADIENT))
+        start, found = marks[begin][2], []
+        for of, peak, live in marks[begin + 1 : end + 1]:
+            parameter = of.removeprefix(GRADIENT).removeprefix("blocks.1.") if of != name else ""
+            found.append(Made(parameter, peak - start, live - start))
+        return tuple(found)
 
     def span(name: str) -> Span:
-        start = live[order[order.index(name) - 1]][1]
-        return Span(live[name][0] - start, live[name][1] - start)
+        found = moments(name)
+        return Span(max(made.peak for made in found), found[-1].live)
 
-    names = ("embedding", "block1", "head", "head_backward", "block1_backward", "embedding_backward")
-    return Activations(*map(span, names))
+    parts = ("embedding", "block1", "head", "head_backward", "block1_backward", "embedding_backward")
+    spans: Any = (*map(span, parts), *map(moments, parts[3:]))
+    return Activations(*spans)
 
 
 def _mark_parts(model: GPT, mark: Callable[[str], None]) -> None:
@@ -224,7 +254,8 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _drop_gradient(parameter: Tensor) -> None:
+def _drop_gradient(mark: Callable[[], None], parameter: Tensor) -> None:
+    mark()
     parameter.grad = None
 
 

@@ -57,19 +57,15 @@ def measure_cells(world: World) -> list[dict[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="two cells are 7 % off: ZeRO 2 in fp32, and at times gpt2 on FSDP2 without resharding", strict=False)
 def test_twelve_plans_meet_real_steps(tmp_path: Path) -> None:
     ranks = run_ranks(measure_cells, 2, tmp_path, timeout_seconds=1800)
     errors = {}
     for (model, engine, run), *measured in zip(CELLS, *ranks, strict=True):
         most = max(max(peaks.values()) for peaks in measured)
         errors[f"{model} {engine} {run}"] = plan_memory(job_of(MODELS[model], engine_of(engine), 2, **run)).peak / most - 1
-    off = {cell: error for cell, error in errors.items() if abs(error) > 0.05}
+    off = {cell: error for cell, error in errors.items() if abs(error) > 0.03}
     assert not off
-    # fully_shard and whole gradients are played through to the byte; buckets of stages 2 and 3 depend on their filling.
-    exact = [abs(error) for cell, error in errors.items() if "fsdp" in cell or "'zero_stage': 0" in cell]
-    assert max(exact) < 0.001
-    assert sorted(abs(error) for error in errors.values())[len(errors) // 2] < 0.02
+    assert sorted(abs(error) for error in errors.values())[len(errors) // 2] < 0.001
 
 
 def test_the_tracker_counts_what_is_alive() -> None:
