@@ -137,12 +137,14 @@ def _disk(config: TrainConfig, plan: RunPlan) -> Iterator[str]:
     folder = config.run_dir.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     kept = config.keep_last + 2 + (config.max_steps // config.keep_every_steps if config.keep_every_steps else 0)
-    needed, free = kept * plan.checkpoint_bytes, shutil.disk_usage(existing).free
+    needed, free = kept * plan.checkpoint_bytes + plan.export_bytes, shutil.disk_usage(existing).free
     if needed > free:
         for_good = ", keep_every_steps" if config.keep_every_steps else ""
         yield (
             f"run_dir={config.run_dir}: {kept} checkpoints of {show_bytes(plan.checkpoint_bytes)}"
-            f" (keep_last={config.keep_last}, the best, one being written{for_good}) need {show_bytes(needed)},"
+            f" (keep_last={config.keep_last}, the best, one being written{for_good})"
+            + (f" and {show_bytes(plan.export_bytes)} of exports" if plan.export_bytes else "")
+            + f" need {show_bytes(needed)},"
             f" {show_bytes(free)} are free: keep fewer, or use another disk"
         )
 

@@ -18,6 +18,7 @@ from megagpt.plan.sbatch import gpus_asked, sbatch_options
 from megagpt.plan.speed import StepTime, Workload, block_flops, step_time
 from megagpt.plan.timeline import Job, MemoryPlan, shapes_of, state_bytes
 from megagpt.train.config import TrainConfig
+from megagpt.train.preflight import export_bytes
 
 GIB = 2**30
 
@@ -106,6 +107,8 @@ class RunPlan:
     """How far planned and published speed differ in nine of ten runs that were held back, e.g. 0.08."""
     tokens: int
     checkpoint_bytes: int
+    export_bytes: int
+    """Of all exports beside the training that lie on the disk at once."""
     notes: tuple[str, ...]
 
     @property
@@ -228,6 +231,7 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
         error=efficiency.p90_error if efficiency and step else None,
         tokens=config.num_samples() * config.data.seq_len,
         checkpoint_bytes=sum((4 + state_bytes(config.optim, name, s)) * s.numel() for name, s in shapes.items()),
+        export_bytes=export_bytes(config, sum(s.numel() for s in shapes.values())),
         notes=tuple(notes),
     )
 

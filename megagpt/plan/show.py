@@ -152,6 +152,8 @@ def _checkpoint_line(config: PlanConfig, cluster: Cluster, plan: RunPlan) -> str
     if config.storage_gb_per_second is not None:
         write, interval = save_interval_seconds(plan, cluster.gpus, config.storage_gb_per_second)
         line += f", {write:.0f} s to write; least is lost with one every {interval / 60:.0f} min"
+    if config.export_every_steps:
+        line += f"; exports every {config.export_every_steps} steps, {plan.export_bytes / 1e9:.2f} GB together"
     return line
 
 

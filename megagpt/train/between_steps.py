@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,20 @@ from megagpt.tokenizer.base import prompt_ids
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import record_of
 from megagpt.train.early_stop import evaluated_losses, used_up
+from megagpt.train.out_of_memory import OutOfMemory, explaining_out_of_memory
 from megagpt.train.run import Run
 
 log = logging.getLogger(__name__)
+
+NAMES = {"evaluate": "the evaluation", "score": "the scoring", "sample": "the sampling"}
+"""Of what is done between steps, in messages."""
+
+
+def explaining(run: Run, state: TrainState, what: str) -> AbstractContextManager[None]:
+    """`explaining_out_of_memory` for `what` is done after the step at which the run is."""
+    when = f"in {what} after step {state.step}"
+    parts = (run.config, run.engine, run.world, state.step, run.monitor.clock, run.planner)
+    return explaining_out_of_memory(*parts, attempt=run.attempt, when=when)
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -75,16 +87,19 @@ def evaluate_and_sample(
     score = None
     for number, kind in enumerate(kinds):
         try:
-            if kind == "evaluate":
-                score = evaluate(run, state)
-                if score is not None and saved_step == state.step:
-                    keep_score(run, state, score)
-            elif kind == "score":
-                score_by_tasks(run, state, is_saved=saved_step == state.step)
-            else:
-                sample(run, state)
+            with explaining(run, state, NAMES[kind]):
+                if kind == "evaluate":
+                    score = evaluate(run, state)
+                    if score is not None and saved_step == state.step:
+                        keep_score(run, state, score)
+                elif kind == "score":
+                    score_by_tasks(run, state, is_saved=saved_step == state.step)
+                else:
+                    sample(run, state)
         except Stopped:
             return score, tuple(kinds[number:])
+        except OutOfMemory:  # the other ranks would not take part in a save
+            raise
         except (UserError, Failure):
             if state.step != saved_step:
                 save(run, state)
@@ -194,7 +209,7 @@ def save(run: Run, state: TrainState, score: dict[str, Any] | None = None) -> No
         except OSError as error:  # somebody else deletes there, or has a file open on a network disk: the next save tries again
             log.warning("not all old checkpoints could be deleted: %s", error)
 
-    with run.monitor.clock("save"):
+    with run.monitor.clock("save"), explaining(run, state, "the save"):
         run.saver.save(run.engine, state, info, after=tidy)
     run.monitor.log("save", state.step, background=config.save_in_background)
     run.exports.after(run.saver, state.step)

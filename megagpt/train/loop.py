@@ -74,7 +74,9 @@ def train(config: TrainConfig, planner: Planner | None = None) -> int:
         stop.end_at_once(partial(last_words, owned, monitor))
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, attempt)
         with monitor.clock("load"):
-            engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
+            memory: dict[str, Any] = {"planner": planner, "attempt": attempt}
+            with explaining_out_of_memory(config, None, world, 0, monitor.clock, when="as the engine was built", **memory):
+                engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
             every, keep_last = config.export_every_steps, config.export_keep_last
@@ -83,7 +85,8 @@ def train(config: TrainConfig, planner: Planner | None = None) -> int:
             run = Run(
                 config, data, world, engine, monitor, watchdog, guard, attempt, saver, exports, settings, questions, planner
             )
-            state = restore_or_start(run)
+            with explaining_out_of_memory(config, engine, world, 0, monitor.clock, when="as weights were loaded", **memory):
+                state = restore_or_start(run)
         preflight.record_settings(config, data, world)
         with exports:
             status = loop(run, state)

@@ -1,4 +1,4 @@
-"""A training step that runs out of memory: a record of the memory in use, and an error that names settings that need less.
+"""A rank that runs out of memory: a record of the memory in use, and an error that names settings that need less.
 
 On a GPU the largest allocations are those of the CUDA allocator (torch.cuda.memory._snapshot), named by the tensors that lie in
 them; on a CPU they are the engine's own tensors, with the activations as megagpt.plan expects them.
@@ -35,6 +35,10 @@ NUM_LARGEST = 5
 NUM_SETTINGS = 3
 MUCH_UNUSED = 0.1
 """Share of the device's memory that torch's blocks waste from which on it is worth a line."""
+
+
+class OutOfMemory(Failure):
+    """This rank alone has found no memory: the others are still at work."""
 
 
 class Planner(Protocol):
@@ -82,17 +86,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextmanager
 def explaining_out_of_memory(
     config: TrainConfig,
-    engine: Engine,
+    engine: Engine | None,
     world: World,
     step: int,
     clock: Callable[[str], AbstractContextManager[None]],
     planner: Planner | None = None,
     *,
     attempt: int,
+    when: str = "",
 ) -> Iterator[None]:
-    """Put the update after `step` of them into it. If memory runs out there, write run_dir/memory/attempt_A_rank_N_step_S.json
-    (with CUDA a .pickle beside it) and raise Failure with its contents in words. If that fails, it is logged and the first
-    error raised.
+    """Put the update after `step` of them into it, or what `when` says ("in the evaluation after step 8"). If memory runs out
+    there, write run_dir/memory/attempt_A_rank_N_step_S.json (with CUDA a .pickle beside it) and raise OutOfMemory with it in
+    words. If that fails, it is logged and the first error raised. engine: None while there is none.
 
     clock: the run's stopwatch; the record is charged to "save", so that the watchdog allows for it.
     """
@@ -103,21 +108,22 @@ def explaining_out_of_memory(
             raise
         try:
             with clock("save"):
-                words = _record(config, engine, world, step, error, planner, attempt)
+                words = _record(config, engine, world, step, error, planner, attempt, when or f"in step {step + 1}")
         except Exception:
             log.exception("rank %d: the record of what was held when memory ran out could not be made", world.rank)
             raise error from None
-        raise Failure(words) from error
+        raise OutOfMemory(words) from error
 
 
 def _record(
     config: TrainConfig,
-    engine: Engine,
+    engine: Engine | None,
     world: World,
     step: int,
     error: BaseException,
     planner: Planner | None,
     attempt: int,
+    when: str,
 ) -> str:
     """Write the record; returns the message."""
     path = config.run_dir / "memory" / f"attempt_{attempt:04d}_rank_{world.rank}_step_{step}.json"
@@ -129,7 +135,7 @@ def _record(
     else:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    held = held_tensors(engine)
+    held = [] if engine is None else held_tensors(engine)
     parts = {kind: sum(item.size for item in held if item.kind == kind) for kind in dict.fromkeys(item.kind for item in held)}
     largest = allocations(snapshot["segments"], held) if snapshot else _counted((item.size, item.what) for item in held)
     largest = sorted(largest, key=lambda item: item.total, reverse=True)[:NUM_LARGEST]
@@ -144,6 +150,7 @@ def _record(
         "incarnation": attempt,
         "rank": world.rank,
         "step": step,
+        "when": when,
         "device": str(world.device),
         "error": str(error),
         "free_bytes": free,
@@ -339,11 +346,11 @@ def in_words(record: Mapping[str, Any], path: Path) -> str:
     """The record as the message of an error: lines that begin with what happened."""
     held = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in record["engine"].items())
     lines = [
-        f"rank {record['rank']} ran out of memory in step {record['step'] + 1} on {record['device']}: "
+        f"rank {record['rank']} ran out of memory {record['when']} on {record['device']}: "
         + record["error"].strip().splitlines()[0],
         f"  free: {show_bytes(record['free_bytes'])} of {show_bytes(record['total_bytes'])}"
         + (f", and {show_bytes(record['unused_bytes_of_allocator'])} unused in torch's blocks" if record["snapshot"] else ""),
-        f"  the engine's tensors: {held}",
+        f"  the engine's tensors: {held or 'none yet'}",
         "  largest allocations: "
         + "; ".join(
             (f"{item['count']} x " if item["count"] > 1 else "") + f"{show_bytes(item['bytes'])} {item['what']}"

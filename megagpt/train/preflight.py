@@ -87,7 +87,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     parameters = sum(shape.numel() for shape in whole_shapes(config.model, config.tune).values())
     trained = sum(shape.numel() for shape in whole_shapes(config.model, config.tune, trained_only=True).values())
     checkpoint_bytes = 4 * trained * (1 + len(STATES[config.optim.kind]))
-    _check_disk(config.run_dir, checkpoint_bytes, config.keep_last)
+    _check_disk(config, checkpoint_bytes, export_bytes(config, parameters))
     tokens = config.global_batch_size * config.data.seq_len
     formats = declared_formats(config.precision, config.engine)
     if place_from_environment(dict(os.environ)).rank == 0:
@@ -325,17 +325,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_disk(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
-    """There must be room for the checkpoints that are kept, the best, and the one being written."""
+def export_bytes(config: TrainConfig, parameters: int) -> int:
+    """Bytes of all exports that lie on the disk at once, bf16 weights: those that are kept, and the one being written."""
+    return 2 * parameters * (config.export_keep_last + 1) if config.export_every_steps else 0
+
+
+def _check_disk(config: TrainConfig, checkpoint_bytes: int, exports: int) -> None:
+    """There must be room for the checkpoints that are kept, the best, and the one being written, and for `exports` bytes."""
+    run_dir, keep_last = config.run_dir, config.keep_last
     existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"run_dir={run_dir}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"run_dir={run_dir}: {existing} is not writable")
     have = sum(file.stat().st_size for file in run_dir.glob("checkpoints/*/pieces_*"))
-    needed, free = checkpoint_bytes * (keep_last + 2) - have, shutil.disk_usage(existing).free
+    exported = sum(file.stat().st_size for file in run_dir.glob("exports/*/*.safetensors"))
+    needed = max(0, checkpoint_bytes * (keep_last + 2) - have) + max(0, exports - exported)
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"run_dir={run_dir}: {show_bytes(free)} are free on its disk, {keep_last + 2} checkpoints (keep_last={keep_last}, "
-            f"the best, and one being written) need {show_bytes(needed)} more"
+            f"the best, and one being written)"
+            + (f" and exports (export_keep_last={config.export_keep_last}, and one being written)" if exports else "")
+            + f" need {show_bytes(needed)} more"
         )

@@ -1,18 +1,22 @@
 """Ten mistakes in a job, each caught before it is submitted with a sentence that says what to do."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from small_run import settings, write_shards
 
 from megagpt.config import UserError, validate
+from megagpt.data.open_data import open_data
 from megagpt.plan.preflight import preflight_job
 from megagpt.plan.run_plan import PlanConfig, RunPlan, cluster_of, make_plan
 from megagpt.plan.sbatch import gpus_asked, sbatch_options
+from megagpt.train.preflight import check_run
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +85,25 @@ def test_mistakes_are_caught(name: str, shards: Path, tmp_path: Path) -> None:
     changes, sentence = MISTAKES[name]
     found = problems_of(config_of(shards, tmp_path / "run", changes))
     assert any(sentence in problem for problem in found), found
+
+
+def test_exports_count_among_what_the_disk_must_hold(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exports = {"export_every_steps": 4, "export_keep_last": 3}
+    config = config_of(shards, tmp_path / "run", exports)
+    plan = make_plan(config.train_config(), cluster_of(config))
+    assert plan.export_bytes == 4 * 2 * plan.parameters
+    assert make_plan(config_of(shards, tmp_path / "run", {}).train_config(), cluster_of(config)).export_bytes == 0
+    room = 4 * plan.checkpoint_bytes + plan.export_bytes
+    for free, is_caught in ((room - 1, True), (room, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        found = problems_of(config)
+        assert any("of exports need" in problem for problem in found) == is_caught, found
+        message = ""
+        try:
+            check_run(config.train_config(), open_data(config.data))
+        except UserError as error:
+            message = str(error)
+        assert ("and exports (export_keep_last=3, and one being written) need" in message) == is_caught, message
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

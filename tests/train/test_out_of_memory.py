@@ -132,6 +132,7 @@ def test_the_message_of_a_gpu() -> None:
     record = {
         "rank": 3,
         "step": 41,
+        "when": "in step 42",
         "device": "cuda:3",
         "error": "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore",
         "free_bytes": 10**9,
@@ -164,6 +165,21 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.slow
+def test_an_evaluation_without_memory_is_recorded_too(
+    project: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
+    monkeypatch.setenv("FAULTS", json.dumps([{"kind": "out_of_memory_in_evaluation"}]))
+    ranks = start(project, tmp_path, settings(shards, tmp_path / "run", evaluate_every_steps=3), 1)
+    assert ranks.wait() == [EXIT_CRASH]
+    assert "error: rank 0 ran out of memory in the evaluation after step 3 on cpu: " in ranks.output()
+    record = read_json(tmp_path / "run" / "memory" / "attempt_0001_rank_0_step_3.json")
+    assert record["when"] == "in the evaluation after step 3"
+    assert record["engine"]["optimizer states"] > 0
+    assert list(record["try"][0]["changes"]) == ["micro_batch_size"]
 
 
 @pytest.mark.slow

@@ -118,6 +118,18 @@ def out_of_memory(train, fault) -> None:
     before_forward(train, fault, action)
 
 
+def out_of_memory_in_evaluation(train, fault) -> None:
+    """The host's memory does not suffice for an evaluation."""
+    from megagpt.train import between_steps
+
+    def evaluate_sources(*arguments, **options):
+        import torch
+
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    between_steps.evaluate_sources = evaluate_sources
+
+
 def interpreter(train, fault) -> None:
     before_forward(train, fault, lambda: ctypes.PyDLL(None).sleep(3600))  # PyDLL keeps the interpreter's lock
 
