@@ -245,8 +245,9 @@ def checkpoint(parameters: int, folder: Path) -> dict[str, float]:
     from megagpt.checkpoint import save_load as checkpoints
     from megagpt.data.state import TrainState
     from megagpt.distributed.world import close_world, init_world
-    from megagpt.engine.build import build_engine, draw_weights
+    from megagpt.engine.build import build_engine
     from megagpt.engine.config import FSDPConfig
+    from megagpt.engine.initial_weights import draw_weights
     from megagpt.engine.optim import OptimConfig
     from megagpt.files import write_json
     from megagpt.model.gpt import ModelConfig

@@ -23,8 +23,9 @@ import torch
 from bench.ranks import run_ranks
 from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import World
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.config import FSDPConfig
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig
 from megagpt.measurement import write_results
 from megagpt.model.context_parallel import ContextParallel, ContextParallelMethod

@@ -1,6 +1,6 @@
 """Builds the engine that a configuration names; refuses settings that no engine computes correctly."""
 
-from collections.abc import Callable
+import importlib
 
 import torch
 
@@ -11,8 +11,8 @@ from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Pre
 from megagpt.engine.optim import OPTIMIZERS, OptimConfig
 from megagpt.model.context_parallel import ContextParallel, refuse_context_parallel
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
-from megagpt.model.gpt import GPT, ModelConfig, initial_value
-from megagpt.model.tune import TuneConfig, initial_adapter, is_adapter, prepare
+from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.model.tune import TuneConfig, prepare
 
 
 def build_engine(
@@ -40,6 +40,9 @@ def build_engine(
     refuse_float8(float8, model_config, precision, canonical=canonical)
     refuse_shared_samples(engine, model_config, seq_len=None, canonical=canonical)
     assert engine.context_parallel_size == world.cp_size, "the world's groups are not those of the settings"
+
+    if compile_blocks:  # under DeepSpeed's stage 3 the model is made by replaced functions, in which this cannot be imported
+        importlib.import_module("torch._dynamo.polyfills.tensor")
 
     def make() -> GPT:
         model = GPT(model_config, checkpoint_every=checkpoint_every, checkpoint_selectively=checkpoint_selectively)
@@ -102,31 +105,6 @@ def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
         raise UserError(
             f"determinism=canonical with optim.kind={optim.kind}: its matrix products depend on how matrices are cut"
         )
-
-
-def draw_weights(
-    engine: Engine,
-    config: ModelConfig,
-    seed: int,
-    progress: Callable[[], object] | None = None,
-    tune: TuneConfig | None = None,
-) -> None:
-    """Fill what the engine trains with initial weights that depend on `seed` only, not on the layout. `progress` is called for
-    each."""
-    shapes = whole_shapes(config, tune)
-    with torch.no_grad():
-        for key, partition in engine.state().items():
-            kind, _, name = key.partition(".")
-            if kind == "param":
-                adapter = is_adapter(name)
-                full = initial_adapter(name, shapes[name], seed) if adapter else initial_value(config, name, shapes[name], seed)
-                full = full.flatten()
-                partition.data.copy_(full[partition.start : partition.start + len(partition.data)])
-            else:
-                partition.data.zero_()
-            if progress is not None:
-                progress()
-    engine.refresh(0)
 
 
 def whole_shapes(config: ModelConfig, tune: TuneConfig | None = None, *, trained_only: bool = False) -> dict[str, torch.Size]:

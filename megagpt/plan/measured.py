@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from megagpt.distributed.world import World
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.config import EngineConfig, Precision
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig
 from megagpt.model.gpt import ModelConfig
 from megagpt.plan.trace import StorageTracker

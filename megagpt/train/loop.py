@@ -24,8 +24,9 @@ from megagpt.data.state import TrainState
 from megagpt.distributed.determinism import make_deterministic
 from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import StopRequest, World, abort_world, close_world, init_world
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.dtypes import declared_formats
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.evaluate.scores_in_training import read_questions
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.monitor import Monitor
@@ -273,7 +274,7 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     if restored is None and config.continue_from is not None:
         restored = checkpoint.restore_exactly(config.continue_from, engine, world, check=check)
     if restored is None:
-        draw_weights(engine, config.model, config.seed, world.progress, config.tune)
+        draw_weights(engine, config.model, config.seed, world.progress, config.tune, world)
         if config.init_from is not None:
             path, _ = checkpoint.newest_good(config.init_from, world)
             if path is None:

@@ -24,7 +24,7 @@ from megagpt.config import UserError
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine.base import Partition
-from megagpt.engine.build import draw_weights
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.files import read_json, sha256_file, write_json
 
 ALONE = lone_world(torch.device("cpu"))

@@ -16,9 +16,10 @@ from megagpt.config import UserError
 from megagpt.data.loader import step_batches
 from megagpt.distributed.fetch import Records
 from megagpt.distributed.world import World, lone_world
-from megagpt.engine.build import build_engine, draw_weights, refuse_unsupported
+from megagpt.engine.build import build_engine, refuse_unsupported
 from megagpt.engine.canonical import BLOCK, BlockNorm, Extent, clip_factor, tree_sum, without_fused_kernels
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig, build_optimizer, lr_at
 from megagpt.model.gpt import ModelConfig
 

@@ -14,8 +14,8 @@ from toy import ADAMW, DATASET, GLOBAL_BATCH_SIZE, MAX_STEPS, MODEL, SGD, at_ste
 from megagpt.data.loader import step_batches
 from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import World
-from megagpt.engine.build import draw_weights
 from megagpt.engine.config import Precision
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import lr_at
 from megagpt.model.attention import attend, attention_mask
 from megagpt.model.context_parallel import ContextParallel, ContextParallelMethod, attend_in_group

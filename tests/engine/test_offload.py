@@ -10,9 +10,10 @@ from toy import MODEL, OPTIMIZERS, train_steps
 
 from megagpt.config import Failure, UserError, validate
 from megagpt.distributed.world import World
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig
 from megagpt.engine.dtypes import check_formats, declared_formats
+from megagpt.engine.initial_weights import draw_weights
 
 STEPS = 3
 PLAIN: dict[str, EngineConfig] = {"zero1": DeepSpeedConfig(zero_stage=1), "fsdp": FSDPConfig()}

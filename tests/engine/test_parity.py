@@ -27,8 +27,9 @@ from megagpt.config import UserError
 from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World
 from megagpt.engine.base import Engine
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.config import DeepSpeedConfig, Precision
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 
 STEPS: dict[Precision, int] = {"fp32": 10, "bf16": 6}

@@ -22,8 +22,9 @@ from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
 from megagpt.engine.base import Partition
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigram_entropy
 from megagpt.evaluate.likelihood import Likelihood, LikelihoodRequest, encode_request, log_likelihoods

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from toy import MODEL, make_engine, train_steps
 
 from megagpt.distributed.world import World
-from megagpt.engine.build import draw_weights
+from megagpt.engine.initial_weights import draw_weights
 
 ENGINES = ["fsdp", "zero1"]
 

@@ -13,8 +13,8 @@ from toy import MODEL, make_engine, train_steps
 
 from megagpt.config import UserError
 from megagpt.distributed.world import World
-from megagpt.engine.build import draw_weights
 from megagpt.engine.config import Precision
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.model.float8 import Float8, refuse_float8, use_float8
 from megagpt.model.gpt import GPT, ModelConfig, initialise, keep_products
 

@@ -11,8 +11,9 @@ from ranks import run_ranks
 
 from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import World
-from megagpt.engine.build import build_engine, draw_weights
+from megagpt.engine.build import build_engine
 from megagpt.engine.config import EngineConfig, FSDPConfig
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig
 from megagpt.model.gpt import ModelConfig
 from megagpt.plan.communication import Traffic, step_traffic, traffic_seconds

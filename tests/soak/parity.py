@@ -51,8 +51,9 @@ from toy import (  # noqa: E402
 from megagpt.data.loader import step_batches  # noqa: E402
 from megagpt.distributed.world import World  # noqa: E402
 from megagpt.engine.base import Engine  # noqa: E402
-from megagpt.engine.build import draw_weights, whole_shapes  # noqa: E402
+from megagpt.engine.build import whole_shapes  # noqa: E402
 from megagpt.engine.config import Precision  # noqa: E402
+from megagpt.engine.initial_weights import draw_weights  # noqa: E402
 from megagpt.engine.optim import OptimConfig, build_optimizer, lr_at, parameter_groups  # noqa: E402
 from megagpt.measurement import RESULTS, write_results  # noqa: E402
 from megagpt.model.gpt import GPT, ModelConfig, initialise  # noqa: E402

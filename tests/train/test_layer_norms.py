@@ -11,7 +11,7 @@ from toy import ADAMW, DATASET, MODEL, OPTIMIZERS, SGD, at_step, engines_on, mak
 
 from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World
-from megagpt.engine.build import draw_weights
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig
 from megagpt.train.layer_norms import LayerNorms, layer_of
 

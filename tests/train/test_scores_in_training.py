@@ -17,7 +17,7 @@ from megagpt.checkpoint.load_model import load_model
 from megagpt.command import EXIT_DONE
 from megagpt.config import UserError, validate
 from megagpt.distributed.world import World
-from megagpt.engine.build import draw_weights
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run
 from megagpt.evaluate.loss import evaluation_mode
 from megagpt.evaluate.results import read_results

@@ -19,7 +19,7 @@ from megagpt.data.loader import step_batches
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World
 from megagpt.documents import IGNORE
-from megagpt.engine.build import draw_weights
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig, ScheduleConfig
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 

@@ -26,7 +26,8 @@ from megagpt.corpus.runner.executors import Execution
 from megagpt.data.dataset import Sample, TokenDataset
 from megagpt.distributed.world import World
 from megagpt.documents import IGNORE
-from megagpt.engine.build import draw_weights, whole_shapes
+from megagpt.engine.build import whole_shapes
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import GPT, ModelConfig, initialise
