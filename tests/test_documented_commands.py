@@ -120,6 +120,31 @@ def test_settings_that_a_page_writes_with_a_value_exist(page: Path, configuratio
     assert [name for name in sorted(written) if not setting.fullmatch(name)] == []
 
 
+FORMATS = {
+    "corpus/extraction/extract_documents.py": "extract",
+    "corpus/filters/filter_documents.py": "filter",
+    "corpus/dedup/dedup_documents.py": "dedup",
+    "corpus/packing/tokenize_documents.py": "tokenize",
+    "tokenizer/train_tokenizer.py": "train_tokenizer",
+    "tokenizer/extended.py": "special_tokens.json",
+    "output_list.py": "outputs.json",
+    "checkpoint/on_disk.py": "state.json",
+    "evaluate/results.py": "evaluations",
+}
+"""The module with the version of a format, and the format's name on the page."""
+
+
+def test_the_page_of_formats_has_the_versions_of_the_code() -> None:
+    text = " ".join((PROJECT / "docs" / "formats.md").read_text(encoding="utf-8").split())
+    listed = text.partition("Versions today: ")[2]
+    found = {}
+    for path in (PROJECT / "megagpt").rglob("*.py"):
+        if version := re.search(r"^FORMAT = (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found[path.relative_to(PROJECT / "megagpt").as_posix()] = version[1]
+    assert found.keys() == FORMATS.keys()
+    assert [name for path, name in FORMATS.items() if f"{name} {found[path]}" not in re.split(r", |\. ", listed)] == []
+
+
 def test_the_check_of_command_lines_finds_what_is_wrong(configurations: dict[str, type[Config]]) -> None:
     block = "torchrun --nproc-per-node 8 tools/train_model.py gpt_124m \\\n  run_dir=a optim.rate=1  # one\n"
     calls = tool_calls(f"```\n{block}```\nor `megagpt watch_run runs=b`")
