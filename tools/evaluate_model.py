@@ -5,7 +5,8 @@ python tools/evaluate_model.py run_dir=runs/gpt tasks.piqa=/data/eval/piqa.jsonl
 python tools/evaluate_model.py run_dir=runs/gpt harness='[lambada_openai, piqa]' harness_folder=/data/harness
 torchrun --nproc-per-node 8 tools/evaluate_model.py run_dir=runs/gpt harness='[hellaswag]'     (the ranks share the work)
 
-Stopped (SIGTERM, SIGUSR1, Ctrl-C; status 75 or 130), the same command resumes tasks and answers where they were.
+Stopped, the same command resumes tasks and answers where they were. Several ranks end together with status 75 (SIGTERM,
+SIGUSR1, Ctrl-C), one process at once by the signal (143 after SIGTERM, 130 after Ctrl-C).
 """
 
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, main

@@ -23,7 +23,7 @@ from megagpt.checkpoint.save_load import seal
 from megagpt.config import Config, UserError
 from megagpt.convert.compare_logits import Comparison, ConversionError, compare_models, import_transformers, open_reference
 from megagpt.convert.families import Family, Planned, family_of, plan_tensors, split
-from megagpt.convert.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, read_deltas, with_deltas
+from megagpt.convert.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, base_model_of, read_deltas, with_deltas
 from megagpt.convert.tokenizers import import_tokenizer
 from megagpt.convert.weight_files import WeightFolder
 from megagpt.data.state import TrainState
@@ -82,6 +82,11 @@ def _import_folder(config: ImportConfig) -> Path:
     import_transformers()
     family, model_config, weights, plan = read_source(config.source, config.seq_len)
     deltas = {} if config.adapter is None else read_deltas(config.adapter)
+    if config.adapter is not None and Path(base_model_of(config.adapter)).name not in ("", config.source.resolve().name):
+        log.warning(
+            "adapter=%s: was trained on %s, and is merged into %s: weights of equal sizes do not tell them apart",
+            config.adapter, base_model_of(config.adapter), config.source,
+        )  # fmt: skip
     conv1d = {planned.theirs for planned in plan if planned.transposed}
     for name, delta in deltas.items():
         shape = weights.tensors[name].shape if name in weights.tensors else None

@@ -94,6 +94,12 @@ def _config(ranks: Mapping[str, int], lora: LoraConfig, base_model: str, *, conv
     }
 
 
+def base_model_of(folder: Path) -> str:
+    """The model that a peft adapter was trained on, as its files name it: a folder or a name of the hub; "" if they do not."""
+    config = read_json(folder / CONFIG_FILE)
+    return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
+
+
 def read_deltas(folder: Path) -> dict[str, Tensor]:
     """What a peft adapter adds to each weight of its base model, by the name of theirs, [out, in] in fp32.
 

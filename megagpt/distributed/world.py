@@ -77,6 +77,13 @@ class StopRequest:
         if self.signal_name:
             self._end(self.signal_name)
 
+    def nothing_to_save(self) -> None:
+        """After `remember`: from here on there is nothing to save again (main thread only)."""
+        if self._thread is not None:
+            self._ends_at_once = True
+            if self.signal_name:
+                self._end(self.signal_name)
+
     def remember(self) -> None:
         """From here on there is something to save: a stop signal is remembered until it is asked for."""
         self._ends_at_once = False

@@ -104,10 +104,10 @@ def ask_tasks(
     lm: Any, loaded: LoadedTasks, world: World, *, num_fewshot: int | None = None, max_questions: int | None = None
 ) -> dict[str, HarnessTask]:
     """The scores of tasks that are loaded, on every rank. Sets the seeds of torch, numpy and random. Raises UserError on tasks
-    that ask for what the model does not do."""
+    that ask for what the model does not do, Stopped after a rank got a stop request."""
     lm_eval = import_harness(offline=False)
     names, manager, tasks = loaded.names, loaded.manager, loaded.found
-    with _quiet(), _undescribed():
+    with _quiet(), _undescribed(), _asking_between(tasks, world):
         groups = [tasks["groups"][name] for name in names if name in tasks["groups"]]
         inside = {task.task_name for group in groups for task in group.get_all_tasks()}
         wanted = [*groups, *(task for name, task in tasks["tasks"].items() if name not in inside)]
@@ -304,6 +304,30 @@ def _undescribed() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(evaluator, name, function)
+
+
+@contextlib.contextmanager
+def _asking_between(tasks: Any, world: World) -> Iterator[None]:
+    """Before the prompts of each task are made, which takes seconds of a large one, the ranks agree that none was told to stop.
+    Raises Stopped there."""
+    asked = {id(task): task for task in tasks["tasks"].values()}
+    asked |= {id(task): task for group in tasks["groups"].values() for task in group.get_all_tasks()}
+
+    def asking(build: Callable[..., None]) -> Callable[..., None]:
+        def build_all_requests(*arguments: Any, **options: Any) -> None:
+            world.agree()
+            world.progress()
+            build(*arguments, **options)
+
+        return build_all_requests
+
+    for task in asked.values():
+        task.build_all_requests = asking(task.build_all_requests)
+    try:
+        yield
+    finally:
+        for task in asked.values():
+            del task.build_all_requests
 
 
 @contextlib.contextmanager

@@ -82,7 +82,8 @@ def evaluate_and_sample(
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """Do `kinds` in order; returns (the evaluation's score, the kinds that a stop signal cut short or skipped).
 
-    If an evaluation fails (by a damaged shard, for example), this step is saved before the run ends.
+    If an evaluation fails (by a damaged shard, for example), this step is saved before the run ends. If one of several ranks
+    fails by itself, they can no longer save together.
     """
     score = None
     for number, kind in enumerate(kinds):
@@ -98,13 +99,14 @@ def evaluate_and_sample(
                     sample(run, state)
         except Stopped:
             return score, tuple(kinds[number:])
-        except OutOfMemory:  # the other ranks would not take part in a save
-            raise
-        except (UserError, Failure):
-            if state.step != saved_step:
-                save(run, state)
-            with run.monitor.clock("save"):
-                run.saver.close()
+        except Exception as error:
+            # What the ranks have agreed on, or what the only one has met (memory that ran out, say): all can still save.
+            agreed = isinstance(error, (UserError, Failure)) and not isinstance(error, OutOfMemory)
+            if agreed or run.world.size == 1:
+                if state.step != saved_step:
+                    save(run, state)
+                with run.monitor.clock("save"):
+                    run.saver.close()
             raise
     return score, ()
 

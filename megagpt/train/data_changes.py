@@ -97,10 +97,13 @@ def vocab_size_of(saved: Mapping[str, Any], where: Path, otherwise: int) -> int:
 
 
 def advice(differences: Mapping[str, str], samples: int) -> str:
-    """How to plan a change of the mixture that a resume refuses, so that no sample is repeated."""
+    """What an allowed change of the data costs, and how to make one of the mixture: planned, so that nothing is repeated."""
+    text = ""
+    if "data.order" in differences or "data.shards" in differences:
+        text = " In another order, or from other shards, some samples of this epoch come twice and others never."
     if "data.weights" not in differences:
-        return ""
-    return (
+        return text
+    return text + (
         f" New weights are planned with data.weight_changes=[{{from_sample: {samples}, weights: ...}}] beside the old weights: "
         "nothing is repeated"
     )

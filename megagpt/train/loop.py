@@ -254,6 +254,7 @@ def rewind(run: Run, state: TrainState, problem: str) -> TrainState:
     write = run.world.rank == 0 and still_owner(config.run_dir, run.attempt)
     window = run.guard.condemn(state, problem, global_batch_size=config.batch_size_at(state.step), write=write)
     run.world.barrier()
+    run.world.stop.nothing_to_save()  # all that counts is committed: a stop signal need not wait for the load
     with run.monitor.clock("load"):
         before, _ = load_newest(run, config.resume_step)
     skipped = None if window is None else {"start": window.start, "count": window.count}

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,8 +50,14 @@ class Other:
         )
 
     def line(self) -> str:
+        """The next line it prints; "" if it ends, or is ended because it says nothing."""
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        silent = threading.Timer(120, self.process.kill)
+        silent.start()
+        try:
+            return self.process.stdout.readline().strip()
+        finally:
+            silent.cancel()
 
     def error(self) -> str:
         return self.process.communicate(timeout=60)[1]

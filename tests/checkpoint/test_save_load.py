@@ -18,7 +18,7 @@ from toy import MODEL, engines_on, make_engine
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.on_disk import list_checkpoints, step_of, verify
 from megagpt.checkpoint.ownership import take_ownership
-from megagpt.checkpoint.partitions import CheckpointError, read_partitions
+from megagpt.checkpoint.partitions import CheckpointError, index_of, read_partitions
 from megagpt.checkpoint.save_load import Saver
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
@@ -244,6 +244,18 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> N
     shutil.copy(path / "pieces_00000.safetensors", path / "pieces_00002.safetensors")
     assert verify(path) == [f"{path}/pieces_00002.safetensors: is not in the manifest"]
     assert load_whole(tmp_path)[0] == 1
+
+
+def test_what_is_verified_and_read_of_a_checkpoint_is_progress(tmp_path: Path) -> None:
+    world = lone_world(torch.device("cpu"))
+    (tmp_path / "file").write_bytes(bytes(33 << 20))
+    sha256_file(tmp_path / "file", world.progress)
+    assert world.progress.count == 2
+    write_good_run(tmp_path, (1,))
+    path = tmp_path / "checkpoints" / "step_00000001"
+    lengths = {key: sum(run.length for run in runs) for key, runs in index_of(path).items()}
+    read_partitions(path, {key: Partition(torch.empty(length), 0, length) for key, length in lengths.items()}, world)
+    assert world.progress.count >= 2 + len(lengths) > 2
 
 
 def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:

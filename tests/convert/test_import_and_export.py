@@ -11,6 +11,7 @@ import torch
 from random_models import MODEL_TYPES, random_model, save_source
 
 from megagpt.checkpoint.load_model import load_model
+from megagpt.checkpoint.scores import keep_score
 from megagpt.config import UserError, validate
 from megagpt.convert import export_hf, import_hf, weight_files
 from megagpt.convert.compare_logits import ConversionError, sample_ids
@@ -18,6 +19,7 @@ from megagpt.convert.export_hf import ExportConfig, export_model
 from megagpt.convert.families import FAMILIES, family_for, join, plan_tensors, split
 from megagpt.convert.import_hf import ImportConfig, import_model
 from megagpt.convert.weight_files import WeightFolder
+from megagpt.evaluate.results import keep_result
 from megagpt.files import read_json, sha256_file
 from megagpt.model.gpt import ModelConfig
 
@@ -103,9 +105,14 @@ def test_bf16_weights_come_back_bit_for_bit(model_type: str, tmp_path: Path) -> 
 def test_an_export_names_what_it_was_made_from(tmp_path: Path) -> None:
     save_source(random_model("llama"), tmp_path / "source")
     checkpoint = import_model(ImportConfig(source=tmp_path / "source", run_dir=tmp_path / "run"))
+    results, manifest_sha256 = tmp_path / "run/evaluations/step_00000000.json", sha256_file(checkpoint / "manifest.json")
+    keep_score(checkpoint, 0, "a validation set", {"loss": 2.5})
+    keep_result(results, {"step": 0, "measured": {"checkpoint": manifest_sha256}, "loss": 2.25})
+    keep_result(results, {"step": 0, "measured": {"checkpoint": "0" * 64}, "loss": 1.125})  # of a course that was given up
     out = export_model(ExportConfig(run_dir=tmp_path / "run", output_dir=tmp_path / "out"))
     record = read_json(out / "checked.json")
-    assert record["source"]["manifest_sha256"] == sha256_file(checkpoint / "manifest.json")
+    assert (record["source"]["validation_loss"], record["source"]["scores"]) == (2.5, {"loss": 2.25})
+    assert record["source"]["manifest_sha256"] == manifest_sha256
     assert record["source"]["imported_from"]["files"]["model.safetensors"] == sha256_file(tmp_path / "source/model.safetensors")
     assert record["files"] == {path.name: sha256_file(path) for path in out.iterdir() if path.name != "checked.json"}
     assert record["logits"]["relative"] <= 1e-5

@@ -103,7 +103,7 @@ def test_adapters_of_peft_are_merged_into_what_is_imported(family: str, tmp_path
     assert "adapter/adapter_model.safetensors" in files
 
 
-def test_what_is_no_plain_adapter_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_plain_adapter_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = save_source(random_model("llama"), tmp_path / "source")
     import_model(ImportConfig(source=source, run_dir=tmp_path / "base"))
     run_dir = tuned_run(tmp_path / "base", tmp_path / "run", LoraConfig(targets=("mlp.up",), also_train=("embedding.weight",)))
@@ -126,7 +126,12 @@ def test_what_is_no_plain_adapter_is_refused(tmp_path: Path) -> None:
         write_json(adapter / "adapter_config.json", {**config, **changes})
         with pytest.raises(UserError, match=match):
             import_model(ImportConfig(source=source, run_dir=tmp_path / "no", adapter=adapter))
-    write_json(adapter / "adapter_config.json", config)
+    write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": "somebody/source"})
+    import_model(ImportConfig(source=source, run_dir=tmp_path / "same", adapter=adapter))
+    assert "was trained on" not in caplog.text
+    write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": "somebody/another"})
+    import_model(ImportConfig(source=source, run_dir=tmp_path / "another", adapter=adapter))
+    assert f"was trained on somebody/another, and is merged into {source}" in caplog.text
     other = save_source(random_model("llama", num_hidden_layers=1), tmp_path / "other")
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: none of the model's weights"):
         import_model(ImportConfig(source=other, run_dir=tmp_path / "no", adapter=adapter))

@@ -14,8 +14,9 @@ from ranks import run_ranks
 from test_evaluate_model import TEXTS, slow_likelihood, small_gpt, write_run, write_source
 
 from megagpt.command import EXIT_USER_ERROR, run_words
-from megagpt.distributed.world import World, lone_world
+from megagpt.distributed.world import Stopped, World, lone_world
 from megagpt.evaluate.evaluate_model import EvaluateConfig, Evaluation, evaluate_run
+from megagpt.evaluate.harness import ask_tasks, load_tasks, open_adapter
 from megagpt.evaluate.results import read_results
 from megagpt.tokenizer.plain_bytes import Bytes
 
@@ -150,6 +151,14 @@ def test_the_harness_scores_as_our_own_tasks_do_on_one_and_two_ranks(
     first, second = run_ranks(evaluated, 2, tmp_path, folder, "run", names)
     assert first == second == alone
     assert len(read_results(alone.path)) == 1
+    loaded, world = load_tasks(names, folder / "tasks"), lone_world(torch.device("cpu"))
+    world.stop.request("SIGTERM")
+    adapter = open_adapter(model, model.config, Bytes(), micro_batch_size=2, world=world)
+    with pytest.raises(Stopped):
+        ask_tasks(adapter, loaded, world)
+    assert not any(hasattr(task, "_instances") for task in loaded.found["tasks"].values()), (
+        "prompts were made after the request"
+    )
     evaluated(lone_world(torch.device("cpu")), folder, "run", ("choices",))
     assert len(read_results(alone.path)) == 2, "other tasks of the harness are another measurement"
 

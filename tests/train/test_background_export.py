@@ -141,6 +141,8 @@ def test_the_end_leaves_nothing_half_written(background: Background) -> None:
     [temporary] = background.run_dir.glob("exports/.tmp-*")
     exports.catch_up(4)
     began = time.monotonic()
+    exports.begin_to_end()  # what a stop does before it saves
+    wait_until(lambda: exports.in_use() == set())
     exports.end()
     assert time.monotonic() - began < 5
     assert not psutil.pid_exists(int(temporary.name.rpartition("-")[2]))

@@ -147,6 +147,8 @@ def test_each_kind_of_change_is_refused_and_allowed_by_its_own_name(
         resume()
     assert kind in str(raised.value)
     assert f"allow_change=[{name}]" in str(raised.value)
+    repeats = "some samples of this epoch come twice and others never" in str(raised.value)
+    assert repeats == (name in ("data.order", "data.shards")), "what it costs is said where it is offered"
     resume(name)
     resume("data")
     with pytest.raises(UserError):

@@ -332,6 +332,18 @@ def test_told_to_stop_before_the_first_update_it_ends_at_once(
 
 
 @pytest.mark.slow
+def test_a_sample_of_text_without_memory_costs_no_step(
+    shards: Path, project: Path, tmp_path: Path, fault: Callable[..., Path]
+) -> None:
+    fault("sampling_out_of_memory")
+    values = settings(shards, tmp_path / "run", sample_every_steps=5, evaluate_every_steps=0, save_every_steps=100)
+    ranks = start(project, tmp_path, values, 1)
+    assert ranks.wait() != [EXIT_DONE]
+    assert "out of memory in the sample" in ranks.output()
+    assert [step_of(found) for found in list_checkpoints(tmp_path / "run")] == [5]
+
+
+@pytest.mark.slow
 def test_a_damaged_validation_shard_costs_no_step(uninterrupted: Path, project: Path, tmp_path: Path) -> None:
     """Named, with status 2 on every rank; the step is saved, though no save was due; repaired, the run ends as ever."""
     copy = write_shards(tmp_path / "corpus")

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,24 @@ from toy import make_engine, train_steps
 from megagpt.checkpoint.load_model import load_model
 from megagpt.command import EXIT_DONE
 from megagpt.config import UserError, validate
-from megagpt.distributed.world import World
+from megagpt.data.open_data import open_data
+from megagpt.data.state import TrainState
+from megagpt.distributed.world import Stopped, World, lone_world
 from megagpt.engine.initial_weights import draw_weights
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run
 from megagpt.evaluate.loss import evaluation_mode
 from megagpt.evaluate.results import read_results
 from megagpt.evaluate.scores_in_training import ScoreConfig, numbers_of, read_questions, score_model
 from megagpt.files import read_json
-from megagpt.model.gpt import ModelConfig
+from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.monitor.config import MonitorConfig
 from megagpt.monitor.metrics import read_metrics
+from megagpt.monitor.monitor import Monitor
 from megagpt.report.page import Picture
 from megagpt.report.run_charts import score_cards
 from megagpt.report.run_facts import read_facts
 from megagpt.tokenizer.plain_bytes import Bytes
+from megagpt.train.between_steps import sample
 from megagpt.train.config import TrainConfig
 from megagpt.train.early_stop import evaluated_losses, used_up
 
@@ -149,6 +155,22 @@ def test_the_report_draws_shares_over_steps(tmp_path: Path) -> None:
     assert isinstance(picture, Picture)
     [drawn] = picture.chart.lines
     assert (card.title, drawn.label, list(drawn.x), list(drawn.y)) == ("Scores: words", "f1", [0, 4], [0.25, 0.5])
+
+
+def test_each_token_of_a_sample_is_progress_and_a_place_to_stop(shards: Path, tmp_path: Path) -> None:
+    config = validate(TrainConfig, settings(shards, tmp_path / "run", sample_tokens=7), source="test")
+    world, model = lone_world(torch.device("cpu")), GPT(config.model)
+    monitor = Monitor(config.run_dir, MonitorConfig(), run_config={}, rank=0)
+    engine, data = SimpleNamespace(model=model, module=model), open_data(config.data)
+    run: Any = SimpleNamespace(config=config, data=data, world=world, engine=engine, monitor=monitor)
+    sample(run, TrainState(step=3))
+    assert world.progress.count == 7
+    world.stop.request("SIGTERM")
+    with pytest.raises(Stopped):
+        sample(run, TrainState(step=6))
+    assert world.progress.count == 7
+    monitor.close()
+    assert [row["step"] for row in read_metrics(config.run_dir).of_kind("sample")] == [3]
 
 
 def test_patience_goes_by_a_score(tmp_path: Path) -> None:

@@ -2,28 +2,37 @@
 
 import json
 import math
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from ranks import Ranks
-from small_run import losses, settings, write_shards
+from ranks import Ranks, wait_until
+from small_run import losses, settings, start, write_shards
 
-from megagpt.command import EXIT_DONE
+from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError, validate
 from megagpt.data.open_data import open_data
 from megagpt.data.sample_ledger import entry_of, read_ledger
 from megagpt.data.state import TrainState, Window, sample_indices
+from megagpt.distributed.fetch import Records
+from megagpt.distributed.world import lone_world
+from megagpt.engine.dtypes import declared_formats
 from megagpt.files import read_json, write_json
 from megagpt.monitor.metrics import read_metrics
+from megagpt.monitor.monitor import Monitor
 from megagpt.report.inspect_data import check_ledger
 from megagpt.train.config import TrainConfig
 from megagpt.train.loop import digest_settings
 from megagpt.train.spike_guard import Guard, GuardConfig, Step, judge, merge, window_to_skip
-from megagpt.train.step import regime_at
+from megagpt.train.step import Judge, Launched, regime_at
+from megagpt.watchdog.watchdog import Watchdog, WatchdogConfig
 
 FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
 CONFIG = GuardConfig(window_steps=32, min_steps=16)
@@ -223,6 +232,27 @@ def test_a_start_with_other_settings_of_this_kind_is_a_planned_change(name: str,
     assert guard.enter(4, after).startswith(f"{name}: ")
 
 
+def test_the_guard_reads_the_loss_and_nothing_that_training_adds_to_it(shards: Path, tmp_path: Path) -> None:
+    """Two micro-batches whose loss is 2 nats together, with a z-loss of 40."""
+    config = validate(TrainConfig, settings(shards, tmp_path / "run"), source="test")
+    world, guard = lone_world(torch.device("cpu")), Guard(CONFIG, tmp_path)
+    monitor = Monitor(config.run_dir, config.monitor, run_config={}, rank=0)
+    watchdog = Watchdog(WatchdogConfig(enabled=False), world, config.run_dir, monitor.clock, 1)
+    engine = SimpleNamespace(formats=declared_formats(config.precision, config.engine), count_update=lambda applied: None)
+    run: Any = SimpleNamespace(
+        config=config, world=world, guard=guard, monitor=monitor, watchdog=watchdog, engine=engine, attempt=1, settings={}
+    )
+    losses, norm_and_applied, z_losses = [0.75, 1.25], [0.5, 1.0], [15.0, 25.0]
+    record = Records(world).send(torch.tensor([*losses, *norm_and_applied, *z_losses], dtype=torch.float64))
+    before = TrainState()
+    step = Launched(before, before.advance(8, 256), 8, 0, 1e-3, "fp32", 2, ("z_loss",), record, None)
+    assert Judge(run, None)(step) == ""
+    assert guard.to_json()["loss"] == [2.0]
+    monitor.close()
+    (row,) = read_metrics(config.run_dir).of_kind("train")
+    assert (row["loss"], row["z_loss"], row["grad_norm"]) == (2.0, 40.0, 0.5)
+
+
 def test_batch_sizes_and_weights_of_sources_change_at_their_step(shards: Path, tmp_path: Path) -> None:
     values = settings(shards, tmp_path / "run", batch_warmup=[{"until_step": 5, "global_batch_size": 4}])
     values["data"]["weight_changes"] = [{"from_sample": 32, "weights": {"toy": 2.0}}]
@@ -291,6 +321,31 @@ def test_poisoned_windows_and_a_nan_cost_little(
     told = (tmp_path / "given" / "logs" / "rank0.log").read_text()
     assert "left out of training: 48 samples in 3 windows, skipped.json, guard.enabled=true" in told
     assert losses(given) == losses(poisoned)
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_it_goes_back_it_ends_at_once(
+    project: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is committed by then, and a large checkpoint takes minutes to load."""
+    mark = tmp_path / "mark"
+    faults = [
+        {"kind": "poisoned", "windows": [[18, 19]], "batch": 8},
+        {"kind": "slow_reload", "seconds": 60, "mark": str(mark)},
+    ]
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
+    monkeypatch.setenv("FAULTS", json.dumps(faults))
+    values = settings(shards, tmp_path / "run", guard={"window_steps": 12, "min_steps": 8}, evaluate_every_steps=0)
+    values["optim"] = {"lr": 3e-3, "schedule": {"warmup_steps": 4}}
+    ranks = start(project, tmp_path, values, 1)
+    wait_until(lambda: mark.exists() or ranks.processes[0].poll() is not None, 120)
+    began = time.monotonic()
+    ranks.send(signal.SIGTERM)
+    assert ranks.wait() == [EXIT_STOPPED], ranks.output()
+    assert time.monotonic() - began < 20
+    metrics = read_metrics(tmp_path / "run")
+    assert (metrics.all_rows[-1]["kind"], metrics.all_rows[-1]["step"]) == ("stop", 16)
+    assert read_json(tmp_path / "run" / "skipped.json")[0]["step"] == 18
 
 
 @pytest.mark.slow

@@ -239,6 +239,18 @@ def slow_sampling(train, fault) -> None:
     slow_tokens(between_steps, fault)
 
 
+def sampling_out_of_memory(train, fault) -> None:
+    """There is no memory for the sample of text."""
+    import torch
+
+    from megagpt.train import between_steps
+
+    def sample(run, state):
+        raise torch.OutOfMemoryError("out of memory in the sample")
+
+    between_steps.sample = sample
+
+
 def slow_answers(train, fault) -> None:
     """Each token of a generated answer takes `seconds`."""
     from megagpt.evaluate import generated_answers
@@ -270,6 +282,21 @@ def slow_load(train, fault) -> None:
         original(*arguments)
 
     train.draw_weights = draw_weights
+
+
+def slow_reload(train, fault) -> None:
+    """Loading takes `seconds` when the guard goes back, inside C code that no signal interrupts."""
+    original, calls = train.load_newest, []
+
+    def load_newest(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            with open(fault["mark"], "a"):
+                pass
+            ctypes.CDLL(None).sleep(fault["seconds"])
+        return original(*arguments)
+
+    train.load_newest = load_newest
 
 
 def before_training_forwards(train, action) -> None:
