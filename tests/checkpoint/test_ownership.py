@@ -27,6 +27,7 @@ import torch
 from megagpt.checkpoint.ownership import take_run
 from megagpt.distributed.world import lone_world
 world = lone_world(torch.device("cpu"))
+print("looks", flush=True)
 owned = take_run(Path(sys.argv[1]), world, sys.argv[2])
 print("owns", owned.attempt, flush=True)
 while not world.stop.signal_name:
@@ -50,7 +51,11 @@ class Other:
         )
 
     def line(self) -> str:
-        """The next line it prints; "" if it ends, or is ended because it says nothing."""
+        """The next line it prints after that it looks; "" if it ends, or is ended because it says nothing."""
+        line = self.any_line()
+        return self.any_line() if line == "looks" else line
+
+    def any_line(self) -> str:
         assert self.process.stdout is not None
         silent = threading.Timer(120, self.process.kill)
         silent.start()
@@ -124,7 +129,8 @@ def test_waiting_ends_with_the_owner(tmp_path: Path, other: Callable[..., Other]
     first = other()
     assert first.line() == "owns 1"
     second = other("wait")
-    time.sleep(2 * HEARTBEAT_SECONDS)
+    assert second.any_line() == "looks"
+    time.sleep(3 * HEARTBEAT_SECONDS)
     assert second.process.poll() is None
     assert owner_of(tmp_path) == 1
     first.process.kill()
@@ -191,6 +197,25 @@ def test_starts_of_the_same_moment_have_one_owner(tmp_path: Path, other: Callabl
     time.sleep(3 * HEARTBEAT_SECONDS)
     (alive,) = [start for start in starts if start.process.poll() is None]
     assert alive.line() == f"owns {owner_of(tmp_path)}"
+
+
+def test_a_start_between_another_ones_look_and_its_claim_makes_it_the_later_one_or_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "0001.claim").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(ownership, "_newest_attempt", lambda run_dir: 0)  # what was seen before that claim came
+        assert take_ownership(tmp_path, alone()) == 2
+    write_owner = ownership._write_owner
+
+    def overtaken(run_dir: Path, attempt: int) -> None:
+        write_owner(run_dir, attempt)
+        (run_dir / "starts" / f"{attempt + 1:04d}.claim").touch()
+
+    monkeypatch.setattr(ownership, "_write_owner", overtaken)
+    with pytest.raises(UserError, match="another start has begun at the same moment, and is the later one"):
+        take_ownership(tmp_path, alone())
 
 
 def test_numbers_grow_where_owner_json_is_lost_or_set_back(tmp_path: Path) -> None:
