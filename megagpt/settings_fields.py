@@ -54,6 +54,7 @@ LATER: dict[str, dict[str, Any]] = {
     "TrainConfig": {
         "if_running": "refuse",
         "device": "auto",
+        "tf32": False,
         "early_stop_evaluations": 0,
         "profile": {},
         "tune": _NO_TUNE,

@@ -55,5 +55,3 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/runs/cache/triton}
 # CUDA's allocator grows segments instead of fragmenting them.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# TF32 in the matrix products of fp32 runs (10 bits of mantissa, several times as fast; bf16 runs gain nothing):
-# export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1

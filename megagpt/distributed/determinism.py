@@ -34,3 +34,8 @@ def make_deterministic() -> None:
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = False  # nothing here reads memory that it has not written
     torch.backends.cudnn.benchmark = False
+
+
+def use_tf32(wanted: bool) -> None:
+    """Whether matrix products of fp32 tensors on a GPU run in TF32; without, all 24 bits of their mantissas count."""
+    torch.set_float32_matmul_precision("high" if wanted else "highest")

@@ -51,6 +51,8 @@ class TrainConfig(Config):
     """auto: one GPU per rank where the machine has GPUs, else the CPU. cpu: the CPU, also on a machine with GPUs."""
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
+    tf32: bool = False
+    """Matrix products of fp32 numbers on a GPU in TF32: several times as fast, 10 bits of mantissa. For precision=fp32."""
     float8: Float8 = "none"
     """none, or how the factors of the blocks' matrix products are scaled to 8 bits: tensorwise (faster) or rowwise (finer).
     With precision=bf16, and compile=true for speed; on GPUs from Ada or Hopper on, emulated on CPUs. Needs megagpt[float8]."""
@@ -144,6 +146,8 @@ class TrainConfig(Config):
                 f"activation_checkpointing={self.activation_checkpointing}: none, selective, full, or a number from 1"
             )
         zero_stage = getattr(self.engine, "zero_stage", None)
+        if self.tf32 and self.precision == "bf16":
+            raise ValueError("tf32=true with precision=bf16: no product of a bf16 run is of fp32 numbers; use precision=fp32")
         if self.activation_checkpointing == "selective" and zero_stage == 3:
             raise ValueError(
                 "activation_checkpointing=selective with engine.zero_stage=3: the backward pass fails, since DeepSpeed "

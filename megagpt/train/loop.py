@@ -21,7 +21,7 @@ from megagpt.data.loader import Loader
 from megagpt.data.open_data import Data, open_data
 from megagpt.data.sample_ledger import LedgerWriter
 from megagpt.data.state import TrainState
-from megagpt.distributed.determinism import make_deterministic
+from megagpt.distributed.determinism import make_deterministic, use_tf32
 from megagpt.distributed.mesh import with_context_parallel
 from megagpt.distributed.world import StopRequest, World, abort_world, close_world, init_world
 from megagpt.engine.build import build_engine
@@ -59,6 +59,7 @@ def train(config: TrainConfig, planner: Planner | None = None) -> int:
         return EXIT_DONE
     if config.determinism != "none":
         make_deterministic()
+    use_tf32(config.tf32)
     stop = StopRequest()
     stop.install()
     stop.end_at_once()

@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from megagpt.config import UserError
 from megagpt.distributed import device
-from megagpt.distributed.determinism import NCCL_SETTINGS, make_deterministic
+from megagpt.distributed.determinism import NCCL_SETTINGS, make_deterministic, use_tf32
 from megagpt.distributed.device import choose_device, promised_gpus, refuse_shared_gpus
 from megagpt.distributed.node_check import CheckNodeConfig, check_gpus
 from megagpt.distributed.world import World
@@ -113,3 +113,13 @@ def test_a_site_profile_cannot_undo_determinism(monkeypatch: pytest.MonkeyPatch,
     finally:
         torch.use_deterministic_algorithms(False)
     assert drawing_device(torch.device("cuda")) == torch.device("cuda")
+
+
+def test_tf32_is_on_where_a_run_asks_for_it() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for wanted, precision in ((True, "high"), (False, "highest")):
+            use_tf32(wanted)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

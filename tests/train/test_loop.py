@@ -233,6 +233,7 @@ REFUSED = [
     ({}, ["run_dir=/proc/nothing/run"], "/proc"),
     ({}, ["precision=bf16", "engine.zero_stage=0"], "zero_stage=0 with precision=bf16"),
     ({}, ["activation_checkpointing=-2"], "activation_checkpointing=-2"),
+    ({}, ["precision=bf16", "engine.kind=fsdp", "tf32=true"], "tf32=true with precision=bf16"),
 ]
 
 
