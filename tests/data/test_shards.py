@@ -194,7 +194,7 @@ def test_manifest_reads_back_and_refuses_what_is_none(tmp_path: Path) -> None:
     assert (manifest.tokens, manifest.documents, manifest.text_bytes) == (4, 2, 12)
     values = read_json(tmp_path / "manifest.json")
     write_json(tmp_path / "manifest.json", {**values, "format": 9})
-    with pytest.raises(ShardError, match=r"manifest\.json: format=9, this version reads formats 1 and 2"):
+    with pytest.raises(ShardError, match=r"manifest\.json: format=9, this version reads formats 1 to 3"):
         read_manifest(tmp_path)
     write_json(tmp_path / "manifest.json", {**values, "surprise": 1})
     with pytest.raises(ShardError, match="not a shard manifest"):

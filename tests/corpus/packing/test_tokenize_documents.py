@@ -309,7 +309,7 @@ def test_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir()
         write_documents(path, [Document(f"{path.parent.name}:0", "text", "s")])
-    with pytest.raises(UserError, match="have one name"):
+    with pytest.raises(UserError, match="have the same file name"):
         run(paths, tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
