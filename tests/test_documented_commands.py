@@ -32,7 +32,7 @@ PLACEHOLDERS = {
     "gpu=KIND": "gpu=h200",
     "step=K": "step=8",
 }
-NO_SETTINGS = {"api_key", "gt", "key", "launch", "resubmit", "splitter", "stages"}
+NO_SETTINGS = {"api_key", "gt", "key", "launch", "resubmit", "splitter", "stages", "zero_division"}
 """Arguments of Python functions, and variables of slurm/env.sh."""
 MADE_LATER = {"bench/results/gpu.json"}
 
