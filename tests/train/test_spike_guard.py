@@ -240,12 +240,13 @@ def test_the_guard_reads_the_loss_and_nothing_that_training_adds_to_it(shards: P
     watchdog = Watchdog(WatchdogConfig(enabled=False), world, config.run_dir, monitor.clock, 1)
     engine = SimpleNamespace(formats=declared_formats(config.precision, config.engine), count_update=lambda applied: None)
     run: Any = SimpleNamespace(
-        config=config, world=world, guard=guard, monitor=monitor, watchdog=watchdog, engine=engine, attempt=1, settings={}
-    )
+        config=config, data=open_data(config.data), world=world, guard=guard, monitor=monitor, watchdog=watchdog,
+        engine=engine, attempt=1, settings={},
+    )  # fmt: skip
     losses, norm_and_applied, z_losses = [0.75, 1.25], [0.5, 1.0], [15.0, 25.0]
     record = Records(world).send(torch.tensor([*losses, *norm_and_applied, *z_losses], dtype=torch.float64))
     before = TrainState()
-    step = Launched(before, before.advance(8, 256), 8, 0, 1e-3, "fp32", 2, ("z_loss",), record, None)
+    step = Launched(before, before.advance(8, 256), 8, 0, 1e-3, "fp32", 2, ("z_loss",), (), record, None)
     assert Judge(run, None)(step) == ""
     assert guard.to_json()["loss"] == [2.0]
     monitor.close()
