@@ -54,12 +54,13 @@ class ExportConfig(Config):
     """Write only the adapters of a run with tune.lora, in peft's format."""
     base_model: str = ""
     """adapter_only: what adapter_config.json calls the model below them: its name, or the folder of its export."""
-    format: Literal["transformers", "onnx", "aotinductor", "llama2c"] = "transformers"
+    format: Literal["transformers", "onnx", "aotinductor", "llama2c", "gguf"] = "transformers"
     """transformers (also for vLLM and lm-eval), onnx (a graph with key/value cache, for onnxruntime), aotinductor (compiled for
-    this machine's CPU, opened by torch alone), llama2c (model.bin for github.com/karpathy/llama2.c)."""
-    dtype: Literal["bf16", "fp32"] | None = None
-    """The type of the weights on disk; bf16 rounds the fp32 weights of the checkpoint. null = bf16, and fp32 of the formats
-    that have no other (all but transformers)."""
+    this machine's CPU, opened by torch alone), llama2c (model.bin for github.com/karpathy/llama2.c), gguf (model.gguf for
+    llama.cpp)."""
+    dtype: Literal["bf16", "fp32", "fp16"] | None = None
+    """The type of the weights on disk; bf16 and fp16 (gguf only) round the fp32 weights of the checkpoint. null = bf16, and
+    fp32 of the formats that have no other (all but transformers and gguf)."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Largest weight file; a single tensor that is larger has a file of its own."""
     gate_memory_bytes: int = Field(default=16_000_000_000, ge=0)
@@ -72,8 +73,10 @@ def export_model(config: ExportConfig) -> Path:
     checkpoint is damaged, ConversionError if the export does not give the same model; output_dir then does not exist."""
     if config.output_dir.exists():
         raise UserError(f"output_dir={config.output_dir} exists; name a new one")
-    if config.format != "transformers" and config.dtype == "bf16":
-        raise UserError(f"dtype=bf16: format={config.format} is fp32")
+    if config.format not in ("transformers", "gguf") and config.dtype in ("bf16", "fp16"):
+        raise UserError(f"dtype={config.dtype}: format={config.format} is fp32")
+    if config.format == "transformers" and config.dtype == "fp16":
+        raise UserError("dtype=fp16: format=transformers is bf16 or fp32")
     checkpoint = find_checkpoint(config.run_dir, config.step)
     state = read_state(checkpoint, of_model=True)
     model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
@@ -89,9 +92,16 @@ def export_model(config: ExportConfig) -> Path:
     tokenizer = tokenizer_of(config.run_dir, state.get("tokenizer_sha256"))
     if config.format != "transformers":
         from megagpt.convert.export_graph import write_graph_export
+        from megagpt.convert.gguf_file import write_gguf_export
 
         parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
         lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
+        if config.format == "gguf":
+            if state.get("base"):
+                parameters.hold(read_model(checkpoint, model_config))
+            with new_folder(config.output_dir) as folder:
+                write_gguf_export(folder, parameters, model_config, tokenizer, config.run_dir, lineage, config.dtype or "bf16")
+            return config.output_dir
         with new_folder(config.output_dir) as folder:
             write_graph_export(config.format, folder, parameters, model_config, tokenizer, config.run_dir, lineage)
         return config.output_dir
