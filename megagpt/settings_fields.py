@@ -36,6 +36,7 @@ LATER: dict[str, dict[str, Any]] = {
         "alert_pause_seconds": 1800.0,
         "norms_every_steps": 0,
     },
+    "OptimConfig": {"lr_factors": {}},
     "ProfileConfig": {"steps": None, "ranks": [0]},
     "ScoreConfig": _NO_SCORES,
     "SupervisedConfig": {

@@ -1,12 +1,15 @@
 """Settings that are added later: no result that was made before is refused, and what differs is named."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import SimpleNamespace
+from typing import Any, Literal, cast, get_args
 
 import dedup_documents
 import extract_documents
@@ -23,11 +26,12 @@ from megagpt.corpus.dedup import dedup_documents as dedup
 from megagpt.corpus.extraction import extract_documents as ingest
 from megagpt.corpus.filters import filter_documents as filtering
 from megagpt.corpus.packing import tokenize_documents as pack
-from megagpt.data.open_data import open_data
+from megagpt.data.open_data import Data, open_data
 from megagpt.files import read_json, write_json
 from megagpt.settings_fields import FIELDS, LATER, RENAMED
 from megagpt.settings_record import MadeWith, filled, fingerprint, read_settings, recorded
 from megagpt.train.config import TrainConfig
+from megagpt.train.loop import digest_settings
 from megagpt.train.preflight import check_resume
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -225,3 +229,16 @@ def test_a_state_of_a_later_format_is_refused_by_name(release: Path) -> None:
     write_json(path / "state.json", {**read_state(path), "format": 2})
     with pytest.raises(UserError, match=r"state.json: format 2 is of a later release; this one reads up to 1"):
         read_state(path)
+
+
+def test_a_field_that_came_later_is_no_planned_change_of_a_run(tmp_path: Path) -> None:
+    values = {"run_dir": str(tmp_path), "max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+    values |= {"model": {"vocab_size": 8, "seq_len": 1024, "num_layers": 1, "num_heads": 1, "hidden_size": 8}}
+    values |= {"data": {"sources": {"a": {"path": str(tmp_path)}}}}
+    data = cast(Data, SimpleNamespace(fingerprint="x"))
+    config = TrainConfig.model_validate(values)
+    optim = {name: value for name, value in config.optim.model_dump(mode="json").items() if name not in LATER["OptimConfig"]}
+    before = hashlib.sha256(json.dumps(optim, sort_keys=True).encode()).hexdigest()[:8]
+    assert digest_settings(config, data)["optim"] == before
+    config = TrainConfig.model_validate({**values, "optim": {"lr_factors": {"*": 0.5}}})
+    assert digest_settings(config, data)["optim"] != before

@@ -33,6 +33,7 @@ from megagpt.engine.optim import (
     build_optimizer,
     create_states,
     parameter_groups,
+    set_lr,
     set_updates,
 )
 from megagpt.model.gpt import GPT
@@ -100,8 +101,7 @@ class DeepSpeedEngine(Steps):
 
     def launch_step(self, lr: float, max_norm: float) -> Tensor:
         """Reduce what is left, clip, update, zero. DeepSpeed's own step fetches the norm and the overflow from the device."""
-        for group in self._torch_optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._torch_optimizer, lr)
         if self._canonical is not None:
             return self._step_canonical(self._canonical, max_norm)
         return self._step_stage_0(max_norm) if self._stage == 0 else self._step_zero(max_norm)

@@ -25,7 +25,7 @@ from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, wi
 from megagpt.engine.clipping import clip_and_update
 from megagpt.engine.config import FSDPConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
-from megagpt.engine.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_updates
+from megagpt.engine.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_lr, set_updates
 from megagpt.model.gpt import GPT
 
 
@@ -99,8 +99,7 @@ class FSDPEngine(Steps):
 
     def launch_step(self, lr: float, max_norm: float) -> Tensor:
         """Clip, update, zero."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         if self._canonical:
             local = [gradient.to_local().flatten() for gradient in gradients if isinstance(gradient, DTensor)]

@@ -7,13 +7,14 @@ its settings in tests/support/toy.py and its name in docs/training.md.
 import math
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from megagpt.config import Config
+from megagpt.config import Config, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,9 @@ class OptimConfig(Config):
     """Decoupled decay of matrices and embeddings; vectors (norms, biases) are never decayed."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global L2 norm; 0 = no clipping."""
+    lr_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Pattern of parameter names -> what their learning rate is multiplied by: {embedding.*: 0.1, score.weight: 10}. Of several
+    patterns that match the first counts; 0 leaves weights as they are."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
 
@@ -141,16 +145,48 @@ def _decay(schedule: ScheduleConfig, step: int, max_steps: int) -> float:
     return 1.0
 
 
+def lr_factor_of(config: OptimConfig, name: str) -> float:
+    """What the learning rate of a parameter is multiplied by."""
+    return next((factor for pattern, factor in config.lr_factors.items() if fnmatchcase(name, pattern)), 1.0)
+
+
+def refuse_unmatched(config: OptimConfig, names: Iterable[str]) -> None:
+    """Raise UserError for a pattern of `lr_factors` that counts for none of the parameters that are trained."""
+    names = list(names)
+    for number, pattern in enumerate(config.lr_factors):
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        earlier = list(config.lr_factors)[:number]
+        if not matched:
+            raise UserError(
+                f"optim.lr_factors: {pattern!r} matches no trained parameter; there are {', '.join(names[:4])}, ..."
+            )
+        if all(any(fnmatchcase(name, other) for other in earlier) for name in matched):
+            raise UserError(f"optim.lr_factors: {pattern!r} has no effect: the patterns before it match all that it does")
+
+
+def set_lr(optimizer: "Optimizer", lr: float) -> None:
+    """Give every group its learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of parameters in the model's order: decayed (two dimensions or more) and not decayed; for muon the matrices of the
-    blocks are a group of their own. Shapes are read before sharding. `kind` in a group says which optimizer updates it.
+    blocks are a group of their own. Shapes are read before sharding. `kind` in a group says which optimizer updates it. Each
+    is split by `lr_factors`; `lr_factor` is a group's.
     """
     whole = OPTIMIZERS[config.kind].matrices_only
     kind = "adamw" if whole else config.kind
-    groups: dict[str, dict[str, Any]] = {
-        "matrices": {"params": [], "weight_decay": config.weight_decay, "kind": config.kind},
-        "decayed": {"params": [], "weight_decay": config.weight_decay, "kind": kind},
-        "plain": {"params": [], "weight_decay": 0.0, "kind": kind},
+    kinds: dict[str, dict[str, Any]] = {
+        "matrices": {"weight_decay": config.weight_decay, "kind": config.kind},
+        "decayed": {"weight_decay": config.weight_decay, "kind": kind},
+        "plain": {"weight_decay": 0.0, "kind": kind},
+    }
+    factors = dict.fromkeys((1.0, *config.lr_factors.values()))
+    groups = {
+        (name, factor): {"params": [], **settings, **({"lr_factor": factor} if config.lr_factors else {})}
+        for name, settings in kinds.items()
+        for factor in factors
     }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -159,7 +195,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             group = "plain"
         else:
             group = "matrices" if whole and name.startswith("blocks.") else "decayed"
-        groups[group]["params"].append(parameter)
+        groups[group, lr_factor_of(config, name)]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 

@@ -30,6 +30,7 @@ from megagpt.engine.initial_weights import draw_weights
 from megagpt.evaluate.scores_in_training import read_questions
 from megagpt.model.flops import flops_per_token
 from megagpt.monitor.monitor import Monitor
+from megagpt.settings_record import recorded
 from megagpt.train import preflight
 from megagpt.train.background_export import BackgroundExports
 from megagpt.train.between_steps import due, due_at, evaluate_and_sample, left_by_a_stop, save, stops_early
@@ -219,8 +220,10 @@ def is_due(config: TrainConfig, step: int) -> bool:
 
 
 def digest_settings(config: TrainConfig, data: Data) -> dict[str, str]:
-    """A short digest of each setting that a resume may change and the loss depends on."""
-    values = config.model_dump(mode="json", include={"model", "optim", "max_steps", "precision", "float8"})
+    """A short digest of each setting that a resume may change and the loss depends on; of fields that came later only those
+    that are set, so that a newer version is no change."""
+    settings = recorded(config)
+    values = {name: settings.get(name) for name in ("model", "optim", "max_steps", "precision", "float8")}
     values |= {"data": data.fingerprint}
     return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8] for name, value in values.items()}
 

@@ -23,7 +23,7 @@ from megagpt.distributed.world import World, place_from_environment, utc_now
 from megagpt.engine.build import refuse_shared_samples, refuse_unsupported, whole_shapes
 from megagpt.engine.config import DeepSpeedConfig
 from megagpt.engine.dtypes import declared_formats
-from megagpt.engine.optim import STATES
+from megagpt.engine.optim import STATES, refuse_unmatched
 from megagpt.files import read_json, show_bytes, write_json, write_text
 from megagpt.model.float8 import refuse_float8
 from megagpt.model.gpt import ModelConfig
@@ -85,7 +85,9 @@ def check_run(config: TrainConfig, data: Data) -> None:
         refuse_imported(oldest, path)
     cross_checks.refuse_contradictions(config, data)
     parameters = sum(shape.numel() for shape in whole_shapes(config.model, config.tune).values())
-    trained = sum(shape.numel() for shape in whole_shapes(config.model, config.tune, trained_only=True).values())
+    shapes = whole_shapes(config.model, config.tune, trained_only=True)
+    refuse_unmatched(config.optim, shapes)
+    trained = sum(shape.numel() for shape in shapes.values())
     checkpoint_bytes = 4 * trained * (1 + len(STATES[config.optim.kind]))
     _check_disk(config, checkpoint_bytes, export_bytes(config, parameters))
     tokens = config.global_batch_size * config.data.seq_len

@@ -1,6 +1,7 @@
 """Learning rates at known steps, and which parameters are decayed by what."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from megagpt.engine.optim import (
     create_states,
     lr_at,
     parameter_groups,
+    refuse_unmatched,
+    set_lr,
     set_updates,
 )
 from megagpt.model.gpt import GPT, ModelConfig, initialise
@@ -162,3 +165,29 @@ def test_what_a_stage_cannot_compute_is_refused_by_name(kind: str) -> None:
                 refuse_unsupported(engine, optim, "fp32")
         else:
             refuse_unsupported(engine, optim, "fp32")
+
+
+def test_rates_are_multiplied_by_the_first_pattern_that_matches() -> None:
+    model = GPT(MODEL)
+    config = OptimConfig(kind="muon", lr_factors={"embedding.*": 0.0, "blocks.0.mlp.*": 0.5})
+    optimizer = build_optimizer(parameter_groups(model, config), config)
+    set_lr(optimizer, 2.0)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 0.0 if name == "embedding.weight" else 1.0 if name.startswith("blocks.0.mlp.") else 2.0
+        assert rates[parameter] == expected, name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("factors", "match"),
+    [
+        ({"embeding.*": 0.1}, "lr_factors: 'embeding.*' matches no trained parameter; there are a.weight, b.weight"),
+        ({"*": 0.1, "a.*": 2}, "lr_factors: 'a.*' has no effect: the patterns before it match all that it does"),
+    ],
+)
+def test_patterns_of_rates_without_effect_are_refused(factors: dict[str, float], match: str) -> None:
+    with pytest.raises(UserError, match=re.escape(match)):
+        refuse_unmatched(OptimConfig(lr_factors=factors), ["a.weight", "b.weight"])
+    with pytest.raises(UserError, match="greater than or equal to 0"):
+        validate(OptimConfig, {"lr_factors": {"a": -1}}, source="test")
