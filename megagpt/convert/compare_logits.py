@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import Failure, UserError
-from megagpt.convert.families import Family, Planned
+from megagpt.convert.families import CLASSIFIER, Family, Planned
+from megagpt.files import read_json
 from megagpt.model.gpt import GPT
 from megagpt.model.rope import rope_table
 
@@ -57,13 +58,22 @@ class Comparison:
 
 def open_reference(folder: Path) -> nn.Module:
     """A model in transformers' format as transformers computes it, in fp32 on the CPU. Nothing is downloaded, no code run."""
-    transformers = import_transformers()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        ).eval()
+        return (
+            auto_class(folder)
+            .from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+            .eval()
+        )
     except Exception as error:  # it has a class of its own for everything that does not suit it
         raise ConversionError(f"transformers cannot load it: {' '.join(str(error).split())}") from error
+
+
+def auto_class(folder: Path) -> Any:
+    """transformers' class that opens the model of a folder: of a language model, or of a classifier."""
+    transformers = import_transformers()
+    values = read_json(folder / "config.json")
+    classifies = any(str(name).endswith(CLASSIFIER) for name in values.get("architectures") or ())
+    return transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
 
 
 def import_transformers() -> Any:
@@ -98,7 +108,8 @@ def compare_models(
 
     def theirs(ids: Tensor, positions: Tensor) -> Tensor:
         hidden = reference.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
-        return reference.get_output_embeddings()(hidden[:, positions])  # type: ignore[operator]
+        last_layer = reference.score if ours.config.classes else reference.get_output_embeddings()  # type: ignore[operator]
+        return last_layer(hidden[:, positions])  # type: ignore[operator]
 
     found = _compare(ours, theirs, vocab_size, short, long)
     if not found.relative <= TOLERANCE:  # NaN is not

@@ -23,7 +23,7 @@ from megagpt.checkpoint.scores import validation_loss
 from megagpt.checkpoint.tokenizers import tokenizer_of
 from megagpt.config import Config, UserError
 from megagpt.convert.compare_logits import STREAMED, Comparison, compare_models, import_transformers, open_reference
-from megagpt.convert.families import Family, Planned, family_for, plan_tensors
+from megagpt.convert.families import Family, Planned, architecture_of, family_for, plan_tensors
 from megagpt.convert.import_hf import describe_comparison, new_folder
 from megagpt.convert.model_card import model_card
 from megagpt.convert.peft_adapter import write_adapter
@@ -80,7 +80,9 @@ def export_model(config: ExportConfig) -> Path:
     checkpoint = find_checkpoint(config.run_dir, config.step)
     state = read_state(checkpoint, of_model=True)
     model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
-    refuse_classifier(model_config, checkpoint, "exports are of language models")
+    if config.format != "transformers" or config.adapter_only:
+        what = "adapter_only=true" if config.adapter_only else f"format={config.format}"
+        refuse_classifier(model_config, checkpoint, f"{what} is for language models, format=transformers has classes")
     if config.adapter_only:
         if config.format != "transformers":
             raise UserError(f"format={config.format} with adapter_only=true: adapters are written in peft's format only")
@@ -129,13 +131,13 @@ def export_model(config: ExportConfig) -> Path:
 
 
 def write_config(folder: Path, family: Family, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int, dtype: str) -> None:
-    """config.json, as transformers 4.x and 5.x both read it, and generation_config.json."""
+    """config.json, as transformers 4.x and 5.x both read it, and of a language model generation_config.json."""
     eos: int | list[int] = tokenizer.eot_id if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
     # GPT-2's default is 50256 for both; its begin of text is its end of text.
     bos = tokenizer.eot_id if tokenizer.bos_id is None and family.model_type == "gpt2" else tokenizer.bos_id
     torch_dtype = str(DTYPES[dtype][1]).removeprefix("torch.")
     values = {
-        "architectures": [family.architecture],
+        "architectures": [architecture_of(family, config)],
         "model_type": family.model_type,
         **family.settings.write(config, vocab_size),
         "bos_token_id": bos,
@@ -144,6 +146,14 @@ def write_config(folder: Path, family: Family, config: ModelConfig, tokenizer: T
         "dtype": torch_dtype,
         "use_cache": True,
     }
+    if config.classes:  # transformers finds the last token of a row before the padding, which no text holds
+        values |= {"id2label": {str(i): name for i, name in enumerate(config.classes)}, "pad_token_id": tokenizer.eot_id}
+        values |= {
+            "label2id": {name: i for i, name in enumerate(config.classes)},
+            "problem_type": "single_label_classification",
+        }
+        write_json(folder / "config.json", values)
+        return
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
 

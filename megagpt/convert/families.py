@@ -17,6 +17,9 @@ from megagpt.convert.hf_config import Settings, gpt2_settings, rotary_settings
 from megagpt.engine.build import whole_shapes
 from megagpt.model.gpt import ModelConfig
 
+CLASSIFIER = "ForSequenceClassification"
+"""How transformers' classes end that score a sequence at its last token, by a layer `score` without bias."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -105,6 +108,13 @@ def family_of(model_type: str) -> Family:
     raise UserError(f"model_type={model_type!r}: {reason}")
 
 
+def architecture_of(family: Family, config: ModelConfig) -> str:
+    """The class of transformers that computes a model of this family."""
+    if not config.classes:
+        return family.architecture
+    return family.architecture.replace("ForCausalLM", CLASSIFIER).replace("LMHeadModel", CLASSIFIER)
+
+
 def family_for(config: ModelConfig) -> Family:
     """The family in which a model of ours is exported. Raises UserError if none computes what it does."""
     if config.family == "gpt2":
@@ -134,7 +144,11 @@ def _opened(rows: Iterable[Row], config: ModelConfig) -> Iterable[tuple[str, tup
 
 
 def _untied(config: ModelConfig) -> bool:
-    return not config.tied_head
+    return not config.tied_head and not config.classes
+
+
+def _classifies(config: ModelConfig) -> bool:
+    return bool(config.classes)
 
 
 def _normed(config: ModelConfig) -> bool:
@@ -164,6 +178,7 @@ _ROTARY = (
     Row(_BLOCK + "mlp.down_proj.weight", (_OURS + "mlp.out.weight",)),
     Row("model.norm.weight", ("norm.weight",)),
     Row("lm_head.weight", ("head.weight",), when=_untied),
+    Row("score.weight", ("score.weight",), when=_classifies),
 )
 
 
@@ -185,7 +200,8 @@ def _gpt2_rows() -> tuple[Row, ...]:
         for theirs, ours, ends, conv1d in modules
         for end in ends
     ]
-    return (*rows, Row("lm_head.weight", ("head.weight",), when=_untied))
+    score = Row("score.weight", ("score.weight",), when=_classifies)
+    return (*rows, Row("lm_head.weight", ("head.weight",), when=_untied), score)
 
 
 def _rotary(model_type: str, architecture: str, **fixed: Any) -> Family:

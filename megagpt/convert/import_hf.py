@@ -20,9 +20,9 @@ from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.on_disk import FORMAT
 from megagpt.checkpoint.partitions import SLICE_BYTES, safetensors_header, write_slices
 from megagpt.checkpoint.save_load import seal
-from megagpt.config import Config, UserError
+from megagpt.config import Config, UserError, validate
 from megagpt.convert.compare_logits import Comparison, ConversionError, compare_models, import_transformers, open_reference
-from megagpt.convert.families import Family, Planned, family_of, plan_tensors, split
+from megagpt.convert.families import CLASSIFIER, Family, Planned, architecture_of, family_of, plan_tensors, split
 from megagpt.convert.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, base_model_of, read_deltas, with_deltas
 from megagpt.convert.tokenizers import import_tokenizer
 from megagpt.convert.weight_files import WeightFolder
@@ -105,10 +105,10 @@ def _import_folder(config: ImportConfig) -> Path:
             tokenizer,
             source_tensors(plan, weights, whole_shapes(model_config)),
             [planned.ours for planned in plan],
-            {"format": family.architecture, "files": _sums(config)},
+            {"format": architecture_of(family, model_config), "files": _sums(config)},
         )
         compared = compare_models(
-            load_model(folder).model,
+            load_model(folder, classifier=True).model,
             with_deltas(open_reference(config.source), weights.deltas),
             family,
             plan,
@@ -126,6 +126,10 @@ def read_source(source: Path, seq_len: int | None) -> tuple[Family, ModelConfig,
         raise UserError(f"{source / 'config.json'}: model_type: a text is expected")
     family = family_of(values["model_type"])
     model_config = family.settings.read(values, seq_len)
+    if any(str(name).endswith(CLASSIFIER) for name in values.get("architectures") or ()):
+        model_config = validate(
+            ModelConfig, {**model_config.model_dump(), "classes": _classes_of(values)}, source=str(source / "config.json")
+        )
     weights = WeightFolder(source)
     plan = plan_tensors(family, model_config)
     _add_prefix(weights, family)
@@ -146,6 +150,15 @@ def read_source(source: Path, seq_len: int | None) -> tuple[Family, ModelConfig,
         if found != shape:
             raise UserError(f"{source}: {name} has shape {list(found)}, config.json makes it {list(shape)}")
     return family, model_config, weights, plan
+
+
+def _classes_of(values: Mapping[str, Any]) -> list[str]:
+    """Names of a classifier's classes, in order. Raises UserError unless id2label numbers them from 0."""
+    labels = values.get("id2label")
+    wanted = [str(i) for i in range(len(labels))] if isinstance(labels, dict) else []
+    if not isinstance(labels, dict) or sorted(labels) != sorted(wanted):
+        raise UserError(f"config.json: id2label={labels!r}: names by numbers from 0 are expected")
+    return [str(labels[number]) for number in wanted]
 
 
 def source_tensors(

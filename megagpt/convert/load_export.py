@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint.load_model import LoadedModel
+from megagpt.checkpoint.load_model import LoadedModel, refuse_classifier
 from megagpt.config import UserError
 from megagpt.convert.import_hf import check_vocabulary, read_source, source_tensors
 from megagpt.convert.tokenizers import import_tokenizer
@@ -38,6 +38,7 @@ def load_export(folder: Path, device: str = "cpu") -> LoadedModel:
         if sha256_file(folder / name) != digest:
             raise UserError(f"export={folder}: {name} is not the file that was checked: its sha256 differs from {RECORD}")
     _, config, weights, plan = read_source(folder, None)
+    refuse_classifier(config, folder)
     model = GPT(config)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

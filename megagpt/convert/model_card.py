@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megagpt.convert.compare_logits import Comparison
-from megagpt.convert.families import Family
+from megagpt.convert.families import Family, architecture_of
 from megagpt.engine.build import whole_shapes
 from megagpt.model.gpt import ModelConfig
 
@@ -19,13 +19,13 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: text-{'classification' if config.classes else 'generation'}",
         "tags: [megagpt]",
         "---",
         "",
         f"# {name}",
         "",
-        f"A decoder-only transformer ({family.architecture}), exported by MegaGPT.",
+        f"A decoder-only transformer ({architecture_of(family, config)}), exported by MegaGPT.",
         "",
         "| | |",
         "| --- | --- |",
@@ -38,11 +38,7 @@ def model_card(
         f"| trained on | {lineage['tokens']:,} tokens, {lineage['step']:,} steps |",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModelForCausalLM.from_pretrained("{name}")',
-        'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))",
+        *_example(name, config),
         "```",
         "",
         "## Lineage",
@@ -62,6 +58,18 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _example(name: str, config: ModelConfig) -> list[str]:
+    kind = "SequenceClassification" if config.classes else "CausalLM"
+    call = "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))"
+    return [
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer",
+        "",
+        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModelFor{kind}.from_pretrained("{name}")',
+        'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+        "print(model.config.id2label[int(model(ids).logits.argmax())])" if config.classes else call,
+    ]
 
 
 def _made_from(lineage: Mapping[str, Any]) -> list[str]:

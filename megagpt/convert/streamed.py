@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagpt.convert.compare_logits import import_transformers
+from megagpt.convert.compare_logits import auto_class, import_transformers
 from megagpt.convert.weight_files import WeightFolder
 from megagpt.model.gpt import GPT, ModelConfig
 
@@ -26,7 +26,7 @@ def streamed_gpt(config: ModelConfig, read: Callable[[str], Tensor]) -> GPT:
     """Our model in evaluation mode; a tied head reads `embedding.weight`."""
     with torch.device("meta"):
         model = GPT(config)
-    aliases = {"head.weight": "embedding.weight"} if config.tied_head else {}
+    aliases = {"head.weight": "embedding.weight"} if config.tied_head and not config.classes else {}
     stream_weights(model, lambda name: read(aliases.get(name, name)))
     return model.eval()
 
@@ -36,7 +36,7 @@ def streamed_reference(folder: Path) -> nn.Module:
     transformers = import_transformers()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(folder).from_config(config, dtype=torch.float32)
     if hasattr(model.base_model, "rotary_emb"):  # its table is computed, not read
         model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config)
     weights = WeightFolder(folder)

@@ -17,7 +17,7 @@ SMALL = (
 )
 SHARES = (
     *("accuracy", "accuracy_per_character", "acc", "acc_norm", "exact_match", "exact_match,strict-match", "final_number"),
-    *("f1", "rouge1", "rougeL"),
+    *("macro_f1", "precision", "recall", "f1", "rouge1", "rougeL"),
 )
 """Scores from 0 to 1 that are drawn, by the names that tasks, the harness and exercises have."""
 MAX_COMPARED = 6
@@ -144,7 +144,7 @@ def mixture_card(facts: Facts) -> Card:
 
 def score_cards(facts: Facts) -> list[Card]:
     """A chart for each task that the run was scored by while it was trained: its shares (accuracies, F1, ROUGE) over steps."""
-    rows = facts.metrics.of_kind("score")
+    rows = facts.metrics.of_kind("score") or [row for row in facts.metrics.of_kind("evaluate") if "scores" in row]
     tasks = sorted({name for row in rows for name in _scores(row)})
     cards = []
     for task in tasks:

@@ -192,11 +192,7 @@ class TrainConfig(Config):
             raise ValueError(
                 f"best_by={self.best_by}: loss, or one of {', '.join(metrics_of(self.model.classes))}, is expected"
             )
-        of_text = {
-            "score": self.score.asks,
-            "sample_every_steps": self.sample_every_steps,
-            "export_every_steps": self.export_every_steps,
-        }
+        of_text = {"score": self.score.asks, "sample_every_steps": self.sample_every_steps}
         for name, is_set in of_text.items():
             if is_set:
                 raise ValueError(f"{name} with model.classes: a classifier gives no text")
