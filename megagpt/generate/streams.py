@@ -15,8 +15,10 @@ from megagpt.tokenizer.base import prompt_ids
 
 
 @torch.inference_mode()
-def stream_texts(loaded: LoadedModel, prompts: Sequence[str], sampling: SamplingConfig) -> Iterator[tuple[int, str]]:
-    """(index of the prompt, piece of text) for every piece; the prompts themselves are not repeated.
+def stream_texts(
+    loaded: LoadedModel, prompts: Sequence[str | list[int]], sampling: SamplingConfig
+) -> Iterator[tuple[int, str]]:
+    """(index of the prompt, piece of text) for every piece; the prompts themselves, texts or ids, are not repeated.
 
     All prompts are computed together, and each text ends by itself: at a stop string, an end-of-text token, or max_tokens.
     """
@@ -25,7 +27,7 @@ def stream_texts(loaded: LoadedModel, prompts: Sequence[str], sampling: Sampling
     batch, numbers = new_batch(
         loaded.model,
         loaded.model_config,
-        [prompt_ids(tokenizer, prompt) for prompt in prompts],
+        [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
         sampling,
         vocab_size=tokenizer.vocab_size,
         streams=range(len(prompts)),

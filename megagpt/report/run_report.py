@@ -13,7 +13,7 @@ from megagpt.files import write_text
 from megagpt.monitor.goodput import Ledger, advise_checkpoints
 from megagpt.monitor.metrics import Row
 from megagpt.report.funnel import big, show_funnel
-from megagpt.report.page import Bars, Block, Card, Code, Fold, Heading, Note, Quote, Table, Tile, page
+from megagpt.report.page import Bars, Block, Card, Code, Fold, Heading, Note, Pair, Quote, Table, Tile, page
 from megagpt.report.run_charts import (
     MAX_COMPARED,
     compared_cards,
@@ -102,6 +102,7 @@ def compare(runs: Sequence[Facts]) -> str:
     cards = [
         Card("Figures", [_figures(runs, names)]),
         *compared_cards(runs, names),
+        Card("Generated text for the same prompts", _same_prompts(runs, names)),
         Card("What the settings differ in", _differences(runs, names)),
     ]
     heading = " · ".join(names)
@@ -300,6 +301,24 @@ def _samples(rows: list[Row]) -> list[Block]:
         return [block for row in rows for block in quote(row)]
     between = [block for row in rows[1:-1] for block in quote(row)]
     return [*quote(rows[-1]), *quote(rows[0]), Fold(f"{len(rows) - 2} between them", between)]
+
+
+def _same_prompts(runs: Sequence[Facts], names: Sequence[str]) -> list[Block]:
+    """The newest text of each run for every prompt that more than one of them was given; what a run has alone is not shown."""
+    latest = [{str(row.get("prompt", "")): row for row in facts.metrics.of_kind("sample")} for facts in runs]
+    shared = {prompt for i, found in enumerate(latest) for prompt in found if any(prompt in other for other in latest[:i])}
+    blocks: list[Block] = []
+    for prompt in sorted(shared):
+        texts = [
+            (f"{name}, step {found[prompt]['step']:,}", Quote([(str(found[prompt].get("text", "")), False)], lead=prompt))
+            for name, found in zip(names, latest, strict=True)
+            if prompt in found
+        ]
+        for (left, ours), (right, theirs) in zip(texts[::2], texts[1::2], strict=False):
+            blocks.append(Pair((left, right), [ours], [theirs]))
+        if len(texts) % 2:
+            blocks += [Heading(texts[-1][0]), texts[-1][1]]
+    return blocks
 
 
 def _commit(start: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ import secrets
 from typing import cast
 
 from megagpt.generate.sampling import SamplingConfig
-from megagpt.serve.chat import ChatError
 from megagpt.serve.config import ServeConfig
 from megagpt.serve.limits import Clients
 from megagpt.serve.load import Served
@@ -12,6 +11,7 @@ from megagpt.serve.metrics import Metrics
 from megagpt.serve.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
 from megagpt.serve.worker import Job, Worker
 from megagpt.tokenizer.base import prompt_ids
+from megagpt.tokenizer.chat_template import ChatError
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for /v1/completions; a chat's is what the context has room for."""

@@ -8,8 +8,8 @@ import torch
 from megagpt.checkpoint.load_model import LoadedModel, load_model
 from megagpt.config import UserError
 from megagpt.distributed.world import pick_device
-from megagpt.serve.chat import FILE_NAME, ChatTemplate, read_chat_template
 from megagpt.serve.config import ServeConfig
+from megagpt.tokenizer.chat_template import FILE_NAME, ChatTemplate, read_chat_template
 
 
 @dataclass(frozen=True)

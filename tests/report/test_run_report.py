@@ -356,6 +356,10 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     start = json.loads(path.read_text())
     start["config"] |= {"model": {"num_layers": 24}, "run_dir": "elsewhere", "optim": {"lr": 0.1}}
     write_json(path, start)
+    with (second / "metrics.jsonl").open("a") as file:
+        for step, prompt, text in ((110, "O ", "newer"), (110, "P ", "alone")):
+            row = {"kind": "sample", "step": step, "incarnation": 2, "prompt": prompt, "text": text}
+            file.write(json.dumps({"time": 0.0, "seconds": {}, **row}) + "\n")
     page_path = report_run(ReportConfig(runs=(first, second)))
     assert page_path == tmp_path / "a" / "comparison.html"
     found = parse(page_path)
@@ -364,6 +368,9 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     at = texts.index("model.num_layers")
     assert [text for text in texts[at + 1 :] if text][:5] == ["12", "24", "optim.lr", "–", "0.1"]
     assert "elsewhere" not in texts
+    shown = texts[texts.index("Generated text for the same prompts") :]
+    assert shown.index("a/run, step 100") < shown.index("b/run, step 110") < shown.index("newer")
+    assert "alone" not in shown
     charts = json.loads(found.scripts[0])
     assert [chart["title"] for chart in charts] == [
         "Training loss", "Validation loss", "Learning rate", "Gradient norm", "Throughput",

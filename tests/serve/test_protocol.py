@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from served import TEMPLATE
 
 from megagpt.config import UserError, validate
-from megagpt.serve.chat import ChatError, read_chat_template
 from megagpt.serve.config import ServeConfig, is_loopback, read_api_keys
 from megagpt.serve.limits import Clients
 from megagpt.serve.protocol import UNSUPPORTED, ApiError, ChatRequest, CompletionRequest, parse_request
+from megagpt.tokenizer.chat_template import ChatError, read_chat_template
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
 from megagpt.tokenizer.sentencepiece import train_sentencepiece

@@ -15,6 +15,7 @@ from megagpt.config import UserError
 from megagpt.files import read_json
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.bpe import BytePairs
+from megagpt.tokenizer.extended import Extended
 from megagpt.tokenizer.sentencepiece import SentencePiece
 
 FILE_NAME = "chat_template.jinja"
@@ -68,20 +69,39 @@ def read_chat_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     if not path.is_file():
         return None
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # As transformers renders them: the template's own lines leave no blank ones.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = _raise
     try:
-        template = environment.from_string(path.read_text(encoding="utf-8"))
+        template = _environment().from_string(path.read_text(encoding="utf-8"))
     except (jinja2.TemplateError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a chat template: {error}") from None
     return ChatTemplate(template, tokenizer, special_names(tokenizer))
 
 
+def _environment() -> Any:
+    """Jinja as transformers has it: the template's own lines leave no blank ones, {% generation %} stands around answers."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """What is learned in training is text like any other."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise
+    return environment
+
+
 def special_names(tokenizer: Tokenizer) -> dict[str, int]:
     """Name and id of a tokenizer's special tokens; bytes have none that a template could name but the end of a text."""
+    if isinstance(tokenizer, Extended):
+        return special_names(tokenizer.base) | tokenizer.tokens
     if isinstance(tokenizer, SentencePiece):
         return tokenizer.special_names()
     if isinstance(tokenizer, BytePairs) and tokenizer.files[0].name == "tokenizer.json" and tokenizer.files[0].is_file():
