@@ -81,7 +81,7 @@ BAD_INPUT = {
     "export_model": [
         (["run_dir={tmp}/none", "output_dir={tmp}/out"], "{tmp}/none"),
         (["run_dir={tmp}", "output_dir={tmp}"], "output_dir={tmp} exists"),
-        (["run_dir={tmp}", "output_dir={tmp}/out", "dtype=fp16"], "dtype='fp16'"),
+        (["run_dir={tmp}", "output_dir={tmp}/out", "dtype=fp16"], "dtype=fp16: format=transformers"),
     ],
     "import_model": [
         (["source={tmp}/none", "run_dir={tmp}/r"], "source={tmp}/none"),

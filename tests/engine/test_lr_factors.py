@@ -12,7 +12,7 @@ from toy import ADAMW, DATASET, GLOBAL_BATCH_SIZE, MAX_STEPS, MODEL, MUON, at_st
 from megagpt.data.loader import step_batches
 from megagpt.distributed.world import World
 from megagpt.engine.base import Engine
-from megagpt.engine.build import draw_weights
+from megagpt.engine.initial_weights import draw_weights
 from megagpt.engine.optim import OptimConfig, build_optimizer, lr_at, parameter_groups
 from megagpt.model.gpt import GPT, initialise
 
