@@ -1,6 +1,7 @@
 """Classifiers as transformers has them: the same scores of padded texts, names of classes, and back again."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from served import write_run
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.config import UserError
+from megagpt.convert import import_hf
+from megagpt.convert.compare_logits import ConversionError
 from megagpt.convert.export_hf import ExportConfig, export_model
 from megagpt.convert.import_hf import ImportConfig, import_model
 from megagpt.convert.load_export import load_export
@@ -49,3 +52,17 @@ def test_transformers_gives_the_same_scores(family: str, tmp_path: Path) -> None
     write_json(tmp_path / "export" / "config.json", {**values, "id2label": {"1": "a", "2": "b", "3": "c"}})
     with pytest.raises(UserError, match="names by numbers from 0 are expected"):
         import_model(ImportConfig(source=tmp_path / "export", run_dir=tmp_path / "wrong"))
+
+
+def test_a_broken_layer_of_classes_is_refused_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", family="llama", vocab_size=257, classes=CLASSES, tied_head=False)
+    export_model(ExportConfig(run_dir=tmp_path / "run", output_dir=tmp_path / "export", dtype="fp32"))
+    split = import_hf.split
+
+    def rolled(planned: Any, tensor: torch.Tensor, rows: list[int]) -> Any:
+        return split(planned, tensor.roll(1, 0) if planned.kind == "score.weight" else tensor, rows)
+
+    monkeypatch.setattr(import_hf, "split", rolled)
+    with pytest.raises(ConversionError, match=r"logits differ by .* most likely score\.weight differs"):
+        import_model(ImportConfig(source=tmp_path / "export", run_dir=tmp_path / "again"))
+    assert not (tmp_path / "again").exists()

@@ -205,4 +205,5 @@ def test_time_over_wrong_lengths_grows_with_the_file_only(tmp_path: Path) -> Non
         return elapsed
 
     seconds(100)
-    assert seconds(16000) < 20 * max(seconds(2000), 0.01)
+    small, large = (min(seconds(count) for _ in range(3)) for count in (2000, 16000))  # a busy machine disturbs single ones
+    assert large < 20 * max(small, 0.01)
