@@ -35,6 +35,7 @@ LATER: dict[str, dict[str, Any]] = {
         "close_seconds": 300.0,
         "alert_pause_seconds": 1800.0,
         "norms_every_steps": 0,
+        "panel": False,
     },
     "OptimConfig": {"lr_factors": {}},
     "ProfileConfig": {"steps": None, "ranks": [0]},

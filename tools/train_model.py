@@ -10,15 +10,18 @@ ended by the watchdog, 2 a mistake in the settings, 1 a crash.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
 
 from megagpt.command import main
+from megagpt.monitor.writers import Writer
 from megagpt.train.config import TrainConfig
 from megagpt.train.loop import train
 
 
 def run(config: TrainConfig) -> int:
-    """Train, with the planner at hand for the message when memory runs out."""
-    return train(config, planner=planned_parts)
+    """Train, with the planner at hand for the message when memory runs out, and the panel for monitor.panel."""
+    return train(config, planner=planned_parts, open_panel=open_panel)
 
 
 def planned_parts(config: TrainConfig, ranks: int, kernels: str) -> Mapping[str, int]:
@@ -26,6 +29,13 @@ def planned_parts(config: TrainConfig, ranks: int, kernels: str) -> Mapping[str,
     from megagpt.plan import run_plan
 
     return run_plan.planned_parts(config, ranks, kernels)
+
+
+def open_panel(run_dir: Path, stream: TextIO) -> Writer:
+    """See megagpt.report.live_panel, which is imported when it is needed."""
+    from megagpt.report.live_panel import LivePanel
+
+    return LivePanel(run_dir, stream)
 
 
 if __name__ == "__main__":

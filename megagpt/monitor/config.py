@@ -35,6 +35,8 @@ class MonitorConfig(Config):
     names; null = none. Needs megagpt[monitor]."""
     prometheus_address: str = "127.0.0.1"
     """The address that the port is bound to. Others than 127.0.0.1 show the values to everybody who can reach it."""
+    panel: bool = False
+    """Draw a panel in place of a line per row, where rank 0's standard error is a terminal; elsewhere lines."""
     alert_pause_seconds: float = Field(default=1800.0, ge=0)
     """An alert (a row `alert`, and one of W&B) of the same kind is raised again after so long."""
     close_seconds: float = Field(default=300.0, gt=0)

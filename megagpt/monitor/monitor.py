@@ -5,8 +5,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megagpt.model.flops import FlopsPerToken, peak_flops, utilisation
 from megagpt.monitor.alerts import Alerts
@@ -17,7 +18,7 @@ from megagpt.monitor.nvml import open_gpu, read_gpu, read_node
 from megagpt.monitor.prometheus import open_prometheus
 from megagpt.monitor.tensorboard import TensorBoardWriter
 from megagpt.monitor.wandb_run import WandbRun
-from megagpt.monitor.writers import BackgroundWriter
+from megagpt.monitor.writers import BackgroundWriter, Writer
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 KEPT_BYTES = 2**24
 """Bytes of rows that are kept while metrics.jsonl cannot be written."""
+
+OpenPanel = Callable[[Path, TextIO], Writer]
+"""Opens a writer that shows the run of a run_dir on a terminal."""
 
 PAUSES = ("start", "load", "evaluate", "generate", "save")
 """Activities of the clock that are no training: they do not count against the throughput."""
@@ -50,12 +54,14 @@ class Monitor:
         flops: FlopsPerToken | None = None,
         num_devices: int = 1,
         device: "torch.device | None" = None,
+        open_panel: OpenPanel | None = None,
     ) -> None:
         """Open run_dir/metrics.jsonl for appending, and what else is asked for.
 
         local_rank: that of this process on its node; number 0 of each node serves Prometheus (None = only rank 0 does).
         attempt: the number of this start of the run; None = one more than the last in the file. max_steps: for the progress
-        bar. flops, num_devices: for MFU; device: this rank's, for its GPU's readings. Raises UserError as check_monitor does.
+        bar. flops, num_devices: for MFU; device: this rank's, for its GPU's readings. open_panel: for config.panel. Raises
+        UserError as check_monitor does.
         """
         check_monitor(config)
         self.config, self.rank, self.max_steps = config, rank, max_steps
@@ -63,7 +69,8 @@ class Monitor:
         self._flops, self._num_devices, self._device = flops, num_devices, device
         self._device_name = _device_name(device)
         self._peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(self._device_name)
-        self._file = self._wandb = self._gpu = self._bar = None
+        self._file = self._wandb = self._gpu = self._bar = self._panel = None
+        self._open_panel = open_panel
         self._writers: list[BackgroundWriter] = []
         self._window: tuple[int, float] | None = None
         self._advice: dict[str, Any] = {}
@@ -97,6 +104,9 @@ class Monitor:
             self._writers.append(BackgroundWriter(self._wandb))
         if self.config.tensorboard:
             self._writers.append(BackgroundWriter(TensorBoardWriter(run_dir)))
+        if self.config.panel and self._open_panel is not None and sys.stderr.isatty():
+            self._panel = BackgroundWriter(self._open_panel(run_dir, sys.stderr))
+            self._writers.append(self._panel)
 
     def due(self, step: int) -> bool:
         """Whether the step that was just done is one to log. Called once after every step: it measures them."""
@@ -216,6 +226,8 @@ class Monitor:
         return found
 
     def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._panel is not None and not self._panel.failed:
+            return
         flat = {name: value for name, value in values.items() if not isinstance(value, dict | list)}
         texts = {name: value for name, value in flat.items() if isinstance(value, str) and "\n" in value.strip()}
         of = f"/{self.max_steps}" if self.max_steps else ""

@@ -60,7 +60,7 @@ def runs_table(states: Sequence[RunState], width: int) -> RenderableType:
             "MFU": Text(_shown(state.mfu, ".1%")),
             "goodput": Text(_shown(state.goodput, ".0%")),
             "attempts": Text(str(state.num_attempts)),
-            "last row": Text("–" if state.last_row is None else f"{span(state.now - state.last_row)} ago"),
+            "last row": Text("–" if state.last_row is None else f"{span(max(0.0, state.now - state.last_row))} ago"),
         }
         table.add_row(*(cells[name] for name in columns))
     notes = [
@@ -130,7 +130,7 @@ def _figures(state: RunState, width: int) -> RenderableType:
         ("saved", "–" if state.saved_step is None else f"step {state.saved_step:,}"),
         ("next save", _next_save(state)),
         ("attempt", f"{state.attempt}" if state.attempt else "–"),
-        ("last row", "–" if state.last_row is None else f"{span(state.now - state.last_row)} ago"),
+        ("last row", "–" if state.last_row is None else f"{span(max(0.0, state.now - state.last_row))} ago"),
     ]
     pairs = [(name, value) for name, value in pairs if value != "–"]
     num_columns = 3 if width >= 112 else 2 if width >= TWO_COLUMNS - 4 else 1

@@ -29,7 +29,7 @@ from megagpt.engine.dtypes import declared_formats
 from megagpt.engine.initial_weights import draw_weights
 from megagpt.evaluate.scores_in_training import read_questions
 from megagpt.model.flops import flops_per_token
-from megagpt.monitor.monitor import Monitor
+from megagpt.monitor.monitor import Monitor, OpenPanel
 from megagpt.settings_record import recorded
 from megagpt.train import preflight
 from megagpt.train.background_export import BackgroundExports
@@ -46,11 +46,11 @@ from megagpt.watchdog.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, planner: Planner | None = None) -> int:
+def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenPanel | None = None) -> int:
     """Start or resume a run until max_steps or a stop signal; returns the exit status (0 done, 75 stopped and saved).
 
     Raises UserError before any work if configuration, data, tokenizer or an earlier checkpoint do not fit together, and Failure
-    if a step runs out of memory; `planner` adds what it was expected to hold.
+    if a step runs out of memory; `planner` adds what it was expected to hold, `open_panel` opens what monitor.panel asks for.
     """
     data = open_data(config.data)
     preflight.check_run(config, data)
@@ -73,7 +73,7 @@ def train(config: TrainConfig, planner: Planner | None = None) -> int:
             return EXIT_STOPPED
         attempt = owned.attempt
         preflight.record_start(config, data, world, attempt)
-        monitor = open_monitor(config, world, attempt)
+        monitor = open_monitor(config, world, attempt, open_panel)
         stop.end_at_once(partial(last_words, owned, monitor))
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, attempt)
         with monitor.clock("load"):
@@ -314,7 +314,7 @@ def last_words(owned: Ownership, monitor: Monitor, reason: str) -> None:
     owned.close()  # the next start need not watch a heartbeat that has ended
 
 
-def open_monitor(config: TrainConfig, world: World, attempt: int) -> Monitor:
+def open_monitor(config: TrainConfig, world: World, attempt: int, open_panel: OpenPanel | None = None) -> Monitor:
     """The monitor of this start."""
     return Monitor(
         config.run_dir,
@@ -332,6 +332,7 @@ def open_monitor(config: TrainConfig, world: World, attempt: int) -> Monitor:
         ),
         num_devices=world.size,
         device=world.device,
+        open_panel=open_panel,
     )
 
 
