@@ -21,7 +21,7 @@ from megagpt.model.flops import flops_per_token, peak_flops
 from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.monitor.config import MonitorConfig
 from megagpt.monitor.goodput import Stopwatch, goodput_ledger
-from megagpt.monitor.metrics import METRICS_FILE, Metrics, Row, read_metrics, superseded
+from megagpt.monitor.metrics import METRICS_FILE, Metrics, Row, format_row, read_metrics, superseded
 from megagpt.monitor.monitor import Monitor
 from megagpt.monitor.nvml import open_gpu
 from megagpt.monitor.wandb_files import Missing, missing_rows, records
@@ -421,6 +421,16 @@ def test_which_rows_wandb_lacks(tmp_path: Path) -> None:
     earlier = Metrics(tuple(rows), tuple(rows), 0)
     assert missing_rows(earlier, tmp_path) == Missing((), 33)
     assert [item["step"] for item in missing_rows(earlier, tmp_path, server_step=11).rows] == [12, 13]
+
+
+def test_rows_that_a_rewind_took_back_are_not_sent_again(tmp_path: Path) -> None:
+    """The server has step 0 only: of what is missing the rows that still hold are sent."""
+    wandb = {"mode": "online", "folder": "run-1"}
+    rows = [row("start", 0, 1, wandb=wandb), *(row("train", step, 1, loss=9.0) for step in (1, 2, 3))]
+    rows += [row("rewind", 1, 1, bad_step=3), *(row("train", step, 1, loss=1.0) for step in (2, 3))]
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(map(format_row, rows)))
+    found = missing_rows(read_metrics(tmp_path), tmp_path, server_step=0).rows
+    assert [(item["step"], item.get("loss")) for item in found if item["kind"] == "train"] == [(1, 9.0), (2, 1.0), (3, 1.0)]
 
 
 @pytest.mark.parametrize("damage", [b"", b":W&B", b"\0" * 100, b":W&Babc" + b"\xff" * 50_000])

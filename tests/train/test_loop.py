@@ -481,6 +481,17 @@ def test_activation_checkpointing_reaches_the_engine(setting: Any, every: int, s
     assert options["compile_blocks"] is True
 
 
+def test_the_check_of_a_run_looks_at_compiled_dropout(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preflight, "BROKEN_DROPOUT", (".".join(torch.__version__.split(".")[:2]),))
+    values = settings(shards, tmp_path / "run", compile=True)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**values, "model": {**values["model"], "dropout": 0.1}}))
+    assert run_words(TrainConfig, train, "", [str(path), "check=true"]) == EXIT_DONE
+    assert "198333" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("compiled", "dropout", "version", "on_gpu", "refused"),
     [
