@@ -278,10 +278,17 @@ def slow_load(train, fault) -> None:
     def draw_weights(*arguments):
         with open(fault["mark"], "a"):
             pass
-        ctypes.CDLL(None).sleep(fault["seconds"])
+        sleep_in_c(fault["seconds"])
         original(*arguments)
 
     train.draw_weights = draw_weights
+
+
+def sleep_in_c(seconds: float) -> None:
+    """Sleep so long, whatever signals come: each ends the sleep of C, which begins again."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        ctypes.CDLL(None).usleep(int(min(left, 1.0) * 1e6))
 
 
 def slow_reload(train, fault) -> None:
@@ -293,7 +300,7 @@ def slow_reload(train, fault) -> None:
         if len(calls) > 1:
             with open(fault["mark"], "a"):
                 pass
-            ctypes.CDLL(None).sleep(fault["seconds"])
+            sleep_in_c(fault["seconds"])
         return original(*arguments)
 
     train.load_newest = load_newest
@@ -321,7 +328,7 @@ def slow_first_forward(train, fault) -> None:
             for path in (f"{fault['mark']}_{rank()}", fault["mark"]):
                 with open(path, "a"):
                     pass
-            ctypes.CDLL(None).sleep(fault["seconds"])
+            sleep_in_c(fault["seconds"])
 
     before_training_forwards(train, wait)
 
