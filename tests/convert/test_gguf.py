@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_gpt
 
 from megagpt.config import UserError
 from megagpt.convert.compare_logits import ConversionError, sample_ids
@@ -13,29 +14,17 @@ from megagpt.convert.export_hf import ExportConfig, export_model
 from megagpt.convert.gguf_file import check_written, planned_tensors, vocabulary_of, write_gguf_export
 from megagpt.convert.tokenizers import export_tokenizer
 from megagpt.convert.weight_files import Parameters
-from megagpt.model.gpt import GPT, ModelConfig, initialise
+from megagpt.model.gpt import GPT
 from megagpt.tokenizer.plain_bytes import Bytes
 
 gguf = pytest.importorskip("gguf")
 
-SIZES = {"vocab_size": 264, "seq_len": 48, "num_layers": 2, "num_heads": 4, "hidden_size": 32, "init_std": 0.2}
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2"},
     "llama": {"num_kv_heads": 2, "tied_head": False, "rope_theta": 5e5},
     "qwen2": {"num_kv_heads": 1, "qkv_bias": True},
     "qwen3": {"num_kv_heads": 2, "qk_norm": True, "head_size": 16},
 }
-
-
-def random_gpt(changes: dict[str, Any]) -> GPT:
-    model = GPT(ModelConfig.model_validate({**SIZES, **changes}))
-    initialise(model, seed=3)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
 
 
 def parameters_of(model: GPT) -> Parameters:
@@ -57,7 +46,7 @@ def test_transformers_reads_our_logits_and_ids(tmp_path: Path, kind: str) -> Non
     from transformers import AutoModelForCausalLM
 
     fixed = {"gpt2": {"seq_len": 1024}, "qwen3": {"head_size": 128}}  # what its reader takes for granted
-    model = random_gpt({**SHAPES[kind], **fixed.get(kind, {})})
+    model = random_gpt(vocab_size=264, **{**SHAPES[kind], **fixed.get(kind, {})})
     folder = write(tmp_path / "export", model)
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
     ids = sample_ids(257, 40)
@@ -68,7 +57,7 @@ def test_transformers_reads_our_logits_and_ids(tmp_path: Path, kind: str) -> Non
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_file_holds_every_tensor_and_token(tmp_path: Path, kind: str, dtype: str) -> None:
-    model = random_gpt(SHAPES[kind])
+    model = random_gpt(vocab_size=264, **SHAPES[kind])
     folder = write(tmp_path / "export", model, dtype)
     checked = json.loads((folder / "checked.json").read_text())
     assert (checked["architecture"], checked["dtype"], checked["tokens_equal"]) == (kind, dtype, 257)
@@ -85,7 +74,7 @@ def test_the_file_holds_every_tensor_and_token(tmp_path: Path, kind: str, dtype:
 
 
 def test_a_file_of_other_weights_or_tokens_is_noticed(tmp_path: Path) -> None:
-    model = random_gpt(SHAPES["llama"])
+    model = random_gpt(vocab_size=264, **SHAPES["llama"])
     path = write(tmp_path / "export", model) / "model.gguf"
     export_tokenizer(Bytes(), tmp_path / "tokenizer", tmp_path, 48)
     vocabulary, _ = vocabulary_of(Bytes(), tmp_path, 257)
@@ -101,10 +90,10 @@ def test_a_file_of_other_weights_or_tokens_is_noticed(tmp_path: Path) -> None:
 
 
 def test_what_the_file_cannot_hold_is_refused(tmp_path: Path) -> None:
-    scaled = random_gpt({"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}})
+    scaled = random_gpt(vocab_size=264, rope_scaling={"kind": "yarn", "factor": 4.0, "original_seq_len": 16})
     with pytest.raises(UserError, match=r"format=gguf: model\.rope_scaling is not written"):
         write(tmp_path / "scaled", scaled)
-    large = random_gpt({})
+    large = random_gpt(vocab_size=264)
     with torch.no_grad():
         large.blocks[0].mlp.out.weight[0, 0] = 1e5  # pyright: ignore
     with pytest.raises(ConversionError, match=r"blk\.0\.ffn_down\.weight: a weight is not finite in fp16"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_gpt
 from test_llama2c import bytes_tokenizer, write_llama2c
 from torch import Tensor
 
@@ -19,22 +20,8 @@ from megagpt.convert.import_hf import ImportConfig, import_model
 from megagpt.convert.llama2c import read_llama2c, tokenizer_bin
 from megagpt.convert.step_graph import StepFunction, StepGPT, compare_step, empty_past, greedy_ids
 from megagpt.files import sha256_file
-from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tokenizer.plain_bytes import Bytes
 from megagpt.tokenizer.sentencepiece import SentencePiece
-
-SIZES = {"vocab_size": 64, "seq_len": 48, "num_layers": 2, "num_heads": 4, "hidden_size": 32, "init_std": 0.2}
-
-
-def random_gpt(**changes: Any) -> GPT:
-    model = GPT(ModelConfig.model_validate({**SIZES, **changes}))
-    initialise(model, seed=3)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
 
 
 def stepped(module: StepGPT) -> StepFunction:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megagpt.model.gpt import GPT, ModelConfig, initialise
+
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 IDS = {"bos_token_id": None, "eos_token_id": 256}
@@ -36,3 +38,19 @@ def save_source(model: Any, folder: Path, dtype: torch.dtype = torch.float32) ->
     model.to(dtype).save_pretrained(folder)
     (folder / "bytes.tokenizer").touch()
     return folder
+
+
+GPT_SIZES = {"vocab_size": 64, "seq_len": 48, "num_layers": 2, "num_heads": 4, "hidden_size": 32, "init_std": 0.2}
+"""Of random_gpt."""
+
+
+def random_gpt(**changes: Any) -> GPT:
+    """A small model of ours, whose norms and biases are drawn too; `changes` of GPT_SIZES and of ModelConfig's other fields."""
+    model = GPT(ModelConfig.model_validate({**GPT_SIZES, **changes}))
+    initialise(model, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
