@@ -192,10 +192,12 @@ class TrainConfig(Config):
             raise ValueError(
                 f"best_by={self.best_by}: loss, or one of {', '.join(metrics_of(self.model.classes))}, is expected"
             )
-        of_text = {"score": self.score.asks, "sample_every_steps": self.sample_every_steps}
-        for name, is_set in of_text.items():
-            if is_set:
-                raise ValueError(f"{name} with model.classes: a classifier gives no text")
+        if self.score.asks:
+            raise ValueError("score with model.classes: a classifier gives no text to score; leave score out")
+        if self.sample_every_steps:
+            raise ValueError(
+                f"sample_every_steps={self.sample_every_steps} with model.classes: a classifier gives no text; set it to 0"
+            )
 
     def batch_size_at(self, step: int) -> int:
         """Samples of the update number `step` (from 0)."""

@@ -208,7 +208,7 @@ def test_a_classifier_counts_its_predictions_and_has_no_vocabulary_to_score() ->
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"sample_every_steps": 1}, "sample_every_steps with model.classes: a classifier gives no text"),
+        ({"sample_every_steps": 1}, "sample_every_steps=1 with model.classes: a classifier gives no text; set it to 0"),
         ({"score": {"tasks": {"a": "a.jsonl"}}}, "score with model.classes"),
         ({"best_by": "classes.f1"}, "best_by=classes.f1: loss, or one of classes.accuracy, .* is expected"),
         ({"best_by": "classes.few.f1", "evaluate_every_steps": 0, "early_stop_evaluations": 1}, "needs evaluate_every_steps"),
