@@ -21,7 +21,7 @@ quickstart: $(VENV)/.installed ## The whole way from web dump to trained GPT, sm
 	$(BIN)/python tools/quickstart.py $(WORDS)
 
 test: $(VENV)/.installed ## Every test (tests that need a GPU, the real dumps or SLURM skip, with the reason, where these are absent)
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup -r s
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -r sfE
 
 lint: $(VENV)/.installed ## Format, lint, types, shell scripts: nothing is run
 	$(BIN)/ruff format --check .

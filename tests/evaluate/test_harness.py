@@ -85,6 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         file = {"choices": "choices.jsonl", "no_data": "absent.jsonl"}.get(name, "words.jsonl")
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}}, "test_split": "test"}
         (tasks / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **task}))
+    (folder / "exercise.jsonl").write_text('{"prompt": "fox", "answer": "x"}\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         yield folder
@@ -101,7 +102,6 @@ def evaluated(world: World, folder: Path, run: str, names: tuple[str, ...]) -> E
         device="cpu",
         micro_batch_size=2,
     )
-    (folder / "exercise.jsonl").write_text('{"prompt": "fox", "answer": "x"}\n')
     return evaluate_run(config, world)
 
 
