@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from megagpt.distributed.malloc import keep_freed_memory
 from megagpt.distributed.ports import free_port
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SLURM's preemption sends SIGTERM only, its time limit what --signal asks for, a terminal SIGINT: all mean save and end."""
@@ -205,6 +207,32 @@ class World:
             raise (UserError if is_usage else Failure)(text) from problem
         if stopped:
             raise Stopped
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank, once it has succeeded on all ranks; all call it together.
+
+        `action` waits for no other rank. What it raises for one that cannot read or write something is raised on all of them,
+        as `agree` does; a single process gets its own exception.
+        """
+        try:
+            result, problem = action(), None
+        except (UserError, Failure, OSError) as error:
+            if self.size == 1:
+                raise
+            result, problem = None, error
+        self.agree(problem)
+        return cast("T", result)
+
+    def refuse_difference(self, where: str, found: Mapping[str, Any]) -> None:
+        """Raise UserError on every rank, naming `where` and the first key that differs, unless all have found the same.
+
+        All ranks call it together.
+        """
+        first, *others = self.gather(dict(found))
+        for rank, other in enumerate(others, start=1):
+            for name in first:
+                if other.get(name) != first[name]:
+                    raise UserError(f"{where}: rank {rank} finds {name}={other.get(name)}, rank 0 {first[name]}")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

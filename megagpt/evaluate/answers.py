@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,10 +36,11 @@ class Journal:
                     continue
         return known
 
-    def add(self, rank: int, key: str, answers: list[Any]) -> None:
-        """Append a group's answers to this rank's file."""
+    def add(self, rank: int, answers_by_key: dict[str, list[Any]]) -> None:
+        """Append the answers of groups to this rank's file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"group": key, "answers": answers}).encode() + b"\n"
+        rows = [{"group": key, "answers": answers} for key, answers in answers_by_key.items()]
+        line = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
         with (self.folder / f"rank_{rank:05d}.jsonl").open("ab") as file:
             if file.tell() and not _ends_a_line(Path(file.name)):
                 line = b"\n" + line
@@ -55,10 +57,11 @@ def answer_groups(
     """`answer` of every group, in order, on every rank; all ranks call it together with the same groups.
 
     Items and answers are JSON values. Every rank makes equally many calls of `answer`, as a model whose weights are spread over
-    the ranks needs. Raises Stopped on all ranks between two groups after one got a stop request.
+    the ranks needs. Raises Stopped on all ranks between two groups after one got a stop request, Failure on all where one could
+    not read or write its journal.
     """
     keys = [hashlib.sha256(json.dumps(group).encode()).hexdigest()[:32] for group in groups]
-    known = world.broadcast(journal.read() if journal is not None and world.rank == 0 else {})
+    known = world.broadcast(world.together(lambda: journal.read() if journal is not None and world.rank == 0 else {}))
     missing = [i for i, key in enumerate(keys) if key not in known]
     found: dict[str, list[Any]] = {}
     for start in range(0, len(missing), world.size):
@@ -67,10 +70,10 @@ def answer_groups(
         own = start + world.rank
         i = missing[own if own < len(missing) else start]  # who has none left computes one that another rank has, too
         answers = answer(groups[i])
-        if own < len(missing):
-            found[keys[i]] = answers
-            if journal is not None:
-                journal.add(world.rank, keys[i], answers)
+        own_group = {keys[i]: answers} if own < len(missing) else {}
+        found |= own_group
+        if journal is not None:
+            world.together(partial(journal.add, world.rank, own_group))
     for part in world.gather(found):
         known |= part
     return [known[key] for key in keys]

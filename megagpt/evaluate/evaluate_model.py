@@ -16,12 +16,12 @@ from megagpt.distributed.world import World, lone_world, pick_device
 from megagpt.documents import IGNORE
 from megagpt.evaluate.answers import Journal
 from megagpt.evaluate.classes import describe_classes
-from megagpt.evaluate.generated_answers import AnswerRequest, generate_answers, read_exercises
-from megagpt.evaluate.harness import HarnessTask, evaluate_harness, import_harness, open_adapter
+from megagpt.evaluate.generated_answers import AnswerRequest, Exercise, generate_answers, read_exercises
+from megagpt.evaluate.harness import HarnessTask, LoadedTasks, ask_tasks, load_tasks, open_adapter
 from megagpt.evaluate.likelihood import text_scorer
 from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
 from megagpt.evaluate.results import keep_result
-from megagpt.evaluate.tasks import TaskResult, read_files, read_task, score_task
+from megagpt.evaluate.tasks import Question, TaskResult, read_files, read_task, score_task
 from megagpt.evaluate.text_scores import TextScores, score_texts
 from megagpt.files import sha256_file
 from megagpt.settings_record import read_settings
@@ -85,84 +85,90 @@ def evaluate_run(config: EvaluateConfig, world: World | None = None) -> Evaluati
     """Load a checkpoint, evaluate it, and add the result to run_dir/evaluations/step_<step>.json (see evaluate/results.py).
 
     All ranks of `world` call it together; each loads the model. What was computed before a stop is used by the next call that
-    evaluates the same checkpoint. Raises UserError if run, checkpoint, shards or tasks are missing or do not fit, before the
-    model is loaded where possible; Stopped after a rank got a stop request.
+    evaluates the same checkpoint. Raises UserError on all ranks if run, checkpoint, shards or tasks are missing, do not fit or
+    are not the same on every rank, before the model is loaded where possible; Stopped after a rank got a stop request.
     """
     world = world or lone_world(pick_device(config.device))
-    questions = read_files("tasks", config.tasks, read_task, config.max_samples)
-    exercises = read_files("exercises", config.exercises, read_exercises, config.max_samples)
-    if config.harness:
-        import_harness(offline=config.harness_folder is not None)
-    loaded = load_model(config.run_dir, config.step, device=str(world.device), classifier=not _has_more(config))
-    data_config = _data_config(config, loaded)
-    datasets = _datasets(config, loaded, data_config) if data_config is not None else {}
+    opened = world.together(lambda: _open(config, str(world.device)))
+    loaded = opened.loaded
+    world.refuse_difference(f"run_dir={config.run_dir}", {"step": loaded.step, **opened.measured})
     sources = evaluate_sources(
         loaded.model,
         loaded.model,
-        datasets,
+        opened.datasets,
         loaded.tokenizer,
         world,
         micro_batch_size=config.micro_batch_size,
         max_samples=config.max_samples,
-        document_mask=data_config is not None and data_config.document_mask,
+        document_mask=opened.document_mask,
     )
-    entropies = {name: unigram_entropy(dataset) for name, dataset in datasets.items()}
     path = config.run_dir / "evaluations" / f"step_{loaded.step:08d}.json"
-    checkpoint = sha256_file(loaded.path / "manifest.json")
-    journal = Journal((path.parent / f"unfinished_{path.stem}_{checkpoint[:8]}_{world.device.type}").resolve())
+    name = f"unfinished_{path.stem}_{opened.measured['checkpoint'][:8]}_{world.device.type}"
+    journal = Journal((path.parent / name).resolve())
     parts = (loaded.model, loaded.model_config, loaded.tokenizer)
     options = {"micro_batch_size": config.micro_batch_size, "world": world, "journal": journal}
-    tasks = {name: score_task(text_scorer(*parts, **options), items) for name, items in questions.items()}
+    tasks = {name: score_task(text_scorer(*parts, **options), items) for name, items in opened.tasks.items()}
     harness = {}
-    if config.harness:
-        harness = evaluate_harness(
-            open_adapter(*parts, **options),
-            config.harness,
-            world,
-            folder=config.harness_folder,
-            num_fewshot=config.harness_num_fewshot,
-            max_questions=config.max_samples,
-        )
+    if opened.harness is not None:
+        few, most = config.harness_num_fewshot, config.max_samples
+        harness = ask_tasks(open_adapter(*parts, **options), opened.harness, world, num_fewshot=few, max_questions=most)
     answered = {}
-    for name, items in exercises.items():
+    for name, items in opened.exercises.items():
         asked = [AnswerRequest(item.prompt, config.answer_stop, config.answer_tokens) for item in items]
         texts = generate_answers(*parts, asked, **options)
         answered[name] = score_texts(texts, [item.answers for item in items])
     total = combine(sources.values()) if sources else None
-    result = Evaluation(path, loaded.step, total, sources, entropies, tasks, harness, answered)
-    if world.rank == 0:
-        masked = data_config is not None and data_config.document_mask
-        measured = {
-            "checkpoint": checkpoint,
-            **_measured(config, datasets, document_mask=masked),
-            **_more_measured(config, harness),
-        }
+    result = Evaluation(path, loaded.step, total, sources, opened.unigram_entropies, tasks, harness, answered)
+
+    measured = dict(opened.measured)
+    if harness:
+        by_task = {name: task.documents_sha256 for name, task in harness.items()}
+        measured["harness"] = {"tasks": by_task, "num_fewshot": config.harness_num_fewshot}
+
+    def keep() -> None:
         keep_result(path, {**to_json(result, config), "measured": measured})
         journal.remove()
-    world.barrier()
+
+    world.together(keep if world.rank == 0 else lambda: None)
     return result
 
 
-def _measured(config: EvaluateConfig, datasets: dict[str, TokenDataset], *, document_mask: bool) -> dict[str, Any]:
-    return {
+@dataclass(frozen=True)
+class _Opened:
+    """What an evaluation reads before it computes."""
+
+    tasks: dict[str, list[Question]]
+    exercises: dict[str, list[Exercise]]
+    harness: LoadedTasks | None
+    loaded: LoadedModel
+    datasets: dict[str, TokenDataset]
+    document_mask: bool
+    unigram_entropies: dict[str, float]
+    measured: dict[str, Any]
+    """Digests and limits that name the result; the harness's are known when it has asked."""
+
+
+def _open(config: EvaluateConfig, device: str) -> _Opened:
+    """Read everything, each rank by itself."""
+    tasks = read_files("tasks", config.tasks, read_task, config.max_samples)
+    exercises = read_files("exercises", config.exercises, read_exercises, config.max_samples)
+    digests = {path: sha256_file(path) for path in (*config.tasks.values(), *config.exercises.values())}
+    harness = load_tasks(config.harness, config.harness_folder) if config.harness else None
+    loaded = load_model(config.run_dir, config.step, device=device, classifier=not _has_more(config))
+    data_config = _data_config(config, loaded)
+    datasets = _datasets(config, loaded, data_config) if data_config is not None else {}
+    document_mask = data_config is not None and data_config.document_mask
+    measured: dict[str, Any] = {
+        "checkpoint": sha256_file(loaded.path / "manifest.json"),
         "validation_set": validation_set(datasets, max_samples=config.max_samples, document_mask=document_mask),
-        "tasks": {name: sha256_file(path) for name, path in config.tasks.items()},
+        "tasks": {name: digests[path] for name, path in config.tasks.items()},
         "max_samples": config.max_samples,
     }
-
-
-def _more_measured(config: EvaluateConfig, harness: dict[str, HarnessTask]) -> dict[str, Any]:
-    """{} without them: results keep the key that they had before there were any."""
-    measured = {}
-    if harness:
-        measured["harness"] = {
-            "tasks": {name: task.documents_sha256 for name, task in harness.items()},
-            "num_fewshot": config.harness_num_fewshot,
-        }
-    if config.exercises:
-        measured["exercises"] = {name: sha256_file(path) for name, path in config.exercises.items()}
+    if exercises:  # without them results keep the key that they had before there were any
+        measured["exercises"] = {name: digests[path] for name, path in config.exercises.items()}
         measured["answers"] = {"tokens": config.answer_tokens, "stop": list(config.answer_stop)}
-    return measured
+    entropies = {name: unigram_entropy(dataset) for name, dataset in datasets.items()}
+    return _Opened(tasks, exercises, harness, loaded, datasets, document_mask, entropies, measured)
 
 
 def to_json(result: Evaluation, config: EvaluateConfig) -> dict[str, Any]:

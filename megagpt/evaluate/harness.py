@@ -76,30 +76,6 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
             raise UserError(f"harness: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
 
 
-def evaluate_harness(
-    lm: Any,
-    names: Sequence[str],
-    world: World,
-    *,
-    folder: Path | None = None,
-    num_fewshot: int | None = None,
-    max_questions: int | None = None,
-) -> dict[str, HarnessTask]:
-    """The scores of tasks, groups and tags by name, on every rank; `lm` is `open_adapter`'s.
-
-    `folder` holds YAML files of tasks, whose data files are relative to it; the harness's own tasks come after.
-    Raises UserError on names that are not known and on tasks that cannot be loaded or ask for what the model does not do.
-    """
-    loaded, problem = None, None
-    try:
-        loaded = load_tasks(names, folder)
-    except UserError as error:
-        problem = error
-    world.agree(problem)
-    assert loaded is not None
-    return ask_tasks(lm, loaded, world, num_fewshot=num_fewshot, max_questions=max_questions)
-
-
 def ask_tasks(
     lm: Any, loaded: LoadedTasks, world: World, *, num_fewshot: int | None = None, max_questions: int | None = None
 ) -> dict[str, HarnessTask]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import orjson
 import zstandard
 
-from megagpt.config import UserError
+from megagpt.config import Failure, UserError
 from megagpt.documents import open_lines
 
 T = TypeVar("T")
@@ -62,7 +62,8 @@ class TaskResult:
 def read_files(
     setting: str, files: Mapping[str, Path], read: Callable[[Path], list[T]], limit: int | None
 ) -> dict[str, list[T]]:
-    """What `read` finds in each file that a setting names, `limit` at most. Raises UserError naming setting, file and line."""
+    """What `read` finds in each file that a setting names, `limit` at most. Raises UserError naming setting, file and line,
+    Failure where the disk fails."""
     found = {}
     for name, path in files.items():
         try:
@@ -71,6 +72,8 @@ def read_files(
             raise UserError(f"{setting}.{name}: {error}") from None
         except (EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{setting}.{name}: {path}: damaged: {error}") from None
+        except OSError as error:
+            raise Failure(f"{setting}.{name}: {path}: {error.strerror}") from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.ownership import take_ownership
 from megagpt.command import EXIT_DONE, EXIT_USER_ERROR, run_words
-from megagpt.config import UserError
+from megagpt.config import Failure, UserError
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
@@ -30,7 +31,7 @@ from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run, unigra
 from megagpt.evaluate.likelihood import Likelihood, LikelihoodRequest, encode_request, log_likelihoods
 from megagpt.evaluate.loss import Score, combine, evaluate_sources, validation_set
 from megagpt.evaluate.results import read_results
-from megagpt.evaluate.tasks import Question, read_task, score_task
+from megagpt.evaluate.tasks import Question, read_files, read_task, score_task
 from megagpt.generate.generate_text import GenerateConfig, generate_run
 from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.tokenizer.base import Tokenizer
@@ -528,6 +529,58 @@ def test_mistakes_are_one_clear_error(
     words = [f"{key}={value}" for key, value in {"run_dir": run_dir, "device": "cpu", **changes}.items()]
     assert run_words(EvaluateConfig, evaluate_model.run, "", words) == EXIT_USER_ERROR
     assert message in capsys.readouterr().err
+
+
+def refusals(world: World, folder: Path, run_dir: Path, source: Path) -> list[str]:
+    """What each rank is told of files that only rank 1 cannot read, or reads otherwise, and of a result that rank 0 cannot
+    write."""
+    own, found = folder / f"rank{world.rank}", []
+    changes: list[dict[str, Any]] = [
+        {"tasks": {"t": own / "task.jsonl"}},
+        {"exercises": {"e": own / "exercise.jsonl"}},
+        {"shards": {"s": own / "validation"}},
+        {"run_dir": own / "run"},
+        {"tasks": {"t": own / "other.jsonl"}},
+        {"run_dir": folder / "unwritable"},
+    ]
+    for changed in changes:
+        with pytest.raises((UserError, Failure)) as raised:
+            evaluate_run(
+                EvaluateConfig.model_validate({"run_dir": run_dir, "device": "cpu", "max_samples": 2, **changed}), world
+            )
+        found.append(str(raised.value))
+    return found
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_read_or_write_every_rank_names(source: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "rank0", tmp_path / "rank1"
+    first.mkdir()
+    second.mkdir()
+    (first / "task.jsonl").write_text('{"context": "a", "continuation": "b"}\n')
+    (first / "exercise.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    shutil.copytree(source / "validation", first / "validation")
+    for folder, count in ((first, 1), (second, 2)):
+        (folder / "other.jsonl").write_text('{"context": "a", "continuation": "b"}\n' * count)
+    run_dir = write_run(first / "run", source, small_gpt())
+    (write_run(tmp_path / "unwritable", source, small_gpt()) / "evaluations").touch()
+    found, also = run_ranks(refusals, 2, tmp_path / "ranks", tmp_path, run_dir, source)
+    assert found == also
+    expected = (
+        f"tasks.t: {second}/task.jsonl: No such file",
+        f"exercises.e: {second}/exercise.jsonl: No such file",
+        f"{second}/validation: no manifest.json",
+        f"{second}/run: no such run directory",
+        f"run_dir={run_dir}: rank 1 finds tasks={{'t': '",
+        "unwritable/evaluations",
+    )
+    for message, words in zip(found, expected, strict=True):
+        assert words in message
+
+
+def test_a_disk_that_fails_is_named_with_the_file() -> None:
+    with pytest.raises(Failure, match=r"tasks\.t: /proc/self/mem: Input/output error"):
+        read_files("tasks", {"t": Path("/proc/self/mem")}, read_task, None)
 
 
 def test_shards_of_another_tokenizer_are_refused(run_dir: Path, tmp_path: Path) -> None:
