@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch.nn import functional
+from whole_model import WholeModel
 
 from megagpt.checkpoint import save_load as checkpoint
 from megagpt.checkpoint.ownership import take_ownership
@@ -22,7 +22,6 @@ from megagpt.data.dataset import TokenDataset
 from megagpt.data.shards import Manifest, ShardWriter, write_manifest
 from megagpt.data.state import TrainState
 from megagpt.distributed.world import World, lone_world
-from megagpt.engine.base import Partition
 from megagpt.engine.build import build_engine
 from megagpt.engine.config import DeepSpeedConfig, FSDPConfig
 from megagpt.engine.initial_weights import draw_weights
@@ -41,18 +40,6 @@ from megagpt.tokenizer.sentencepiece import train_sentencepiece
 
 CPU = torch.device("cpu")
 TEXTS = [f"Naïve café {i}: the {'quick ' * (i % 7)}brown fox – 東京 – jumps {i * 37} times.\n" for i in range(40)]
-
-
-@dataclass
-class WholeModel:
-    """The least engine that a checkpoint can be saved from: one process, weights only."""
-
-    model: GPT
-    updates: int = 0
-
-    def state(self) -> dict[str, Partition]:
-        flat = {f"param.{name}": parameter.data.flatten() for name, parameter in self.model.named_parameters()}
-        return {key: Partition(data, 0, data.numel()) for key, data in flat.items()}
 
 
 def write_source(root: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:

@@ -1,6 +1,7 @@
 """Exports beside training: the loop neither waits for them nor notices what goes wrong with them."""
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,13 +11,20 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from random_models import random_gpt
 from ranks import wait_until
 from safetensors.torch import load_file
 from small_run import losses, settings, start
+from whole_model import WholeModel
 
+from megagpt.checkpoint import save_load
 from megagpt.checkpoint.load_model import load_model
-from megagpt.command import EXIT_DONE
+from megagpt.checkpoint.on_disk import list_checkpoints, step_of
+from megagpt.checkpoint.partitions import write_partitions
+from megagpt.checkpoint.save_load import Saver
+from megagpt.command import EXIT_DONE, EXIT_STOPPED
 from megagpt.config import UserError, validate
+from megagpt.data.state import TrainState
 from megagpt.distributed.world import lone_world
 from megagpt.files import read_json, sha256_file, write_json
 from megagpt.model.gpt import ModelConfig
@@ -123,6 +131,34 @@ def test_what_there_is_stays_and_another_branch_replaces_it(background: Backgrou
     assert replaced["source"]["manifest_sha256"] == sha256_file(manifest)
 
 
+def test_a_checkpoint_is_committed_before_its_export_begins_and_the_next_one_while_it_is_made(
+    background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, exports, checkpoints = threading.Event(), background.exports, background.run_dir / "checkpoints"
+
+    def write_slowly(*arguments: Any) -> Any:
+        disk.wait()
+        return write_partitions(*arguments)
+
+    monkeypatch.setattr(save_load, "write_partitions", write_slowly)
+    saver, engine = Saver(background.run_dir, lone_world(torch.device("cpu")), 1, background=True), WholeModel(random_gpt())
+    background.hold()
+    saver.save(engine, TrainState(step=8), {})  # type: ignore[arg-type]
+    exports.after(saver, 8)
+    assert exports.in_use() == set(), "it has begun before there is a checkpoint"
+    disk.set()
+    wait_until(lambda: exports.in_use() == {8}, 60)
+    assert (checkpoints / "step_00000008" / "manifest.json").is_file()
+    saver.save(engine, TrainState(step=10), {})  # type: ignore[arg-type]
+    exports.after(saver, 10)
+    wait_until(lambda: (checkpoints / "step_00000010" / "manifest.json").is_file(), 60)
+    wait_until(lambda: exports.in_use() == {8, 10}, 60)
+    background.release()
+    exports.wait(11)
+    saver.close()
+    assert background.rows() == [(8, "written"), (10, "written")]
+
+
 def test_a_refusal_is_a_row(background: Background) -> None:
     (background.run_dir / "refuse").touch()
     background.exports.catch_up(2)
@@ -177,6 +213,20 @@ def test_a_model_that_no_export_can_hold_is_refused(model: dict[str, Any], match
     sizes = {"vocab_size": 257, "seq_len": 32, "num_layers": 1, "num_heads": 2, "hidden_size": 32}
     with pytest.raises(UserError, match=match):
         refuse_exports(validate(ModelConfig, {**sizes, **model}, source="test"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs megagpt[convert]")
+def test_a_stop_saves_the_step_before_it_waits_for_the_end_of_an_export(shards: Path, project: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 100_000, "save_every_steps": 50, "export_every_steps": 50, "evaluate_every_steps": 0}
+    ranks = start(project, tmp_path, settings(shards, tmp_path / "run", engine={"kind": "fsdp"}, **changes), 1)
+    wait_until(lambda: any((tmp_path / "run" / "exports").glob("*.log")) or ranks.processes[0].poll() is not None)
+    ranks.send(signal.SIGTERM)
+    assert ranks.wait() == [EXIT_STOPPED], ranks.output()
+    *_, save, export, stop = read_metrics(tmp_path / "run").all_rows
+    assert [row["kind"] for row in (save, export, stop)] == ["save", "export", "stop"]
+    assert (export["of_step"], export["status"]) == (50, "ended")
+    assert save["step"] == stop["step"] == step_of(list_checkpoints(tmp_path / "run")[-1])
 
 
 @pytest.mark.slow
