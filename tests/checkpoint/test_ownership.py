@@ -165,6 +165,58 @@ def test_an_owner_on_another_machine_is_watched_before_it_counts_as_dead(
     assert (owned.attempt, time.monotonic() - started > 2) == (2, True)
 
 
+class Clock:
+    """A watching start's own clock: it sleeps in no time, and calls `meanwhile` at every second of its sleep."""
+
+    def __init__(self, meanwhile: Callable[[float], None]) -> None:
+        self.now, self._meanwhile = 0.0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        before, self.now = self.now, self.now + seconds
+        if int(self.now) > int(before):
+            self._meanwhile(self.now)
+
+
+def test_a_start_that_waits_for_the_first_beat_of_a_live_owner_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk shows the owner's heartbeat only after a while, but before the owner would count as dead."""
+    write_json(tmp_path / "owner.json", {"incarnation": 1})
+    write_json(tmp_path / "heartbeat.json", elsewhere())
+    shown_at = SILENT_SECONDS - 2
+
+    def beat(now: float) -> None:
+        if now >= shown_at:
+            write_json(tmp_path / "heartbeat.json", elsewhere(beat=6))
+
+    clock = Clock(beat)
+    monkeypatch.setattr(ownership, "time", clock)
+    with pytest.raises(UserError, match=r"attempt 1 \(host .* is alive: end it first, or take the run"):
+        take_run(tmp_path, alone())
+    assert clock.now >= shown_at
+    assert owner_of(tmp_path) == 1
+    assert not (tmp_path / "starts").exists(), "no attempt is counted"
+
+
+def test_a_start_waits_for_a_live_owner_however_long_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "owner.json", {"incarnation": 1})
+    write_json(tmp_path / "heartbeat.json", elsewhere())
+    runs_until = 10 * SILENT_SECONDS
+
+    def beat(now: float) -> None:
+        write_json(tmp_path / "heartbeat.json", elsewhere(beat=int(now), ended=now >= runs_until))
+
+    clock = Clock(beat)
+    monkeypatch.setattr(ownership, "time", clock)
+    owned = take_run(tmp_path, alone(), "wait")
+    assert owned is not None
+    owned.close()
+    assert (owned.attempt, clock.now >= runs_until) == (2, True)
+
+
 def test_a_job_follows_its_own_earlier_start_at_once_and_no_other_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
