@@ -12,7 +12,7 @@ import torch
 
 from megagpt.checkpoint.new_rows import NewRows, read_with_new_rows
 from megagpt.checkpoint.on_disk import read_state, verify
-from megagpt.checkpoint.partitions import CheckpointError, index_of, read_partitions
+from megagpt.checkpoint.partitions import CheckpointError, index_of, problems_of, read_partitions
 from megagpt.config import UserError
 from megagpt.distributed.world import World
 from megagpt.engine.base import Engine, Partition
@@ -46,7 +46,7 @@ def load_base(path: Path, rows: NewRows | None, engine: Engine, world: World, *,
 
     Raises CheckpointError if the checkpoint is damaged. All ranks call it together.
     """
-    problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size, world.progress))) if text]
+    problems = problems_of(path, world)
     if problems:
         raise CheckpointError("; ".join(problems))
     partitions = engine.frozen()

@@ -46,17 +46,17 @@ def read_with_new_rows(
             partition = partitions[key]
             begin = max(0, kept - partition.start)
             if begin < len(partition.data):
-                mean = _mean_row(path, key, rows, index)
+                mean = _mean_row(path, key, rows, world, index)
                 columns = torch.arange(partition.start + begin, partition.start + len(partition.data)) % rows.width
                 partition.data[begin:] = mean[columns].to(partition.data)
 
 
-def _mean_row(path: Path, key: str, rows: NewRows, index: dict[str, list[Run]]) -> Tensor:
+def _mean_row(path: Path, key: str, rows: NewRows, world: World | None, index: dict[str, list[Run]]) -> Tensor:
     """[width] fp32: the mean of the old rows, summed in fp64, the same on every rank."""
     total = torch.zeros(rows.width, dtype=torch.float64)
     for first in range(0, rows.first, ROWS_AT_A_TIME):
         count = min(ROWS_AT_A_TIME, rows.first - first)
         data = torch.empty(count * rows.width)
-        read_partitions(path, {key: Partition(data, first * rows.width, len(data))}, index=index)
+        read_partitions(path, {key: Partition(data, first * rows.width, len(data))}, world, index)
         total += data.view(count, rows.width).double().sum(dim=0)
     return (total / rows.first).float()

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megagpt.checkpoint.on_disk import verify
 from megagpt.config import Failure
 from megagpt.distributed.world import World
 from megagpt.engine.base import Partition
@@ -36,6 +37,14 @@ class Run:
     file: str
     start: int
     length: int
+
+
+def problems_of(path: Path, world: World) -> list[str]:
+    """Problems of a checkpoint, one line for each rank that found some, the same on every rank; [] = good.
+
+    The ranks share the reading and call it together.
+    """
+    return [text for text in world.gather("; ".join(verify(path, world.rank, world.size, world.progress))) if text]
 
 
 def read_partitions(

@@ -26,9 +26,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints, read_state, saved_field, step_of, verify
+from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints, read_state, saved_field, step_of
 from megagpt.checkpoint.ownership import still_owner
-from megagpt.checkpoint.partitions import CheckpointError, Shares, index_of, own_share, read_partitions, write_partitions
+from megagpt.checkpoint.partitions import (
+    CheckpointError,
+    Shares,
+    index_of,
+    own_share,
+    problems_of,
+    read_partitions,
+    write_partitions,
+)
 from megagpt.checkpoint.scores import mark_best, read_best, value_of
 from megagpt.config import UserError
 from megagpt.data.state import TrainState
@@ -188,7 +196,7 @@ def restore(
 
 def restore_exactly(path: Path, engine: Engine, world: World, *, check: Check | None = None) -> Restored:
     """Load this one checkpoint, of any run. Raises CheckpointError if it is not good."""
-    problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size, world.progress))) if text]
+    problems = problems_of(path, world)
     if problems:
         raise CheckpointError("; ".join(problems))
     return _load(path, engine, world, check, ())
@@ -241,7 +249,7 @@ def newest_good(run_dir: Path, world: World, *, step: int | None = None) -> tupl
     if step is not None and not candidates:
         raise UserError(f"{run_dir / 'checkpoints'}: there is no checkpoint of step {step}")
     for path in reversed(candidates):
-        problems = [text for text in world.gather("; ".join(verify(path, world.rank, world.size, world.progress))) if text]
+        problems = problems_of(path, world)
         if not problems:
             return path, tuple(passed_over)
         passed_over.append("; ".join(problems))

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_matrix import matrix
+from random_models import random_gpt
 from ranks import run_ranks
 from torn_writes import damage, in_a_small_disk, kill_and_restart, load_whole, write_good_run
 from toy import MODEL, engines_on, make_engine
+from whole_model import WholeModel
 
+from megagpt.checkpoint import new_rows
 from megagpt.checkpoint import save_load as checkpoint
+from megagpt.checkpoint.new_rows import NewRows, read_with_new_rows
 from megagpt.checkpoint.on_disk import list_checkpoints, step_of, verify
 from megagpt.checkpoint.ownership import take_ownership
 from megagpt.checkpoint.partitions import CheckpointError, index_of, read_partitions
@@ -256,6 +260,29 @@ def test_what_is_verified_and_read_of_a_checkpoint_is_progress(tmp_path: Path) -
     lengths = {key: sum(run.length for run in runs) for key, runs in index_of(path).items()}
     read_partitions(path, {key: Partition(torch.empty(length), 0, length) for key, length in lengths.items()}, world)
     assert world.progress.count >= 2 + len(lengths) > 2
+
+
+def test_what_is_verified_together_is_progress(tmp_path: Path) -> None:
+    """Of a checkpoint with one large file, which takes long to read."""
+    world, path = lone_world(torch.device("cpu")), tmp_path / "checkpoints" / "step_00000001"
+    path.mkdir(parents=True)
+    large = path / "pieces_00000.safetensors"
+    large.write_bytes(bytes(33 << 20))
+    write_json(path / "state.json", {"train_state": TrainState(step=1).to_json(), "updates": 1})
+    checkpoint.seal(path, {large.name: {"size": large.stat().st_size, "sha256": sha256_file(large)}})
+    assert checkpoint.newest_good(tmp_path, world) == (path, ())
+    assert world.progress.count == 2
+
+
+def test_the_mean_of_the_old_rows_is_read_with_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new_rows, "ROWS_AT_A_TIME", 8)
+    saver = Saver(tmp_path, ALONE, take_ownership(tmp_path, ALONE))
+    saver.save(WholeModel(random_gpt()), TrainState(step=1), {})  # type: ignore[arg-type]
+    world, path = lone_world(torch.device("cpu")), tmp_path / "checkpoints" / "step_00000001"
+    larger = WholeModel(random_gpt(vocab_size=70)).state()
+    wanted = {"param.embedding.weight": larger["param.embedding.weight"]}
+    read_with_new_rows(path, wanted, NewRows(64, 32), world, index_of(path))
+    assert world.progress.count == 1 + 64 // 8, "the old rows, and their mean in slices"
 
 
 def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:

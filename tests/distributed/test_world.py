@@ -126,8 +126,9 @@ def test_half_an_environment_is_refused(environment: dict[str, str], message: st
     assert message in str(raised.value)
 
 
-def collectives(world: World) -> tuple[list[int], bool, bool, object, list[object], int]:
+def collectives(world: World) -> tuple[list[int], bool, bool, object, list[object], int, int]:
     own = world.with_own_group()
+    own.progress()
     return (
         world.sum([world.rank, -(2**62), 2**62 + 1]),
         world.any(world.rank == 1),
@@ -135,12 +136,13 @@ def collectives(world: World) -> tuple[list[int], bool, bool, object, list[objec
         world.broadcast(f"from {world.rank}"),
         world.gather(world.rank * 10),
         own.sum([1])[0],
+        world.progress.count,  # of a thread with a group of its own, too: the watchdog looks at one number
     )
 
 
 @pytest.mark.slow
 def test_collectives_agree(tmp_path: Path) -> None:
-    expected = ([1, -(2**63), -(2**63) + 2], True, False, "from 0", [0, 10], 2)
+    expected = ([1, -(2**63), -(2**63) + 2], True, False, "from 0", [0, 10], 2, 1)
     assert run_ranks(collectives, 2, tmp_path) == [expected, expected]
 
 

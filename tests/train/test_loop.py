@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,28 @@ import torch
 import yaml
 from ranks import free_port, run_ranks, wait_until
 from small_run import STEPS, losses, settings, start, stop_one_of_two, write_shards
+from whole_model import WholeModel
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.on_disk import list_checkpoints, step_of
+from megagpt.checkpoint.ownership import take_ownership
+from megagpt.checkpoint.save_load import Saver
 from megagpt.command import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, run_words
 from megagpt.config import UserError, validate
 from megagpt.data.open_data import DataConfig, open_data
 from megagpt.data.sample_hash import recompute_fed_hash
 from megagpt.data.sample_ledger import read_ledger
 from megagpt.data.state import TrainState
+from megagpt.distributed.world import lone_world
 from megagpt.files import read_json
+from megagpt.model.gpt import GPT
 from megagpt.monitor.metrics import read_metrics
 from megagpt.report.inspect_data import check_ledger
 from megagpt.train import preflight
 from megagpt.train.config import TrainConfig
-from megagpt.train.loop import train
+from megagpt.train.data_changes import record_of
+from megagpt.train.loop import load_newest, train
+from megagpt.train.spike_guard import Guard
 
 FAULTS = Path(__file__).resolve().parents[1] / "support" / "faults"
 
@@ -330,6 +338,36 @@ def test_told_to_stop_before_the_first_update_it_ends_at_once(
     (stop,) = read_metrics(tmp_path / "run").of_kind("stop")
     assert (stop["step"], "seconds" in stop) == (0, True)
     assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_what_a_start_draws_and_loads_and_a_save_copies_and_writes_is_progress(shards: Path, tmp_path: Path) -> None:
+    """Each parameter moves what the watchdog judges by, so that a large model on a slow disk is no hang."""
+    world = lone_world(torch.device("cpu"))
+
+    def start_at(name: str, **changes: Any) -> Any:
+        config = validate(TrainConfig, settings(shards, tmp_path / name, **changes), source="test")
+        guard, engine = Guard(config.guard, config.run_dir), WholeModel(GPT(config.model))
+        return SimpleNamespace(
+            config=config, data=open_data(config.data), world=world, engine=engine, guard=guard, attempt=1, base={}
+        )
+
+    def progress(action: Callable[[], object]) -> int:
+        before = world.progress.count
+        action()
+        return world.progress.count - before
+
+    run = start_at("run")
+    count = len(run.engine.state())
+    assert progress(lambda: load_newest(run, None)) == count, "each parameter that is drawn"
+    info = {"config": run.config.model_dump(mode="json"), "model": run.config.model.model_dump(mode="json")}
+    saver = Saver(run.config.run_dir, world, take_ownership(run.config.run_dir, world), background=True)
+    slices = progress(lambda: saver.save(run.engine, TrainState(step=4), info | record_of(run.data)) or saver.wait())
+    assert slices == 2 * count + 1, "each that is copied and each that is written, and the file's header"
+    saver.close()
+    again = start_at("run")
+    assert progress(lambda: load_newest(again, None)) == count, "each that is read"
+    begun = start_at("begun", init_from=str(run.config.run_dir))
+    assert progress(lambda: load_newest(begun, None)) == 2 * count, "each that is drawn, and each that is read into it"
 
 
 @pytest.mark.slow
