@@ -49,8 +49,10 @@ def test_what_is_in_the_journal_is_not_computed_again_and_a_torn_line_is(tmp_pat
     path.write_bytes(path.read_bytes()[:-3])
     world.stop.signal_name = ""
     seen.clear()
+    before = world.progress.count
     assert answer_groups(GROUPS, answer, world, journal) == SQUARES
     assert seen == GROUPS[3:]
+    assert world.progress.count - before == 2, "each group is progress for the watchdog"
     seen.clear()
     assert answer_groups([*GROUPS, [9]], answer, world, journal) == [*SQUARES, [81]]
     assert seen == [[9]]

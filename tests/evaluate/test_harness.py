@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +162,24 @@ def test_the_harness_scores_as_our_own_tasks_do_on_one_and_two_ranks(
     )
     evaluated(lone_world(torch.device("cpu")), folder, "run", ("choices",))
     assert len(read_results(alone.path)) == 2, "other tasks of the harness are another measurement"
+
+
+@pytest.mark.slow
+def test_whatever_differs_in_a_task_of_the_same_name_is_a_result_of_its_own(folder: Path, tmp_path: Path) -> None:
+    run_dir, tasks = shutil.copytree(folder / "run", tmp_path / "run"), shutil.copytree(folder / "tasks", tmp_path / "tasks")
+
+    def num_results(**changes: Any) -> int:
+        values = {"harness": ["words"], "harness_folder": tasks, "device": "cpu", "max_samples": 2, **changes}
+        return len(read_results(evaluate_run(EvaluateConfig.model_validate({"run_dir": run_dir, **values})).path))
+
+    assert [num_results(), num_results()] == [1, 1]
+    assert num_results(max_samples=1) == 2
+    assert num_results(harness_num_fewshot=1) == 3
+    (tasks / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(LAST_WORDS)))
+    assert num_results() == 4, "other questions"
+    settings = yaml.safe_load((tasks / "words.yaml").read_text())
+    (tasks / "words.yaml").write_text(yaml.safe_dump({**settings, "doc_to_text": "So: {{context}}"}))
+    assert [num_results(), num_results()] == [5, 5], "another prompt"
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_evaluate_model import small_gpt
 
 from megagpt.config import UserError
-from megagpt.distributed.world import lone_world
+from megagpt.distributed.world import Stopped, lone_world
 from megagpt.evaluate.generated_answers import AnswerRequest, Exercise, cut_at, generate_answers, read_exercises
 from megagpt.evaluate.text_scores import exact_match, final_number, score_texts, token_f1
 from megagpt.generate.sampling import SamplingConfig
@@ -120,6 +121,25 @@ def test_answers_are_the_greedy_ones_and_end_before_the_stop_text() -> None:
     assert cut == found[0][: found[0].index(stop)]
     with pytest.raises(UserError, match="32 tokens of an answer and a prompt are more than seq_len=32"):
         generate_answers(*parts, [AnswerRequest("p", (), 32)], **options)
+
+
+def test_answers_in_a_training_loop_get_on_with_each_token_and_stop_after_the_one_that_is_made() -> None:
+    model, world, forwards = small_gpt().eval(), lone_world(torch.device("cpu")), []
+    requests = [AnswerRequest(prompt, (), 8) for prompt in ("ab", "cd")]
+    options: dict[str, Any] = {"micro_batch_size": 2, "world": world, "in_step": True}
+    alone = generate_answers(model, model.config, Bytes(), requests, micro_batch_size=2, world=WORLD)
+    assert generate_answers(model, model.config, Bytes(), requests, **options) == alone
+    assert world.progress.count == 1 + 8, "the group and its tokens"
+
+    def told_to_stop(*arguments: Any, **more: Any) -> torch.Tensor:
+        forwards.append(arguments)
+        if len(forwards) == 3:
+            world.stop.request("SIGTERM")
+        return model(*arguments, **more)
+
+    with pytest.raises(Stopped):
+        generate_answers(told_to_stop, model.config, Bytes(), requests, **options)
+    assert len(forwards) == 3
 
 
 def test_texts_are_cut_at_the_first_stop_string() -> None:

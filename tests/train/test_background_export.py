@@ -61,8 +61,8 @@ class Background:
             self.commit(step, f"first {step}")
         write_json(run_dir / "owner.json", {"incarnation": 1})
         self.monitor = Monitor(run_dir, MonitorConfig(), run_config={}, rank=0)
-        world = lone_world(torch.device("cpu"))
-        self.exports = BackgroundExports(run_dir, world, self.monitor, 1, every_steps=2, keep_last=2)
+        self.world = lone_world(torch.device("cpu"))
+        self.exports = BackgroundExports(run_dir, self.world, self.monitor, 1, every_steps=2, keep_last=2)
 
     def commit(self, step: int, text: str) -> None:
         write_json(self.run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json", {"text": text})
@@ -197,6 +197,7 @@ def test_what_hangs_is_ended(background: Background, monkeypatch: pytest.MonkeyP
     [temporary] = background.run_dir.glob("exports/.tmp-*")
     psutil.Process(int(temporary.name.rpartition("-")[2])).send_signal(signal.SIGSTOP)
     exports.wait(3)
+    assert background.world.progress.count > 0, "the wait is no hang: the export's own thread ends what hangs"
     assert background.rows() == [(2, "failed")]
     assert background.names() == ["step_00000002.log"]
 
