@@ -1,4 +1,4 @@
-"""Bytes that cross ranks in one step, per kind of collective, by the rules of the engines. Counted on gloo in the tests.
+"""Bytes that ranks exchange in one step, per kind of collective, by the rules of the engines. Tests count them on gloo.
 
 Bytes are those of the whole buffer (the larger of a collective's input and output); on a ring each of R ranks sends and
 receives (R - 1) / R of them, twice that for an all-reduce.
@@ -17,10 +17,10 @@ Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """One kind of collective in a step: what for, bytes of its buffers, and how many ranks take part in each.
+    """One kind of collective in a step: its purpose, the bytes of its buffers, and the number of ranks that take part.
 
-    group: "whole" = all ranks; "near" = ranks that follow each other (a node's, if they are as many); "far" = one rank of each
-    such group.
+    group: "whole" = all ranks; "near" = consecutive ranks (one node, if the group is as large as a node); "far" = one rank of
+    each such group.
     """
 
     collective: Collective
@@ -37,7 +37,7 @@ class Traffic:
 
 
 def step_traffic(job: Job) -> list[Traffic]:
-    """What each rank takes part in during one step; gradients' norm and counters of a few bytes are left out."""
+    """The collectives that each rank takes part in during one step, without the gradient norm and counters of a few bytes."""
     if job.ranks == 1:
         return []
     traffic = _fsdp(job, job.engine) if isinstance(job.engine, FSDPConfig) else _zero(job, job.engine)
@@ -82,8 +82,8 @@ def _zero(job: Job, engine: DeepSpeedConfig) -> list[Traffic]:
 
 
 def _shared_samples(job: Job) -> Traffic:
-    """What the ranks of a context-parallel group exchange around attention: in the forward pass, again where it is recomputed,
-    and as many gradients. `job.seq_len` is a rank's part of the tokens."""
+    """What the ranks of a context-parallel group exchange around attention: once in the forward pass, once more where it is
+    recomputed, and the same amount of gradients. `job.seq_len` counts one rank's tokens."""
     engine, model = job.engine, job.model
     size = engine.context_parallel_size
     if size == 1:

@@ -1,4 +1,4 @@
-"""What is known of GPUs and networks, from hardware.yaml: sizes, peaks, bandwidths, efficiencies fitted to published runs."""
+"""Facts about GPUs and networks from hardware.yaml: sizes, peaks, bandwidths, efficiencies fitted to published runs."""
 
 from functools import cache
 from importlib.resources import files
@@ -21,26 +21,26 @@ class Efficiency(Config):
     block_bytes: float = Field(ge=0)
     """Bytes that a block moves through the GPU's memory per token and unit of width, matrix products aside."""
     exposed: float = Field(ge=0)
-    """Seconds that the collectives add, over those that they take at full bandwidth; above 1 where they do not reach it."""
+    """Seconds that collectives add to a step, divided by their seconds at full bandwidth; above 1 if they do not reach it."""
     float8_speedup: float | None = Field(default=None, gt=0)
-    """How much faster blocks' products are in float8; null = not known."""
+    """Speed of the blocks' matrix products in float8, as a multiple of bf16; null = not known."""
     median_error: float = Field(ge=0)
     """Median of |predicted / published - 1| of tokens per second, on the half of the published runs that was held back."""
     p90_error: float = Field(ge=0)
-    """The same error, below which 90 % of them lie."""
+    """The 90th percentile of the same errors."""
     max_gpus: int = Field(gt=0)
     """GPUs of the largest published run."""
     rows: int = Field(gt=0)
-    """Published runs, both halves."""
+    """Number of published runs, in both halves."""
 
 
 class Gpu(Config):
     """One kind of GPU. All rates are of one GPU."""
 
     name: str
-    """What it is called."""
+    """Its full name, for messages."""
     memory_gib: float = Field(gt=0)
-    """Memory."""
+    """Memory in GiB."""
     bf16_tflops: float = Field(gt=0)
     """Dense bf16 peak, TFLOP/s."""
     memory_gb_per_second: float = Field(gt=0)
@@ -54,7 +54,7 @@ class Gpu(Config):
     source: str
     """Where the figures are from."""
     efficiency: Efficiency | None = None
-    """null = no published runs are known: there is a memory plan and no time."""
+    """null = no published runs are known: the plan then has no times."""
     efficiency_of: str | None = None
     """Take the efficiency of this GPU, measured with the same chip."""
 
@@ -69,27 +69,27 @@ class Network(Config):
 
 
 class Assumptions(Config):
-    """Figures without a measurement behind them; each plan names them."""
+    """Figures that were not measured; each plan names them."""
 
     allocator_margin: float = Field(ge=0)
-    """Share of the tensors' bytes that the caching allocator holds besides."""
+    """Memory that the caching allocator holds beyond the tensors, as a share of their bytes."""
     context_gib: float = Field(ge=0)
     """CUDA context, libraries and NCCL's buffers on each GPU."""
     hours_between_failures_of_a_gpu: float = Field(gt=0)
     """GPU-hours per unexpected interruption."""
     source: str
-    """What they rest on."""
+    """Where the figures are from."""
 
 
 class Hardware(Config):
-    """The whole file."""
+    """All of hardware.yaml."""
 
     gpus: dict[str, Gpu]
-    """By the name that the planner takes."""
+    """By the name that the setting `gpu` takes."""
     networks: dict[str, Network]
-    """By the name that the planner takes."""
+    """By the name that the setting `network` takes."""
     assumptions: Assumptions
-    """What nobody has measured here."""
+    """Figures that were not measured."""
 
 
 @cache
@@ -108,7 +108,7 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def efficiency_of(gpu: Gpu) -> Efficiency | None:
-    """Its efficiency, its own or that of the GPU it shares the chip with."""
+    """The GPU's own efficiency, or that of the GPU with the same chip; None if there is neither."""
     if gpu.efficiency is None and gpu.efficiency_of is not None:
         return hardware().gpus[gpu.efficiency_of].efficiency
     return gpu.efficiency

@@ -1,4 +1,4 @@
-"""The bytes that a real step holds and sends on this machine: what a plan is compared with."""
+"""Measure the bytes that a real step holds and sends on this machine, to compare a plan with them."""
 
 import time
 from collections import defaultdict
@@ -30,9 +30,9 @@ COLLECTIVES = {
     "allreduce_": "all-reduce",
     "all_to_all_single": "all-to-all",
 }
-"""torch's names of the operations, and what they are."""
+"""torch's name of an operation -> its kind of collective."""
 RELEASE_SECONDS = 0.002
-"""What gloo's thread gets after a collective."""
+"""Pause after a collective, in which gloo's thread releases what it has sent."""
 
 
 def measured_peak(
@@ -48,9 +48,10 @@ def measured_peak(
     checkpoint_selectively: bool = False,
     steps: int = 3,
 ) -> dict[str, int]:
-    """Most bytes of tensors that are alive in each phase of the last of `steps` steps of a real engine on this rank.
+    """Peak bytes of live tensors on this rank, by phase, in the last of `steps` steps of a real engine.
 
-    The first steps create what stays: DeepSpeed's buffers, and caches of sharding rules that run on tensors of global shape.
+    The phases are start (bytes before the step), forward 1, backward 1, ..., update. The earlier steps create what stays:
+    DeepSpeed's buffers, and caches of sharding rules that run on tensors of global shape.
     """
     optim = optim or OptimConfig()
     with StorageTracker() as tracker, _hiding_gloo():
@@ -82,8 +83,8 @@ def measured_peak(
 
 @contextmanager
 def _hiding_gloo() -> Iterator[None]:
-    """Waits for collectives are not tracked: gloo copies buffers in them, which other libraries do not. After each of them its
-    thread gets the time to let go of what it has sent, which a step has freed and a busy machine would still count."""
+    """Do not track memory while a rank waits for a collective: gloo copies buffers there, other libraries do not. Pause after
+    each wait, so that gloo's thread releases buffers that the step has freed; a busy machine would still count them."""
     wait = dist.Work.wait
 
     def wait_unseen(work: dist.Work, *timeout: Any) -> Any:
@@ -100,7 +101,7 @@ def _hiding_gloo() -> Iterator[None]:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Adds up, by operation, the bytes of collectives' buffers: the larger of input and output; use it as a context."""
+    """Adds up the bytes of collectives' buffers by operation (the larger of input and output). Use it as a context manager."""
 
     def __init__(self) -> None:
         super().__init__()

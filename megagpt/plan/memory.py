@@ -1,8 +1,8 @@
-"""Bytes of memory that each rank of a run holds, by part, worked out without a GPU and without its ranks.
+"""Bytes of memory that each rank of a run holds, by part, computed without a GPU and without starting ranks.
 
-A step is played through as a list of allocations and releases, in the order in which the engine makes them (`Timeline`): the
+A step is simulated as a list of allocations and releases, in the order in which the engine makes them (`Timeline`): the
 states that stay, each unit's gathered weights and gradients, the buffers of the collectives, and the activations that
-megagpt.plan.trace has measured. The most at any moment is the plan. bench/plan/memory.py compares it with real steps.
+megagpt.plan.trace has measured. The plan is the peak of this list. bench/plan/memory.py compares it with real steps.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from megagpt.plan.trace import Gradients
 
 def plan_memory(job: Job) -> MemoryPlan:
     """The memory of rank 0, which holds the largest shards. Raises UserError if the engine's groups do not divide the ranks."""
-    timeline, job = Timeline(), replace(job, accumulation=min(job.accumulation, 3))  # all between the first and last are alike
+    timeline, job = Timeline(), replace(job, accumulation=min(job.accumulation, 3))  # all but the first and last are alike
     if _plays_alone(job):
         _play_alone(job, timeline)
     elif isinstance(job.engine, FSDPConfig):
@@ -28,7 +28,7 @@ def plan_memory(job: Job) -> MemoryPlan:
 
 
 def _plays_alone(job: Job) -> bool:
-    """Whether an engine uses the module as it is, since there is nothing to shard (megagpt.engine)."""
+    """Whether the engine uses the module unchanged, since there is nothing to shard (megagpt.engine)."""
     bf16_as_fp32 = job.kernels == "cpu" and not job.checkpoint_every
     if job.ranks > 1 or not (job.precision == "fp32" or bf16_as_fp32):
         return False

@@ -8,7 +8,7 @@ from megagpt.plan.trace import Gradients
 
 
 def play_fsdp(job: Job, engine: FSDPConfig, timeline: Timeline) -> None:
-    """fully_shard: each block and the root (embedding, norm, head) gather their weights and scatter their gradients."""
+    """Simulate a step: each block and the root (embedding, norm, head) gather their weights and scatter their gradients."""
     layers, shapes = job.model.num_layers, shapes_of(job.model)
     shards = engine.shard_size or job.ranks
     width, reduce_width = width_of(job), 2 if engine.reduce_dtype == "bf16" else 4
@@ -25,7 +25,7 @@ def play_fsdp(job: Job, engine: FSDPConfig, timeline: Timeline) -> None:
     fsdp = _Fsdp(timeline, shards, width, reduce_width, engine.cpu_offload)
     for micro in range(job.accumulation):
         first, last = micro == 0, micro == job.accumulation - 1
-        # fp32 gradients of later micro-batches are added into those that are there, bf16 ones stand beside their fp32 sum.
+        # Later micro-batches add fp32 gradients in place; bf16 gradients are held beside their fp32 sum.
         mode: Gradients = "kept" if first or width == 2 else "taken"
         timeline.phase = f"forward {micro + 1}"
         fsdp.gather(whole_root, forward=True)
@@ -57,7 +57,7 @@ def play_fsdp(job: Job, engine: FSDPConfig, timeline: Timeline) -> None:
 
 @dataclass
 class _Fsdp:
-    """fully_shard's buffers (torch 2.13, torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py)."""
+    """fully_shard's buffers, as in torch 2.13 (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py)."""
 
     timeline: Timeline
     shards: int
@@ -67,7 +67,7 @@ class _Fsdp:
     flat: int = 0
 
     def gather(self, elements: int, *, forward: bool) -> None:
-        """Gather a unit; in the forward pass the flat buffer stays until the next unit's copy out of its own."""
+        """Gather a unit. In the forward pass the flat buffer stays until the next unit has been gathered."""
         before, self.flat = self.flat, 0
         self.gather_flat(elements)
         flat, self.flat = self.flat, before
@@ -76,7 +76,7 @@ class _Fsdp:
         self.timeline.change("gathered weights", self.width * elements)
 
     def gather_flat(self, elements: int) -> None:
-        """All-gather into a flat buffer; in bf16 the shard is cast into a buffer of its own first."""
+        """All-gather into a flat buffer. In bf16 the shard is first cast into another buffer."""
         if self.shards > 1:
             self.flat = self.width * elements
             self.timeline.change("all-gather buffers", self.flat)

@@ -1,8 +1,8 @@
 """Memory of the DeepSpeed engine (0.19.8): ZeRO 0 to 3, their flat partitions and buckets, in the order in which they are made.
 
 Stage 0 and stage 1 in bf16 (DeepSpeed's BF16_Optimizer) reduce copies of all gradients after the backward pass; stage 2, and
-stage 1 in fp32, fill buckets; stage 3 gathers weights module by module, ahead by a number of elements, and lets go of those
-that are not used again soon.
+stage 1 in fp32, fill buckets; stage 3 gathers weights module by module, prefetches up to a number of elements, and frees
+weights that are not used again soon.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +24,17 @@ from megagpt.plan.timeline import (
 from megagpt.plan.trace import Made
 
 ALLREDUCE_ELEMENTS = 500_000_000
-"""DeepSpeed's elements_per_buffer: gradients that stage 0 and BF16_Optimizer copy together to reduce them."""
+"""DeepSpeed's elements_per_buffer: gradients that stage 0 and BF16_Optimizer copy into one buffer to reduce them."""
 MAX_REUSE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's sub_group_size: elements of a rank's partition that stage 3 updates together."""
 NORM_WIDTH = 8
-"""DeepSpeed takes norms in fp64, tensor by tensor."""
+"""Bytes per element in a norm: DeepSpeed computes norms in fp64, one tensor at a time."""
 
 
 def play_zero(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
-    """The step of the stage."""
+    """Simulate a step of the ZeRO stage that is configured."""
     timeline.change("inputs", 8 * job.micro_batch_size * job.seq_len)
     if engine.zero_stage == 3:
         _play_3(job, engine, timeline)
@@ -56,7 +56,7 @@ def _play_whole_gradients(job: Job, engine: DeepSpeedConfig, timeline: Timeline)
     timeline.change("optimizer states", _state_bytes(job, shapes) // shards)
     for micro in range(job.accumulation):
         timeline.phase = f"forward {micro + 1}"
-        # The second micro-batch adds into the gradients of the first, which stay where they are.
+        # Later micro-batches add into the gradients of the first, in place.
         play_passes(job, timeline, "kept" if micro == 0 else "taken", micro=micro)
         timeline.drop("activations")
         timeline.change("whole gradients", width * numel if micro == 0 else 0)
@@ -64,7 +64,7 @@ def _play_whole_gradients(job: Job, engine: DeepSpeedConfig, timeline: Timeline)
             timeline.touch({"whole gradients": 4 * max(shape.numel() for shape in shapes.values())})
     timeline.phase = "update"
     together = min(numel, ALLREDUCE_ELEMENTS + max(shape.numel() for shape in shapes.values()))
-    if job.ranks > 1 or engine.zero_stage:  # DeepSpeed copies them on one rank as well, stage 0 is reduced here
+    if job.ranks > 1 or engine.zero_stage:  # DeepSpeed also copies them on a single rank; megagpt reduces stage 0 itself
         cast = 2 * together if engine.reduce_dtype == "bf16" else 0
         timeline.touch({"all-reduce buffers": 4 * together + cast})
 
@@ -112,8 +112,8 @@ def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None
 
 
 class _Buckets:
-    """Buckets of gradients in stages 2 and 3, filled as gradients are made. In stage 2 on the last rank, which is the first to
-    keep some: its partition has the last parameters."""
+    """Buckets of gradients in stages 2 and 3, filled as gradients are made. Stage 2 is simulated on the last rank: its
+    partition has the last parameters, so it is the first rank that keeps gradients."""
 
     def __init__(self, job: Job, engine: DeepSpeedConfig, timeline: Timeline, shapes: Shapes) -> None:
         self._timeline, self._rank, self._width, self._stage = timeline, job.ranks - 1, width_of(job), engine.zero_stage
@@ -136,20 +136,20 @@ class _Buckets:
         self._waiting: list[str] = []
 
     def begin(self, part: str, *, allocates: bool) -> Callable[[str, int], None]:
-        """A micro-batch's backward pass, which keeps gradients in `part`; returns what is called for each gradient."""
+        """Begin a micro-batch's backward pass, whose gradients are counted as `part`; returns the function to call for each."""
         self._part, self._allocates, self._have = part, allocates, set()
         return self.take
 
     def take(self, name: str, live: int) -> None:
-        """A gradient has been made, beside `live` bytes of activations."""
+        """Put a gradient that has been made into the bucket; `live` bytes of activations are alive beside it."""
         if sum(map(self._numel.__getitem__, self._waiting)) + self._numel[name] > self._capacity:
             self.reduce(live)
         self._waiting.append(name)
-        if self._numel[name] > self._capacity:  # stays where it is
+        if self._numel[name] > self._capacity:  # stays in its own memory
             self._timeline.change("large gradients", self._width * self._numel[name])
 
     def reduce(self, live: int) -> None:
-        """Reduce what waits, beside `live` bytes of activations."""
+        """Reduce the gradients in the bucket while `live` bytes of activations are alive."""
         if self._stage == 3:
             self._timeline.touch({"activations": live, "reduce-scatter buffers": self._scattering()})
         else:
@@ -158,7 +158,7 @@ class _Buckets:
         self._waiting = []
 
     def _scattering(self) -> int:
-        """Bytes of stage 3's copies: what was too large for the bucket is widened, and all is put in the order of ranks."""
+        """Bytes of stage 3's copies: gradients too large for the bucket are widened, and all are put in the order of ranks."""
         sizes = [self._numel[name] for name in self._waiting]
         widened = self._wide * sum(size for size in sizes if size > self._capacity) if self._wide != self._width else 0
         ordered = len(sizes) > 1 or any(size % self._ranks for size in sizes)
@@ -174,7 +174,7 @@ class _Buckets:
             runs += owner != before or (owner == self._rank and not in_fp32)
             before = owner
         elements = sum(map(self._numel.__getitem__, self._waiting))
-        flat = self._width if runs > 1 else 0  # one run is reduced where it is
+        flat = self._width if runs > 1 else 0  # a single run is reduced in place
         cast = 0 if self._wide == self._width else self._wide
         self._timeline.touch({"activations": live, "all-reduce buffers": (flat + cast) * elements})
         if in_fp32 and mine:  # one buffer for all groups
@@ -188,7 +188,7 @@ class _Buckets:
 
 
 def _partitioned_groups(job: Job, shapes: Shapes) -> list[list[str]]:
-    """Names by group of parameters, as megagpt.engine.optim.parameter_groups has them."""
+    """Parameter names by group, grouped as in megagpt.engine.optim.parameter_groups."""
     groups: dict[str, list[str]] = {"matrices": [], "decayed": [], "plain": []}
     for name, shape in shapes.items():
         matrix = OPTIMIZERS[job.optim.kind].matrices_only and name.startswith("blocks.")
@@ -198,7 +198,7 @@ def _partitioned_groups(job: Job, shapes: Shapes) -> list[list[str]]:
 
 @dataclass
 class _Gathered:
-    """Stage 3's gathered weights: which are there, which are on their way (copied out of a flat buffer when first needed)."""
+    """Stage 3's gathered weights: those available, and those in flight (copied out of a flat buffer when first needed)."""
 
     numel: dict[str, int]
     order: list[list[str]]
@@ -217,7 +217,7 @@ class _Gathered:
     """Elements gathered so far."""
 
     def bytes(self) -> tuple[int, int]:
-        """(gathered weights, flat buffers); one rank alone uses its shards as they are."""
+        """Bytes of (gathered weights, flat buffers). A single rank uses its shards directly."""
         if self.ranks == 1:
             return 0, 0
         copied = sum(self.numel[name] for name in self.available if name not in self.in_flight)
@@ -245,7 +245,7 @@ class _Gathered:
             self.gathered += padded
 
     def _wait(self, names: list[str]) -> None:
-        """The first one that is waited for copies its whole bucket; the flat buffer goes when all have been waited for."""
+        """The first wait copies the whole bucket out of its flat buffer; the buffer is freed after the last wait."""
         for name in names:
             for key, (waiting, size) in list(self.flats.items()):
                 if name in waiting:
@@ -386,7 +386,7 @@ def _module_order(job: Job, shapes: Shapes) -> tuple[int, int, int, list[list[st
     if job.model.tied_head and not job.model.classes:
         modules["head"] = ["embedding.weight"]
     names = list(modules)
-    # The model and each block are modules too: they need nothing, but what comes next is gathered ahead as they begin.
+    # The model and each block are modules too: they have no parameters of their own, but prefetching starts when they begin.
     first = [[], *(modules[name] for name in ("embedding", "positions") if name in modules)]
     last = [modules[name] for name in ("norm", "head", "score") if name in modules]
     blocks = [[[], *(modules[n] for n in names if n.startswith(f"blocks.{i}."))] for i in range(job.model.num_layers)]

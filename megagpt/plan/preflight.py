@@ -1,4 +1,4 @@
-"""Everything about a job that can be wrong before it is submitted, checked for all its ranks on one CPU."""
+"""Check a job for all its ranks on one CPU before it is submitted: settings, batches, data, memory, disk, sbatch options."""
 
 import re
 import shutil
@@ -19,11 +19,11 @@ from megagpt.train.cross_checks import refuse_contradictions
 MANY_EPOCHS = 4
 """Repeating data up to four times is about as good as new data (arXiv 2305.16264)."""
 SIGNAL_SECONDS = 60
-"""Least warning before the time limit in which a run can finish its update and save."""
+"""Shortest warning before the time limit in which a run can finish its update and save."""
 
 
 def preflight_job(config: PlanConfig, cluster: Cluster, plan: RunPlan | UserError) -> list[str]:
-    """What is wrong, one sentence each that says what to do; [] = nothing was found.
+    """The job's problems, one sentence each that says what to do; [] = no problem was found.
 
     `plan`: the run's plan, or the error with which planning ended (groups that do not divide the ranks).
     """
@@ -53,7 +53,7 @@ def _settings(config: TrainConfig) -> Iterator[str]:
 
 
 def _batches(config: TrainConfig, ranks: int) -> Iterator[str]:
-    """`ranks` get other samples; with context parallelism they are groups, and all the ranks of one wait."""
+    """`ranks`: how many ranks read different samples; with context parallelism each of them is a group of ranks."""
     for name, size in config.batch_sizes():
         micro_batches = -(-size // config.micro_batch_size)
         if micro_batches < ranks:
@@ -113,7 +113,7 @@ def _data(config: TrainConfig) -> Iterator[str]:
 
 
 def source_epochs(config: TrainConfig) -> dict[str, float]:
-    """How often the run reads each source; {} where the shards are not there. Weights that change are taken as they begin."""
+    """How often the run reads each source, by name; {} if the shards are missing. Changes of weights are not counted."""
     try:
         data = open_data(config.data)
     except UserError:
@@ -165,7 +165,7 @@ def _sbatch(config: PlanConfig, cluster: Cluster) -> Iterator[str]:
     limit, signal = options.get("time"), options.get("signal", "")
     seconds = slurm_seconds(limit) if limit else None
     if limit and seconds is None:
-        yield f"sbatch: --time={limit} is no time of SLURM's: minutes, hours:minutes:seconds or days-hours are expected"
+        yield f"sbatch: --time={limit} is not in a time format of SLURM: give minutes, hours:minutes:seconds or days-hours"
     warning = int(signal.rpartition("@")[2]) if signal.rpartition("@")[2].isdigit() else 0
     if (config.sbatch or config.script) and seconds and warning < SIGNAL_SECONDS:
         yield (
@@ -184,4 +184,4 @@ def _script(path: Path) -> Iterator[str]:
     if done.returncode:
         yield f"script={path}: not valid for bash: {done.stderr.strip().splitlines()[0]}"
     if not re.search(r"^#SBATCH --requeue", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
-        yield f"script={path}: has no `#SBATCH --requeue`: a job that a node takes down does not start again"
+        yield f"script={path}: has no `#SBATCH --requeue`: after a node failure the job does not start again"

@@ -27,27 +27,27 @@ class PlanConfig(TrainConfig):
     """A training run, and the GPUs it is planned for."""
 
     gpus: int | None = Field(default=None, gt=0)
-    """GPUs, one rank each; null = those that `sbatch` asks for, or nodes x those of a usual node."""
+    """Number of GPUs, one rank each; null = the number that `sbatch` asks for, or nodes x the GPUs of a usual node."""
     nodes: int | None = Field(default=None, gt=0)
-    """Nodes; null = as many as the GPUs fill."""
+    """Number of nodes; null = as many as the GPUs fill."""
     gpu: str = "h100_80gb"
-    """Kind of GPU, a name of megagpt/plan/hardware.yaml. Another name gets the memory plan and no time."""
+    """Kind of GPU, a name of megagpt/plan/hardware.yaml. With another name the plan has no times."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of a GPU; null = what hardware.yaml says."""
+    """Memory of a GPU in GiB; null = the value of hardware.yaml."""
     network: str | None = None
     """Network between nodes, a name of hardware.yaml; null = the usual one of the GPU."""
     network_gb_per_second: float | None = Field(default=None, gt=0)
-    """Bandwidth of a node to the others, one direction, instead of the network's."""
+    """Bandwidth from a node to the others in GB/s, one direction; replaces that of `network`."""
     price_per_gpu_hour: float | None = Field(default=None, gt=0)
-    """What a GPU costs in an hour, in any currency; null = no cost is given."""
+    """Price of a GPU per hour, in any currency; null = the plan shows no cost."""
     storage_gb_per_second: float | None = Field(default=None, gt=0)
-    """What the disk of run_dir takes from all ranks together; null = no time is given for checkpoints."""
+    """Write bandwidth of the disk of run_dir in GB/s, all ranks together; null = the plan shows no times of checkpoints."""
     sweep: tuple[int, ...] = ()
     """Numbers of GPUs to compare in a table, e.g. [8,16,32,64]."""
     plot: Path | None = None
     """File for a plot of the sweep (.svg, .png); null = none."""
     fit: bool = False
-    """Search micro-batch, checkpointing and sharding for the fastest that fits, and write it as a configuration."""
+    """Search for the fastest micro-batch size, checkpointing and sharding that fit, and write them as a configuration."""
     output: Path = Path("planned.yaml")
     """The configuration that fit=true writes."""
     preflight: bool = False
@@ -87,7 +87,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run needs and how long it takes. Times are None where nothing is known of the GPU."""
+    """What a run needs and how long it takes. Times are None if no published runs on the GPU are known."""
 
     parameters: int
     flops: FlopsPerToken
@@ -98,22 +98,22 @@ class RunPlan:
     traffic: tuple[Traffic, ...]
     step: StepTime | None
     tokens_per_second: float | None
-    """Of all GPUs."""
+    """Of all GPUs together."""
     mfu: float | None
     """Full convention, 0 to 1."""
     seconds: float | None
     """Of the whole run, without evaluation, saving and failures."""
     error: float | None
-    """How far planned and published speed differ in nine of ten runs that were held back, e.g. 0.08."""
+    """Relative error of planned speed that nine of ten held-back published runs stay below, e.g. 0.08."""
     tokens: int
     checkpoint_bytes: int
     export_bytes: int
-    """Of all exports beside the training that lie on the disk at once."""
+    """Of all exports during training that are on the disk at once."""
     notes: tuple[str, ...]
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory suffices; None if the GPU's is not known."""
+        """Whether the run fits into the GPU's memory; None if that is not known."""
         return None if self.capacity_gib is None else self.needed_gib <= self.capacity_gib
 
 
@@ -167,7 +167,7 @@ def job_of(config: TrainConfig, ranks: int, global_batch_size: int | None = None
 
 
 def planned_parts(config: TrainConfig, ranks: int, kernels: str) -> dict[str, int]:
-    """Bytes by part at the most of a step on one of `ranks` GPUs ("gpu") or processes ("cpu")."""
+    """Bytes by part at the peak of a step, on one of `ranks` GPUs (kernels="gpu") or processes (kernels="cpu")."""
     return plan_memory(replace(job_of(config, ranks), kernels="gpu" if kernels == "gpu" else "cpu")).parts
 
 
@@ -191,12 +191,12 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
     step = rate = mfu = seconds = None
     if cluster.gpu is None:
         notes.append(
-            f"gpu={cluster.name} is not in hardware.yaml: there is no time, and no limit unless gpu_memory_gib is given"
+            f"gpu={cluster.name} is not in hardware.yaml: the plan has no times, and no limit unless gpu_memory_gib is given"
         )
     elif efficiency is None:
-        notes.append(f"gpu={cluster.name}: no published runs are known, so there is no time")
+        notes.append(f"gpu={cluster.name}: no published runs are known, so the plan has no times")
     elif _offloads(config):
-        notes.append("states are offloaded to host memory: no published runs are known, so there is no time")
+        notes.append("states are offloaded to host memory: no published runs are known, so the plan has no times")
     else:
         step = _step_time(config, cluster, job, parameters)
         rate = config.global_batch_size * config.data.seq_len / step.total
@@ -210,12 +210,12 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
     if OPTIMIZERS[config.optim.kind].matrices_only:
         notes.append(f"memory: the whole matrices that {config.optim.kind} updates one by one are not counted")
     if config.engine.context_parallel_size > 1:
-        notes.append("memory: what ranks that share samples exchange around attention is in buffers that are not counted")
-        notes.append("time: no published runs with context parallelism are known; its traffic counts as all other")
+        notes.append("memory: the buffers of context parallelism's exchange around attention are not counted")
+        notes.append("time: no published runs with context parallelism are known; its traffic is planned like any other")
     if config.determinism == "canonical":
-        notes.append("determinism=canonical reduces every micro-batch by itself: its buffers and time are not counted")
+        notes.append("determinism=canonical reduces each micro-batch separately: its buffers and time are not counted")
     if config.compile:
-        notes.append("compile=true: fused operations keep fewer activations than is counted, and run faster")
+        notes.append("compile=true: fused operations keep fewer activations than are counted, and run faster")
     return RunPlan(
         parameters=parameters,
         flops=flops,
@@ -237,7 +237,7 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
 
 
 def save_interval_seconds(plan: RunPlan, gpus: int, storage_gb_per_second: float) -> tuple[float, float]:
-    """(seconds that a checkpoint takes to write, seconds between two that lose the least time; Daly 2006, first order)."""
+    """(seconds to write a checkpoint, seconds between checkpoints that lose the least time; Daly 2006, first order)."""
     write = plan.checkpoint_bytes / (storage_gb_per_second * 1e9)
     between_failures = hardware().assumptions.hours_between_failures_of_a_gpu * 3600 / gpus
     return write, math.sqrt(2 * write * between_failures)
@@ -253,13 +253,13 @@ def _time_notes(config: TrainConfig, cluster: Cluster, max_gpus: int, float8_spe
     if cluster.gpus > max_gpus:
         notes.append(f"time: {cluster.gpus} GPUs are more than the {max_gpus} of the largest published run: extrapolated")
     if isinstance(config.engine, DeepSpeedConfig):
-        notes.append("time: the published runs are FSDP's; none of DeepSpeed is known")
+        notes.append("time: the published runs used FSDP; none with DeepSpeed is known")
     if config.float8 != "none" and float8_speedup is None:
         notes.append(f"time: float8={config.float8}: no published runs on this GPU are known, planned as bf16")
     if config.precision == "fp32":
         notes.append("time: precision=fp32 is planned as bf16: it is slower")
     if config.data.document_mask:
-        notes.append("time: attention is counted over whole samples, masks of documents make it less")
+        notes.append("time: attention is counted over whole samples; document masks reduce it")
     return notes
 
 

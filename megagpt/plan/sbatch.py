@@ -1,11 +1,11 @@
-"""What options of sbatch ask for, as far as a plan depends on them."""
+"""Read the options of sbatch that a plan depends on."""
 
 import re
 from collections.abc import Mapping
 
 
 def sbatch_options(text: str) -> dict[str, str]:
-    """Name -> value of the long options in a command line; the last one counts, and "" stands for an option without a value."""
+    """Name -> value of the long options in a command line. The last of equal names counts; an option without a value has ""."""
     found = {}
     for word in re.findall(r"--([a-z-]+(?:[= ][^-\s]\S*)?)", text):
         name, _, value = word.replace(" ", "=", 1).partition("=")
@@ -14,14 +14,14 @@ def sbatch_options(text: str) -> dict[str, str]:
 
 
 def gpus_asked(options: Mapping[str, str]) -> tuple[int, int] | None:
-    """(nodes, GPUs per node); None if no GPUs are asked for by node. Of a range of nodes (1-3) the largest number counts."""
+    """(nodes, GPUs per node); None if the options do not give GPUs per node. Of a range of nodes (1-3) the largest counts."""
     per_node = options.get("gpus-per-node") or re.sub(r"^gpu:?", "", options.get("gres", ""))
     number, nodes = per_node.rpartition(":")[2], options.get("nodes", "1").rpartition("-")[2]
     return (int(nodes), int(number)) if number.isdigit() and nodes.isdigit() and int(nodes) and int(number) else None
 
 
 def slurm_seconds(text: str) -> int | None:
-    """Seconds of SLURM's time formats; None if it is none."""
+    """Seconds of a time in one of SLURM's formats; None if `text` has none of them."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
         return None

@@ -1,4 +1,4 @@
-"""Print a plan: the whole of it, six lines, or a comparison of numbers of GPUs; and what the tool's run does."""
+"""Print a plan in full, in six lines, or as a table over numbers of GPUs; `run` is what the tool calls."""
 
 from pathlib import Path
 
@@ -12,7 +12,11 @@ from megagpt.train.config import TrainConfig
 
 
 def run(config: PlanConfig) -> int:
-    """Plan, print, and what else was asked for; 2 if the preflight finds something or nothing fits. Raises UserError."""
+    """Make and print the plan, then do what else the settings ask for (sweep, fit, preflight).
+
+    Returns the exit status: 2 if the preflight finds a problem or no settings fit. Raises UserError if groups do not divide
+    the ranks (without a preflight, which reports it).
+    """
     cluster, train = cluster_of(config), config.train_config()
     plan: RunPlan | UserError
     found: Suggestion | None = None
@@ -33,7 +37,7 @@ def run(config: PlanConfig) -> int:
     for problem in problems:
         print(f"preflight: {problem}")
     if config.preflight and not problems:
-        print("preflight: nothing was found")
+        print("preflight: no problem was found")
     failed = bool(problems) or (config.fit and isinstance(plan, RunPlan) and not plan.fits and found is None)
     return EXIT_USER_ERROR if failed else EXIT_DONE
 
@@ -106,11 +110,14 @@ def sweep_lines(config: PlanConfig) -> list[str]:
 
 
 def write_fitting(config: PlanConfig, train: TrainConfig, plan: RunPlan, found: Suggestion | None) -> str:
-    """Write the configuration that fits, the run's own if that is the best; returns what was done."""
+    """Write the configuration that fits, or the run's own if that is best; returns a sentence on what was done.
+
+    Raises UserError if the GPU's memory is not known.
+    """
     if plan.capacity_gib is None:
         raise UserError(f"fit=true: the memory of gpu={config.gpu} is not known: give gpu_memory_gib")
     if found is None and not plan.fits:
-        return f"fit: nothing that was tried fits {plan.capacity_gib:.1f} GiB; {config.output} was not written"
+        return f"fit: no settings that were tried fit {plan.capacity_gib:.1f} GiB; {config.output} was not written"
     write_text(config.output, dump(train if found is None else found.config))
     return f"fit: {config.output} written" + ("" if found is not None else ", unchanged: the run fits as it is")
 
@@ -151,7 +158,7 @@ def _checkpoint_line(config: PlanConfig, cluster: Cluster, plan: RunPlan) -> str
         line += f" = {config.save_every_steps * plan.step.total / 60:.0f} min"
     if config.storage_gb_per_second is not None:
         write, interval = save_interval_seconds(plan, cluster.gpus, config.storage_gb_per_second)
-        line += f", {write:.0f} s to write; least is lost with one every {interval / 60:.0f} min"
+        line += f", {write:.0f} s to write; one every {interval / 60:.0f} min loses the least time"
     if config.export_every_steps:
         line += f"; exports every {config.export_every_steps} steps, {plan.export_bytes / 1e9:.2f} GB together"
     return line

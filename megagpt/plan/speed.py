@@ -5,8 +5,8 @@
                              + (tokens x layers x width x block_bytes + logits) / memory bandwidth
     seconds of a step        = accumulation x that + exposed x traffic + optimizer's bytes / memory bandwidth
 
-megagpt/plan/hardware.yaml holds the efficiencies, bench/plan/speed.py fits and scores them. A kind of GPU without published
-runs has no time.
+megagpt/plan/hardware.yaml holds the efficiencies; bench/plan/speed.py fits and scores them. Without published runs on a kind
+of GPU, no time is planned.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from megagpt.model.gpt import ModelConfig
 from megagpt.plan.hardware import Efficiency, Gpu
 
 LOGIT_BYTES = 20
-"""Bytes that the loss moves per logit: made, read and written in fp32 for the softmax, and its gradient read twice."""
+"""Bytes that the loss moves per logit: the softmax writes, reads and rewrites it in fp32, and its gradient is read twice."""
 UPDATE_BYTES = 28
-"""Bytes that an update moves per element of a shard: weight, gradient and two moments in fp32 read, three of them written."""
+"""Bytes that an update moves per element of a shard: it reads weight, gradient and two moments in fp32, and writes three."""
 BACKWARD_ATTENTION = 2.5
-"""The backward pass of fused attention over its forward pass, in FLOPs: it makes the scores anew (arXiv 2205.14135)."""
+"""FLOPs of fused attention's backward pass divided by its forward pass's: it recomputes the scores (arXiv 2205.14135)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What one GPU does in a step, free of any framework."""
+    """The work of one GPU in a step, independent of any framework."""
 
     layers: int
     width: int
@@ -37,7 +37,7 @@ class Workload:
     repeated_products: float
     """Block forward passes whose products are repeated, as a share of the layers."""
     repeated_elementwise: float
-    """The same for all that lies between the products."""
+    """The same for the operations between the products."""
     micro_batch_tokens: int
     accumulation: int
     ranks: int
@@ -45,7 +45,7 @@ class Workload:
     micro_batch_traffic_seconds: float
     step_traffic_seconds: float
     products_speedup: float = 1.0
-    """Of the blocks' products, by float8."""
+    """Speedup of the blocks' products by float8; 1 = none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What to change so that a run fits, or runs faster: the settings are searched with the plan itself."""
+"""Suggest settings with which a run fits or is faster. The search makes a plan for each candidate."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from megagpt.plan.run_plan import Cluster, RunPlan, make_plan
 from megagpt.train.config import TrainConfig
 
 FASTER = 1.03
-"""A change that brings less is not worth a line."""
+"""A smaller speedup than this is not suggested."""
 MAX_TOKENS = 1 << 17
-"""Tokens of the largest micro-batch that is tried; products are as fast with fewer."""
+"""Tokens of the largest micro-batch that is tried; matrix products reach their full speed with fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Suggestion:
 
 
 def suggest(config: TrainConfig, cluster: Cluster, plan: RunPlan) -> Suggestion | None:
-    """The fastest settings that fit; None if the run's own do and none is clearly faster, or if nothing fits.
+    """The fastest settings that fit; None if the run's own fit and none is clearly faster, or if nothing fits.
 
-    Tried are micro-batches in powers of two, every way of checkpointing, and the ways to shard of the engine that is set.
-    Without a time, less recomputation comes first, then the larger micro-batch.
+    The search tries micro-batches in powers of two, all activation checkpointing, and all sharding of the configured engine.
+    Without planned times it prefers less recomputation, then the larger micro-batch.
     """
     if cluster.memory_gib is None:
         return None
@@ -55,7 +55,7 @@ def _candidates(config: TrainConfig, cluster: Cluster) -> Iterator[TrainConfig]:
     for engine in _engines(config.engine, cluster):
         for mode in modes:
             if mode == "selective" and isinstance(engine, DeepSpeedConfig) and engine.zero_stage == 3:
-                continue  # see megagpt.plan.preflight
+                continue  # the configuration refuses it, see TrainConfig
             checkpointing = int(mode) if mode.isdigit() else mode
             yield config.model_copy(update={"engine": engine, "activation_checkpointing": checkpointing})
 
@@ -82,8 +82,8 @@ def _engines(engine: EngineConfig, cluster: Cluster) -> list[EngineConfig]:
 
 
 def _largest_micro_batch(config: TrainConfig, cluster: Cluster) -> tuple[TrainConfig, RunPlan] | None:
-    """The largest power of two that fits. All are tried: one that ends accumulation needs less than a smaller one, since
-    fully_shard keeps whole gradients until the last micro-batch."""
+    """The largest power of two that fits. All are tried: without accumulation a larger micro-batch can need less than a
+    smaller one with it, since fully_shard keeps whole gradients until the last micro-batch."""
     most = max(1, min(config.global_batch_size // cluster.gpus, MAX_TOKENS // config.data.seq_len))
     for bit in reversed(range(most.bit_length())):
         candidate = config.model_copy(update={"micro_batch_size": 1 << bit})

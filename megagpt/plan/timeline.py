@@ -1,4 +1,4 @@
-"""What every engine's memory plan is made of: the job, the timeline of allocations, and the rules by which tensors are cut."""
+"""The parts of every engine's memory plan: the job, the timeline of allocations, and the rules that shard tensors."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ def _shapes_of(model: Any) -> Shapes:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What of a run its memory depends on."""
+    """The settings of a run that its memory and traffic depend on."""
 
     model: ModelConfig
     engine: EngineConfig
@@ -37,7 +37,7 @@ class Job:
     precision: Precision
     micro_batch_size: int
     seq_len: int
-    """Tokens of a sample that a rank has: with context parallelism its part of them."""
+    """Tokens of a sample on one rank; with context parallelism, the rank's part of the sample."""
     ranks: int
     accumulation: int = 1
     checkpoint_every: int = 0
@@ -48,9 +48,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The most bytes of tensors that a rank holds in a step, by part, and the phase in which it does.
+    """Peak bytes of tensors on a rank during a step, and the phase of that peak.
 
-    host: bytes of states that offloading keeps in host memory, per rank.
+    parts: the peak's bytes by part. peaks: the peak of each phase. host: bytes of states that offloading keeps in host memory,
+    per rank.
     """
 
     peak: int
@@ -62,7 +63,7 @@ class MemoryPlan:
 
 @dataclass
 class Timeline:
-    """Bytes by part that are alive now, and at the highest moment so far, per phase."""
+    """Live bytes by part, now (`live`) and at the peak so far (`at_peak`), and the peak of each phase (`peaks`)."""
 
     live: dict[str, int] = field(default_factory=dict)
     phase: str = "start"
@@ -76,7 +77,7 @@ class Timeline:
         self.touch()
 
     def keep(self, part: str, size: int, *, on_host: bool) -> None:
-        """Allocate for good, here or in host memory."""
+        """Allocate for the whole run, on the device or in host memory."""
         if on_host:
             self.host += size
         else:
@@ -88,7 +89,7 @@ class Timeline:
             self.live.pop(part, None)
 
     def touch(self, more: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Take note of what is alive, with `more` on top for a moment."""
+        """Update the peaks with the live bytes plus `more`, which is alive only now."""
         total = sum(self.live.values()) + sum(more.values())
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), total)
         if total > self.at_peak[0]:
@@ -98,7 +99,7 @@ class Timeline:
             self.at_peak = (total, self.phase, parts)
 
     def span(self, part: str, span: Span) -> None:
-        """A part of a pass."""
+        """Play a part of a pass: reach its peak, then keep what it leaves."""
         self.touch({part: span.peak})
         self.change(part, span.left)
 
@@ -118,21 +119,24 @@ def units_of(shapes: Shapes) -> tuple[Shapes, Shapes]:
 
 
 def shard_elements(shape: torch.Size, shards: int) -> int:
-    """Elements of a shard by torch.chunk's rule along the first dimension, the first rank's."""
+    """Elements of the first rank's shard, by torch.chunk's rule along the first dimension."""
     return -(-shape[0] // shards) * (shape.numel() // shape[0])
 
 
 def width_of(job: Job) -> int:
+    """Bytes per element of weights and activations."""
     return 2 if job.precision == "bf16" else 4
 
 
 def checkpointing_of(job: Job, number: int) -> Literal["none", "selective", "full"]:
+    """The activation checkpointing of a block, by its number from 0."""
     if not job.checkpoint_every or number % job.checkpoint_every:
         return "none"
     return "selective" if job.checkpoint_selectively else "full"
 
 
 def trace_block(job: Job, number: int, gradients: Gradients, *, casts: bool = False) -> Activations:
+    """Traced bytes of a block, by its number from 0, and of the embedding and the head around it."""
     key = TraceKey(
         job.model,
         job.micro_batch_size,
@@ -157,10 +161,10 @@ def play_passes(
     before_backward: Mapping[str, int] = MappingProxyType({}),
     take: Callable[[str, int], None] | None = None,
 ) -> None:
-    """Both passes of a model whose weights are whole, its gradients counted among the activations.
+    """Simulate both passes of a model with whole weights; its gradients are counted as activations.
 
-    before_backward: allocated between the passes. take: called as each gradient has been made, with the parameter's name and
-    the bytes of activations, this gradient among them, that are alive besides those at the part's start; only with `taken`.
+    before_backward: bytes allocated between the passes. take: called when a gradient has been made, with the parameter's name
+    and the bytes of activations, this gradient included, that were allocated since the part's start; only with `taken`.
     """
 
     def backward(span: Span, moments: Sequence[Made], prefix: str = "") -> None:

@@ -26,16 +26,16 @@ from megagpt.model.loss import CHUNK_ELEMENTS_GPU
 
 Kernels = Literal["cpu", "gpu"]
 GRADIENT = "gradient of "
-"""Begins the name of a mark at which a parameter's gradient has been made."""
+"""Prefix of the marks at which a parameter's gradient has been made."""
 Gradients = Literal["kept", "taken"]
 """kept: a parameter's gradient stays in its `.grad` (fully_shard's units, stage 0); taken: a hook empties it at once (ZeRO)."""
 
 
 class StorageTracker(TorchDispatchMode):
-    """Adds up the bytes of all storages that operations have touched and that are still alive; use it as a context.
+    """Adds up the bytes of all live storages that operations have touched. Use it as a context manager.
 
     live: bytes now. peak: the most since `start_peak`; peaks: the same by `label`, the current activity. With `fake` it
-    counts tensors without memory, and only those.
+    counts only tensors without memory.
     """
 
     def __init__(self, *, fake: bool = False) -> None:
@@ -71,7 +71,7 @@ class StorageTracker(TorchDispatchMode):
         self._sizes[key] = size
 
     def start_peak(self) -> int:
-        """Begin a new peak; returns the bytes that are alive."""
+        """Begin a new peak; returns the live bytes."""
         self.peak = self.live
         self.peaks.clear()
         return self.live
@@ -107,7 +107,7 @@ class StorageTracker(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes that a part of a pass holds, counted from those alive at its start: the most, and what is left at its end."""
+    """Bytes that a part of a pass adds to those alive at its start: the peak, and what is left at its end."""
 
     peak: int
     left: int
@@ -115,20 +115,20 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A moment in a part of the backward pass: a parameter's gradient is made, or (no parameter) the part ends. Bytes from the
-    part's start: the most since the moment before, and those alive now, this gradient among them."""
+    """A moment in a part of the backward pass: a parameter's gradient is made, or (no parameter) the part ends. Bytes are
+    counted from the part's start: peak since the previous moment, and live now, this gradient included."""
 
     parameter: str
-    """Its name, in a block without the block's."""
+    """Its name, without the block's prefix."""
     peak: int
     live: int
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """The parts of one micro-batch's passes, in bytes; gradients of parameters are in them as `Gradients` says.
+    """The parts of one micro-batch's passes, in bytes; `Gradients` says whether they include gradients of parameters.
 
-    In the backward pass a part begins when the gradient of its output is whole, and ends when that of its input is.
+    In the backward pass a part begins when the gradient of its output is complete, and ends when that of its input is.
     """
 
     embedding: Span
@@ -138,14 +138,14 @@ class Activations:
     block_backward: Span
     embedding_backward: Span
     made_by_head: tuple[Made, ...]
-    """The moments of `head_backward`; only of gradients that are taken."""
+    """The moments of `head_backward`; without gradients if these are kept."""
     made_by_block: tuple[Made, ...]
     made_by_embedding: tuple[Made, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TraceKey:
-    """All on which the bytes of the parts depend."""
+    """Everything that the bytes of the parts depend on."""
 
     model: ModelConfig
     micro_batch_size: int
@@ -155,9 +155,9 @@ class TraceKey:
     kernels: Kernels
     gradients: Gradients
     documents: bool = False
-    """Whether attention is kept inside documents (a mask)."""
+    """Whether a mask keeps attention inside documents."""
     casts: bool = False
-    """fp32 weights that are cast to bf16 in each forward pass (one process on a CPU)."""
+    """Whether fp32 weights are cast to bf16 in each forward pass (one process on a CPU)."""
 
 
 @lru_cache(maxsize=256)
@@ -200,7 +200,7 @@ def trace(key: TraceKey) -> Activations:
 
 
 def _activations(marks: list[tuple[str, int, int]]) -> Activations:
-    """From (name, most bytes since the mark before, bytes alive) of parts' ends and of gradients."""
+    """`marks`: (name, peak bytes since the previous mark, live bytes) at the end of each part and at each gradient."""
 
     def moments(name: str) -> tuple[Made, ...]:
         end = next(i for i, mark in enumerate(marks) if mark[0] == name)
@@ -221,7 +221,7 @@ def _activations(marks: list[tuple[str, int, int]]) -> Activations:
 
 
 def _mark_parts(model: GPT, mark: Callable[[str], None]) -> None:
-    """Call `mark` at the end of each part of both passes: as blocks are entered, and as their outputs' gradients exist."""
+    """Call `mark` at the end of each part of both passes: when a block is entered, and when its output's gradient exists."""
     last = len(model.blocks) - 1
 
     def at_entry(number: int) -> Callable[[Any, Any], None]:
@@ -250,7 +250,7 @@ def _mark_parts(model: GPT, mark: Callable[[str], None]) -> None:
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work: a forward pass is then a recomputation."""
+    """Whether a backward pass is running; a forward pass inside it is a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -270,7 +270,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _use_gpu_kernels(model: GPT) -> None:
-    """Make norms keep what a GPU's fused ones keep, the head make as many logits at a time, and attention no dropout mask."""
+    """Make norms keep what a GPU's fused norms keep, the head make a GPU's number of logits at a time, and attention make no
+    dropout mask."""
     model.last_layer.chunk_elements = CHUNK_ELEMENTS_GPU
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
