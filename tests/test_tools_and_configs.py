@@ -73,9 +73,9 @@ BAD_INPUT = {
     ],
     "serve_model": [
         (["run_dir={tmp}/none"], "{tmp}/none"),
-        ([], "run_dir=RUN or export=FOLDER, one of them"),
+        ([], "give run_dir=RUN or export=FOLDER, one of them"),
         (["run_dir={tmp}", "port=70000"], "port=70000"),
-        (["run_dir={tmp}", "host=0.0.0.0"], "host=0.0.0.0 lets other machines in"),
+        (["run_dir={tmp}", "host=0.0.0.0"], "host=0.0.0.0 admits other machines"),
         (["export={tmp}"], "holds no checked.json"),
     ],
     "export_model": [

@@ -1,1 +1,1 @@
-"""A trained model behind an HTTP interface that OpenAI's clients understand."""
+"""Serve a trained model over an HTTP interface that OpenAI's clients understand."""

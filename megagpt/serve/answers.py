@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: whole, and as chunks of a stream."""
+"""Answers in OpenAI's format: complete, and as chunks of a stream."""
 
 import json
 import time
@@ -12,18 +12,18 @@ from megagpt.serve.worker import Piece, TokenText
 
 @dataclass(frozen=True)
 class Shape:
-    """Which of the two interfaces an answer is for, and its fixed fields."""
+    """The format of an answer (chat or completion) and its constant fields."""
 
     chat: bool
     model: str
     pieces: Sequence[bytes]
-    """The bytes of each token."""
+    """The bytes of each token, by id."""
     logprobs: bool
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
-        """The answer without a stream."""
+        """The complete answer, without a stream."""
         text = "".join(piece.text for piece in pieces)
         logprobs = self._logprobs([token for piece in pieces for token in piece.tokens])
         choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
@@ -34,7 +34,7 @@ class Shape:
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
 
     def first_chunk(self) -> dict[str, Any] | None:
-        """The chunk before the text, which a chat has."""
+        """The chunk before the text; None for a completion, which has none."""
         if not self.chat:
             return None
         delta = {"role": "assistant", "content": ""}
@@ -48,7 +48,7 @@ class Shape:
         return self._chunk({**rest, "text": piece.text})
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The chunk after the text, if it was asked for."""
+        """The chunk after the text with the token counts, for stream_options.include_usage."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
@@ -81,17 +81,17 @@ class Shape:
         piece = self.pieces[token]
         try:
             return piece.decode("utf-8")
-        except UnicodeDecodeError:  # a part of a character, as OpenAI writes it: tokens stay distinct
+        except UnicodeDecodeError:  # part of a character: written as OpenAI does, so that tokens stay distinct
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def new_id(*, chat: bool) -> str:
-    """A name for an answer."""
+    """A new random id of an answer."""
     return ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
 
 
 def usage_of(num_prompt: int, num_generated: int) -> dict[str, int]:
-    """Tokens of a request."""
+    """The token counts of a request as OpenAI's `usage`."""
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,

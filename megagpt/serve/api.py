@@ -1,4 +1,4 @@
-"""What the routes share: from a request to a job within the model's context."""
+"""What the routes share: they turn a request into a job that fits the model's context."""
 
 import secrets
 from typing import cast
@@ -14,11 +14,11 @@ from megagpt.tokenizer.base import prompt_ids
 from megagpt.tokenizer.chat_template import ChatError
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's default of max_tokens for /v1/completions; a chat's is what the context has room for."""
+"""OpenAI's default of max_tokens for /v1/completions; for a chat it is the room that is left in the context."""
 
 
 class Api:
-    """A model, its worker, and who may use it."""
+    """A model, its worker, its metrics, and the clients that may use it."""
 
     def __init__(self, served: Served, config: ServeConfig, keys: tuple[str, ...]) -> None:
         self.served, self.config, self.draining = served, config, False
@@ -39,7 +39,7 @@ class Api:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def ids_of(self, request: GenerationRequest) -> list[int]:
-        """The ids that a text continues. Raises ApiError (400)."""
+        """The token ids that the generated text continues. Raises ApiError (400) naming what is wrong with the prompt."""
         if isinstance(request, ChatRequest):
             return self.chat_ids(request)
         assert isinstance(request, CompletionRequest)
@@ -64,7 +64,7 @@ class Api:
         return ids
 
     def chat_ids(self, request: ChatRequest) -> list[int]:
-        """The conversation's ids. Raises ApiError (400) without a template, or if it refuses the messages."""
+        """The conversation's ids. Raises ApiError (400) without a chat template, or if the template refuses the messages."""
         if self.served.chat is None:
             message = f"{self.served.name} has no chat template (chat_template.jinja beside its tokenizer): use /v1/completions"
             raise ApiError(400, message, param="messages", code="no_chat_template")
@@ -74,11 +74,11 @@ class Api:
             message = f"the chat template refuses the messages: {str(error)[:300]}"
             raise ApiError(400, message, param="messages", code="invalid_value") from None
         if not ids:
-            raise ApiError(400, "the chat template makes nothing of the messages", param="messages", code="invalid_value")
+            raise ApiError(400, "the chat template makes no text of the messages", param="messages", code="invalid_value")
         return ids
 
     def new_job(self, request: GenerationRequest, ids: list[int]) -> Job:
-        """A job within the context. Raises ApiError (400) if prompt and max_tokens are longer."""
+        """A job that fits the context. Raises ApiError (400) if prompt and max_tokens together are longer."""
         room = self.served.max_context - len(ids)
         chat = isinstance(request, ChatRequest)
         wanted, param = request.max_tokens, "max_tokens"
@@ -87,13 +87,13 @@ class Api:
         prompt = "messages" if chat else "prompt"
         if room < 1:
             message = (
-                f"the prompt has {len(ids)} tokens, and the context {self.served.max_context}, with at least one to generate"
+                f"the prompt has {len(ids)} tokens; the context has {self.served.max_context}, and at least one is generated"
             )
             raise ApiError(400, message, param=prompt, code="context_length_exceeded")
         if wanted is not None and wanted > room:
             message = (
-                f"{param}={wanted}: the context has {self.served.max_context} tokens, of which the prompt takes {len(ids)}: "
-                f"at most {room} are left"
+                f"{param}={wanted}: must be at most {room}: the context has {self.served.max_context} tokens, and the prompt "
+                f"takes {len(ids)}"
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         sampling = SamplingConfig(
@@ -119,7 +119,7 @@ class Api:
 
 
 def num_logprobs(request: GenerationRequest) -> int | None:
-    """How many likeliest tokens are reported; None = no logprobs. Raises ApiError (400) for top_logprobs alone."""
+    """How many likeliest tokens to report per token; None = no logprobs. Raises ApiError (400) for top_logprobs alone."""
     if isinstance(request, CompletionRequest):
         return request.logprobs
     assert isinstance(request, ChatRequest)

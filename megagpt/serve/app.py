@@ -17,12 +17,12 @@ MAX_BODY_SECONDS = 30.0
 
 
 def make_app(api: Api) -> Any:
-    """The FastAPI application. The worker has to be started before the first request."""
+    """The FastAPI application. Start the worker (`running`) before the first request."""
     from fastapi import FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
-    # FastAPI's own pages load their scripts from another host.
+    # FastAPI's own documentation pages load scripts from another host.
     app = FastAPI(title="MegaGPT", docs_url=None, redoc_url=None)
     page = (files("megagpt.serve") / "page.html").read_text(encoding="utf-8")
 
@@ -48,7 +48,7 @@ def make_app(api: Api) -> Any:
             raise ApiError(503, "the server is ending", code="shutting_down", headers={"Retry-After": "5"})
         parsed = parse_request(kind, await read_body(request, api.config.max_body_bytes))
         api.check_model(parsed)
-        # Tokenizing a long prompt takes time that other streams should not wait for.
+        # In a thread: other streams should not wait while a long prompt is tokenized.
         ids = await asyncio.to_thread(api.ids_of, parsed)
         job = api.new_job(parsed, ids)
         request.scope[JOBS].append(job)
@@ -113,9 +113,9 @@ def make_app(api: Api) -> Any:
 
 
 class Admission:
-    """Admits requests by key and rate, counts the answers, and gives up jobs whose answer is over, complete or not.
+    """Admits requests by key and rate, counts answers, and cancels the jobs of an answer that has ended, complete or not.
 
-    Plain ASGI: streams pass through untouched, and whatever way an answer ends, it ends here.
+    It is plain ASGI: streams pass through unchanged, and every answer ends here, however it ends.
     """
 
     def __init__(self, app: Any, api: Api) -> None:
@@ -155,21 +155,21 @@ class Admission:
 
 
 JOBS = "megagpt.jobs"
-"""Where a request's scope has its jobs."""
+"""Key of a request's jobs in its ASGI scope."""
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/")
 OPEN_PATHS = ("/health", "/ready", "/")
-"""Need no API key: what a balancer asks, and the page, which holds nothing."""
+"""Paths without an API key: those that a load balancer checks, and the page, which holds no secrets."""
 PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 
 
 def body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
-    """The body of a request for /openapi.json; the routes read it themselves, for errors in OpenAI's form."""
+    """The schema of a request's body for /openapi.json. The routes parse bodies themselves, for errors in OpenAI's format."""
     schema = {"application/json": {"schema": inlined(kind.model_json_schema())}}
     return {"requestBody": {"required": True, "content": schema}}
 
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema without references: OpenAPI would look for them elsewhere."""
+    """A JSON schema with its references resolved: OpenAPI would look for them in another place."""
     definitions = schema.pop("$defs", {})
 
     def resolve(value: Any) -> Any:
@@ -183,8 +183,8 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 async def read_body(request: Any, max_bytes: int) -> bytes:
-    """The body of a request. Raises ApiError for another type than JSON, one too large, and one that comes too slowly."""
-    # A web page can send other types to this machine's own address without being asked; JSON it cannot.
+    """The body of a request. Raises ApiError if it is not JSON (415), too large (413) or too slow (408)."""
+    # A web page can send other content types to this machine's address without the browser asking first; not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type: application/json is expected", code="invalid_content_type")
     too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
@@ -204,14 +204,14 @@ async def read_body(request: Any, max_bytes: int) -> bytes:
 
 
 async def collect(request: Any, job: Job) -> list[Piece]:
-    """All pieces of a job. Raises ApiError if it fails, or the client has vanished."""
+    """All pieces of a job. Raises ApiError if the job fails or the client has disconnected."""
     pieces: list[Piece] = []
     while not pieces or pieces[-1].finish_reason is None:
         try:
             piece = await asyncio.wait_for(job.events.get(), DISCONNECT_CHECK_SECONDS)
         except TimeoutError:
             if await request.is_disconnected():
-                raise ApiError(499, "the client is gone") from None
+                raise ApiError(499, "the client has disconnected") from None
             continue
         if isinstance(piece, ApiError):
             raise piece
@@ -220,7 +220,7 @@ async def collect(request: Any, job: Job) -> list[Piece]:
 
 
 async def stream_events(job: Job, shape: Shape, *, with_usage: bool) -> AsyncIterator[bytes]:
-    """A job as server-sent events; Starlette ends it when the client vanishes."""
+    """A job as server-sent events; Starlette stops the iteration when the client disconnects."""
     first = shape.first_chunk()
     if first is not None:
         yield event(first)
@@ -239,7 +239,7 @@ async def stream_events(job: Job, shape: Shape, *, with_usage: bool) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def running(api: Api, on_failure: Any) -> AsyncIterator[None]:
-    """The worker, from its start to its end."""
+    """Run the worker inside the `async with`; `on_failure` is called if generation fails."""
     api.worker.start(on_failure)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Who may ask, and how often."""
+"""Which clients may send requests, and how often."""
 
 import hmac
 import math
@@ -11,14 +11,17 @@ MAX_CLIENTS = 10_000
 
 
 class Clients:
-    """API keys, and a token bucket per client: a minute's worth of requests at once, refilled steadily."""
+    """API keys, and a token bucket per client: it holds a minute's requests and is refilled continuously."""
 
     def __init__(self, keys: Sequence[str], max_per_minute: float | None) -> None:
         self._keys, self._per_minute = [key.encode() for key in keys], max_per_minute
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def admit(self, authorization: str | None, address: str, *, counted: bool) -> None:
-        """Raise ApiError: 401 without a valid key where keys are set, 429 with Retry-After above the rate."""
+        """Raise ApiError: 401 if keys are set and this one is not valid, 429 with Retry-After if the client is above the rate.
+
+        counted: whether the request counts against the rate.
+        """
         client = address
         if self._keys:
             scheme, _, given = (authorization or "").partition(" ")
@@ -27,7 +30,7 @@ class Clients:
                 raise ApiError(
                     401, "an API key is expected: Authorization: Bearer KEY", code="missing_api_key", headers=headers
                 )
-            # Every key is compared, each in constant time: the time taken tells nothing about them.
+            # Every key is compared, each in constant time, so that the time reveals nothing about the keys.
             matches = [hmac.compare_digest(key, given.strip().encode("utf-8", "replace")) for key in self._keys]
             if not any(matches):
                 headers = {"WWW-Authenticate": "Bearer"}
@@ -42,7 +45,7 @@ class Clients:
         left = min(most, left + (now - since) * per_minute / 60)
         admitted = left >= 1
         self._buckets[client] = (left - 1 if admitted else left, now)
-        while len(self._buckets) > MAX_CLIENTS:  # the one that has been away longest: dicts keep the order of insertion
+        while len(self._buckets) > MAX_CLIENTS:  # the least recent client: dicts keep the order of insertion
             del self._buckets[next(iter(self._buckets))]
         if not admitted:
             seconds = math.ceil((1 - left) * 60 / per_minute)

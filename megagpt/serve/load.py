@@ -1,4 +1,4 @@
-"""The model that is served: of a run, or of an export."""
+"""Load the model to serve, from a run or from an export."""
 
 import time
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megagpt.tokenizer.chat_template import FILE_NAME, ChatTemplate, read_chat_t
 
 @dataclass(frozen=True)
 class Served:
-    """A model with its name in requests."""
+    """A loaded model, with its name in requests and its limits."""
 
     loaded: LoadedModel
     name: str
@@ -26,7 +26,7 @@ class Served:
 
 
 def load_served(config: ServeConfig) -> Served:
-    """Load what the settings name. Raises UserError naming the setting, CheckpointError for a damaged checkpoint."""
+    """Load the model that the settings name. Raises UserError naming the setting, CheckpointError for a damaged checkpoint."""
     device = pick_device(config.device)
     if config.run_dir is not None:
         loaded = load_model(config.run_dir, config.step, device=str(device))

@@ -9,7 +9,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Requests by path and status, their time to the first byte, and what the worker does."""
+    """Requests by path and status, their time to the first byte, and the worker's counts."""
 
     def __init__(self, worker: Worker) -> None:
         from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,7 +20,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "megagpt_response_seconds",
-            "Time to the answer's beginning: of a stream its head, else all of it.",
+            "Time until the answer begins: for a stream its headers, otherwise the complete answer.",
             ["path"],
             buckets=SECONDS,
             registry=self._registry,
@@ -28,7 +28,7 @@ class Metrics:
         self._registry.register(_WorkerCollector(worker))  # type: ignore[arg-type]
 
     def count(self, path: str, status: int, seconds: float) -> None:
-        """Count an answer."""
+        """Count an answer that began after `seconds`."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -40,18 +40,18 @@ class Metrics:
 
 
 class _WorkerCollector:
-    """Reads the worker's numbers when they are asked for."""
+    """Reads the worker's counts at each scrape."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
     def collect(self) -> Iterable[Any]:
-        """Prometheus' interface."""
+        """Called by prometheus_client for every scrape."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         worker = self._worker
         yield GaugeMetricFamily("megagpt_running_requests", "Texts that are being generated.", worker.num_running)
         yield GaugeMetricFamily("megagpt_waiting_requests", "Requests that wait for a slot.", worker.num_waiting)
-        yield GaugeMetricFamily("megagpt_slots", "Texts that can be generated at a time.", worker.num_slots)
+        yield GaugeMetricFamily("megagpt_slots", "Texts that can be generated at the same time.", worker.num_slots)
         yield CounterMetricFamily("megagpt_prompt_tokens", "Tokens of prompts.", worker.num_prompt)
         yield CounterMetricFamily("megagpt_generated_tokens", "Tokens that were generated.", worker.num_generated)

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's interface: which parameters there are, which of them are supported, and errors in OpenAI's form."""
+"""Requests of OpenAI's interface: their parameters, which of them are supported, and errors in OpenAI's format."""
 
 import json
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What both kinds of requests have. top_k, min_p and repetition_penalty are additions to OpenAI's, as vLLM has them."""
+    """The parameters of both kinds of requests. OpenAI has no top_k, min_p and repetition_penalty; they are as in vLLM."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -132,13 +132,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
-"""OpenAI's parameters that are not supported, each with the values under which it asks for nothing (null is one of all)."""
+"""OpenAI's parameters that are not supported -> values that are accepted because they change nothing (null always is)."""
 
 R = TypeVar("R", bound=GenerationRequest)
 
 
 def parse_request(kind: type[R], body: bytes) -> R:
-    """The request in a body. Raises ApiError with status 400 that names the parameter and the rule."""
+    """Parse the request in a body. Raises ApiError with status 400 that names the parameter and the rule."""
     values = parse_json(body)
     for name, neutral in UNSUPPORTED.items():
         if name in values:
@@ -155,17 +155,17 @@ def parse_request(kind: type[R], body: bytes) -> R:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises ApiError unless it is one, of text that UTF-8 can hold."""
+    """Parse the JSON object in a body. Raises ApiError (400) if it is not a JSON object or UTF-8 cannot hold its text."""
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ApiError(400, "the body holds half of a surrogate pair: that is no character", code="invalid_json") from None
+        raise ApiError(400, "the body holds half of a surrogate pair, which is not a character", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
         message = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ApiError(400, f"the body is not valid JSON: {message}", code="invalid_json") from None
     if not isinstance(values, dict):
-        raise ApiError(400, "the body has to be a JSON object", code="invalid_json")
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return values
 
 
@@ -176,7 +176,7 @@ def _refuse_constant(name: str) -> None:
 def _api_error(error: ValidationError) -> ApiError:
     found = error.errors(include_url=False, include_context=False)
     param = str(found[0]["loc"][0]) if found[0]["loc"] else None
-    # Of a parameter with several forms there is an error for each: that of the form which fits furthest says most.
+    # A parameter with several forms has an error for each form. The form that matches deepest has the most useful one.
     same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
     first = max(same, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     path = [str(part) for part in first["loc"]]

@@ -1,4 +1,4 @@
-"""The serve_model tool: a model behind uvicorn, until SIGTERM or SIGINT drains it."""
+"""The serve_model tool: it serves a model with uvicorn until SIGTERM or SIGINT, and then drains."""
 
 import asyncio
 import contextlib
@@ -17,13 +17,13 @@ from megagpt.serve.load import load_served
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 5
-"""After draining: how long uvicorn waits for answers that are still being sent."""
+"""How long uvicorn waits, after draining, for answers that are still being sent."""
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until a signal; returns once all requests are answered, or drain_seconds are over.
+    """Serve until SIGTERM or SIGINT; returns when all requests are answered, or after drain_seconds.
 
-    Raises UserError naming a setting, Failure if generation fails.
+    Raises UserError naming the setting that is wrong, Failure if generation fails.
     """
     try:
         import fastapi  # noqa: F401
@@ -45,7 +45,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises UserError if the address cannot be had."""
+    """A socket bound to the address. Raises UserError if it cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -74,7 +74,7 @@ async def _serve(api: Api, listener: socket.socket) -> None:
         backlog=2048,
     )
     server = uvicorn.Server(config)
-    # uvicorn's own handlers end the process by the signal again (status 143), and close the socket before the last answer.
+    # uvicorn's own handlers raise the signal again (exit status 143) and close the socket before the last answer.
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -89,7 +89,7 @@ async def _serve(api: Api, listener: socket.socket) -> None:
         waiting = asyncio.create_task(ending.wait())
         await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
         await _drain(api)
-        # Jobs that are left get their error before the connections close.
+        # Remaining jobs get their error before the connections close.
         await asyncio.to_thread(api.worker.end)
         server.should_exit = True
         await task
@@ -97,7 +97,7 @@ async def _serve(api: Api, listener: socket.socket) -> None:
 
 
 async def _drain(api: Api) -> None:
-    """Until no request is left, or drain_seconds are over; new ones get status 503 meanwhile."""
+    """Wait until no request is left, for at most drain_seconds; new requests get status 503 meanwhile."""
     api.draining = True
     worker: Any = api.worker
     log.info("draining: %d running, %d waiting", worker.num_running, worker.num_waiting)
@@ -105,4 +105,4 @@ async def _drain(api: Api) -> None:
     while worker.failure is None and (worker.num_running or worker.num_waiting) and time.monotonic() < end:
         await asyncio.sleep(0.05)
     left = worker.num_running + worker.num_waiting
-    log.info("drained" if not left else f"drain_seconds={api.config.drain_seconds:g} are over: {left} requests end early")
+    log.info("drained" if not left else f"drain_seconds={api.config.drain_seconds:g} have passed: {left} requests end early")

@@ -1,7 +1,7 @@
 """The thread that generates: it takes requests from a queue into the batch, and hands their text back to the event loop.
 
-One thread does all forwards. Between two steps it drops cancelled and late jobs, fills free slots, and gives what the step
-drew to the jobs. Events reach the event loop once per step, however many texts there are.
+One thread does all forward passes. Between two steps it removes cancelled and late jobs, fills free slots, and gives the
+sampled tokens to their jobs. Events reach the event loop once per step, for any number of texts.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class TokenText:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a job hands out: text that is certain, and at the end why it ended."""
+    """A part of a job's answer: text that is final; the last piece has the reason why the job ended."""
 
     text: str
     tokens: tuple[TokenText, ...] = ()
@@ -43,25 +43,25 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request: what it asks for, and what has become of it."""
+    """A request and its state."""
 
     ids: list[int]
     sampling: SamplingConfig
     stream: TextStream
     deadline: float
-    """By time.monotonic."""
+    """In seconds of time.monotonic."""
     num_logprobs: int | None = None
     events: asyncio.Queue[Piece | ApiError] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
     num_generated: int = 0
     held: list[TokenText] = field(default_factory=list)
-    """Tokens whose text is not handed out yet."""
+    """Tokens whose text has not been sent yet."""
     released: int = 0
-    """Characters handed out."""
+    """Characters that have been sent."""
 
 
 class Worker:
-    """The batch and its queue."""
+    """The thread that generates, with its batch and its queue."""
 
     def __init__(self, served: Served, *, num_slots: int, max_waiting: int, max_prompt_tokens: int) -> None:
         loaded = served.loaded
@@ -83,17 +83,17 @@ class Worker:
         self._out: list[tuple[Job, Piece | ApiError]] = []
         self.failure: BaseException | None = None
         self.num_generated = self.num_prompt = 0
-        """Tokens, over all jobs."""
+        """Tokens over all jobs so far."""
 
     def start(self, on_failure: Callable[[], None]) -> None:
-        """Begin; `on_failure` is called in the event loop if a forward fails."""
+        """Start the thread; `on_failure` is called in the event loop if a forward pass fails."""
         self._loop, self._on_failure = asyncio.get_running_loop(), on_failure
         self._thread.start()
 
     def new_job(
         self, ids: list[int], sampling: SamplingConfig, *, at_start: bool, seconds: float, num_logprobs: int | None
     ) -> Job:
-        """A job that is not submitted yet."""
+        """A job that is not submitted yet; `seconds` is its time limit from now."""
         stream = TextStream(StreamDecoder(self._tokenizer, at_start=at_start), sampling.stop)
         return Job(ids, sampling, stream, time.monotonic() + seconds, num_logprobs)
 
@@ -110,12 +110,12 @@ class Worker:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Give up a job: its slot is free before the next step."""
+        """Cancel a job; its slot is freed before the next step."""
         job.cancelled = True
 
     @property
     def num_slots(self) -> int:
-        """Texts at a time."""
+        """Texts that can be generated at the same time."""
         return self._batch.num_slots
 
     @property
@@ -129,7 +129,7 @@ class Worker:
         return len(self._waiting)
 
     def end(self) -> None:
-        """End the thread; jobs that are left get an error."""
+        """End the thread; remaining jobs get an error."""
         with self._wake:
             self._ending = True
             self._wake.notify()
@@ -158,14 +158,14 @@ class Worker:
             self._call(self._on_failure)
 
     def _wait(self) -> bool:
-        """Until there is work; False when the server ends."""
+        """Wait until there is work; False when the server ends."""
         with self._wake:
             while not (self._waiting or self._jobs or self._ending):
                 self._wake.wait()
             return not self._ending
 
     def _turn(self) -> None:
-        """Drop jobs, fill slots, and make one step."""
+        """Remove cancelled and late jobs, fill free slots, and do one step."""
         now = time.monotonic()
         for text, job in list(self._jobs.items()):
             if job.cancelled or now > job.deadline:
@@ -221,7 +221,7 @@ class Worker:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed: nobody reads events any more
             log.debug("the event loop is closed")
 
 

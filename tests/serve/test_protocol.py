@@ -87,7 +87,7 @@ def test_an_error_of_a_chat_names_the_parameter(body: dict[str, Any], param: str
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b"[1]", "has to be a JSON object"),
+        (b"[1]", "must be a JSON object"),
         (b'{"temperature": NaN}', "NaN is not JSON"),
         (b'{"temperature": 1e999}', "finite"),
         (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
@@ -157,7 +157,7 @@ def test_another_address_needs_keys(host: str, loopback: bool, monkeypatch: pyte
     if loopback:
         assert read_api_keys(config) == ()
     else:
-        with pytest.raises(UserError, match=f"host={host} lets other machines in: set API keys in MEGAGPT_API_KEYS"):
+        with pytest.raises(UserError, match=f"host={host} admits other machines: set API keys in MEGAGPT_API_KEYS"):
             read_api_keys(config)
     (tmp_path / "keys").write_text("# ours\n0123456789abcdef\n\n")
     monkeypatch.setenv("MEGAGPT_API_KEYS", "fedcba9876543210, ")
