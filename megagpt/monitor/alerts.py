@@ -1,4 +1,4 @@
-"""What somebody should look at: a spike, a hang before this start, a rank that stays slow, a hot GPU, a disk that fills up."""
+"""Alerts: a loss spike, a hang of the previous attempt, a rank that stays slow, a hot GPU, a disk that fills up."""
 
 import shutil
 import time
@@ -10,22 +10,22 @@ from megagpt.files import show_bytes
 from megagpt.monitor.metrics import Row
 
 ROWS_IN_A_ROW = 5
-"""So many train rows in a row must show a slow rank or a hot GPU: once is noise."""
+"""Consecutive train rows that must show a slow rank or a hot GPU before an alert: a single one is noise."""
 HOT = ("thermal", "hardware_thermal", "hardware_slowdown", "power_brake")
-"""Reasons for low clocks that are a fault; a power cap is usual under load."""
+"""Reasons for low clocks that need repair; a power cap is usual under load."""
 
 
 class Alerts:
-    """Looks at each row that is logged, and names what is wrong: (alert, why)."""
+    """Checks each logged row, and returns what is wrong as (alert, reason)."""
 
     def __init__(self, run_dir: Path, pause_seconds: float, *, now: Callable[[], float] = time.monotonic) -> None:
-        """pause_seconds: the same alert is not raised again for so long."""
+        """pause_seconds: least time between two alerts of the same name. now: a clock in seconds."""
         self._run_dir, self._pause, self._now = run_dir, pause_seconds, now
         self._raised: dict[str, float] = {}
         self._streaks: dict[str, int] = {}
 
     def look(self, kind: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """The alerts that a row raises."""
+        """The alerts that a row raises: (name, reason)."""
         found: list[tuple[str, str | None]] = []
         if kind == "rewind" and not values.get("taken_back"):
             found.append(("spike", f"step {values.get('bad_step')}: {values.get('reason')}"))
@@ -38,7 +38,7 @@ class Alerts:
         return [(name, why) for name, why in found if why and self._is_new(name)]
 
     def at_start(self, last: Row | None) -> list[tuple[str, str]]:
-        """The alerts that the last row of the attempt before this one raises; a hung process can raise none itself."""
+        """The alerts from the previous attempt's last row: a hung process cannot raise one itself."""
         if last is None or last["kind"] != "watchdog":
             return []
         rank = "no rank" if last.get("rank") is None else f"rank {last['rank']} on {last.get('host')}"
@@ -57,14 +57,14 @@ class Alerts:
 
 
 def hot_gpus(values: Mapping[str, Any]) -> str:
-    """The GPUs of a train row whose clocks are held down by a fault; those of all nodes where they are known."""
+    """The GPUs of a train row whose clocks are low for a reason in HOT, of all nodes if the row has them; "" if none."""
     nodes, own = values.get("nodes"), values.get("gpu")
     throttled = nodes.get("throttled") if isinstance(nodes, dict) else own.get("throttled") if isinstance(own, dict) else ""
     return str(throttled) if any(reason in str(throttled) for reason in HOT) else ""
 
 
 def disk_alert(run_dir: Path) -> str | None:
-    """Whether the disk has no room for two more checkpoints like the newest one."""
+    """The reason for an alert if the disk has no room for two more checkpoints like the newest; None if it has."""
     newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
     try:
         size = sum(file.stat().st_size for file in newest.iterdir()) if newest is not None else 0

@@ -1,4 +1,4 @@
-"""The monitor section of a run, and the checks of it that need more than the values."""
+"""The settings of the section `monitor`, and their checks against this machine."""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -9,13 +9,13 @@ from megagpt.config import Config, UserError
 
 
 class MonitorConfig(Config):
-    """What is shown of a run. Nothing here changes the model that comes out."""
+    """What is logged of a run, and where. Nothing here changes the trained model."""
 
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
     norms_every_steps: int = Field(default=0, ge=0)
-    """Steps between two rows of norms by layer: weights, gradients, update against weights; 0 = none. At those steps 8 bytes
-    per weight of a rank's share are copied to the host."""
+    """Steps between two rows of norms by layer (weights, gradients, update relative to weights); 0 = none. At those steps each
+    rank copies 8 bytes per weight that it holds to the host."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: off, offline (written under run_dir/wandb, `wandb sync` sends it later), or online."""
     wandb_project: str = "megagpt"
@@ -27,24 +27,24 @@ class MonitorConfig(Config):
     wandb_init_seconds: float = Field(default=90.0, gt=0)
     """How long to wait for the W&B server at the start; after that the run is logged offline, with a warning."""
     peak_tflops: float | None = Field(default=None, gt=0)
-    """Peak of one device in TFLOP/s (dense, the dtype trained in), for MFU; null = from the table of known GPUs."""
+    """Peak of one device in TFLOP/s (dense, in the dtype of training), for MFU; null = from the table of known GPUs."""
     tensorboard: bool = False
-    """Write run_dir/tensorboard for TensorBoard too. Needs megagpt[monitor]."""
+    """Also write run_dir/tensorboard for TensorBoard. Needs megagpt[monitor]."""
     prometheus_port: int | None = Field(default=None, ge=0, le=65535)
-    """Serve the newest values and the node's GPU readings to Prometheus, one port per node; 0 = any free port, which the log
-    names; null = none. Needs megagpt[monitor]."""
+    """Serve the newest values and the node's GPU readings to Prometheus, one port per node; 0 = any free port, which is
+    logged; null = none. Needs megagpt[monitor]."""
     prometheus_address: str = "127.0.0.1"
-    """The address that the port is bound to. Others than 127.0.0.1 show the values to everybody who can reach it."""
+    """The address of the port. With any other than 127.0.0.1, everybody who can reach it can read the values."""
     panel: bool = False
-    """Draw a panel in place of a line per row, where rank 0's standard error is a terminal; elsewhere lines."""
+    """Draw a panel instead of one line per row, if rank 0's standard error is a terminal; otherwise print lines."""
     alert_pause_seconds: float = Field(default=1800.0, ge=0)
-    """An alert (a row `alert`, and one of W&B) of the same kind is raised again after so long."""
+    """Least time between two alerts of the same kind (a row `alert`, and one of W&B)."""
     close_seconds: float = Field(default=300.0, gt=0)
-    """How long the end of a start waits for W&B and the other writers to send what they still hold."""
+    """How long the end of an attempt waits for W&B and the other writers to send their remaining rows."""
 
 
 def check_monitor(config: MonitorConfig) -> None:
-    """Raise UserError if a writer that is asked for cannot work on this machine: a package is missing, or W&B's credentials."""
+    """Raise UserError if a configured writer cannot work on this machine: its package or W&B's credentials are missing."""
     wanted = {"tensorboard": config.tensorboard, "prometheus_client": config.prometheus_port is not None}
     port = f"monitor.prometheus_port={config.prometheus_port}"
     settings = {"tensorboard": "monitor.tensorboard=true", "prometheus_client": port}
@@ -57,7 +57,7 @@ def check_monitor(config: MonitorConfig) -> None:
 
 
 def check_wandb(config: MonitorConfig) -> None:
-    """Raise UserError if config.wandb=online and this machine has no credentials for it; never asks on the terminal."""
+    """Raise UserError if config.wandb=online and this machine has no credentials for W&B. It never asks on the terminal."""
     if config.wandb != "online":
         return
     import wandb

@@ -1,4 +1,4 @@
-"""Where the time went: a stopwatch over the activities of one process, and the ledger of a whole run over its restarts."""
+"""Where the time went: a stopwatch over the activities of one process, and the ledger of a whole run with its restarts."""
 
 import contextlib
 import math
@@ -14,13 +14,13 @@ OTHER = "other"
 
 
 class Stopwatch:
-    """Seconds per activity. Each moment belongs to one activity, the innermost, so they always sum to the time that passed.
+    """Seconds per activity. Each moment counts for one activity, the innermost, so their sum is always the elapsed time.
 
     with clock("save"): ...
     """
 
     def __init__(self, *, already: dict[str, float] | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        """`already`: seconds that passed before, by activity (the start of the process, say). `now`: a clock in seconds."""
+        """already: seconds that passed before, by activity (for example "start"). now: a clock in seconds."""
         self._now = now
         self._seconds = dict(already or {})
         self._stack = [OTHER]
@@ -30,12 +30,12 @@ class Stopwatch:
 
     @property
     def activity(self) -> str:
-        """What is being done now. Like `switches` and `peek` it may be read from another thread."""
+        """The current activity. Like `switches` and `peek`, it may be read from another thread."""
         return self._stack[-1]
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        """Charge the time inside the block to `activity`; blocks nest, and the inner one is charged alone."""
+        """Count the time inside the block for `activity`; of nested blocks only the innermost counts."""
         self._switch()
         self._stack.append(activity)
         try:
@@ -45,12 +45,12 @@ class Stopwatch:
             self._stack.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per activity up to this moment, the running one included."""
+        """Seconds per activity until now, the current one included."""
         self._charge()
         return dict(self._seconds)
 
     def so_far(self) -> dict[str, float]:
-        """`seconds` for another thread: nothing is charged."""
+        """The same as `seconds`, for another thread: it changes nothing."""
         seconds, activity = dict(self._seconds), self._stack[-1]
         seconds[activity] = seconds.get(activity, 0.0) + self._now() - self._since
         return seconds
@@ -71,45 +71,45 @@ class Stopwatch:
 
 
 def process_age() -> float:
-    """Seconds since this process was started, the interpreter's start and the imports included."""
+    """Seconds since this process started, including the interpreter's start and the imports."""
     import psutil
 
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
 JOB_TIMES = {"queued_at": "MEGAGPT_QUEUED_AT", "started_at": "MEGAGPT_JOB_STARTED_AT"}
-"""Values of a "start" row's `job`, and the variables (Unix seconds) by which slurm/pretrain.sh hands them over."""
+"""Name in a "start" row's `job` -> the environment variable (Unix seconds) that slurm/pretrain.sh sets."""
 
 
 def job_times(environment: Mapping[str, str] = os.environ) -> dict[str, float]:
-    """When the job of this process was put into the queue and when it left it; {} outside slurm/pretrain.sh."""
+    """When this process's job entered the queue and when it started, in Unix seconds; {} outside slurm/pretrain.sh."""
     return {name: float(environment[variable]) for name, variable in JOB_TIMES.items() if environment.get(variable)}
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Seconds of a run by activity, from the first submission to the last line logged; they sum to `wall_seconds`.
+    """Seconds of a run by activity, from the first submission to the last logged row; their sum is `wall_seconds`.
 
-    Besides the stopwatch's activities: "repeated" is training that a restart or rewind did again; "hang" is the time without
-    progress before the watchdog ended a start; between two starts lie "down" (from the last line of one to the next one's being
-    queued), "queue" and "launch" (the job's checks and srun). Without a job's times all of that is "down".
+    It adds to the stopwatch's activities: "repeated" is training that a restart or rewind did again; "hang" is the time without
+    progress before the watchdog ended an attempt; between two attempts come "down" (from the last row of one until the next is
+    queued), "queue" and "launch" (the job's checks and srun). If the job's times are not known, all three count as "down".
     """
 
     seconds: dict[str, float]
 
     @property
     def wall_seconds(self) -> float:
-        """All of it."""
+        """The sum of all activities."""
         return sum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
-        """The share of the time that went into training which counts, 0 to 1."""
+        """Share of the time spent on training that was not repeated, 0 to 1."""
         return self.seconds.get("train", 0.0) / self.wall_seconds if self.wall_seconds else 0.0
 
 
 def goodput_ledger(metrics: Metrics) -> Ledger:
-    """The ledger of a run from the `seconds` that its rows carry."""
+    """The ledger of a run, from the `seconds` in its rows."""
     seconds: dict[str, float] = {}
     previous_end = None
     for rows in _attempts(metrics.all_rows):
@@ -130,18 +130,18 @@ def goodput_ledger(metrics: Metrics) -> Ledger:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointAdvice:
-    """How often to save, from what saving cost and how often the run failed."""
+    """How often to save, from the cost of a save and the frequency of failures so far."""
 
     save_seconds: float
-    """The training that one save holds up."""
+    """Training time that one save costs."""
     failures: int
     seconds_between_failures: float
-    """Mean; with no failure yet all the time there was."""
+    """Mean; without a failure, the whole time so far."""
     interval_seconds: float
     interval_steps: int
 
     def line(self) -> str:
-        """In words."""
+        """One line for a report."""
         seen = f"{self.failures} failures" if self.failures else "no failure yet (at least)"
         return (
             f"a save costs {self.save_seconds:.1f} s; {seen}, one in {self.seconds_between_failures / 3600:.2f} h: "
@@ -150,7 +150,7 @@ class CheckpointAdvice:
 
 
 def advise_checkpoints(metrics: Metrics) -> CheckpointAdvice | None:
-    """Daly's interval (Future Generation Computer Systems 22, 2006, equation 37); None before a save and a step were timed."""
+    """Daly's interval (Future Generation Computer Systems 22, 2006, equation 37); None until a save and a step are timed."""
     groups = _attempts(metrics.all_rows)
     spent = {name: sum(rows[-1]["seconds"].get(name, 0.0) for rows in groups) for name in ("save", "train", "data_wait")}
     saves = sum(row["kind"] == "save" for row in metrics.all_rows)
@@ -166,7 +166,7 @@ def advise_checkpoints(metrics: Metrics) -> CheckpointAdvice | None:
 
 
 def daly_interval(save_seconds: float, seconds_between_failures: float) -> float:
-    """Seconds of work between two saves that lose least to saves and failures; Young's sqrt(2 d M) to higher order."""
+    """Seconds of work between two saves at which the least time is lost: Young's sqrt(2 d M) to higher order."""
     if save_seconds >= 2 * seconds_between_failures:
         return seconds_between_failures
     ratio = save_seconds / (2 * seconds_between_failures)
@@ -174,11 +174,11 @@ def daly_interval(save_seconds: float, seconds_between_failures: float) -> float
 
 
 def _between(first: Row, started: float, previous_end: float | None) -> dict[str, float]:
-    """Where the time before a process went, from the end of the one before it (or the first submission)."""
+    """Seconds before a process, by activity, from the end of the previous one (or the first submission)."""
     queued, left = (first.get("job", {}).get(name) for name in JOB_TIMES)
     if queued is None or left is None:
         return {} if previous_end is None else {"down": max(0.0, started - previous_end)}
-    # Clocks of two machines, and seconds that SLURM rounds: the parts stay in order, so that they sum to the whole.
+    # Two machines' clocks differ and SLURM rounds to seconds: keep the times in order, so that the parts sum to the whole.
     end = min(previous_end if previous_end is not None else queued, started)
     queued = min(max(queued, end), started)
     left = min(max(left, queued), started)
@@ -194,11 +194,11 @@ def _attempts(rows: tuple[Row, ...]) -> list[list[Row]]:
 
 
 def _repeated_seconds(rows: tuple[Row, ...]) -> float:
-    """Training time that starts and rewinds threw away: after the last row at or before the step they went back to."""
+    """Training time that restarts and rewinds discarded: all after the last row at or before the step they resumed from."""
     total = 0.0
     stretch: list[Row] = []
     for row in rows:
-        if "seconds" not in row or row["kind"] == "damaged":  # it is of the start that follows
+        if "seconds" not in row or row["kind"] == "damaged":  # it belongs to the attempt that follows
             continue
         if row["kind"] in CONTINUES and stretch:
             kept = [earlier for earlier in stretch if earlier["step"] <= row["step"]]

@@ -1,4 +1,4 @@
-"""The lines of a run's metrics.jsonl: how one is written, and how a file with torn and superseded lines is read back."""
+"""Write the rows of a run's metrics.jsonl, and read a file with torn and superseded rows."""
 
 import json
 import math
@@ -21,21 +21,21 @@ CONTINUES = ("start", "rewind")
 """Kinds of rows whose step is where training resumes: later steps logged before them are repeated."""
 
 EVENTS = (*CONTINUES, "damaged", "stop", "watchdog", "done")
-"""Kinds of rows that are history, never superseded."""
+"""Kinds of rows that record events and are never superseded."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What metrics.jsonl says. `rows` leaves out what a restart or rewind did again; `all_rows` is the raw reading."""
+    """The contents of metrics.jsonl. `rows` leaves out rows that a restart or rewind superseded; `all_rows` has all of them."""
 
     rows: tuple[Row, ...]
     all_rows: tuple[Row, ...]
     torn_lines: int
 
     def of_kind(self, kind: str) -> list[Row]:
-        """The rows of one kind that stand, in file order."""
+        """The rows of one kind that are not superseded, in file order."""
         return [row for row in self.rows if row["kind"] == kind]
 
     @property
@@ -47,8 +47,8 @@ class Metrics:
 def read_metrics(run_dir: Path) -> Metrics:
     """Read run_dir/metrics.jsonl. Raises UserError if there is no file.
 
-    Lines that are torn by a kill, lack a field, have one of a wrong type or name a start that there never was are counted as
-    torn and left out: one of them would hide the rows of other starts.
+    A line is left out and counted as torn if a kill cut it, if a field is missing or has a wrong type, or if its attempt never
+    started: such a line would hide the rows of other attempts.
     """
     path = run_dir / METRICS_FILE
     try:
@@ -59,7 +59,7 @@ def read_metrics(run_dir: Path) -> Metrics:
 
 
 class MetricsFollower:
-    """Reads a metrics.jsonl again and again while it grows; of each reading only what is new is parsed."""
+    """Reads a metrics.jsonl repeatedly while it grows; each call parses only the new lines."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -67,11 +67,14 @@ class MetricsFollower:
         self._torn, self._offset = 0, 0
 
     def read(self) -> Metrics:
-        """`read_metrics` of this moment. A line that is still being written is left for the next call."""
+        """`read_metrics` of the current file. A line that is still being written is left for the next call.
+
+        Raises UserError if there is no file.
+        """
         path = self._run_dir / METRICS_FILE
         try:
             with path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._offset:  # another file: somebody put a copy in its place
+                if file.seek(0, os.SEEK_END) < self._offset:  # a shorter file: somebody replaced it by a copy
                     self._rows, self._torn, self._offset = [], 0, 0
                 file.seek(self._offset)
                 data = file.read()
@@ -86,7 +89,7 @@ class MetricsFollower:
 
 
 def parse_rows(data: bytes) -> tuple[list[Row], int]:
-    """The rows in some lines of a metrics.jsonl, and how many lines are torn."""
+    """(rows, number of torn lines) of some lines of a metrics.jsonl."""
     lines = [line for line in data.split(b"\n") if line]
     rows = [row for row in map(_parse, lines) if row is not None]
     return rows, len(lines) - len(rows)
@@ -114,24 +117,24 @@ def superseded(rows: list[Row]) -> list[bool]:
     for i, row in enumerate(rows):
         newest = max(newest, row["incarnation"])
         result[i] = row["incarnation"] < newest
-    went_on_from = math.inf
+    resumed_from = math.inf
     last_writer: dict[tuple[str, int], int] = {}
     for i in reversed(range(len(rows))):
         row = rows[i]
         if row["kind"] in EVENTS:
             if row["kind"] in CONTINUES and not result[i]:
-                went_on_from = min(went_on_from, row["step"])
+                resumed_from = min(resumed_from, row["step"])
             continue
         if not result[i]:
             writer = last_writer.setdefault((row["kind"], row["step"]), row["incarnation"])
-            result[i] = row["step"] > went_on_from or row["incarnation"] < writer
+            result[i] = row["step"] > resumed_from or row["incarnation"] < writer
     return result
 
 
 def interrupted_at(rows: Sequence[Row], step: int) -> tuple[str, ...]:
-    """The kinds of rows (`evaluate`, `sample`) that a stop signal cut short at `step` and that no start since has done.
+    """The kinds of rows (`evaluate`, `sample`) that a stop signal interrupted at `step` and no later attempt has done.
 
-    `rows` of the starts before this one. What a start has tried in vain, ended by nobody's wish, is not tried again.
+    rows: those of the attempts before this one. If an attempt has tried again and failed, it is not tried once more.
     """
     left: tuple[str, ...] = ()
     tried = False
@@ -147,12 +150,12 @@ def interrupted_at(rows: Sequence[Row], step: int) -> tuple[str, ...]:
 
 
 def format_row(row: Mapping[str, Any]) -> bytes:
-    """One JSON line, newline included. Tensors and numpy scalars become floats; NaN and infinities the words of _NON_FINITE."""
+    """One JSON line with its newline. Tensors and numpy scalars become floats, NaN and infinities strings of _NON_FINITE."""
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it, nested mappings and lists included."""
+    """`value` in types that JSON has, with nested mappings and lists."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

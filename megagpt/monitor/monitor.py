@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, console lines and a progress bar, further writers, throughput and MFU."""
+"""Log a run while it trains: metrics.jsonl, console lines and a progress bar, other writers, throughput and MFU."""
 
 import logging
 import os
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEPT_BYTES = 2**24
-"""Bytes of rows that are kept while metrics.jsonl cannot be written."""
+"""Most bytes of rows that are kept in memory while metrics.jsonl cannot be written."""
 
 OpenPanel = Callable[[Path, TextIO], Writer]
 """Opens a writer that shows the run of a run_dir on a terminal."""
 
 PAUSES = ("start", "load", "evaluate", "generate", "save")
-"""Activities of the clock that are no training: they do not count against the throughput."""
+"""Activities of the clock that are not training: they do not lower the throughput."""
 
 
 class Monitor:
-    """The voice of one process of a run. On ranks other than 0 `log` does nothing; the clock runs on all.
+    """Logs one process of a run. On ranks other than 0 `log` does nothing; the clock runs on all ranks.
 
     metrics.jsonl is written at once. Other writers have threads of their own (writers.py).
     """
@@ -56,11 +56,11 @@ class Monitor:
         device: "torch.device | None" = None,
         open_panel: OpenPanel | None = None,
     ) -> None:
-        """Open run_dir/metrics.jsonl for appending, and what else is asked for.
+        """Open run_dir/metrics.jsonl for appending, and the other writers that config asks for.
 
-        local_rank: that of this process on its node; number 0 of each node serves Prometheus (None = only rank 0 does).
-        attempt: the number of this start of the run; None = one more than the last in the file. max_steps: for the progress
-        bar. flops, num_devices: for MFU; device: this rank's, for its GPU's readings. open_panel: for config.panel. Raises
+        local_rank: of this process on its node; local rank 0 of each node serves Prometheus (None = only rank 0 does).
+        attempt: the number of this attempt; None = one more than the last in the file. max_steps: for the progress bar.
+        flops, num_devices: for MFU. device: this rank's, for its GPU's readings. open_panel: for config.panel. Raises
         UserError as check_monitor does.
         """
         check_monitor(config)
@@ -93,7 +93,7 @@ class Monitor:
         self.attempt = attempt or 1 + max((row["incarnation"] for row in earlier.all_rows), default=0)
         self._at_start = self._alerts.at_start(earlier.all_rows[-1] if earlier.all_rows else None)
         if earlier.torn_lines:
-            log.warning("%s: %d torn lines of an earlier start are left out", run_dir / METRICS_FILE, earlier.torn_lines)
+            log.warning("%s: %d torn lines of an earlier attempt are left out", run_dir / METRICS_FILE, earlier.torn_lines)
         advice = advise_checkpoints(earlier)
         if advice is not None:
             self._advice = {"advised_save_every_steps": advice.interval_steps}
@@ -109,7 +109,7 @@ class Monitor:
             self._writers.append(self._panel)
 
     def due(self, step: int) -> bool:
-        """Whether the step that was just done is one to log. Called once after every step: it measures them."""
+        """Whether to log the step that has just ended. Call it once after every step: it also measures step times."""
         if self._file is not None:
             now = self._training_seconds()
             if self._last_step_at is not None:
@@ -118,10 +118,10 @@ class Monitor:
         return step % self.config.log_every_steps == 0
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        """Write one row: a line of metrics.jsonl, a line on the console, a point in each further writer.
+        """Write one row: a line of metrics.jsonl, a line on the console, a point in each other writer.
 
-        `step` counts the updates done. Values may be tensors, and nested mappings (not shown on the console). A "train" row
-        with `tokens` (all tokens so far) gets the throughput since the row before it; "start" sets its origin.
+        step: number of updates done. Values may be tensors, or nested mappings (not shown on the console). A "train" row with
+        `tokens` (all tokens so far) gets the throughput since the previous row; a "start" row sets its origin.
         """
         if self._file is None:
             return
@@ -149,14 +149,14 @@ class Monitor:
             self.log("alert", step, alert=name, reason=reason)
 
     def log_from_a_thread(self, kind: str, step: int, **values: Any) -> None:
-        """Write one row to metrics.jsonl and nowhere else, when the process is about to end and its main thread cannot."""
+        """Write one row to metrics.jsonl only, for a process that is about to end and whose main thread cannot write."""
         if self._file is not None:
             seconds = {activity: round(spent, 3) for activity, spent in self.clock.so_far().items()}
             head = {"kind": kind, "step": step, "time": round(time.time(), 3), "incarnation": self.attempt}
             self._file.append(format_row(head | values | {"seconds": seconds}))
 
     def close(self) -> None:
-        """End the writers, which may take config.close_seconds altogether, and close the file. Safe to call twice."""
+        """End the writers, within config.close_seconds in all, and close the file. Safe to call twice."""
         if self._bar is not None:
             self._bar.close()
         deadline = time.monotonic() + self.config.close_seconds
@@ -196,12 +196,12 @@ class Monitor:
         return result
 
     def _training_seconds(self) -> float:
-        """Seconds of this process without PAUSES."""
+        """Seconds since the process started, without PAUSES."""
         seconds = self.clock.seconds()
         return sum(seconds.values()) - sum(seconds.get(pause, 0.0) for pause in PAUSES)
 
     def _percentiles(self) -> dict[str, Any]:
-        """Of the steps since the train row before: seconds per step by percentile; shares of the attempt's time until now."""
+        """Seconds per step by percentile since the previous train row, and shares of the attempt's time until now."""
         seconds = self.clock.seconds()
         total = max(1e-9, sum(seconds.values()))
         shares = {"goodput": seconds.get("train", 0.0) / total, "data_wait": seconds.get("data_wait", 0.0) / total}
@@ -214,7 +214,7 @@ class Monitor:
         return result
 
     def _read_gpu(self, tokens: float | None) -> dict[str, Any]:
-        """Readings of this rank's GPU, with the energy it took per token of its share since the row before."""
+        """Readings of this rank's GPU, with its energy per token since the previous row; tokens are divided by devices."""
         assert self._device is not None
         found: dict[str, Any] = read_gpu(self._gpu, self._device)
         energy, before = found.get("energy_joules"), self._energy
@@ -244,9 +244,9 @@ class Monitor:
 
 
 class LineFile:
-    """A file to which whole lines are appended. While the disk is full they are kept, up to KEPT_BYTES, and written later.
+    """Appends whole lines to a file. While the disk is full, up to KEPT_BYTES of lines are kept and written later.
 
-    A line that a kill has torn is ended first. May be called by any thread.
+    If a kill has torn the last line, it is ended first. Any thread may call it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -259,7 +259,7 @@ class LineFile:
                 self._kept = b"\n"
 
     def append(self, line: bytes) -> None:
-        """Write the kept rows and the line. A disk error is logged when it begins and when it ends."""
+        """Write the kept lines and this one. A disk error is logged when it begins and when it ends."""
         with self._lock:
             was_kept = len(self._kept) > 1
             if len(self._kept) + len(line) > KEPT_BYTES:
@@ -277,11 +277,11 @@ class LineFile:
                 log.warning("%s: written again, %d rows are lost", self._path, self._lost)
 
     def close(self) -> None:
-        """Try once more to write the kept rows."""
+        """Try once more to write the kept lines, and close the file; lines that are lost are logged."""
         self.append(b"")
         self._file.close()
         if self._kept:
-            log.warning("%s: rows of this start are lost: the disk could not be written", self._path)
+            log.warning("%s: rows of this attempt are lost: the disk could not be written", self._path)
 
 
 def _earlier(run_dir: Path) -> Metrics:

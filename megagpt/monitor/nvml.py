@@ -1,4 +1,4 @@
-"""What NVML says about GPUs: utilisation, memory, power, energy, temperature, clocks and what holds them down, ECC,
+"""Read GPUs through NVML: utilisation, memory, power, energy, temperature, clocks and reasons for low clocks, ECC errors,
 row remaps, NVLink and PCIe traffic."""
 
 import logging
@@ -18,14 +18,14 @@ _THROTTLE_REASONS = {
     "nvmlClocksThrottleReasonHwThermalSlowdown": "hardware_thermal",
     "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power_brake",
 }
-"""NVML's names of the reasons that cost speed, and ours. Idle and user-set clocks are not listed."""
+"""NVML's name of a reason for low clocks -> ours. Idle and user-set clocks are not listed."""
 
 ALL_LINKS = 2**32 - 1
-"""NVML's scope of a field that is summed over the NVLinks of a GPU. Its unit is KiB since the driver was loaded."""
+"""NVML's scope for a field summed over all NVLinks of a GPU. Such a field counts KiB since the driver was loaded."""
 
 
 def open_gpu(device: "torch.device") -> Any | None:
-    """NVML's handle of a CUDA device, or None, logged once, where there is no NVML or it does not know the device."""
+    """NVML's handle of a CUDA device; None, with a warning, without NVML or if it does not know the device."""
     if device.type != "cuda":
         return None
     try:
@@ -45,16 +45,16 @@ def open_gpu(device: "torch.device") -> Any | None:
 
 
 def read_gpu(handle: Any, device: "torch.device") -> dict[str, float | str]:
-    """The readings of one moment and the allocator's peak. About a millisecond, no device synchronisation."""
+    """The current readings and the allocator's peak. It takes about a millisecond and does not synchronise the device."""
     import torch
 
     return {"peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2), **read_device(handle)}
 
 
 def read_device(handle: Any, *, pcie: bool = False) -> dict[str, float | str]:
-    """NVML's readings of one GPU at one moment; what it does not report is left out.
+    """NVML's current readings of one GPU, by name with unit; readings that it does not report are left out.
 
-    pcie: PCIe traffic too, for which NVML waits 20 ms in each direction: for threads beside training.
+    pcie: also read PCIe traffic, for which NVML waits 20 ms per direction: only for threads beside training.
     """
     import pynvml
 
@@ -112,7 +112,7 @@ def read_device(handle: Any, *, pcie: bool = False) -> dict[str, float | str]:
 
 
 def read_node() -> dict[str, dict[str, float | str]]:
-    """The readings of every GPU of this node that NVML shows, by its number; {} without NVML. For threads beside training."""
+    """The readings of all GPUs of this node that NVML shows, by number; {} without NVML. Only for threads beside training."""
     try:
         import pynvml
     except ImportError:
@@ -123,7 +123,7 @@ def read_node() -> dict[str, dict[str, float | str]]:
         for number in range(pynvml.nvmlDeviceGetCount()):
             found[str(number)] = read_device(pynvml.nvmlDeviceGetHandleByIndex(number), pcie=True)
     except pynvml.NVMLError:
-        pass  # a GPU that has fallen off the bus, or no driver: what was read counts
+        pass  # a GPU has fallen off the bus, or there is no driver: keep what was read
     return found
 
 
@@ -137,12 +137,12 @@ SUMMARISED = (
     "pcie_received_gib_per_second",
 )
 NAMED = 8
-"""GPUs that a summary names at most."""
+"""Most GPUs that a summary names."""
 
 
 def summarise_nodes(nodes: Iterable[tuple[str, Mapping[str, Mapping[str, float | str]]]]) -> dict[str, Any]:
-    """Of (host, read_node() there): median, least and most of each reading with the GPU it is of; and which GPUs are throttled,
-    have uncorrected ECC errors or remapped rows. {} where no GPU was read."""
+    """Summarise (host, its read_node()) of all nodes: median, minimum and maximum of each reading, with the GPUs of the last
+    two; and which GPUs are throttled, have uncorrected ECC errors or remapped rows. {} if no GPU was read."""
     gpus = [(f"{host} gpu {number}", readings) for host, node in nodes for number, readings in node.items()]
     summary: dict[str, Any] = {"gpus": len(gpus)} if gpus else {}
     for name in SUMMARISED:
@@ -152,8 +152,8 @@ def summarise_nodes(nodes: Iterable[tuple[str, Mapping[str, Mapping[str, float |
             median = statistics.median(value for value, _ in values)
             summary[name] = {"median": median, "min": least, "min_gpu": of_least, "max": most, "max_gpu": of_most}
     for name in ("throttled", "uncorrected_ecc_errors", "remapped_rows", "remap_pending", "remap_failed"):
-        told = [f"{gpu}: {readings[name]}" for gpu, readings in gpus if readings.get(name)]
-        if told:
-            more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
-            summary[name] = "; ".join(told[:NAMED]) + more
+        named = [f"{gpu}: {readings[name]}" for gpu, readings in gpus if readings.get(name)]
+        if named:
+            more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""
+            summary[name] = "; ".join(named[:NAMED]) + more
     return summary

@@ -1,4 +1,4 @@
-"""The newest values of a run, and the readings of a node's GPUs, as an endpoint for Prometheus: one per node."""
+"""Serve the newest values of a run and the readings of a node's GPUs to Prometheus, with one endpoint per node."""
 
 import logging
 import re
@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 GPU_HELP = "Reading of one GPU of this node by NVML at the time of the scrape"
 
 Readings = Callable[[], Mapping[str, Mapping[str, float | str]]]
-"""Of each GPU of the node, by its number: readings by name."""
+"""Returns readings by name, for each GPU of the node by its number."""
 
 
 class PrometheusWriter:
-    """`megagpt_<kind>_<name>` for the last row of each kind, and `megagpt_gpu_<name>{gpu="0"}`, read when somebody asks."""
+    """`megagpt_<kind>_<name>` of the last row of each kind, and `megagpt_gpu_<name>{gpu="0"}`, read at each scrape."""
 
     name = "Prometheus"
 
     def __init__(self, port: int, address: str, labels: Mapping[str, str], read_gpus: Readings) -> None:
-        """Serve at once. labels: on every value. Raises OSError if the port is taken."""
+        """Start serving. labels: set on every value. Raises OSError if the port is taken."""
         from prometheus_client import CollectorRegistry, start_http_server
 
         self._labels, self._read_gpus = dict(labels), read_gpus
@@ -35,7 +35,7 @@ class PrometheusWriter:
         self.port: int = self._server.server_port
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Keep the numbers of the row until the next of its kind."""
+        """Keep the row's numbers until the next row of its kind."""
         numbers = {name: float(value) for name, value in flat(kind, values) if type(value) in (int, float, bool)}
         numbers |= {f"{kind}/step": float(step), f"{kind}/time_seconds": time.time()}
         with self._lock:
@@ -73,11 +73,11 @@ def metric_name(name: str) -> str:
 
 
 def open_prometheus(port: int, address: str, labels: Mapping[str, str], read_gpus: Readings) -> PrometheusWriter | None:
-    """The endpoint, or None, with a warning, where the port is taken: training continues without it."""
+    """The endpoint; None, with a warning, if the port is taken: training continues without it."""
     try:
         writer = PrometheusWriter(port, address, labels, read_gpus)
     except OSError as error:
-        log.warning("monitor.prometheus_port=%d: no endpoint on %s for this start: %s", port, address, error)
+        log.warning("monitor.prometheus_port=%d: no endpoint on %s for this attempt: %s", port, address, error)
         return None
     log.info("Prometheus: http://%s:%d/metrics", address, writer.port)
     return writer

@@ -1,7 +1,7 @@
-"""What W&B has of a run: the steps in its .wandb files, and the rows of metrics.jsonl that are not there after a kill.
+"""Find the rows of metrics.jsonl that W&B's .wandb files lack after a kill.
 
-W&B writes from a process of its own, some seconds behind. After SIGKILL, or the loss of a node, its file lacks what
-metrics.jsonl has. The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) of protobuf records; its tail may be
+W&B writes in another process, some seconds later. After SIGKILL, or the loss of a node, its file lacks the last rows of
+metrics.jsonl. The file is a LevelDB log (github.com/google/leveldb, doc/log_format.md) of protobuf records; its tail may be
 torn.
 """
 
@@ -23,25 +23,25 @@ log = logging.getLogger(__name__)
 BLOCK_BYTES, FILE_HEADER_BYTES = 32768, 7
 CHUNK_HEADER = struct.Struct("<IHB")
 WRITER_SECONDS = 30.0
-"""How long to wait for W&B's process of a start that was killed: it writes what it still holds, and ends."""
+"""How long to wait for W&B's process of a killed attempt: it writes its remaining data and ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What is to be sent again."""
+    """The rows to send again."""
 
     rows: tuple[Row, ...]
     """Rows of metrics.jsonl, by step."""
     last_step: int
-    """The last step that W&B has, or has with `rows`; -1 if none."""
+    """The last step that W&B has once `rows` are sent; -1 if none."""
 
 
 def missing_rows(earlier: Metrics, run_dir: Path, server_step: int | None = None) -> Missing:
-    """The rows of earlier starts that W&B has not got.
+    """The rows of earlier attempts that W&B does not have.
 
-    A start's `start` row names the folder of its .wandb file: what is not in it is missing. A start without a file there (an
-    older version's, or one that was synced and cleaned) has sent everything. server_step: the last step that the W&B server
-    has, for starts that were online; None if it was not asked.
+    An attempt's `start` row names the folder of its .wandb file; rows that are not in the file are missing. An attempt without
+    a file there (of an older version, or synced and cleaned) has sent everything. server_step: the last step on the W&B server,
+    for attempts that were online; None if it was not asked.
     """
     starts = {row["incarnation"]: row["wandb"] for row in earlier.all_rows if row["kind"] == "start" and row.get("wandb")}
     known: set[int] = set()
@@ -67,12 +67,12 @@ def missing_rows(earlier: Metrics, run_dir: Path, server_step: int | None = None
 
 
 def values_of(row: Row) -> dict[str, Any]:
-    """What a row of metrics.jsonl holds beside its head: what was, or would have been, sent."""
+    """The values of a row of metrics.jsonl without its head, as they are sent to W&B."""
     return {name: value for name, value in row.items() if name not in ("kind", "step", "time", "incarnation")}
 
 
 def history_steps(path: Path) -> list[int]:
-    """The steps in a .wandb file, in its order; up to where it is torn."""
+    """The steps in a .wandb file, in file order, up to the place where it is torn."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     steps = []
@@ -85,7 +85,7 @@ def history_steps(path: Path) -> list[int]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """Payloads of a LevelDB log after W&B's file header; what is torn, or fails its checksum, ends it."""
+    """Payloads of a LevelDB log after W&B's file header, up to the first record that is torn or fails its checksum."""
     position, parts = FILE_HEADER_BYTES, b""
     while data[:4] == b":W&B" and position + CHUNK_HEADER.size <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES
@@ -103,16 +103,16 @@ def records(data: bytes) -> Iterator[bytes]:
 
 
 def wait_for_writer(path: Path) -> None:
-    """Wait while a process of this machine has the file open, WRITER_SECONDS at most."""
+    """Wait while a process of this machine has the file open, for at most WRITER_SECONDS."""
     deadline = time.monotonic() + WRITER_SECONDS
     while (writers := _open_in(path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     if writers:
-        log.warning("%s: process %s still writes it: what it adds may come to W&B twice", path, writers[0])
+        log.warning("%s: process %s still writes it: W&B may get its next rows twice", path, writers[0])
 
 
 def _open_in(path: Path) -> list[str]:
-    """Numbers of the processes of this machine, as far as they may be looked into, that have a file open."""
+    """Ids of the processes of this machine that have a file open; other users' processes cannot be checked."""
     target, found = os.path.realpath(path), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

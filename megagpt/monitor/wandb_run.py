@@ -1,4 +1,4 @@
-"""The W&B run of a run_dir as a writer of rows: one run over all restarts, every step once."""
+"""Write rows to the W&B run of a run_dir: one W&B run over all restarts, with every step once."""
 
 import logging
 import secrets
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """The W&B run of a run_dir: the id in wandb.json is kept over restarts, and its steps only grow."""
+    """The W&B run of a run_dir. Restarts keep its id, which is in wandb.json; its steps only grow."""
 
     name = "W&B"
 
     def __init__(self, run_dir: Path, config: MonitorConfig, run_config: dict[str, Any], earlier: Metrics) -> None:
-        """earlier: what metrics.jsonl has. What of it W&B has not got is sent first, what it has not again."""
+        """earlier: the rows in metrics.jsonl. Those that W&B lacks are sent first; those that it has are not sent again."""
         import wandb
         from wandb.errors import CommError
 
@@ -46,7 +46,7 @@ class WandbRun:
             self._run: Any = wandb.init(mode=self.mode, **options)
         except CommError as error:
             # A run that waited days in a queue must not end because a dashboard is out of reach.
-            log.warning("W&B cannot be reached (%s): this start is logged offline under %s/wandb", error, run_dir)
+            log.warning("W&B cannot be reached (%s): this attempt is logged offline under %s/wandb", error, run_dir)
             self.mode = "offline"
             wandb.teardown()
             self._run = wandb.init(mode=self.mode, **options)
@@ -55,13 +55,13 @@ class WandbRun:
         server_step = self._run.starting_step - 1 if self.mode == "online" else None
         missing = missing_rows(earlier, run_dir, server_step)
         if missing.rows:
-            log.info("W&B lacks %d rows of an earlier start: they are sent again", len(missing.rows))
+            log.info("W&B lacks %d rows of earlier attempts: they are sent again", len(missing.rows))
         for row in missing.rows:
             self.write(row["kind"], row["step"], plain(values_of(row)))
         self._last_step = missing.last_step
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Send the values as `<kind>/<name>` unless the step was sent before a restart or lies before the current one."""
+        """Send the values as `<kind>/<name>`, unless the step was sent before a restart or is before the current step."""
         if step <= self._last_step or step < self._step:
             return
         self._step = step
@@ -74,7 +74,7 @@ class WandbRun:
         self._run.log(row, step=step)
 
     def close(self) -> None:
-        """Flush and end the W&B run; its file is whole afterwards (W&B's own process closes it after finish() has returned)."""
+        """Flush and end the W&B run; its file is then complete (W&B's process closes it after finish() has returned)."""
         self._run.finish()
         for path in (self._run_dir / "wandb" / self.folder).glob("run-*.wandb"):
             wait_for_writer(path)

@@ -1,4 +1,4 @@
-"""Further writers of a run's rows beside metrics.jsonl, each behind a thread of its own: they never stop or slow training."""
+"""Writers of a run's rows beside metrics.jsonl, each in its own thread: they never stop or slow training."""
 
 import logging
 import queue
@@ -9,28 +9,28 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 1000
-"""Rows that wait for a writer at most; further ones are dropped and counted."""
+"""Most rows that wait for a writer; further ones are dropped and counted."""
 
 WARN_SECONDS = 600.0
-"""Seconds between two warnings of dropped rows."""
+"""Least seconds between two warnings of dropped rows."""
 
 
 class Writer(Protocol):
-    """Where rows go: W&B, TensorBoard, Prometheus. Called by one thread, never by two at once."""
+    """A destination of rows: W&B, TensorBoard, Prometheus. Only one thread at a time calls it."""
 
     name: str
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row, as plain JSON values. May raise anything, and may take long."""
+        """Write one row of plain JSON values. It may raise anything, and may take long."""
         ...
 
     def close(self) -> None:
-        """Send what is still held, and end."""
+        """Send the remaining rows, and end."""
         ...
 
 
 class BackgroundWriter:
-    """A writer and its thread. A writer that raises gets no further row; one that blocks drops rows, which are counted."""
+    """A writer and its thread. After a writer raises it gets no further rows; while it blocks, rows are dropped and counted."""
 
     def __init__(self, writer: Writer, *, max_rows: int = MAX_ROWS) -> None:
         self.writer = writer
@@ -43,7 +43,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Hand a row over; never waits."""
+        """Queue a row; it never waits."""
         if self.failed:
             return
         name = self.writer.name
@@ -56,20 +56,20 @@ class BackgroundWriter:
                 log.warning("%s does not keep up: %d rows dropped; metrics.jsonl has them", name, self.dropped)
 
     def close(self, timeout_seconds: float) -> None:
-        """Wait for the rows handed over and the writer's end, `timeout_seconds` at most. Safe to call twice."""
+        """Wait until all queued rows are written and the writer has ended, for at most timeout_seconds. Safe to call twice."""
         if self._closing.is_set():
             return
         self._closing.set()
         try:
             self._rows.put_nowait(None)
         except queue.Full:
-            pass  # the thread looks at _closing once it gets on
+            pass  # the thread checks _closing after the current row
         name = self.writer.name
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            log.warning("%s has not ended within %.0f s and is left; metrics.jsonl is complete", name, timeout_seconds)
+            log.warning("%s did not end within %.0f s and is abandoned; metrics.jsonl is complete", name, timeout_seconds)
         if self.dropped:
-            log.warning("%s: %d rows of this start were dropped; metrics.jsonl has them", name, self.dropped)
+            log.warning("%s: %d rows of this attempt were dropped; metrics.jsonl has them", name, self.dropped)
 
     def _run(self) -> None:
         name = self.writer.name
@@ -78,9 +78,9 @@ class BackgroundWriter:
                 row = self._rows.get()
                 if row is not None:
                     self.writer.write(*row)
-        except Exception as error:  # whatever breaks there, training continues
+        except Exception as error:  # training continues whatever fails here
             self.failed = True
-            log.warning("%s failed (%s): nothing more is sent from this start; metrics.jsonl is complete", name, error)
+            log.warning("%s failed (%s): this attempt sends it no more rows; metrics.jsonl is complete", name, error)
         try:
             self.writer.close()
         except Exception as error:
@@ -89,7 +89,7 @@ class BackgroundWriter:
 
 
 def flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Nested values as (prefix/name/..., value); lists are left out."""
+    """Nested values as pairs (prefix/name/..., value); lists are left out."""
     pairs = []
     for name, value in values.items():
         if isinstance(value, dict):

@@ -62,7 +62,7 @@ def test_a_failing_writer_is_named_once_and_closed(caplog: pytest.LogCaptureFixt
     assert [step for _, step, _ in kept.rows] == [0, 1, 2]
     assert (kept.closed, writer.failed) == (1, True)
     assert caplog.messages == [
-        "kept failed ([Errno 28] no space left on device): nothing more is sent from this start; metrics.jsonl is complete"
+        "kept failed ([Errno 28] no space left on device): this attempt sends it no more rows; metrics.jsonl is complete"
     ]
 
 
@@ -78,8 +78,8 @@ def test_a_hanging_writer_drops_and_counts_and_is_left(caplog: pytest.LogCapture
     assert writer.dropped in (94, 95)  # five wait, and one may be with the writer already
     assert caplog.messages == [
         "kept does not keep up: 1 rows dropped; metrics.jsonl has them",
-        "kept has not ended within 0 s and is left; metrics.jsonl is complete",
-        f"kept: {writer.dropped} rows of this start were dropped; metrics.jsonl has them",
+        "kept did not end within 0 s and is abandoned; metrics.jsonl is complete",
+        f"kept: {writer.dropped} rows of this attempt were dropped; metrics.jsonl has them",
     ]
     gate.set()
     writer._thread.join(30)
@@ -208,7 +208,7 @@ def test_a_taken_port_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
         monitor.log("train", 1, loss=1.0)
         monitor.close()
     (message,) = [message for message in caplog.messages if "prometheus" in message]
-    assert message.startswith(f"monitor.prometheus_port={port}: no endpoint on 127.0.0.1 for this start: ")
+    assert message.startswith(f"monitor.prometheus_port={port}: no endpoint on 127.0.0.1 for this attempt: ")
     assert read_metrics(tmp_path).last_step == 1
 
 
