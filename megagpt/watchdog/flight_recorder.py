@@ -1,8 +1,8 @@
-"""What the collectives of this process do: how many were begun, how long is waited in them, which are open.
+"""Observe the collectives of this process: how many were begun, which are open, and how long the rank waits in them.
 
-All of it is read from other threads than the one that trains, and nothing here makes a rank or a GPU wait. Torch's flight
-recorder keeps the last collectives of each process group, on gloo and on NCCL (world.RECORDER_SETTINGS turns on what NCCL
-needs for it); its dumps are what torch's own analysis, `torchfrtrace`, reads.
+Other threads than the one that trains read all of this, and nothing here makes a rank or a GPU wait. Torch's flight recorder
+keeps the last collectives of each process group, on gloo and on NCCL (world.RECORDER_SETTINGS turns it on for NCCL). Torch's
+own analysis, `torchfrtrace`, reads its dumps.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from megagpt.files import atomic_path
 from megagpt.watchdog import stacks
 
 Group = dict[str, Any]
-"""One process group in a rank's words: name, begun (collectives so far), open (those that have not ended: number, operation,
-state, seconds since it was begun)."""
+"""One process group as a rank reports it: name, begun (number of collectives so far), open (the collectives that have not
+ended, each with number, operation, state, and seconds since it was begun)."""
 
 MAX_OPEN = 8
-"""Open collectives of a group that are told."""
+"""Most open collectives that are reported of a group."""
 
 
 def collectives_begun() -> int:
@@ -43,13 +43,13 @@ def collectives_begun() -> int:
 
 
 def recorded_groups(now_ns: int | None = None) -> list[Group]:
-    """What the flight recorder knows of this process's groups; [] where torch has none."""
+    """The flight recorder's record of this process's groups; [] if this torch has no recorder. now_ns: Unix time."""
     now_ns = time.time_ns() if now_ns is None else now_ns
     return [group for dump in _dumps("_json", True, False) for group in read_groups(json.loads(dump), now_ns)]
 
 
 def read_groups(dump: Mapping[str, Any], now_ns: int) -> list[Group]:
-    """The groups in a dump, JSON or pickle, in the format of torch 2.13 (version 2.10)."""
+    """The groups in a dump (JSON or pickle) of torch 2.13, format version 2.10. now_ns: Unix time in nanoseconds."""
     groups: dict[str, Group] = {}
     for entry in dump.get("entries", []):
         name = " ".join(part for part in entry["process_group"] if part and part != "undefined")
@@ -63,16 +63,16 @@ def read_groups(dump: Mapping[str, Any], now_ns: int) -> list[Group]:
 
 
 def compare_groups(ranks: Mapping[int, list[Group]]) -> str:
-    """Where the ranks stand in the groups in which somebody waits, in words; "" if nobody does."""
+    """One line on where each rank is, for the groups in which a rank waits; "" if none waits."""
     names = sorted({group["name"] for groups in ranks.values() for group in groups if group["open"]})
     return "; ".join(_compare_group(name, ranks) for name in names[:4])
 
 
 def not_come(ranks: Mapping[int, list[Group]]) -> dict[int, str]:
-    """The ranks whose GPU has not started a collective that other ranks' GPUs wait in, and which it is; {} if no dump says so.
+    """The ranks whose GPU has not started a collective in which other ranks' GPUs wait, each with a sentence on it.
 
-    NCCL's entries are `scheduled` when the host has launched them and `started` when the GPU has come to them. Of ranks that
-    are missing in one group those that wait in no other one themselves are meant.
+    NCCL's entries are `scheduled` when the host has launched them and `started` when the GPU has reached them. A rank that is
+    missing in one group counts only if it does not itself wait in another, unless all of them do. {} if no dump shows one.
     """
     missing: dict[int, str] = {}
     for name in sorted({group["name"] for groups in ranks.values() for group in groups}):
@@ -108,7 +108,7 @@ def _is_scheduled(group: Group, number: int) -> bool:
 
 
 def write_dump(path: Path) -> None:
-    """Write this rank's dump, stacks included, for `torchfrtrace --prefix ... FOLDER`: NCCL's if there is NCCL, else gloo's."""
+    """Write this rank's dump, with stacks, for `torchfrtrace --prefix ... FOLDER`: NCCL's if there is NCCL, else gloo's."""
     for dump in _dumps("", True, True, False)[:1]:
         with atomic_path(path) as temporary:
             temporary.write_bytes(dump)
@@ -117,7 +117,7 @@ def write_dump(path: Path) -> None:
 def _compare_group(name: str, ranks: Mapping[int, list[Group]]) -> str:
     places: dict[str, list[int]] = {}
     firsts = [group["open"][0] for groups in ranks.values() for group in groups if group["name"] == name and group["open"]]
-    several = len({first["state"] for first in firsts}) > 1  # one GPU is in it, another has not come to it
+    several = len({first["state"] for first in firsts}) > 1  # one GPU is in it, another has not reached it
     for rank in sorted(ranks):
         for group in ranks[rank]:
             if group["name"] == name:
@@ -125,8 +125,8 @@ def _compare_group(name: str, ranks: Mapping[int, list[Group]]) -> str:
                 state = f" ({first['state']})" if first and several else ""
                 place = f"in {first['number']} {first['operation']}{state}" if first else f"begun {group['begun']}, none open"
                 places.setdefault(place, []).append(rank)
-    told = ", ".join(f"{_ranks(members)} {place}" for place, members in sorted(places.items(), key=lambda item: len(item[1])))
-    return f"group {name}: {told}"
+    parts = (f"{_ranks(members)} {place}" for place, members in sorted(places.items(), key=lambda item: len(item[1])))
+    return f"group {name}: {', '.join(parts)}"
 
 
 def _ranks(members: list[int]) -> str:
@@ -135,13 +135,13 @@ def _ranks(members: list[int]) -> str:
 
 
 def _operation(entry: Mapping[str, Any]) -> str:
-    """`nccl:all_reduce [1024] Float`: what ranks must agree on."""
+    """What the ranks must agree on, for example `nccl:all_reduce [1024] Float`."""
     kinds = zip(entry["input_sizes"], entry["input_dtypes"], strict=False)
     return " ".join([entry["profiling_name"], *(f"{list(sizes)} {kind}" for sizes, kind in kinds)])
 
 
 def _dumps(suffix: str, *arguments: bool) -> list[bytes]:
-    """NCCL's recorder, where torch has it and a group uses it, then the one of the other backends."""
+    """The dump of NCCL's recorder, if torch has it and a group uses it, then that of the other backends."""
     module: Any = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]
     names = ["_dump_nccl_trace"] if dist.is_nccl_available() and torch.cuda.is_available() else []
     found = [getattr(module, name + suffix, None) for name in [*names, "_dump_fr_trace"]]
@@ -152,21 +152,21 @@ def _dumps(suffix: str, *arguments: bool) -> list[bytes]:
 
 
 class WaitSampler:
-    """Seconds that this rank waits in collectives, estimated by looking now and then whether it does.
+    """Seconds that this rank waits in collectives, estimated by sampling whether it waits.
 
-    A slow rank is the one that waits least, whatever the engine. On the CPU a rank waits while its main thread sleeps inside
-    torch's or DeepSpeed's collectives; with NCCL while a collective runs on its GPU.
+    A slow rank waits least, on any engine. On the CPU a rank waits while its main thread sleeps inside torch's or DeepSpeed's
+    collectives; with NCCL, while a collective runs on its GPU.
     """
 
     def __init__(self, device: torch.device, counts: Callable[[], bool]) -> None:
-        """`counts`: whether this moment is part of a step (and not of a save, say)."""
+        """counts: returns whether the current moment is part of a step (and not, for example, of a save)."""
         on_gpu = device.type == "cuda"
         self.seconds, self.looks = 0.0, 0
         self.pause_seconds = 0.5 if on_gpu else 0.05
         self._waits, self._counts = _gpu_waits if on_gpu else _main_thread_waits, counts
 
     def run(self, closing: threading.Event) -> None:
-        """Look until `closing` is set; at irregular moments, so that steps of a regular length are seen at all their places."""
+        """Sample until `closing` is set, at irregular intervals, so that all parts of steps of equal length are sampled."""
         before = time.monotonic()
         while not closing.wait(self.pause_seconds * random.uniform(0.5, 1.5)):
             now = time.monotonic()
@@ -177,7 +177,7 @@ class WaitSampler:
 
 
 def _main_thread_waits() -> bool:
-    """Whether the main thread stays at one place inside a collective, asleep; that it merely passes there does not count."""
+    """Whether the main thread sleeps at one place inside a collective; a thread that only passes there does not count."""
     main = threading.main_thread()
     before = _collective_place(main)
     if before is None:

@@ -1,4 +1,4 @@
-"""How long the forward passes of a rank take, for the comparison of ranks (stragglers.py)."""
+"""Measure how long the forward passes of a rank take, to compare ranks (stragglers.py)."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ import torch
 
 
 class ForwardTimer:
-    """Seconds in forward passes: on a GPU by events, read once they have passed, so nothing waits."""
+    """Seconds in forward passes, measured with events on a GPU; they are read after they have passed, so nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0

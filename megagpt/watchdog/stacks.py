@@ -1,6 +1,6 @@
-"""What the threads of this process do now: Python stacks, the system call, and in plain words why it makes no progress.
+"""Show what the threads of this process do now: their Python stacks, their system calls, and why there is no progress.
 
-Works from a thread of the same process while others are stuck, as long as somebody lets go of the interpreter's lock.
+It works from a thread of the same process while others are stuck, as long as none of them holds the interpreter's lock.
 """
 
 import linecache
@@ -23,7 +23,7 @@ _FILE_CALLS = {
     78: "getdents", 82: "rename", 83: "mkdir", 84: "rmdir", 87: "unlink", 217: "getdents", 257: "openat", 262: "stat",
     263: "unlink", 264: "rename", 285: "fallocate", 295: "preadv", 296: "pwritev", 316: "rename", 332: "statx",
 }  # fmt: skip
-"""Numbers of Linux on x86-64 that wait for a file system."""
+"""System calls of Linux on x86-64 that wait for a file system, by number."""
 _OTHER_CALLS = {
     7: "poll",
     23: "select",
@@ -38,9 +38,9 @@ _OTHER_CALLS = {
 _BY_DESCRIPTOR = {0, 1, 5, 8, 16, 17, 18, 19, 20, 72, 73, 74, 75, 77, 78, 217, 285, 295, 296}
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 _FETCH_FILE = "/megagpt/distributed/fetch.py"
-"""Where a step waits for its device, on which the others' part of a collective may be missing."""
+"""Where a step waits for its device, which may itself wait for the other ranks' part of a collective."""
 _INNERMOST = 4
-"""Frames among which a collective's own are looked for."""
+"""Innermost frames in which a collective is searched."""
 _LOCK_WORDS = re.compile(
     r"\bwith\b.{0,200}?(lock|mutex|semaphore|condition)\w*\b|\.(acquire|wait|join|result)\(", re.IGNORECASE
 )
@@ -49,16 +49,16 @@ _OWN_THREADS = ("watchdog", "stop signals")
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """One thread: its name, its stack (innermost frame last) as `file:line function: source`, and the system call it is in."""
+    """One thread: its name, its stack (`file:line function: source`, innermost frame last), and its current system call."""
 
     name: str
     stack: tuple[str, ...]
     call: str
-    """`read /path`, `futex`, `running` …; "" where the system does not tell."""
+    """`read /path`, `futex`, `running` …; "" if the system does not show it."""
 
 
 def threads() -> list[Thread]:
-    """All Python threads of this process but those that wait for nothing of the run, the main thread first."""
+    """All Python threads of this process, the main thread first, without the watchdog's and the signal handler's threads."""
     frames = sys._current_frames()
     main = threading.main_thread()
     known = sorted(threading.enumerate(), key=lambda thread: thread is not main)
@@ -81,7 +81,7 @@ def format_stack(frame: FrameType | None) -> tuple[str, ...]:
 
 
 def system_call(thread_id: int | None) -> str:
-    """The system call that a thread of this process waits in, with the file's path where it is one."""
+    """The system call in which a thread of this process waits, with the file's path if it has one."""
     task = Path(f"/proc/self/task/{thread_id}")
     try:
         words = (task / "syscall").read_text().split()
@@ -98,7 +98,7 @@ def system_call(thread_id: int | None) -> str:
 
 
 def culprit(found: Sequence[Thread], activity: str) -> Thread:
-    """The thread that keeps the main one waiting: in a data wait the loader's, while a result is awaited the worker's."""
+    """The thread that the main one waits for: the loader's in a data wait, a worker's if its result is awaited, else itself."""
     main = found[0]
     if not main.stack or _kind(main) != "lock":
         return main
@@ -111,7 +111,7 @@ def culprit(found: Sequence[Thread], activity: str) -> Thread:
 
 
 def explain(found: Sequence[Thread], activity: str) -> tuple[str, str]:
-    """(cause, what) of a process without progress: cause is one of loader, file system, lock, collective, device, code."""
+    """(cause, what) of a process without progress. cause is one of loader, file system, lock, collective, device, code."""
     thread = culprit(found, activity)
     kind = _kind(thread)
     where = own_line(thread.stack)
@@ -121,17 +121,17 @@ def explain(found: Sequence[Thread], activity: str) -> tuple[str, str]:
     elif activity == "data_wait":
         kind = "loader"
         if _idle(thread):
-            return kind, f"the batch never comes: thread {thread.name} has nothing to do or is gone; waits at {where}"
+            return kind, f"the batch never comes: thread {thread.name} is idle or has ended; it waits at {where}"
     return kind, f"thread {thread.name} at {where}{call}"
 
 
 def waits_for_others(found: Sequence[Thread]) -> bool:
-    """Whether the main thread stands in a collective, or fetches from the device, where it can do nothing but wait."""
+    """Whether the main thread is in a collective or fetches from the device, where it can only wait."""
     return bool(found) and _kind(found[0]) in ("collective", "device")
 
 
 def in_collective(frame: FrameType | None) -> bool:
-    """Whether a thread whose innermost frame is given is inside torch's or DeepSpeed's collectives."""
+    """Whether a thread is inside torch's or DeepSpeed's collectives; frame: its innermost frame."""
     for _ in range(_INNERMOST):
         if frame is None:
             return False
@@ -142,7 +142,7 @@ def in_collective(frame: FrameType | None) -> bool:
 
 
 def own_line(stack: Sequence[str]) -> str:
-    """The innermost frame, and before it the innermost one of this library if that is another."""
+    """The innermost frame, after the innermost frame of this library if that is a different one."""
     if not stack:
         return "no Python frame"
     ours = next((line for line in reversed(stack) if "/megagpt/" in line), "")
@@ -150,7 +150,7 @@ def own_line(stack: Sequence[str]) -> str:
 
 
 def as_json(found: Sequence[Thread]) -> list[dict[str, Any]]:
-    """For the verdict's file."""
+    """The threads as JSON values, for the verdict's file."""
     return [asdict(thread) for thread in found]
 
 

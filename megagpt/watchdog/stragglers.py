@@ -1,22 +1,23 @@
-"""Which ranks are slow, and in what: each rank's seconds per step, compared on rank 0. Needs no torch."""
+"""Find the ranks that are slow, and what they are slow at: rank 0 compares all ranks' seconds per step. Needs no torch."""
 
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 LONG_ACTIVITIES = ("start", "load", "save", "evaluate", "generate")
-"""Activities of the clock that are no part of a step."""
+"""Activities of the clock that are not part of a step."""
 
 Progress = dict[str, float]
-"""A rank at the beginning of a step, since its process began: "steps" done (-1: not yet at one), seconds by activity of the
-clock, "forward": seconds in forward passes, "collective": seconds of waiting in collectives, "looks": what that rests on."""
+"""A rank's totals at the beginning of a step, since its process began: "steps" done (-1: none has begun), seconds by activity
+of the clock, "forward": seconds in forward passes, "collective": seconds of waiting in collectives, estimated from "looks"
+samples."""
 
 MIN_LOOKS = 100
-"""Samples of the stack needed before a share of the time is reported: it is then right within 0.05."""
+"""Samples of the stack that are needed before a share of the time is reported; it is then accurate within 0.05."""
 
 
 class RankTimes:
-    """What the ranks' reports said the last time."""
+    """Compares the ranks' reports with those of the previous call."""
 
     def __init__(self, slow_ratio: float) -> None:
         self.slow_ratio = slow_ratio
@@ -24,16 +25,16 @@ class RankTimes:
         self._looked_before: dict[int, Progress] = {}
 
     def summary(self, reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-        """`summarise` for the time since the last call; of what rests on looks, since the last call that told it."""
+        """`summarise` over the time since the last call; for sampled values, since the last call that reported them."""
         rates: dict[str, dict[int, float]] = {}
         reports = {rank: report for rank, report in reports.items() if report["progress"]["steps"] >= 0}
         now: dict[int, Progress] = {rank: report["progress"] for rank, report in reports.items()}
         for before, read in ((self._before, step_seconds), (self._looked_before, waiting_seconds)):
             for rank, progress in now.items():
-                if rank not in before or progress["steps"] < before[rank]["steps"]:  # the guard went back: begin anew
+                if rank not in before or progress["steps"] < before[rank]["steps"]:  # a rewind: start again
                     before[rank] = progress
             found = {rank: read(before[rank], progress) for rank, progress in now.items()}
-            if all(found.values()):  # of the same time on all ranks, so that they can be compared
+            if all(found.values()):  # all ranks over the same time, so that they can be compared
                 before.update(now)
                 for rank, seconds in found.items():
                     for name in seconds:
@@ -42,7 +43,7 @@ class RankTimes:
 
 
 def step_seconds(earlier: Progress, later: Progress) -> dict[str, float]:
-    """Seconds per step of one rank between two moments: in all, waiting for data, in forward passes; {} without a step."""
+    """Seconds per step of one rank between two moments: total, waiting for data, and in forward passes; {} without a step."""
     steps = later["steps"] - earlier["steps"]
     if steps <= 0:
         return {}
@@ -53,8 +54,8 @@ def step_seconds(earlier: Progress, later: Progress) -> dict[str, float]:
 
 
 def waiting_seconds(earlier: Progress, later: Progress) -> dict[str, float]:
-    """Seconds per step that one rank waits in collectives, and works by itself, which is the rest of the step without the data
-    wait; {} before there were MIN_LOOKS."""
+    """Seconds per step that one rank waits in collectives, and that it works by itself: the step without that and without the
+    data wait. {} until there are MIN_LOOKS samples."""
     found = step_seconds(earlier, later)
     if not found or later["looks"] - earlier["looks"] < MIN_LOOKS:
         return {}
@@ -63,14 +64,14 @@ def waiting_seconds(earlier: Progress, later: Progress) -> dict[str, float]:
 
 
 def summarise(rates: Mapping[str, Mapping[int, float]], hosts: Mapping[int, str], slow_ratio: float) -> dict[str, Any]:
-    """Median and maximum over ranks of seconds per step by what is done, and `slow`: who exceeds `slow_ratio` medians, each
-    rank once. A long wait in collectives makes nobody slow: the slow rank waits least, and has the most work of its own."""
+    """Median and maximum over ranks of seconds per step, by activity, and `slow`: the ranks above slow_ratio x the median, each
+    named once. A long wait in collectives makes no rank slow: the slow rank waits least, and does the most work of its own."""
     result: dict[str, Any] = {}
     slow: dict[int, str] = {}
     for name, table in rates.items():
         median, worst = statistics.median_low(table.values()), max(table, key=lambda rank: table[rank])
         result[name] = {"median_seconds": median, "max_seconds": table[worst], "max_rank": worst}
-        # Less is noise: below a millisecond it costs nobody anything, and looks are a sample.
+        # A smaller difference is noise: less than a millisecond costs nothing, and own_work is only sampled.
         looked = [table[rank] + rates["collective_wait"][rank] for rank in table] if name == "own_work" else [0.0]
         noise = max(1e-3, 0.15 * statistics.median_low(looked))
         for rank in sorted(table) if name in ("data_wait", "forward", "own_work") else ():
@@ -82,7 +83,7 @@ def summarise(rates: Mapping[str, Mapping[int, float]], hosts: Mapping[int, str]
 
 
 def count_slow(texts: Iterable[str]) -> dict[tuple[str, str], tuple[int, str]]:
-    """Of `slow` in rows of metrics.jsonl: (rank and host, what it is slow in) -> how often, and the last figures."""
+    """Count `slow` of rows in metrics.jsonl: (rank and host, activity) -> (number of rows, last figures), most rows first."""
     found: dict[tuple[str, str], tuple[int, str]] = {}
     for text in texts:
         for name in filter(None, text.split("; ")):

@@ -1,18 +1,18 @@
-"""Hangs and stragglers: which rank keeps the others waiting, where, and why.
+"""Find hangs and stragglers: which rank keeps the others waiting, where, and why.
 
-Every rank reports about its own progress, some times a minute, to a TCP store that rank 0 serves; a hung file system, a full
-collective queue or a stuck main thread do not reach it. Rank 0 looks at all reports, the others at rank 0's. When some
-rank has not moved for too long, the missing one is the one that is behind the others: silent or gone, in an earlier
-place of the loop, with fewer collectives begun, or in the same place but not inside a collective. The verdict goes to the
+Every rank reports its progress several times a minute to a TCP store that rank 0 serves. A hung file system, a full
+collective queue or a stuck main thread cannot block these reports. Rank 0 checks all reports, the others check rank 0's. If a
+rank makes no progress for too long, the missing rank is the one behind the others: it is silent or has ended, is in an earlier
+place of the loop, has begun fewer collectives, or is in the same place but not inside a collective. The verdict goes to the
 job's log, to run_dir/watchdog/ and metrics.jsonl, and all ranks end with status 76, so that the job starts again.
 
-What is judged is the time since a rank last got on, not how long an activity takes: an evaluation gets on with every batch, a
-save with every slice it writes, a load with every piece it reads (World.progress), a start with every module it imports,
-torch.compile with every graph and kernel.
+The limits apply to the time since a rank's last progress, not to the length of an activity: an evaluation makes progress with
+every batch, a save with every slice that it writes, a load with every range that it reads (World.progress), a start with every
+module that it imports, torch.compile with every graph and kernel.
 
-The loop pays a microsecond per micro-batch; everything else happens in three threads per rank, and a fourth that
-reads the GPUs on one rank per node. A rank that holds the
-interpreter's lock for ever is silent: faulthandler, which needs no lock, prints its stack to its stderr and ends it.
+The loop spends a microsecond per micro-batch; everything else happens in three threads per rank, and in a fourth on one rank
+per node, which reads the GPUs. A rank that never releases the interpreter's lock is silent: faulthandler, which needs no lock,
+prints its stack to stderr and ends it.
 """
 
 import contextlib
@@ -45,29 +45,29 @@ from megagpt.watchdog.forward_timer import ForwardTimer
 from megagpt.watchdog.stragglers import LONG_ACTIVITIES, Progress, RankTimes
 
 Report = dict[str, Any]
-"""What a rank says of itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,
-collectives, ended, progress (see stragglers.py); and once it is half overdue: threads, cause, what, waits_for_others, groups
+"""A rank's report on itself: number (of the report), rank, host, pid, step, activity, position, stuck_seconds, limit_seconds,
+collectives, ended, progress (see stragglers.py); after half of the limit also threads, cause, what, waits_for_others, groups
 (see flight_recorder.py)."""
 
 
 class WatchdogConfig(Config):
-    """When a run counts as hung. Nothing here changes the model that comes out."""
+    """When a run counts as hung. Nothing here changes the trained model."""
 
     enabled: bool = True
     """Whether hangs end the run with status 76 (slurm/pretrain.sh then starts it again)."""
     stall_seconds: float = Field(default=300.0, gt=0)
-    """A rank that has not got through one micro-batch or wait of a step in this time is stuck."""
+    """A rank is stuck if it completes no micro-batch and no wait of a step within this time."""
     long_seconds: float = Field(default=1500.0, gt=0)
-    """The same in the first step, and while loading, saving, evaluating and generating. They may take longer as long as they
-    get on: by a batch, a token, a slice of a file, a compiled graph."""
+    """The same limit in the first step, and while loading, saving, evaluating and generating. These may take longer in total
+    while they make progress: a batch, a token, a slice of a file, a compiled graph."""
     slow_ratio: float = Field(default=1.5, gt=1)
-    """A rank is named as slow if its data wait, its forward passes, or all that it does by itself (own_work: a step without
-    data wait and without waiting in collectives) take this many times the median of all ranks."""
+    """A rank is reported as slow if its data wait, its forward passes, or its own work (own_work: a step without data wait and
+    without waiting in collectives) take this many times the median of all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why the run was ended. `rank` None: no single rank is missing."""
+    """Why the watchdog ended the run. rank: the missing one; None if no single rank is missing."""
 
     rank: int | None
     host: str
@@ -77,7 +77,7 @@ class Verdict:
     cause: str
     what: str
     collectives: str = ""
-    """Where the ranks stand in the groups in which some wait, by torch's flight recorder."""
+    """Where each rank is, for the groups in which a rank waits, from torch's flight recorder."""
 
     def line(self) -> str:
         """One line for the log."""
@@ -87,10 +87,10 @@ class Verdict:
 
 
 class Watchdog:
-    """The threads of one rank. `beat` is the loop's only duty."""
+    """The watchdog's threads of one rank. The loop only has to call `beat`."""
 
     def __init__(self, config: WatchdogConfig, world: World, run_dir: Path, clock: Stopwatch, attempt: int) -> None:
-        """All ranks call it together."""
+        """Start the threads, if enabled. All ranks call it together. attempt: the number of this start of the run."""
         self.config, self.world, self.run_dir, self.attempt = config, world, run_dir, attempt
         self._clock, self._step, self._beats, self._switches = clock, 0, 0, clock.switches
         self._times = RankTimes(config.slow_ratio)
@@ -130,10 +130,10 @@ class Watchdog:
     # ---- called by the loop
 
     def beat(self, step: int) -> None:
-        """This rank has got on: `step` updates are done. Before the first step, for every micro-batch, after each update."""
+        """Note progress: `step` updates are done. Called before the first step, for every micro-batch and after each update."""
         if step != self._step:
-            looked = {"collective": self._sampler.seconds, "looks": self._sampler.looks, "forward": self._forward.seconds}
-            self._progress = {"steps": step, **self._clock.peek(), **looked}
+            sampled = {"collective": self._sampler.seconds, "looks": self._sampler.looks, "forward": self._forward.seconds}
+            self._progress = {"steps": step, **self._clock.peek(), **sampled}
         self._step, self._switches = step, self._clock.switches
         self._beats += 1
         if self._first_step is None:
@@ -141,19 +141,19 @@ class Watchdog:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Measure a forward pass: of all that a rank does in a step it waits least for others there."""
+        """Measure a forward pass: the part of a step in which a rank waits least for others."""
         with self._forward():
             yield
 
     def ranks(self) -> dict[str, Any]:
-        """For the metrics (rank 0): see RankTimes.summary; and `nodes`, the GPUs of all nodes where NVML was read."""
+        """Values for the metrics (rank 0): RankTimes.summary, and `nodes`: the GPUs of all nodes on which NVML was read."""
         reports = dict(self._reports)
         nodes = summarise_nodes((report["host"], report["gpus"]) for report in reports.values() if report.get("gpus"))
         return self._times.summary(reports) | ({"nodes": nodes} if nodes else {})
 
     def end_if_judged(self) -> None:
-        """End this process with status 76 if this start has a verdict. An exception then only follows from it: the rank that
-        judged has ended, say, and closed its connections."""
+        """End this process with status 76 if this attempt has a verdict. The loop calls it on an exception, which may be only a
+        consequence: the rank that wrote the verdict has ended, for example, and closed its connections."""
         verdict = self._foreign_verdict
         for path in sorted((self.run_dir / "watchdog").glob(f"*_{self.attempt:04d}_rank*.json"))[:1]:
             written = read_json(path)
@@ -162,7 +162,7 @@ class Watchdog:
             self._end(verdict, record=False)
 
     def close(self) -> None:
-        """End the threads. The others hear that this rank has ended."""
+        """End the threads, and report to the other ranks that this one has ended."""
         if not self._threads:
             return
         self._closing.set()
@@ -179,7 +179,7 @@ class Watchdog:
                 self._send(self.report() | ({"gpus": self._gpus} if self._gpus else {}))
                 self._receive()
             except (RuntimeError, ValueError, OSError):
-                # A hole in the network, or rank 0 has gone: then its silence tells. The connection is made anew.
+                # The network failed, or rank 0 has ended, which its silence will show. Connect again.
                 if self.world.rank != 0 and not self._closing.wait(self._interval):
                     with contextlib.suppress(RuntimeError):
                         self._store = _store(os.environ["MASTER_ADDR"], self._port, is_master=False)
@@ -187,7 +187,7 @@ class Watchdog:
             self._send(self.report() | {"ended": True})
 
     def _read_gpus(self) -> None:
-        """A thread of its own on one rank of each node: NVML may hang with a GPU that is broken, and delays no report."""
+        """Runs in its own thread on one rank of each node: NVML may hang on a broken GPU, and must not delay reports."""
         while not self._closing.wait(self._interval):
             self._gpus = read_node()
 
@@ -208,7 +208,7 @@ class Watchdog:
     # ---- thread "watchdog": touches memory only, until there is a verdict
 
     def report(self) -> Report:
-        """This rank's report of this moment."""
+        """This rank's current report."""
         position = (self._beats, self._clock.switches - self._switches)
         marks = (*position, self.world.progress.count, _imported_and_compiled())
         if marks != self._marks:
@@ -256,20 +256,21 @@ class Watchdog:
                 self._end(replace(verdict, collectives=collectives.compare_groups(groups)), record=True)
 
     def _judged(self) -> dict[int, Report]:
-        """Rank 0 judges all. The others only whether rank 0, which would judge, is still there."""
+        """The reports to judge: all on rank 0; on the others only whether rank 0 is still there."""
         if self.world.rank == 0:
             return {**self._reports, 0: self.report()}
         first = {rank: report | {"stuck_seconds": 0.0} for rank, report in self._reports.items()}
         return {**first, self.world.rank: self.report()} if first and first[0]["ended"] else first
 
     def _silence_limit(self, reports: Mapping[int, Report]) -> float:
-        """Imports, compilations and writes can keep the interpreter's lock, and its threads silent, longer than a step may."""
+        """The longest limit of all ranks: imports, compilations and writes can hold the interpreter's lock, and so keep a
+        rank's threads silent, longer than a step may take."""
         return max((report["limit_seconds"] for report in reports.values()), default=self.config.long_seconds)
 
     def _end(self, verdict: Verdict, *, record: bool) -> None:
-        """Say it, keep it, tell the others, end the process; nothing here may wait for long."""
+        """Print the verdict, record it, send it to the other ranks, and end the process. Nothing here may wait for long."""
         line = verdict.line() if record else f"rank {self.world.rank} ends: {verdict.line()}"
-        os.write(2, (line + "\n").encode(errors="replace"))  # not by logging: the stuck thread may hold its lock
+        os.write(2, (line + "\n").encode(errors="replace"))  # not with logging: the stuck thread may hold its lock
         for action in (self._tell, self._record, self._dump) if record else (self._dump,):
             thread = threading.Thread(target=action, args=(verdict,), name="watchdog verdict", daemon=True)
             thread.start()
@@ -302,7 +303,10 @@ class Watchdog:
 
 
 def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], silence_limit: float) -> Verdict | None:
-    """Who is missing, or None while all get on. `silent_seconds`: how long ago each other rank was last heard."""
+    """The verdict on the missing rank; None while all make progress.
+
+    silent_seconds: seconds since the last report of each other rank. silence_limit: the most that is allowed of them.
+    """
     silent = {rank: seconds for rank, seconds in silent_seconds.items() if seconds > silence_limit}
     stuck = [report for report in reports.values() if report["stuck_seconds"] > report["limit_seconds"]]
     if not silent and not stuck:
@@ -321,9 +325,9 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
         what = (
             "its process has ended, and the others wait for it"
             if last["ended"]
-            else f"not heard for {gone[rank]:.0f} s: process, node or step daemon gone or stopped, or its interpreter blocked"
+            else f"no report for {gone[rank]:.0f} s: process, node or step daemon gone or stopped, or its interpreter blocked"
         )
-        # What a silent rank was doing last it could not tell; the others wait for it in what all were to do.
+        # A silent rank could not report its last activity; the others wait for it in the activity that all should do.
         waiting = max((r for r in reports.values() if r["rank"] != rank), key=lambda r: r["stuck_seconds"], default=last)
         return Verdict(rank, last["host"], done, (last if last["ended"] else waiting)["activity"], cause, what)
     missing, different = most_behind(list(reports.values()))
@@ -340,8 +344,10 @@ def judge(reports: Mapping[int, Report], silent_seconds: Mapping[int, float], si
 
 
 def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
-    """The ranks that keep the others waiting, found by ever finer comparison; and where the others are, if elsewhere than these
-    although nothing tells who is behind: in another collective."""
+    """(the ranks that keep the others waiting, found by finer and finer comparison; where the others are).
+
+    The second is "" if it is clear which ranks are behind; it is set if ranks only wait in different collectives.
+    """
     earliest = min(tuple(report["position"]) for report in reports)
     behind = [report for report in reports if tuple(report["position"]) == earliest]
     if len(behind) < len(reports):
@@ -368,8 +374,8 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
 
 
 def _imported_and_compiled() -> int:
-    """How many modules this process has imported, and how much torch.compile has done in it: frames, graphs, kernels. Read from
-    another thread, without importing anything."""
+    """How many modules this process has imported, plus torch.compile's frames, graphs and kernels. Another thread reads it,
+    and it imports nothing."""
     dynamo, inductor = sys.modules.get("torch._dynamo.utils"), sys.modules.get("torch._inductor.metrics")
     counters = getattr(dynamo, "counters", {})
     counts = [*counters.get("frames", {}).values(), *counters.get("inductor", {}).values(), *counters.get("stats", {}).values()]
