@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `fingerprint` is a sha256 of the files (and kind): equal fingerprints mean equal ids."""
+    """Turns text into ids and back. `fingerprint` is a sha256 of its files and kind: equal fingerprints mean equal ids."""
 
     kind: str
     vocab_size: int
@@ -17,26 +17,26 @@ class Tokenizer(Protocol):
     eos_ids: tuple[int, ...]
     """Each of them ends a generated text; eot_id is the first."""
     bos_id: int | None
-    """Begins every document and every prompt; None = nothing does."""
+    """Begins every document and every prompt; None = there is no such id."""
     dummy_prefix: bool
-    """Whether a space is put in front of every text (Llama 1 and 2), so that text at the start of a document loses it again."""
+    """Whether `encode` puts a space in front of every text (Llama 1 and 2), which `decode` removes again."""
     fingerprint: str
     lossless: bool
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; never a special one."""
+        """Ids of a text, without special ids."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as a uint32 array; faster than `encode` one by one."""
+        """Ids of each text as a uint32 array; faster than separate calls of `encode`."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The whole text of ids; special ones give nothing, bytes that are no UTF-8 give U+FFFD."""
+        """The text of ids. Special ids give no text, bytes that are not UTF-8 give U+FFFD."""
         ...
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for, b"" for special ones: decoding is joining these (less a dummy prefix)."""
+        """The bytes of each id, b"" for special ids: their concatenation, without a dummy prefix, is the decoded text."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -45,9 +45,9 @@ class Tokenizer(Protocol):
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """What a model is given to continue a text that begins a document: the begin-of-text id if there is one, and the text.
+    """The prompt for a text that begins a document: the begin-of-text id if the tokenizer has one, and the text's ids.
 
-    Of an empty text without such an id the end of the document before it, so there is always one id.
+    Without such an id, an empty text gives the end-of-text id of the document before it, so there is always at least one id.
     """
     ids = tokenizer.encode(text)
     if tokenizer.bos_id is not None:
@@ -56,5 +56,5 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """(vocab_size,) int64: how many bytes of text each id stands for, 0 for special ones."""
+    """(vocab_size,) int64: bytes of text of each id, 0 for special ids."""
     return np.array([len(piece) for piece in tokenizer.token_bytes()], np.int64)

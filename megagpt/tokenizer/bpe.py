@@ -1,4 +1,4 @@
-"""GPT-2-style byte-level BPE: reading its published file formats, encoding and decoding."""
+"""GPT-2-style byte-level BPE: read its published file formats, encode and decode."""
 
 import base64
 import hashlib
@@ -19,16 +19,16 @@ from megagpt.tokenizer.special_ids import read_special_ids
 Encoder: TypeAlias = Literal["tiktoken", "fastokens"]
 """The library that encodes byte-level BPE in batches."""
 _LONG_BLANKS = re.compile(r"[^\S\x1c-\x1f]{100000,}")
-"""White space as tiktoken's expressions mean it, which Python's has four control characters more than."""
+"""White space as in tiktoken's expressions; Python's has four more control characters."""
 MOST_BLANKS = 900_000
-"""White-space characters in a row that tiktoken takes with any pattern."""
+"""Most consecutive white-space characters that tiktoken accepts with any pattern."""
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "<|im_end|>")
-"""Names under which published vocabularies carry their end-of-text token, the first found is taken."""
+"""Names of the end-of-text token in published vocabularies; the first one that is found counts."""
 
 
 class Vocabulary:
-    """A byte-level BPE: bytes -> rank (rank is the id and the merge order), the pre-split pattern, the end-of-text id, the
-    merges as the file spells them where it has them, and what of it does not stand in the files (`reading`)."""
+    """A byte-level BPE: bytes -> rank (both the id and the merge order), the pre-split pattern, the end-of-text id, the merges
+    as the file spells them (None if it has none), and what the files do not say (`reading`)."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class Vocabulary:
 
 
 class BytePairs:
-    """GPT-2-style byte-level BPE. tiktoken's `encode_ordinary` is the reference; batches may go through fastokens instead,
-    several times as fast, which is refused at the first batch if a probe of hard strings does not give the same ids.
+    """GPT-2-style byte-level BPE. tiktoken's `encode_ordinary` is the reference. fastokens can encode batches instead, several
+    times as fast; the first batch raises UserError if the two give different ids for a probe of hard strings.
     """
 
     kind = "bpe"
@@ -74,15 +74,15 @@ class BytePairs:
         self._unchecked = _open_fastokens(vocabulary, files[0]) if encoder == "fastokens" else None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. tiktoken's expressions give up on about a million white-space characters in a row: long runs of
-        them are cut out as the pattern would cut them."""
+        """The ids of a text. tiktoken's expressions fail on about a million consecutive white-space characters, so long runs of
+        them are cut here in the way of the pattern. Raises UserError if a run is too long and the pattern is not GPT-2's."""
         ids, position = [], 0
         for run in _LONG_BLANKS.finditer(text):
             if self._pattern != GPT2_PATTERN:
                 if run.end() - run.start() < MOST_BLANKS:
                     continue
-                raise UserError(f"tokenizer {self.files[0]}: {run.end() - run.start():,} white-space characters in a row")
-            end = run.end() - (run.end() < len(text))  # the last one goes with the next word
+                raise UserError(f"tokenizer {self.files[0]}: {run.end() - run.start():,} consecutive white-space characters")
+            end = run.end() - (run.end() < len(text))  # the last one belongs to the next word
             ids += self._encoding.encode_ordinary(text[position : run.start()])
             ids += self._encoding._encode_single_piece(text[run.start() : end])
             position = end
@@ -105,7 +105,7 @@ class BytePairs:
 
     @cached_property
     def _fast(self) -> Any:
-        """fastokens, compared with tiktoken. Not before the first batch: beside its threads no worker could be forked."""
+        """fastokens, after a comparison with tiktoken. It is first used in the first batch: its threads would break a fork."""
         probe = probe_texts()
         if any(a.tolist() != self.encode(b) for a, b in zip(_encode_flat(self._unchecked, probe), probe, strict=True)):
             raise UserError(f"tokenizer {self.files[0]}: fastokens and tiktoken give different ids: use encoder=tiktoken")
@@ -120,7 +120,7 @@ class BytePairs:
 
 
 def ranks_from_tiktoken(path: Path, reading: Reading) -> Vocabulary:
-    """A rank file: lines of base64 and rank. Raises UserError naming the line."""
+    """Read a rank file: lines of base64 and rank. Raises UserError naming the line that is wrong."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line:
@@ -133,7 +133,7 @@ def ranks_from_tiktoken(path: Path, reading: Reading) -> Vocabulary:
 
 
 def ranks_from_merges(vocabulary: Path, merges: Path, reading: Reading = Reading()) -> Vocabulary:  # noqa: B008 (frozen)
-    """GPT-2's encoder.json with vocab.bpe, or vocab.json with merges.txt. Raises UserError."""
+    """Read GPT-2's encoder.json with vocab.bpe, or vocab.json with merges.txt. Raises UserError if they do not fit together."""
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").split("\n")
@@ -144,9 +144,10 @@ def ranks_from_merges(vocabulary: Path, merges: Path, reading: Reading = Reading
 
 
 def ranks_from_tokenizer_json(path: Path, *, saved: bool = False) -> Vocabulary:
-    """A Hugging Face tokenizer.json. Raises UserError unless tiktoken gives its ids: byte-level BPE that keeps every text.
+    """Read a Hugging Face tokenizer.json. Raises UserError unless it is lossless byte-level BPE, for which tiktoken gives the
+    same ids.
 
-    Release 0.1, which `saved` it, took every added token for a special one.
+    saved: release 0.1 wrote the file, which treated every added token as special.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -156,14 +157,14 @@ def ranks_from_tokenizer_json(path: Path, *, saved: bool = False) -> Vocabulary:
         pattern = _pattern(value.get("pre_tokenizer"), path)
         added = {token["content"]: token["id"] for token in value.get("added_tokens", [])}
         if not saved and not all(token["special"] for token in value.get("added_tokens", [])):
-            raise UserError(f"tokenizer {path}: added tokens that are not special are no byte pairs")
+            raise UserError(f"tokenizer {path}: it has added tokens that are neither special nor byte pairs")
         pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         vocabulary = _from_ids(model["vocab"], pairs, added, Reading(pattern=pattern), path)
         if not saved and len(vocabulary.ranks) > 256 + len(set(map("".join, pairs))):
             raise UserError(f"tokenizer {path}: pieces of the vocabulary come from no merge")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error!r})") from None
-    vocabulary.reading = Reading()  # the file says it
+    vocabulary.reading = Reading()  # the file has the pattern
     return vocabulary
 
 
@@ -178,7 +179,9 @@ def _pattern(pre_tokenizer: Any, path: Path) -> str:
         split = steps[0]
         if "Regex" in split["pattern"] and split.get("behavior") == "Isolated" and not split.get("invert"):
             return split["pattern"]["Regex"]
-    raise UserError(f"tokenizer {path}: pre-tokenizer {kinds} is not known; ByteLevel, or Split by regex and ByteLevel, are")
+    raise UserError(
+        f"tokenizer {path}: pre-tokenizer {kinds} is not supported: use ByteLevel, or Split by regex with ByteLevel"
+    )
 
 
 def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], reading: Reading, path: Path) -> Vocabulary:
@@ -195,7 +198,7 @@ def _from_ids(ids: dict[str, int], pairs: list[Any], added: dict[str, int], read
     except UnicodeEncodeError as error:
         piece = next(piece for piece in ids if piece not in known and piece.translate(to_bytes) == error.object)
         raise UserError(
-            f"tokenizer {path}: the character {piece[error.start]!r} stands for no byte: not a byte-level vocabulary"
+            f"tokenizer {path}: the character {piece[error.start]!r} does not stand for a byte: not a byte-level vocabulary"
         ) from None
     specials = {**{name: i for name, i in ids.items() if name in known}, **added}
     eot_id = next((specials[name] for name in EOT_NAMES if name in specials), None)
@@ -218,7 +221,7 @@ def byte_characters() -> dict[str, int]:
 
 
 def _open_fastokens(vocabulary: Vocabulary, path: Path) -> Any:
-    """fastokens over a tokenizer.json without added tokens, so that no text can become a special one."""
+    """fastokens with a tokenizer.json without added tokens, so that no text can become a special token."""
     import fastokens
 
     if vocabulary.merges is None or vocabulary.pattern != GPT2_PATTERN:
@@ -227,7 +230,7 @@ def _open_fastokens(vocabulary: Vocabulary, path: Path) -> Any:
         )
     to_text = {value: character for character, value in byte_characters().items()}
     vocab = {piece.decode("latin-1").translate(to_text): rank for piece, rank in vocabulary.ranks.items()}
-    # It wants ids without gaps; no text reaches these names, as no byte is spelt as a space.
+    # It needs ids without gaps. No text gives these names: they have a space, and no byte is spelt as one.
     vocab |= {f"special {i}": i for i in set(range(vocabulary.size)) - set(vocabulary.ranks.values())}
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in vocabulary.merges]}
@@ -242,7 +245,7 @@ def _encode_flat(fast: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def probe_texts() -> list[str]:
-    """Strings that tell pre-splitting rules apart: letters, digits, marks and spaces from all over Unicode."""
+    """Strings on which pre-splitting rules differ: letters, digits, marks and spaces from all of Unicode."""
     points = [*range(0x20, 0x3100), *range(0x3100, 0x110000, 997)]
     alphabet = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
     words = ["".join(alphabet[i : i + 7]) for i in range(0, len(alphabet), 7)]
@@ -250,7 +253,7 @@ def probe_texts() -> list[str]:
 
 
 def files_fingerprint(kind: str, files: Sequence[Path], reading: Reading = Reading()) -> str:  # noqa: B008 (frozen)
-    """sha256 (hex) of a kind, the contents of files, and how they are read where that is not the default."""
+    """sha256 (hex) of a kind, the contents of files, and the reading if it is not the default."""
     digest = hashlib.sha256(kind.encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -259,7 +262,7 @@ def files_fingerprint(kind: str, files: Sequence[Path], reading: Reading = Readi
 
 
 def copy_files(files: Sequence[Path], directory: Path) -> None:
-    """Copy files into a directory under the names that opening it looks for: a .json without merges is its tokenizer.json."""
+    """Copy files into a directory under the names that `open_tokenizer` expects: a .json without merges is tokenizer.json."""
     directory.mkdir(parents=True, exist_ok=True)
     names = {"encoder.json", "vocab.json", "special_ids.json"}
     for file in files:
@@ -269,5 +272,5 @@ def copy_files(files: Sequence[Path], directory: Path) -> None:
 
 
 def join_pieces(pieces: list[bytes], ids: Iterable[int]) -> str:
-    """The text of ids, given the bytes of each."""
+    """The text of ids; pieces: the bytes of each id. Bytes that are not UTF-8 give U+FFFD."""
     return b"".join([pieces[i] for i in ids]).decode("utf-8", "replace")

@@ -1,6 +1,6 @@
-"""Chat templates: messages to ids, by the Jinja text that came with the model.
+"""Chat templates: turn messages into ids with the Jinja template that came with the model.
 
-Special tokens come from the template only. A message that contains the name of one (`<|im_end|>`) keeps it as text, so that no
+Only the template can write special tokens. A message that contains the name of one (`<|im_end|>`) keeps it as text, so that no
 user can write another role's turn.
 """
 
@@ -27,16 +27,17 @@ class ChatError(Exception):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A compiled template, with what it needs of the tokenizer."""
+    """A compiled template, with its tokenizer and special tokens."""
 
     template: Any
-    """jinja2's."""
+    """A jinja2.Template."""
     tokenizer: Tokenizer
     special: Mapping[str, int]
-    """Name and id of every special token."""
+    """Name -> id of every special token."""
 
     def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation, up to where the assistant's answer begins. Raises ChatError if the template refuses it."""
+        """The ids of a conversation, up to the place where the assistant's answer begins. Raises ChatError if the template
+        refuses it."""
         import jinja2
 
         key = secrets.token_hex(8)
@@ -65,7 +66,7 @@ class ChatTemplate:
 
 
 def read_chat_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template in a file, None if there is no such file. Raises UserError if it is not a template."""
+    """Read the template in a file; None if there is no such file. Raises UserError if it is not a template."""
     if not path.is_file():
         return None
     import jinja2
@@ -78,12 +79,12 @@ def read_chat_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def _environment() -> Any:
-    """Jinja as transformers has it: the template's own lines leave no blank ones, {% generation %} stands around answers."""
+    """Jinja as configured in transformers: template tags leave no blank lines, and {% generation %} encloses answers."""
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """What is learned in training is text like any other."""
+        """Renders the text inside {% generation %}, which training learns, like any other text."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
 
@@ -99,7 +100,7 @@ def _environment() -> Any:
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, int]:
-    """Name and id of a tokenizer's special tokens; bytes have none that a template could name but the end of a text."""
+    """Name -> id of a tokenizer's special tokens. Bytes only have the end of a text, as <|endoftext|>."""
     if isinstance(tokenizer, Extended):
         return special_names(tokenizer.base) | tokenizer.tokens
     if isinstance(tokenizer, SentencePiece):

@@ -15,12 +15,12 @@ class TokenizerConfig(Config):
     model_type: Literal["bpe", "unigram"] = "bpe"
     """SentencePiece's algorithm; unigram takes about fifteen times as long to train."""
     vocab_size: int = Field(default=32_000, ge=300)
-    """Ids, the 256 bytes, newline, <unk> and </s> included."""
+    """Number of ids, including the 256 bytes, newline, <unk> and </s>."""
     split_digits: bool = True
-    """Every digit is a token of its own."""
+    """Whether every digit is a separate token."""
     character_coverage: float = Field(default=0.9999, gt=0.9, le=1)
-    """Share of the sample's characters that get ids of their own; rarer ones are spelt in bytes."""
+    """Share of the sample's characters that have their own ids; rarer characters are encoded as bytes."""
     max_characters: int = Field(default=100_000_000, ge=1)
-    """Characters of text to train on; SentencePiece takes roughly 10 bytes of memory for each."""
+    """Most characters of text to train on; SentencePiece needs about 10 bytes of memory for each."""
     max_files: int = Field(default=256, ge=1)
-    """The largest number of input files that are read, evenly spaced over their sorted names."""
+    """Most input files to read, evenly spaced over their sorted names."""

@@ -1,7 +1,7 @@
-"""A tokenizer with further special tokens, as fine-tuning needs them: every id of the tokenizer below it means the same.
+"""A tokenizer with additional special tokens for fine-tuning. Every id of the base tokenizer keeps its meaning.
 
-The new tokens have names and ids but stand for no text, and no text gives them: `<|im_start|>` in a message stays text.
-Beside the tokenizer's own files lie `special_tokens.json` and, for a chat model, `chat_template.jinja`.
+The new tokens have names and ids but no text, and no text is encoded as one: `<|im_start|>` in a message stays text.
+`special_tokens.json` and, for a chat model, `chat_template.jinja` are beside the base tokenizer's files.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ FORMAT = 1
 
 
 class Extended:
-    """A tokenizer, and special tokens by name."""
+    """A base tokenizer, and special tokens by name."""
 
     def __init__(self, base: Tokenizer, tokens: Mapping[str, int], end_tokens: Sequence[str], template: str | None) -> None:
-        """tokens: name -> id, one that `base` has or a new one behind its ids. end_tokens: which of them end a generated
-        text. template: a chat template in Jinja, with `{% generation %}` around what is learned."""
+        """tokens: name -> id, an id of `base` or a new one after its ids. end_tokens: names of those that end a generated text.
+        template: a chat template in Jinja, with `{% generation %}` around the text that is learned."""
         self.base, self.tokens, self.end_tokens, self.template = base, dict(tokens), tuple(end_tokens), template
         self.kind, self.eot_id, self.bos_id = base.kind, base.eot_id, base.bos_id
         self.dummy_prefix, self.lossless = base.dummy_prefix, base.lossless
@@ -38,7 +38,7 @@ class Extended:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; never a special one."""
+        """Ids of a text, without special ids."""
         return self.base.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -46,11 +46,11 @@ class Extended:
         return self.base.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The whole text of ids; special ones give nothing."""
+        """The text of ids. Special ids give no text."""
         return self.base.decode([number for number in ids if number < self.base.vocab_size])
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for, b"" for special ones."""
+        """The bytes of each id, b"" for special ids."""
         return [*self.base.token_bytes(), *([b""] * (self.vocab_size - self.base.vocab_size))]
 
     def save(self, directory: Path) -> None:
@@ -62,12 +62,12 @@ class Extended:
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str], end_tokens: Sequence[str], template: str | None) -> Extended:
-    """`tokenizer` with special tokens of these names: those that it has keep their ids, new ones follow its last id.
+    """Add special tokens with these names: names that `tokenizer` has keep their ids, new ones follow its last id.
 
-    Raises UserError for a name that is empty or comes twice.
+    Raises UserError if a name is empty or repeated.
     """
     if len(set(names)) < len(names) or "" in names:
-        raise UserError(f"special_tokens={list(names)}: each needs a name of its own")
+        raise UserError(f"special_tokens={list(names)}: names must be different, and not empty")
     base = tokenizer.base if isinstance(tokenizer, Extended) else tokenizer
     tokens = dict(tokenizer.tokens) if isinstance(tokenizer, Extended) else {}
     for name in names:
@@ -78,7 +78,7 @@ def extend(tokenizer: Tokenizer, names: Sequence[str], end_tokens: Sequence[str]
 
 
 def with_special_tokens(base: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer of a folder as its `special_tokens.json` extends it; as it is without one. Raises UserError naming it."""
+    """`base`, extended by the `special_tokens.json` of a folder if there is one. Raises UserError naming a damaged file."""
     path, template = folder / FILE_NAME, folder / TEMPLATE_FILE
     if not path.is_file():
         return base
@@ -89,7 +89,7 @@ def with_special_tokens(base: Tokenizer, folder: Path) -> Tokenizer:
         if value["format"] > FORMAT:
             raise UserError(f"{path}: format {value['format']} is of a later release; this one reads up to {FORMAT}")
         if any(type(number) is not int or number < 0 for number in ids) or len(set(ids)) < len(ids):
-            raise UserError(f"{path}: tokens: every name needs a number of its own as id")
+            raise UserError(f"{path}: tokens: every name needs a different number as id")
         if not set(end_tokens) <= set(tokens):
             raise UserError(f"{path}: end_tokens={end_tokens}: names of tokens are expected")
     except (KeyError, TypeError, ValueError) as error:
@@ -98,7 +98,7 @@ def with_special_tokens(base: Tokenizer, folder: Path) -> Tokenizer:
 
 
 def extends(tokenizer: Tokenizer, other: Tokenizer) -> bool:
-    """Whether every id of `other` means the same in `tokenizer`, which may have more."""
+    """Whether every id of `other` has the same meaning in `tokenizer`, which may have more ids."""
     named, before = _names(tokenizer), _names(other)
     return (
         tokenizer.eot_id == other.eot_id
@@ -113,7 +113,7 @@ def _names(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def _id_in(base: Tokenizer, name: str) -> int | None:
-    """The id of a special token that a tokenizer has already, None if there is none of that name."""
+    """The id of a special token that a tokenizer already has; None if it has none of that name."""
     if isinstance(base, SentencePiece):
         number = base.id_of(name)
         return number if number is not None and not base.token_bytes()[number] else None

@@ -1,8 +1,8 @@
-"""Hugging Face's tokenizer.json read by `tokenizers`: what tiktoken cannot express (byte fallback, normalizers, added tokens).
+"""Read a tokenizer.json with Hugging Face's `tokenizers`, if tiktoken cannot express it (byte fallback, normalizers).
 
-The ids are those of that library with `add_special_tokens=False`, with two exceptions that keep the promises of ours: the name
-of a special token stays text, and U+2581, which models that spell a space with it cannot tell from a space, is passed by as its
-three bytes. Added tokens that are not special are vocabulary (GPT-NeoX's runs of spaces).
+The ids are those of that library with `add_special_tokens=False`, with two exceptions that keep our guarantees: the name of a
+special token stays text, and U+2581 is encoded as its three bytes, because models that spell a space with it cannot tell it
+from a space. Added tokens that are not special are vocabulary (GPT-NeoX's runs of spaces).
 """
 
 import os
@@ -31,18 +31,18 @@ _PROBE = (
 
 class HuggingFaceTokenizer:
     """Any tokenizer.json whose decoder is byte-level, byte fallback or Metaspace. `lossless` says whether test strings from all
-    over Unicode come back as they were; `losses` names what may rewrite text."""
+    of Unicode are decoded unchanged; `losses` names the parts that may rewrite text."""
 
     kind = "tokenizer.json"
 
     def __init__(self, path: Path) -> None:
-        # Workers are processes; threads beside them would be lost in every fork.
+        # Workers are processes, and threads do not survive a fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
 
         try:
             self._fast = Tokenizer.from_file(str(path))
-        except Exception as error:  # its errors have no class of their own
+        except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer.json ({error})") from None
         value = read_json(path)
         self._fast.no_truncation()
@@ -64,14 +64,12 @@ class HuggingFaceTokenizer:
         self.dummy_prefix = join_pieces(self._pieces, self.encode("a")) == " a"
         for name in special:
             if not self._special_ids.isdisjoint(self.encode(name)):
-                raise UserError(
-                    f"tokenizer {path}: the text {name!r} gives a special id: it cannot be kept apart from the token"
-                )
+                raise UserError(f"tokenizer {path}: the text {name!r} is encoded as a special id: the two cannot be told apart")
         self.lossless = all(join_pieces(self._pieces, self.encode(text)) == text for text in (*_PROBE, *probe_texts()))
 
     @property
     def losses(self) -> str:
-        """What in the file may rewrite text, for messages: the normalizer, a space put in front, missing bytes."""
+        """The parts of the file that may rewrite text, for messages: normalizers, a space put in front, missing bytes."""
         names = [step["type"] for step in _steps(self._value.get("normalizer"), "normalizers")]
         if self.dummy_prefix:
             names.append("a space put in front")
@@ -99,7 +97,7 @@ class HuggingFaceTokenizer:
         return self._pieces
 
     def id_of(self, piece: str) -> int | None:
-        """The id of a token by its name, `</s>` say; None if there is none."""
+        """The id of a token by its name (such as `</s>`); None if there is none."""
         return self._ids.get(piece)
 
     def save(self, directory: Path) -> None:
@@ -109,7 +107,7 @@ class HuggingFaceTokenizer:
         write_reading(directory, Reading(library="tokenizers"))
 
     def _bytes_of_mark(self) -> list[int]:
-        """The ids of U+2581's bytes if the vocabulary spells spaces with it and has single bytes, else []."""
+        """The ids of U+2581's three bytes if the vocabulary spells spaces with it and has single bytes, else []."""
         names = [f"<0x{value:02X}>" for value in SPACE_MARK.encode()]
         if _decoder_kind(self._value, self.path) == "bytes" or any(name not in self._ids for name in names):
             return []
@@ -144,11 +142,11 @@ def _decoder_kind(value: dict[str, Any], path: Path) -> str:
     if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and {"Replace", "Metaspace"} & set(kinds):
         return "fallback" if "ByteFallback" in kinds or value["model"].get("byte_fallback") else "spaces"
     raise UserError(
-        f"tokenizer {path}: decoder {kinds or None}: ids must stand for bytes of text: ByteLevel, Metaspace, or Replace with "
-        "ByteFallback are known"
+        f"tokenizer {path}: decoder {kinds or None} is not supported: ids must stand for bytes of text (ByteLevel, Metaspace, "
+        "or Replace with ByteFallback)"
     )
 
 
 def _steps(value: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The steps of a part of tokenizer.json, a sequence or not."""
+    """The steps of a part of tokenizer.json, which is one step or a sequence of them."""
     return [] if value is None else value.get(name, [value])

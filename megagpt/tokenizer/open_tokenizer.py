@@ -1,4 +1,4 @@
-"""Opens a tokenizer by name, file or folder."""
+"""Open a tokenizer by name, file or folder."""
 
 import re
 from pathlib import Path
@@ -27,12 +27,12 @@ def open_tokenizer(
     path: str | Path, encoder: Encoder = "tiktoken", *, pattern: str | None = None, saved: bool = False
 ) -> Tokenizer:
     """Open a tokenizer: the word `bytes`, a SentencePiece `.model`, a rank file (`.tiktoken`, Llama 3's `tokenizer.model`), a
-    `tokenizer.json`, or a directory with one of these or with `encoder.json` and `vocab.bpe`. Raises UserError that says what
-    was expected. A `special_tokens.json` beside the files adds its tokens.
+    `tokenizer.json`, or a directory with one of these or with `encoder.json` and `vocab.bpe`. A `special_tokens.json` beside
+    the files adds its tokens. Raises UserError that says what is expected.
 
-    `encoder` is the library that encodes batches of byte-level BPE; ids do not depend on it. `pattern`, a name or a regular
-    expression, is how text is cut for files that do not say it. `saved`: this program wrote the folder beside shards or a run,
-    so it is read as the release read it that wrote it.
+    encoder: the library that encodes batches of byte-level BPE; ids do not depend on it. pattern: a name or a regular
+    expression that cuts text, for files without one. saved: this program wrote the folder beside shards or a run, so it is
+    read in the way of the release that wrote it.
     """
     if str(path) == "bytes":
         return Bytes()
@@ -45,7 +45,7 @@ def _open_files(path: Path, encoder: Encoder, pattern: str | None, *, saved: boo
     if path.is_dir():
         return _open_directory(path, encoder, pattern, saved=saved)
     if not path.is_file():
-        raise UserError(f"tokenizer {path}: no such file or directory (or the word bytes)")
+        raise UserError(f"tokenizer {path}: no such file or directory (give a path, or the word bytes)")
     if path.name == "bytes.tokenizer":
         return Bytes()
     if path.suffix == ".tiktoken" or (path.suffix == ".model" and _is_rank_file(path)):
@@ -57,7 +57,7 @@ def _open_files(path: Path, encoder: Encoder, pattern: str | None, *, saved: boo
             return _open_merges(path, path.parent / merges, encoder, pattern, saved=saved)
     if path.suffix == ".json":
         return _open_json(path, encoder, saved=saved)
-    raise UserError(f"tokenizer {path}: known are `bytes`, *.model, *.tiktoken, tokenizer.json, encoder.json with vocab.bpe")
+    raise UserError(f"tokenizer {path}: must be `bytes`, *.model, *.tiktoken, tokenizer.json, or encoder.json with vocab.bpe")
 
 
 _MERGE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
@@ -69,11 +69,11 @@ def _open_directory(directory: Path, encoder: Encoder, pattern: str | None, *, s
     models = sorted(directory.glob("*.model"))
     ranks = sorted(directory.glob("*.tiktoken"))
     if len(models) > 1 or (not models and len(ranks) > 1):
-        raise UserError(f"tokenizer {directory}: several models in it ({models[:2] or ranks[:2]}): name the file")
+        raise UserError(f"tokenizer {directory}: has several models ({models[:2] or ranks[:2]}): name the file")
     found = [
         *models,
         *(directory / vocabulary for vocabulary, merges in _MERGE_FILES[:1] if (directory / merges).is_file()),
-        directory / "tokenizer.json",  # before vocab.json with merges.txt, which do not say how text is cut
+        directory / "tokenizer.json",  # before vocab.json with merges.txt, which have no pattern
         *(directory / vocabulary for vocabulary, merges in _MERGE_FILES[1:] if (directory / merges).is_file()),
         *ranks,
     ]
@@ -95,7 +95,7 @@ def _is_rank_file(path: Path) -> bool:
 
 
 def _open_merges(vocabulary: Path, merges: Path, encoder: Encoder, pattern: str | None, *, saved: bool) -> BytePairs:
-    """vocab.json and merges.txt do not say how text is cut: GPT-2's way, unless they are in the folder of another model."""
+    """Open vocab.json and merges.txt. They have no pattern: GPT-2's is taken, unless the folder is of another kind of model."""
     reading = Reading()
     record = vocabulary.parent / FILE_NAME
     settings: Any = vocabulary.parent / "tokenizer_config.json"
@@ -107,7 +107,7 @@ def _open_merges(vocabulary: Path, merges: Path, encoder: Encoder, pattern: str 
         name = str((read_json(settings) or {}).get("tokenizer_class", "GPT2Tokenizer"))
         if not name.startswith(("GPT2", "Roberta", "Bart", "CodeGen", "OPT", "PreTrained")):
             raise UserError(
-                f"tokenizer {vocabulary}: it is a {name}'s, and vocab.json with merges.txt do not say how text is cut: open "
+                f"tokenizer {vocabulary}: belongs to a {name}, and vocab.json with merges.txt do not say how text is cut: open "
                 "its tokenizer.json, or give tokenize.pattern"
             )
     return BytePairs(ranks_from_merges(vocabulary, merges, reading), [vocabulary, merges], encoder)
@@ -125,5 +125,5 @@ def _open_json(path: Path, encoder: Encoder, *, saved: bool) -> Tokenizer:
             if saved:
                 raise
     if encoder == "fastokens":
-        raise UserError(f"tokenizer {path}: encoder=fastokens encodes GPT-2's byte pairs only: use encoder=tiktoken")
+        raise UserError(f"tokenizer {path}: encoder=fastokens only encodes GPT-2's byte pairs: use encoder=tiktoken")
     return HuggingFaceTokenizer(path)

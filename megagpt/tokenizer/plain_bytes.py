@@ -1,4 +1,4 @@
-"""Bytes as tokens: 256 ids and the end of text."""
+"""Bytes as tokens: 256 ids, and one for the end of text."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from megagpt.tokenizer.bpe import (
 
 
 class Bytes:
-    """UTF-8 bytes as ids 0 to 255, end-of-text 256."""
+    """UTF-8 bytes are ids 0 to 255; the end of text is 256."""
 
     kind, vocab_size, eot_id, lossless = "bytes", 257, 256, True
     eos_ids: tuple[int, ...] = (256,)

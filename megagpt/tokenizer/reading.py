@@ -1,8 +1,8 @@
-"""How a tokenizer's files are read where they do not say it themselves: `reading.json` beside them.
+"""How to read a tokenizer's files that do not say it themselves: `reading.json` beside them.
 
-A rank file (`.tiktoken`, Llama 3's `tokenizer.model`) holds neither the pattern that cuts text nor special ids. Published files
-are known by their sha256. Release 0.1 read every rank file with GPT-2's pattern, and all added tokens of a tokenizer.json as
-special ones; a folder that it saved has no reading.json and is read in that way for good. The reading enters the fingerprint.
+A rank file (`.tiktoken`, Llama 3's `tokenizer.model`) has neither the pattern that cuts text nor special ids. Published files
+are recognised by their sha256. Release 0.1 read every rank file with GPT-2's pattern, and every added token of a tokenizer.json
+as special; the folders that it saved have no reading.json and are always read in this way. The fingerprint covers the reading.
 """
 
 import json
@@ -15,42 +15,42 @@ from megagpt.files import read_json, sha256_file, write_json
 
 FILE_NAME = "reading.json"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""How GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, as tiktoken's r50k_base spells it."""
+"""The pattern with which GPT-2 cuts text before merging: `pat` in OpenAI's encoder.py, spelt as in tiktoken's r50k_base."""
 CL100K_PATTERN = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-"""tiktoken's cl100k_base without possessive marks, which other libraries read otherwise; Llama 3 cuts in the same way."""
+"""tiktoken's cl100k_base without possessive quantifiers, which other libraries read differently; Llama 3's is the same."""
 O200K_PATTERN = "|".join([
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
 ])  # fmt: skip
-"""As tiktoken's o200k_base spells it."""
+"""The pattern of tiktoken's o200k_base."""
 PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN, "llama3": CL100K_PATTERN}
-"""Names that the setting `pattern` takes beside an expression."""
+"""Names that the setting `pattern` accepts, besides regular expressions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is not in the files. The default is how releases up to 0.1 read every rank file."""
+    """What the files do not say. With the defaults, releases up to 0.1 read every rank file."""
 
     library: Literal["tiktoken", "tokenizers"] = "tiktoken"
-    """What encodes; a tokenizer.json that tiktoken cannot express is read by `tokenizers`."""
+    """The library that encodes; `tokenizers` reads a tokenizer.json that tiktoken cannot express."""
     pattern: str = GPT2_PATTERN
-    """How text is cut before merging (tiktoken)."""
+    """The expression that cuts text before merging (tiktoken)."""
     special: dict[str, int] = field(default_factory=dict)
     """Name -> id of the special tokens."""
     eot_id: int | None = None
-    """Ends every document; None: the id after the last rank."""
+    """Ends every document; None = the id after the last rank."""
     bos_id: int | None = None
-    """Begins every document; None: nothing does."""
+    """Begins every document; None = there is no such id."""
     vocab_size: int = 0
-    """The smallest number of ids."""
+    """Least number of ids."""
 
     @property
     def as_bytes(self) -> bytes:
-        """What enters the fingerprint; empty for the default, so that fingerprints of release 0.1 stay."""
+        """The reading as part of the fingerprint; empty for the default, so that fingerprints of release 0.1 stay valid."""
         return b"" if self == Reading() else json.dumps(asdict(self), sort_keys=True).encode()
 
 
@@ -80,13 +80,13 @@ KNOWN = {
         eot_id=128_001, bos_id=128_000, vocab_size=128_256,
     ),
 }  # fmt: skip
-"""sha256 of a published rank file -> how its publisher reads it (tiktoken's `openai_public.py`, Meta's `tokenizer.py`)."""
+"""sha256 of a published rank file -> its publisher's reading (tiktoken's `openai_public.py`, Meta's `tokenizer.py`)."""
 
 
 def reading_of_ranks(path: Path, pattern: str | None, *, saved: bool) -> Reading:
-    """How to read a rank file: by reading.json beside it, as `saved` by release 0.1, as known, or by the pattern given.
+    """How to read a rank file: from reading.json beside it, as release 0.1 (`saved`), with `pattern`, or from KNOWN, in turn.
 
-    Raises UserError if none of these says it.
+    Raises UserError if none of these applies.
     """
     record = path.parent / FILE_NAME
     if record.is_file():
@@ -105,7 +105,7 @@ def reading_of_ranks(path: Path, pattern: str | None, *, saved: bool) -> Reading
 
 
 def pattern_of(pattern: str) -> str:
-    """The expression of a name in PATTERNS, or the expression itself."""
+    """The expression for a name in PATTERNS; any other text is an expression itself."""
     return PATTERNS.get(pattern, pattern)
 
 
@@ -118,6 +118,6 @@ def read_reading(path: Path) -> Reading:
 
 
 def write_reading(folder: Path, reading: Reading) -> None:
-    """Write reading.json; nothing for the default, which needs none."""
+    """Write reading.json into a folder; the default reading needs none."""
     if reading != Reading():
         write_json(folder / FILE_NAME, asdict(reading))

@@ -1,7 +1,7 @@
-"""Tokenizers behind one interface: plain bytes, SentencePiece models (trained here too) and GPT-2-style byte-level BPE.
+"""SentencePiece models: encode and decode with any, and train a lossless one.
 
-Two promises hold for all that `open_tokenizer` calls lossless: decode(encode(s)) == s for every string, and special tokens
-never come out of text (a literal `<|endoftext|>` in a document stays text). Neither is what the libraries do by default.
+Every tokenizer that is `lossless` keeps two promises: decode(encode(s)) == s for every string, and no text is encoded as a
+special token (a literal `<|endoftext|>` in a document stays text). The libraries keep neither by default.
 """
 
 import io
@@ -21,7 +21,7 @@ from megagpt.tokenizer.special_ids import read_special_ids
 
 
 class SentencePiece:
-    """A SentencePiece model. U+2581, which it cannot tell from a space, is passed by as its three bytes."""
+    """A SentencePiece model. U+2581 is encoded as its three bytes, because the model cannot tell it from a space."""
 
     kind = "sentencepiece"
 
@@ -41,7 +41,7 @@ class SentencePiece:
         self.path, self._special_files = path, special.files
         self.dummy_prefix = join_pieces(self._pieces, self._model.encode("a")) == " a"
         self._byte_ids = {self._pieces[i][0]: i for i in range(pieces) if self._model.is_byte(i)}
-        # A model made elsewhere may rewrite text (NFKC, dropped spaces, a space put in front): then it is not lossless.
+        # Other models may rewrite text (NFKC, dropped spaces, a space put in front) and are then not lossless.
         probe = "  \ufb01 a\u3000\u00bd\n\n\tb  "
         decoded = join_pieces(self._pieces, self.encode(probe))
         self.lossless = len(self._byte_ids) == 256 and decoded == probe
@@ -65,12 +65,12 @@ class SentencePiece:
         return self._pieces
 
     def id_of(self, piece: str) -> int | None:
-        """The id of a piece by its name in the model, `</s>` say; None if there is none."""
+        """The id of a piece by its name in the model (such as `</s>`); None if there is none."""
         i = self._model.piece_to_id(piece)
         return i if self._model.id_to_piece(i) == piece else None
 
     def special_names(self) -> dict[str, int]:
-        """Name and id of every control piece: `</s>` say."""
+        """Name -> id of every control piece, such as `</s>`."""
         model = self._model
         return {model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)}
 
@@ -102,15 +102,15 @@ def train_sentencepiece(
     split_digits: bool = True,
     character_coverage: float = 0.9999,
 ) -> SentencePiece:
-    """Train a lossless SentencePiece model into `directory`/tokenizer.model: identity normalisation, byte fallback, no space
-    put in front, none removed. Newlines are a token of their own, so no piece spans lines. `</s>` is the end-of-text token.
+    """Train a lossless SentencePiece model and write it to `directory`/tokenizer.model: identity normalisation, byte fallback,
+    no space put in front, none removed. A newline is a separate token, so no piece spans lines. `</s>` is the end of text.
 
     The same texts in the same order give the same file. Raises UserError if `vocab_size` does not suit the texts.
     """
     import sentencepiece
 
     lines = (line for text in texts for line in text.replace(SPACE_MARK, "").split("\n") if line)
-    # Written to memory: given a file's name the trainer would store that name in the model, and equal models would differ.
+    # Written to memory: the trainer stores a file's name in the model, so that equal models would differ.
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -131,7 +131,7 @@ def train_sentencepiece(
             bos_id=-1,
             eos_id=1,
             pad_id=-1,
-            # Sums are split over threads, so another number would give another unigram model.
+            # Sums are split over threads, so a different number would give a different unigram model.
             num_threads=16,
             train_extremely_large_corpus=model_type == "unigram",
             minloglevel=2,
@@ -144,7 +144,7 @@ def train_sentencepiece(
 
 
 _MAX_LINE_BYTES = 1 << 16
-"""SentencePiece silently skips training lines above its limit (4,192 by default), so longer ones are cut here."""
+"""SentencePiece silently skips training lines longer than its limit (4,192 by default), so longer lines are cut here."""
 
 
 def _cut(line: str) -> Iterable[str]:

@@ -1,7 +1,7 @@
-"""Ids that begin and end texts, for tokenizers whose files do not say it: `special_ids.json` beside them.
+"""Ids that begin and end texts, for tokenizers whose files do not name them: `special_ids.json` beside them.
 
-A tokenizer without that file has no begin-of-text id, and only its end-of-text id ends a text. An import writes the file from
-what the model it came from was trained with. It is part of the tokenizer's fingerprint, as it changes the ids of a document.
+A tokenizer without that file has no begin-of-text id, and only its end-of-text id ends a text. An import writes the file with
+the ids that the imported model was trained with. The fingerprint covers it, because it changes the ids of a document.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ FILE_NAME = "special_ids.json"
 
 @dataclass(frozen=True, slots=True)
 class SpecialIds:
-    """The ids, and the files that say so (none, or one)."""
+    """The ids, and the file that they come from (none or one)."""
 
     eot_id: int
     """Ends every document of a corpus."""
     eos_ids: tuple[int, ...]
     """Each of them ends a generated text; eot_id is the first."""
     bos_id: int | None = None
-    """Begins every document and every prompt; None = nothing does."""
+    """Begins every document and every prompt; None = there is no such id."""
     files: tuple[Path, ...] = ()
 
 
 def read_special_ids(folder: Path, eot_id: int, vocab_size: int, bos_id: int | None = None) -> SpecialIds:
-    """The ids of the tokenizer in a folder, whose own end-of-text id is `eot_id` and begin-of-text id `bos_id`.
+    """The special ids of the tokenizer in a folder. eot_id, bos_id: its own, for a folder without special_ids.json.
 
     Raises UserError naming file and field.
     """
@@ -48,5 +48,5 @@ def read_special_ids(folder: Path, eot_id: int, vocab_size: int, bos_id: int | N
 
 
 def write_special_ids(folder: Path, *, eos_ids: Sequence[int], bos_id: int | None) -> None:
-    """Write `special_ids.json`; the first of `eos_ids` ends documents."""
+    """Write `special_ids.json` into a folder; the first of `eos_ids` ends documents."""
     write_json(folder / FILE_NAME, {"eos_ids": list(eos_ids), "bos_id": bos_id})

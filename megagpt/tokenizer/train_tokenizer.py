@@ -1,4 +1,4 @@
-"""Train a tokenizer on a sample of documents that is drawn evenly over the input files and is always the same one."""
+"""Train a tokenizer on a sample of documents, drawn evenly from the input files. The same inputs give the same sample."""
 
 import heapq
 import logging
@@ -18,19 +18,19 @@ from megagpt.tokenizer.config import TokenizerConfig
 from megagpt.tokenizer.sentencepiece import train_sentencepiece
 
 FORMAT = 1
-"""Of the stage; it grows when the same settings give another tokenizer, or files of another form."""
+"""Version of the stage: it grows when the same settings give a different tokenizer or other files."""
 
 
 log = logging.getLogger(__name__)
 
 
 HELD_OUT = 50
-"""Every 50th document of the sample is not trained on; bytes per token are measured on those."""
+"""Every 50th document of the sample is held out from training; bytes per token are measured on these."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSummary:
-    """A trained tokenizer, and how well it compresses text that it was not trained on."""
+    """A trained tokenizer, and how well it compresses held-out text."""
 
     vocab_size: int
     sha256: str
@@ -43,11 +43,11 @@ class TokenizerSummary:
     sample_sha256: str
     format: int = 1
     settings: dict[str, Any] | None = None
-    """Those that config_sha256 was taken of; None: made before they were kept."""
+    """The settings of config_sha256; None = an earlier release, which did not keep them, made the tokenizer."""
 
 
 def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerConfig) -> TokenizerSummary:
-    """Train into output_dir/tokenizer.model and write summary.json beside it; what is there for this sample is kept.
+    """Train output_dir/tokenizer.model and write summary.json beside it; a tokenizer of the same sample and settings is kept.
 
     Raises UserError if the inputs hold no text or vocab_size does not suit them.
     """
@@ -100,15 +100,15 @@ def train_tokenizer(inputs: Sequence[Path], output_dir: Path, config: TokenizerC
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """UTF-8 bytes that one token stands for on average (fertility turned round)."""
+    """Mean UTF-8 bytes per token."""
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     return sum(len(text.encode()) for text in texts) / max(tokens, 1)
 
 
 def file_budgets(inputs: Sequence[Path], config: TokenizerConfig) -> dict[Path, int]:
-    """Characters to draw from each file: equal shares, and what a small file cannot give goes to the others.
+    """Characters to draw from each file: equal shares; the part that a small file cannot give goes to the others.
 
-    What a file can give is judged by its size (compressed text holds up to five characters a byte), so nothing is read.
+    A file's size decides what it can give (up to five characters per byte of compressed text), so nothing is read.
     """
     step = max(1, -(-len(inputs) // config.max_files))
     files = sorted(sorted(inputs)[::step], key=lambda path: (path.stat().st_size, path))
@@ -122,14 +122,14 @@ def file_budgets(inputs: Sequence[Path], config: TokenizerConfig) -> dict[Path, 
 
 
 def sample_documents(path: Path, max_characters: int) -> list[Document]:
-    """Documents of a file with the smallest hashes of their ids, up to a number of characters, in the file's order.
+    """The documents of a file whose ids have the smallest hashes, up to a number of characters, in file order.
 
-    One document longer than the budget is cut. Memory is bounded by the budget.
+    A document longer than the budget is cut. The budget bounds the memory.
     """
     chosen: list[tuple[int, int, Document]] = []
     characters = 0
     for number, document in enumerate(_texts(path, max_characters)):
-        # A heap whose top has the largest hash: what no longer fits leaves first.
+        # The top of the heap has the largest hash, so documents beyond the budget leave in this order.
         heapq.heappush(chosen, (-xxhash.xxh3_64_intdigest(document.id.encode()), number, document))
         characters += len(document.text)
         while characters > max_characters and len(chosen) > 1:
@@ -144,7 +144,7 @@ def _texts(path: Path, max_characters: int) -> Iterator[Document]:
 
 
 def describe(summary: TokenizerSummary, output_dir: Path) -> str:
-    """What a tool prints at the end."""
+    """The line that the tool prints at the end."""
     return (
         f"{output_dir / 'tokenizer.model'}: {summary.vocab_size:,} ids, {summary.bytes_per_token:.2f} bytes per token, "
         f"from {summary.documents:,} documents with {summary.characters:,} characters"

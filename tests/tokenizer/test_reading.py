@@ -95,7 +95,9 @@ def test_merges_beside_the_settings_of_another_model(tmp_path: Path) -> None:
     fast.model.save(str(tmp_path))
     default = open_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    with pytest.raises(UserError, match=r"vocab\.json: it is a Qwen2Tokenizer's, and vocab\.json with merges\.txt do not say"):
+    with pytest.raises(
+        UserError, match=r"vocab\.json: belongs to a Qwen2Tokenizer, and vocab\.json with merges\.txt do not say"
+    ):
         open_tokenizer(tmp_path)
     given = open_tokenizer(tmp_path, pattern="llama3")
     assert given.fingerprint != default.fingerprint
