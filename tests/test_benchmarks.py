@@ -77,6 +77,14 @@ def test_slopes_are_those_of_one_call_only() -> None:
     assert scale.with_slopes(scale.with_earlier(now, older, "documents"), "documents")[2]["open_slope"] is None
 
 
+def test_a_memory_bench_that_resumes_knows_what_it_has_measured() -> None:
+    from bench.plan import memory
+
+    cells = memory.make_cells(6)
+    results = [{**cells[4], "measured": {"start": 4}, "error": 0.0}, {**cells[1], "ranks": 9, "measured": {"start": 1}}]
+    assert memory.measured_before(cells, results) == {4: {"start": 4}}
+
+
 def test_what_grows_faster_than_linearly_is_said() -> None:
     from bench import scale
 

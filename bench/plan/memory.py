@@ -1,7 +1,8 @@
 """Memory plans against real steps: most bytes of live tensors on the worst rank, on CPU ranks over gloo, all engines.
 
-    python bench/plan/memory.py                      200 cells, hours on two busy cores
+    python bench/plan/memory.py                      200 cells, about half an hour on two busy cores
     python bench/plan/memory.py cells=40 minutes=10  what can be measured in that time
+    python bench/plan/memory.py minutes=10 resume=true  the cells that the results lack, as many as fit into that time
     python bench/plan/memory.py rescore=true         new plans for the cells that were measured
 
 A cell is a random choice, by a fixed seed, of model, engine, precision, micro-batch, accumulation, checkpointing and ranks. A
@@ -22,6 +23,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT)]
 
+CELL_KEYS = ("ranks", "kind", "model", "engine", "run")
 RANKS = (2, 4, 2, 4, 2, 3, 1)
 SHAPES: tuple[dict[str, Any], ...] = (
     {"vocab_size": 1024, "seq_len": 128, "num_layers": 4, "num_heads": 4, "hidden_size": 128, "tied_head": False},
@@ -119,16 +121,17 @@ def run_rank(rank: int, size: int, store: str, cells: list[tuple[int, dict[str, 
     close_world()
 
 
-def measure(cells: list[dict[str, Any]], minutes: float) -> dict[int, dict[str, int]]:
-    """The worst rank's peaks of the cells for which there was time, by number."""
+def measure(cells: list[dict[str, Any]], minutes: float, known: dict[int, dict[str, int]]) -> dict[int, dict[str, int]]:
+    """The worst rank's peaks of the cells for which there was time and of the known ones, by number."""
     from megagpt.distributed.ports import free_port
 
     until, context = time.time() + 60 * minutes, multiprocessing.get_context("spawn")
-    found: dict[int, dict[str, int]] = {}
+    found = dict(known)
+    missing = [(number, cell) for number, cell in enumerate(cells) if number not in known]
     with tempfile.TemporaryDirectory() as folder:
-        for size in sorted({cell["ranks"] for cell in cells}):
-            mine = [(number, cell) for number, cell in enumerate(cells) if cell["ranks"] == size]
-            share = until - (until - time.time()) * (1 - len(mine) / sum(cell["ranks"] >= size for cell in cells))
+        for size in sorted({cell["ranks"] for _, cell in missing}):
+            mine = [(number, cell) for number, cell in missing if cell["ranks"] == size]
+            share = until - (until - time.time()) * (1 - len(mine) / sum(cell["ranks"] >= size for _, cell in missing))
             port, outputs = str(free_port()), [Path(folder) / f"{size}_{rank}" for rank in range(size)]
             processes = [
                 context.Process(target=run_rank, args=(rank, size, port, mine, share, outputs[rank])) for rank in range(size)
@@ -137,6 +140,10 @@ def measure(cells: list[dict[str, Any]], minutes: float) -> dict[int, dict[str, 
                 process.start()
             for process in processes:
                 process.join()
+            if any(process.exitcode for process in processes):
+                print(
+                    f"the cells of {size} ranks ended with an error: {[process.exitcode for process in processes]}", flush=True
+                )
             for output in outputs:
                 for line in output.read_text(encoding="utf-8").splitlines():
                     item = json.loads(line)
@@ -145,20 +152,28 @@ def measure(cells: list[dict[str, Any]], minutes: float) -> dict[int, dict[str, 
     return found
 
 
+def measured_before(cells: list[dict[str, Any]], results: list[dict[str, Any]]) -> dict[int, dict[str, int]]:
+    """The measured peaks of those cells that the results hold, by number."""
+    peaks = {json.dumps({key: item[key] for key in CELL_KEYS}, sort_keys=True): item["measured"] for item in results}
+    keys = [json.dumps(cell, sort_keys=True) for cell in cells]
+    return {number: peaks[key] for number, key in enumerate(keys) if key in peaks}
+
+
 def main() -> None:
     """Measure, compare, write the results."""
     from megagpt.measurement import RESULTS, spread, write_results
 
     options = dict(word.split("=", 1) for word in sys.argv[1:])
     count = int(options.get("cells", 200))
-    if options.get("rescore") == "true":
+    before: list[dict[str, Any]] = []
+    if "true" in (options.get("rescore"), options.get("resume")):
         before = json.loads((RESULTS / "plan_memory.json").read_text(encoding="utf-8"))["results"]["cells"]
+    if options.get("rescore") == "true":
         measured = [(cell, cell["measured"]) for cell in before]
     else:
         cells = make_cells(count, int(options.get("seed", 0)))
-        measured = [
-            (cells[number], peaks) for number, peaks in sorted(measure(cells, float(options.get("minutes", 600))).items())
-        ]
+        found = measure(cells, float(options.get("minutes", 600)), measured_before(cells, before))
+        measured = [(cells[number], peaks) for number, peaks in sorted(found.items())]
     raw = []
     for cell, peaks in measured:
         plan = planned(cell)

@@ -1,5 +1,6 @@
 """Measure the bytes that a real step holds and sends on this machine, to compare a plan with them."""
 
+import importlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def measured_peak(
     DeepSpeed's buffers, and caches of sharding rules that run on tensors of global shape.
     """
     optim = optim or OptimConfig()
+    # Under a tracker DeepSpeed's stage 3 imports it inside functions that it has replaced, where that fails.
+    importlib.import_module("torch._dynamo.polyfills.tensor")
     with StorageTracker() as tracker, _hiding_gloo():
         built = build_engine(
             model,
