@@ -18,7 +18,11 @@ Readings = Callable[[], Mapping[str, Mapping[str, float | str]]]
 
 
 class PrometheusWriter:
-    """`megagpt_<kind>_<name>` of the last row of each kind, and `megagpt_gpu_<name>{gpu="0"}`, read at each scrape."""
+    """`megagpt_<kind>_<name>` for the last row of each kind, and `megagpt_gpu_<name>{gpu="0"}`, read at each scrape.
+
+    Values whose names differ only in characters that Prometheus does not allow, as those of the sources a-b and a_b, share one
+    metric; the label `value` tells them apart.
+    """
 
     name = "Prometheus"
 
@@ -28,6 +32,7 @@ class PrometheusWriter:
 
         self._labels, self._read_gpus = dict(labels), read_gpus
         self._values: dict[str, float] = {}
+        self._sharing: dict[str, set[str]] = {}  # by metric: names of all values of this start
         self._lock = threading.Lock()
         registry = CollectorRegistry()
         registry.register(self)  # pyright: ignore[reportArgumentType]
@@ -40,6 +45,8 @@ class PrometheusWriter:
         numbers |= {f"{kind}/step": float(step), f"{kind}/time_seconds": time.time()}
         with self._lock:
             self._values = {name: value for name, value in self._values.items() if name.split("/")[0] != kind} | numbers
+            for name in numbers:
+                self._sharing.setdefault(metric_name(name), set()).add(name)
 
     def close(self) -> None:
         """Stop serving."""
@@ -53,10 +60,16 @@ class PrometheusWriter:
 
         with self._lock:
             values = dict(self._values)
-        for name, value in sorted(values.items()):
-            family = GaugeMetricFamily(metric_name(name), f"{name} of the last row of its kind", labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), value)
-            yield family
+            sharing = {metric: sorted(names) for metric, names in self._sharing.items()}
+        for metric, names in sorted(sharing.items()):
+            present = [name for name in names if name in values]
+            told_apart = ["value"] if len(names) > 1 else []
+            help_text = f"{', '.join(names)} of the last row of its kind"
+            family = GaugeMetricFamily(metric, help_text, labels=[*told_apart, *self._labels])
+            for name in present:
+                family.add_metric([*([name] if told_apart else []), *self._labels.values()], values[name])
+            if present:
+                yield family
         readings = self._read_gpus()
         names = sorted({name for found in readings.values() for name, value in found.items() if not isinstance(value, str)})
         for name in names:

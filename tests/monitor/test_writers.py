@@ -186,6 +186,24 @@ def test_prometheus_gets_the_last_row_of_each_kind_and_the_gpus() -> None:
         scrape(writer.port)
 
 
+def test_sources_whose_names_become_one_for_prometheus_are_told_apart() -> None:
+    writer = PrometheusWriter(0, "127.0.0.1", {"run": "plays"}, dict)
+    try:
+        writer.write("train", 10, {"sources": {"a-b": {"loss": 3.0}, "a_b": {"loss": 2.0}, "c-d": {"loss": 1.0}}})
+        both = scrape(writer.port)
+        writer.write("train", 20, {"sources": {"a_b": {"loss": 1.5}}})
+        one = scrape(writer.port)
+    finally:
+        writer.close()
+    shared = "megagpt_train_sources_a_b_loss[('run', 'plays'), ('value', 'train/sources/{}/loss')]"
+    assert {name: value for name, value in both.items() if "sources" in name} == {
+        shared.format("a-b"): 3.0,
+        shared.format("a_b"): 2.0,
+        "megagpt_train_sources_c_d_loss[('run', 'plays')]": 1.0,
+    }
+    assert {name: value for name, value in one.items() if "sources" in name} == {shared.format("a_b"): 1.5}
+
+
 def test_names_for_prometheus() -> None:
     assert metric_name("evaluate/sources/wiki-de/loss") == "megagpt_evaluate_sources_wiki_de_loss"
 
