@@ -140,3 +140,18 @@ def test_stories260k_comes_back_byte_for_byte(shared_data: Path, tmp_path: Path)
     assert (folder / "model.bin").read_bytes() == (model / "stories260K.bin").read_bytes()
     assert (folder / "tokenizer.bin").read_bytes() == (model / "tok512.bin").read_bytes()
     assert tokenizer_bin(SentencePiece(tmp_path / "run" / "tokenizer" / "tokenizer.model"))[1] == ""
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_stories260k_gives_its_expected_text_in_onnxruntime(shared_data: Path, tmp_path: Path) -> None:
+    """The AOTInductor package of it is in bench/conversion/published_text.py: compiling takes minutes."""
+    from tokenizers import Tokenizer
+
+    model = shared_data / "model"
+    import_model(ImportConfig(source=model / "stories260K.bin", tokenizer=model / "tok512.bin", run_dir=tmp_path / "run"))
+    folder = export_model(ExportConfig(run_dir=tmp_path / "run", output_dir=tmp_path / "onnx", format="onnx"))
+    config = read_llama2c(model / "stories260K.bin").config
+    ids = greedy_ids(open_onnx(folder / "model.onnx", config), config, [1], 200)
+    text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode([1, *ids])
+    assert text == (model / "stories260K.expected.txt").read_text(encoding="utf-8")
