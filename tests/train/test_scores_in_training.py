@@ -26,7 +26,7 @@ from megagpt.evaluate.loss import evaluation_mode
 from megagpt.evaluate.results import read_results
 from megagpt.evaluate.scores_in_training import ScoreConfig, numbers_of, read_questions, score_model
 from megagpt.files import read_json
-from megagpt.model.gpt import GPT, ModelConfig
+from megagpt.model.gpt import GPT, ModelConfig, initialise
 from megagpt.monitor.config import MonitorConfig
 from megagpt.monitor.metrics import read_metrics
 from megagpt.monitor.monitor import Monitor
@@ -49,6 +49,20 @@ TASK = {
     "doc_to_target": "{{continuation}}",
     "generation_kwargs": {"until": ["b"], "max_gen_toks": 6},
     "metric_list": [{"metric": "exact_match"}],
+}
+ROLLING = {
+    "task": "rolling",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{context}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+CHOICES = {
+    "task": "choices",
+    "output_type": "multiple_choice",
+    "doc_to_target": 0,
+    "doc_to_choice": ["b", "aa", " ab"],
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 
 
@@ -107,14 +121,64 @@ def test_scores_move_no_bit_and_are_the_same_on_every_rank(name: str, asked: dic
     assert first["scores"][0]["words"]["loss_of_gold"] != first["scores"][-1]["words"]["loss_of_gold"]
 
 
+def scores_of(world: World, model: Any, module: torch.nn.Module, asked: dict[str, Any]) -> dict[str, dict[str, float]]:
+    questions = read_questions(ScoreConfig.model_validate(asked), seq_len=MODEL.seq_len)
+    with evaluation_mode(module), torch.no_grad():
+        return numbers_of(score_model(model, MODEL, Bytes(), questions, world, micro_batch_size=2))
+
+
+def scores_on(world: World, asked: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+    engine = make_engine(world, name, model=MODEL)
+    draw_weights(engine, MODEL, seed=1)
+    return scores_of(world, engine.model, engine.module, asked)
+
+
+@pytest.mark.slow
+def test_scores_have_the_same_bits_on_every_layout(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Those of the plain model, from tasks, harness and exercises, on one rank and on two."""
+    (tmp_path / "rolling.yaml").write_text(yaml.safe_dump({**TASK, **ROLLING}))
+    (tmp_path / "choices.yaml").write_text(yaml.safe_dump({**TASK, **CHOICES}))
+    asked = {**asked, "harness": ["theirs", "rolling", "choices"]}
+    model = GPT(MODEL)
+    initialise(model, seed=1)
+    alone = scores_of(lone_world(torch.device("cpu")), model, model, asked)
+    assert {"words", "answers", "theirs", "rolling", "choices"} == set(alone)
+    assert run_ranks(scores_on, 1, tmp_path / "one", asked, "fsdp") == [alone]
+    for name in ("zero1", "zero3", "fsdp"):
+        assert run_ranks(scores_on, 2, tmp_path / name, asked, name) == [alone, alone], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{"zero_stage": 3}, {"kind": "fsdp"}], ids=str)
+def test_a_run_with_evaluation_in_the_loop_has_the_weights_of_one_without(
+    asked: dict[str, Any], shards: Path, project: Path, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    """Losses of the validation set, scores and samples of text after each step, or only at the end."""
+    plain = settings(shards, tmp_path / "plain", max_steps=3, save_every_steps=3, evaluate_every_steps=0, engine=engine)
+    plain["model"] = {**plain["model"], "seq_len": 64}
+    often = {"evaluate_every_steps": 1, "sample_every_steps": 1, "sample_tokens": 5}
+    busy = {**plain, **often, "run_dir": str(tmp_path / "busy"), "score": {**asked, "every_steps": 1}}
+    for values in (plain, busy):
+        ranks = start(project, tmp_path / f"{Path(values['run_dir']).name}_start", values)
+        assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    found = read_metrics(tmp_path / "busy")
+    for kind in ("evaluate", "score", "sample"):
+        assert [row["step"] for row in found.of_kind(kind)] == [1, 2, 3], kind
+    assert [row["step"] for row in read_metrics(tmp_path / "plain").of_kind("evaluate")] == [3]
+    assert losses(tmp_path / "busy") == losses(tmp_path / "plain")
+    weights = [load_model(folder, "last").model.state_dict() for folder in (tmp_path / "plain", tmp_path / "busy")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 @pytest.mark.slow
 def test_a_run_with_scores_has_the_same_weights_and_keeps_them(
     asked: dict[str, Any], shards: Path, project: Path, tmp_path: Path
 ) -> None:
-    base = {"max_steps": 4, "save_every_steps": 2, "evaluate_every_steps": 2, "keep_last": 3}
-    plain = settings(shards, tmp_path / "plain", **base)
+    base = {"max_steps": 4, "save_every_steps": 2, "keep_last": 3}
+    plain = settings(shards, tmp_path / "plain", evaluate_every_steps=0, **base)
     plain["model"] = {**plain["model"], "seq_len": 64}
-    scored = {**plain, "run_dir": str(tmp_path / "scored"), "score": asked, "best_by": "words.bits_per_byte"}
+    scored = {**plain, "run_dir": str(tmp_path / "scored"), "evaluate_every_steps": 2}
+    scored |= {"score": asked, "best_by": "words.bits_per_byte"}
     for values in (plain, scored):
         ranks = start(project, tmp_path / f"{Path(values['run_dir']).name}_start", values)
         assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
