@@ -140,6 +140,15 @@ def test_a_command_is_charged_with_its_own_memory_and_time() -> None:
         run_once([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(7)"])
 
 
+def test_every_benchmark_can_be_started_as_a_module() -> None:
+    """Peers apart: they need the packages of others."""
+    paths = [path for path in sorted(BENCH.rglob("*.py")) if "peers" not in path.parts]
+    names = [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in paths]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = run("-c", code, *names)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def gpu_benchmark():
     from bench.gpu import run

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-import gpu
-
+from bench.gpu import run as gpu
 from bench.training.optimizers import SMALL, STEPS
 from megagpt.measurement import write_results
 

@@ -37,6 +37,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
             "kind": job.get("optimizer", "adamw"),
             "lr": job["lr"],
             "weight_decay": job["weight_decay"],
+            "lr_factors": job.get("lr_factors", {}),
             "schedule": {"kind": "constant"},
         },
         "engine": engines[job["layout"]],
