@@ -50,6 +50,7 @@ LATER: dict[str, dict[str, Any]] = {
         "special_tokens": [],
         "end_tokens": [],
         "padding": "packed",
+        "split": "train",
         "max_malformed": 100,
     },
     "TokenizeConfig": {"pattern": None, "supervised": None},

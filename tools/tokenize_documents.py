@@ -9,13 +9,17 @@ on; neither the number of workers nor part=i/n changes a byte of the result.
 
 from megagpt.command import main
 from megagpt.corpus.config import CorpusConfig
+from megagpt.corpus.packing.dataset_rows import with_datasets_as_files
 from megagpt.corpus.packing.tokenize_documents import describe, pack_documents
 
 
 def run(config: CorpusConfig) -> None:
     """Write the shards, and say what there is."""
     output_dir, tokenizer = config.directory("shards"), config.tokenize.tokenizer or config.directory("tokenizer")
-    summary = pack_documents(config.inputs("shards", config.tokenize.inputs), output_dir, tokenizer, config.tokenize, config)
+    given = with_datasets_as_files(
+        config.tokenize.inputs, config.work_dir / "rows", config.tokenize.supervised, overwrite=config.overwrite
+    )
+    summary = pack_documents(config.inputs("shards", given), output_dir, tokenizer, config.tokenize, config)
     print(describe(summary, output_dir))
 
 

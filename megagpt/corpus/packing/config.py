@@ -35,6 +35,8 @@ class SupervisedConfig(Config):
     """Those of special_tokens that end a generated answer."""
     padding: Literal["packed", "padded"] = "packed"
     """packed: several rows in a sample, by best fit, none cut; training needs data.document_mask=true. padded: one in each."""
+    split: str = "train"
+    """Of inputs that are `datasets:NAME`: the split whose rows are read."""
     max_malformed: int = Field(default=100, ge=0)
     """At most this many malformed rows; malformed.jsonl names each by file and line."""
 
@@ -65,7 +67,8 @@ class TokenizeConfig(Config):
     """Settings of `tools/tokenize_documents.py`."""
 
     inputs: tuple[str, ...] = ()
-    """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs; empty = the output of deduplication."""
+    """Document files (.jsonl, .jsonl.gz, .jsonl.zst) or globs, with `supervised` also datasets:NAME (a folder, or a name on the
+    hub); empty = the output of deduplication."""
     tokenizer: str | None = None
     """`bytes`, or the path of a tokenizer; null = the one that tools/train_tokenizer.py left in work_dir/tokenizer."""
     pattern: str | None = None

@@ -188,10 +188,25 @@ def datasets_outcomes(block: Block, source: str, text_field: str, split: str) ->
 
     Cells are read as stored: images and sound are left out, and a malformed cell loses at most its row.
     """
-    import datasets
     import pyarrow
 
-    place = block.path.removeprefix(DATASETS)
+    place, position = block.path.removeprefix(DATASETS), 0
+    try:
+        for batch in dataset_batches(place, split, f"{block.path}: cannot be loaded (extract.split={split})"):
+            yield from _batch_rows(batch, place, position, source, text_field)
+            position += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield MalformedRecord("damaged dataset", f"{place}: after row {position}: {error}")
+
+
+def dataset_batches(place: str, split: str, refusal: str) -> Iterator[Any]:
+    """The rows of a Hugging Face dataset in Arrow record batches: a folder (saved, or with data files) or a name on the hub.
+
+    Cells are as stored; columns of images and sound are left out. Raises UserError, beginning with `refusal`, if it cannot be
+    loaded; damaged data end it with pyarrow's exception.
+    """
+    import datasets
+
     try:
         if Path(place, "dataset_dict.json").is_file() or Path(place, "dataset_info.json").is_file():
             loaded: Any = datasets.load_from_disk(place)
@@ -199,16 +214,10 @@ def datasets_outcomes(block: Block, source: str, text_field: str, split: str) ->
         else:
             rows = datasets.load_dataset(place, split=split, streaming=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{block.path}: cannot be loaded (extract.split={split}): {error}") from None
+        raise UserError(f"{refusal}: {error}") from None
     media = [name for name, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image | datasets.Audio)]
-    position = 0
-    try:
-        for table in rows.remove_columns(media).with_format("arrow").iter(1024):
-            for batch in table.to_batches():
-                yield from _batch_rows(batch, place, position, source, text_field)
-                position += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield MalformedRecord("damaged dataset", f"{place}: after row {position}: {error}")
+    for table in rows.remove_columns(media).with_format("arrow").iter(1024):
+        yield from table.to_batches()
 
 
 def _row(where: str, value: Any, source: str, text_field: str) -> Iterator[Outcome]:
