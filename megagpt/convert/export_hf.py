@@ -80,9 +80,10 @@ def export_model(config: ExportConfig) -> Path:
     checkpoint = find_checkpoint(config.run_dir, config.step)
     state = read_state(checkpoint, of_model=True)
     model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
-    if config.format != "transformers" or config.adapter_only:
-        what = "adapter_only=true" if config.adapter_only else f"format={config.format}"
-        refuse_classifier(model_config, checkpoint, f"{what} is for language models, format=transformers has classes")
+    if config.format != "transformers":
+        refuse_classifier(
+            model_config, checkpoint, f"format={config.format} is for language models, format=transformers has classes"
+        )
     if config.adapter_only:
         if config.format != "transformers":
             raise UserError(f"format={config.format} with adapter_only=true: adapters are written in peft's format only")

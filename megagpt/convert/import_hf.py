@@ -81,16 +81,21 @@ def import_model(config: ImportConfig) -> Path:
 def _import_folder(config: ImportConfig) -> Path:
     import_transformers()
     family, model_config, weights, plan = read_source(config.source, config.seq_len)
-    deltas = {} if config.adapter is None else read_deltas(config.adapter)
+    deltas, weights.replaced = ({}, {}) if config.adapter is None else read_deltas(config.adapter)
     if config.adapter is not None and Path(base_model_of(config.adapter)).name not in ("", config.source.resolve().name):
         log.warning(
             "adapter=%s: was trained on %s, and is merged into %s: weights of equal sizes do not tell them apart",
             config.adapter, base_model_of(config.adapter), config.source,
         )  # fmt: skip
     conv1d = {planned.theirs for planned in plan if planned.transposed}
-    for name, delta in deltas.items():
+    for name, delta in {**deltas, **weights.replaced}.items():
         shape = weights.tensors[name].shape if name in weights.tensors else None
         if shape != (delta.shape[::-1] if name in conv1d else delta.shape):
+            if shape is None and name in weights.replaced:
+                raise UserError(
+                    f"adapter={config.adapter}: is a classifier's, and {config.source} is a language model: save it as a "
+                    "classifier first (transformers' AutoModelForSequenceClassification, with the names of the classes)"
+                )
             found = (
                 "none of the model's weights" if shape is None else f"made for {list(delta.shape)}, here it is {list(shape)}"
             )
@@ -109,7 +114,7 @@ def _import_folder(config: ImportConfig) -> Path:
         )
         compared = compare_models(
             load_model(folder, classifier=True).model,
-            with_deltas(open_reference(config.source), weights.deltas),
+            with_deltas(open_reference(config.source), weights.deltas, weights.replaced),
             family,
             plan,
             min(tokenizer.vocab_size, model_config.vocab_size),

@@ -2,7 +2,8 @@
 
 peft knows the layers of transformers. Where one of theirs holds several of ours (GPT-2's c_attn: query, key, value), our
 adapters become one of the sum of their ranks, A stacked and B block-diagonal, with a rank and an alpha of its own. The other
-way a peft adapter is merged into the weights that are imported, whatever layers it has.
+way a peft adapter is merged into the weights that are imported, whatever layers it has. A classifier's layer of classes, which
+is trained whole, is a module that peft saves beside the adapters (modules_to_save), under its name in transformers: `score`.
 """
 
 import json
@@ -15,19 +16,23 @@ from torch import Tensor, nn
 
 from megagpt.checkpoint.base_weights import read_adapters
 from megagpt.checkpoint.on_disk import read_state
+from megagpt.checkpoint.partitions import index_of
 from megagpt.config import UserError
 from megagpt.convert.families import Planned, family_for, plan_tensors
+from megagpt.convert.weight_files import Parameters
 from megagpt.files import read_json, write_json
 from megagpt.model.gpt import ModelConfig
-from megagpt.model.tune import LoraConfig, TuneConfig
+from megagpt.model.tune import CLASS_HEAD, LoraConfig, TuneConfig
 from megagpt.settings_record import read_settings
 
 CONFIG_FILE, WEIGHTS_FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 UNKNOWN = (
-    "use_dora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "trainable_token_indices", "target_parameters",
+    "use_dora", "use_qalora", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
     "layer_replication", "exclude_modules", "lora_bias", "arrow_config", "corda_config", "velora_config",
 )  # fmt: skip
 """Settings of peft that change what is computed and that the import does not compute: refused where they are set."""
+CLASS_MODULE, CLASS_MODULES = "score", {"score", "classifier"}
+"""transformers' name of the layer of classes, and the names that peft saves of any classifier: those that the model has."""
 
 
 def write_adapter(checkpoint: Path, folder: Path, base_model: str) -> None:
@@ -47,6 +52,9 @@ def write_adapter(checkpoint: Path, folder: Path, base_model: str) -> None:
             "files would lack: export the whole model, adapters merged"
         )
     tensors, ranks = {}, {}
+    if config.classes:
+        parameters = Parameters(checkpoint, index_of(checkpoint), {CLASS_HEAD: (len(config.classes), config.hidden_size)})
+        tensors[f"{PREFIX}{CLASS_MODULE}.weight"] = parameters.read(CLASS_HEAD)
     adapters = read_adapters(checkpoint)
     family = family_for(config)
     for planned in plan_tensors(family, config):
@@ -56,7 +64,7 @@ def write_adapter(checkpoint: Path, folder: Path, base_model: str) -> None:
             a, b = _joined(layers, adapters, planned)
             tensors[f"{PREFIX}{layer}.lora_A.weight"], tensors[f"{PREFIX}{layer}.lora_B.weight"] = a, b
             ranks[layer] = len(a)
-    write_json(folder / CONFIG_FILE, _config(ranks, tune.lora, base_model, conv1d=family.model_type == "gpt2"))
+    write_json(folder / CONFIG_FILE, _config(ranks, tune.lora, base_model, config, conv1d=family.model_type == "gpt2"))
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
@@ -72,12 +80,15 @@ def _joined(layers: list[str], adapters: Mapping[str, tuple[Tensor, Tensor]], pl
     return torch.cat([pair[0] for pair in found if pair is not None]), torch.block_diag(*blocks)
 
 
-def _config(ranks: Mapping[str, int], lora: LoraConfig, base_model: str, *, conv1d: bool) -> dict[str, Any]:
+def _config(
+    ranks: Mapping[str, int], lora: LoraConfig, base_model: str, config: ModelConfig, *, conv1d: bool
+) -> dict[str, Any]:
     others = {layer: rank for layer, rank in ranks.items() if rank != lora.rank}
     leaves = {layer.rpartition(".")[2] for layer in others}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if config.classes else "CAUSAL_LM",
+        "modules_to_save": [CLASS_MODULE] if config.classes else None,
         "base_model_name_or_path": base_model,
         "r": lora.rank,
         "lora_alpha": lora.alpha if lora.alpha % 1 else int(lora.alpha),
@@ -100,8 +111,9 @@ def base_model_of(folder: Path) -> str:
     return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
 
 
-def read_deltas(folder: Path) -> dict[str, Tensor]:
-    """What a peft adapter adds to each weight of its base model, by the name of theirs, [out, in] in fp32.
+def read_deltas(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a peft adapter adds to each weight of its base model, by the name of theirs, [out, in] in fp32; and a classifier's
+    layer of classes, which takes the place of the base model's.
 
     Raises UserError naming file and setting for what is not plain LoRA.
     """
@@ -117,7 +129,19 @@ def read_deltas(folder: Path) -> dict[str, Tensor]:
     for name in UNKNOWN:
         if config.get(name):
             raise UserError(f"{path}: {name}={json.dumps(config[name])[:80]}: is not merged; merge it with peft first")
+    modules = config.get("modules_to_save") or []
+    if not isinstance(modules, list) or not set(modules) <= CLASS_MODULES:
+        raise UserError(
+            f"{path}: modules_to_save={json.dumps(modules)[:80]}: only a classifier's {CLASS_MODULE} is imported; "
+            "merge it with peft first"
+        )
     tensors = load_file(folder / WEIGHTS_FILE)
+    of_classes = tensors.pop(f"{PREFIX}{CLASS_MODULE}.weight", None)
+    if (of_classes is not None) != bool(modules):
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: {PREFIX}{CLASS_MODULE}.weight is {'missing' if modules else 'in it'}, and "
+            f"{path} says modules_to_save={json.dumps(modules)}"
+        )
     deltas = {}
     for key in sorted(tensors):
         layer, _, kind = key.removeprefix(PREFIX).partition(".lora_")
@@ -132,14 +156,17 @@ def read_deltas(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / WEIGHTS_FILE}: {layer}: lora_A has {len(a)} rows, {path} says r={rank}")
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         deltas[f"{layer}.weight"] = (b.float() @ a.float()) * scale
-    return deltas
+    return deltas, {} if of_classes is None else {f"{CLASS_MODULE}.weight": of_classes.float()}
 
 
-def with_deltas(model: nn.Module, deltas: Mapping[str, Tensor]) -> nn.Module:
-    """A model of transformers with an adapter merged into it; `deltas` as the model stores its weights."""
+def with_deltas(model: nn.Module, deltas: Mapping[str, Tensor], replaced: Mapping[str, Tensor]) -> nn.Module:
+    """A model of transformers with an adapter merged into it, and what it has in the place of the model's own; `deltas` as the
+    model stores its weights."""
     with torch.no_grad():
         for name, delta in deltas.items():
             model.get_parameter(name).add_(delta)
+        for name, tensor in replaced.items():
+            model.get_parameter(name).copy_(tensor)
     return model
 
 

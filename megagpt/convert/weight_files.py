@@ -44,6 +44,8 @@ class WeightFolder:
         self.tensors: dict[str, Stored] = {}
         self.deltas: Mapping[str, Tensor] = {}
         """What an adapter adds to a tensor, by name."""
+        self.replaced: Mapping[str, Tensor] = {}
+        """Tensors of an adapter that take the place of those of the files, in fp32, by name."""
         for file, names in self._files(folder).items():
             opened = self._open(file)
             for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -58,7 +60,9 @@ class WeightFolder:
                 raise UserError(f"{file}: {missing[0]} is not in it, {INDEX} says it is")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in the type it is stored in; in fp32 with what an adapter adds."""
+        """A tensor, in the type it is stored in; in fp32 with what an adapter adds, or as it has it."""
+        if name in self.replaced:
+            return self.replaced[name]
         stored = self.tensors[name]
         found = self._open(stored.file).get_tensor(stored.name)
         return found.float() + self.deltas[name] if name in self.deltas else found

@@ -25,11 +25,12 @@ IDS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def tuned_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
+def tuned_run(base: Path, run_dir: Path, lora: LoraConfig, classes: tuple[str, ...] = ()) -> Path:
     """A run with random adapters beside an imported model; a B of zeros would make every comparison pass."""
     loaded, tune = load_model(base), TuneConfig(lora=lora)
     generator = torch.Generator().manual_seed(1)
-    shapes = whole_shapes(loaded.model_config, tune, trained_only=True)
+    config = loaded.model_config.model_copy(update={"classes": classes})
+    shapes = whole_shapes(config, tune, trained_only=True)
     weights = {f"param.{n}": torch.randn(shape.numel(), generator=generator) * 0.2 for n, shape in shapes.items()}
     folder = run_dir / "checkpoints" / "step_00000005"
     folder.mkdir(parents=True)
@@ -38,7 +39,7 @@ def tuned_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
         "format": FORMAT,
         "train_state": TrainState(step=5).to_json(),
         "updates": 5,
-        "model": loaded.model_config.model_dump(mode="json"),
+        "model": config.model_dump(mode="json"),
         "config": {"tune": tune.model_dump(mode="json")},
         "tokenizer_sha256": loaded.tokenizer.fingerprint,
         "base": base_record(loaded.path, None),
@@ -101,6 +102,45 @@ def test_adapters_of_peft_are_merged_into_what_is_imported(family: str, tmp_path
     assert (plain - ours).abs().max() > 0.1
     files = read_json(tmp_path / "run" / "checkpoints" / "step_00000000" / "state.json")["imported_from"]["files"]
     assert "adapter/adapter_model.safetensors" in files
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_classifier_with_adapters_goes_both_ways(family: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    classes = ("bad", "fair", "good")
+    source = save_source(random_model(family), tmp_path / "source")
+    import_model(ImportConfig(source=source, run_dir=tmp_path / "base"))
+    run_dir = tuned_run(tmp_path / "base", tmp_path / "run", LoraConfig(rank=3, targets=("*",)), classes)
+    ours = load_model(run_dir, classifier=True)
+    folder = export_model(ExportConfig(run_dir=run_dir, output_dir=tmp_path / "adapter", adapter_only=True, base_model="x"))
+    names = {"id2label": dict(enumerate(classes)), "pad_token_id": 0}
+    base = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, num_labels=3, **names).eval()
+    save_source(base, tmp_path / "of_classes")
+    theirs: Any = PeftModel.from_pretrained(base, folder).eval()
+    ids = IDS.clamp(min=1)  # 0 is padding there
+    with torch.no_grad():
+        mine, found = ours.model(ids)[:, -1], theirs(ids).logits
+    assert (found - mine).abs().max() < 1e-5 * mine.abs().max()
+    theirs.save_pretrained(tmp_path / "saved")  # peft names modules_to_save as it likes
+    for number, adapter in enumerate((folder, tmp_path / "saved")):
+        import_model(ImportConfig(source=tmp_path / "of_classes", run_dir=tmp_path / f"again{number}", adapter=adapter))
+        again = load_model(tmp_path / f"again{number}", classifier=True)
+        assert again.model_config.classes == classes
+        with torch.no_grad():
+            assert (again.model(ids)[:, -1] - mine).abs().max() < 1e-5 * mine.abs().max()
+    with pytest.raises(UserError, match=r"is a classifier's, and .*source is a language model"):
+        import_model(ImportConfig(source=source, run_dir=tmp_path / "no", adapter=folder))
+    config = read_json(folder / "adapter_config.json")
+    for modules, match in (
+        (["lm_head"], r"modules_to_save=\[\"lm_head\"\]: only a classifier's score"),
+        (None, "score.weight is in it"),
+    ):
+        write_json(folder / "adapter_config.json", {**config, "modules_to_save": modules})
+        with pytest.raises(UserError, match=match):
+            import_model(ImportConfig(source=tmp_path / "of_classes", run_dir=tmp_path / "no", adapter=folder))
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_is_no_plain_adapter_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
