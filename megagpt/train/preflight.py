@@ -120,11 +120,15 @@ def check_run(config: TrainConfig, data: Data) -> None:
 def refuse_compiled_dropout(config: TrainConfig, torch_version: str, *, on_gpu: bool) -> None:
     """Raise UserError where compiled blocks would drop out wrongly; a machine without a GPU warns that one would refuse."""
     release = ".".join(torch_version.split(".")[:2])
-    if not config.compile or config.model.dropout == 0 or release not in BROKEN_DROPOUT:
+    lora = config.tune.lora
+    settings = {"model.dropout": config.model.dropout, "tune.lora.dropout": 0.0 if lora is None else lora.dropout}
+    dropouts = {name: value for name, value in settings.items() if value > 0}
+    if not config.compile or not dropouts or release not in BROKEN_DROPOUT:
         return
+    named = ", ".join(f"{name}={value}" for name, value in dropouts.items())
     message = (
-        f"compile=true with model.dropout={config.model.dropout}: torch {torch_version} compiles dropout to wrong masks on "
-        f"CUDA (pytorch issue 198333); set compile=false or model.dropout=0"
+        f"compile=true with dropout ({named}): torch {torch_version} compiles it to wrong masks on CUDA (pytorch issue "
+        f"198333); set compile=false or {'=0, '.join(dropouts)}=0"
     )
     if on_gpu:
         raise UserError(message)

@@ -531,24 +531,32 @@ def test_the_check_of_a_run_looks_at_compiled_dropout(
 
 
 @pytest.mark.parametrize(
-    ("compiled", "dropout", "version", "on_gpu", "refused"),
+    ("compiled", "dropouts", "version", "on_gpu", "refused"),
     [
-        (True, 0.1, "2.13.0+cu130", True, True),
-        (True, 0.1, "2.13.1", True, True),
-        (True, 0.1, "2.13.0", False, False),
-        (True, 0.1, "2.12.1", True, False),
-        (True, 0.0, "2.13.0", True, False),
-        (False, 0.1, "2.13.0", True, False),
+        (
+            True,
+            (0.1, 0.0),
+            "2.13.0+cu130",
+            True,
+            r"\(model.dropout=0.1\): torch 2.13.0.cu130 .*set compile=false or model.dropout=0$",
+        ),
+        (True, (0.1, 0.0), "2.13.1", True, "198333"),
+        (True, (0.0, 0.2), "2.13.0", True, r"compile=true with dropout \(tune.lora.dropout=0.2\): .*tune.lora.dropout=0$"),
+        (True, (0.1, 0.2), "2.13.0", True, "or model.dropout=0, tune.lora.dropout=0$"),
+        (True, (0.1, 0.0), "2.13.0", False, ""),
+        (True, (0.1, 0.0), "2.12.1", True, ""),
+        (True, (0.0, 0.0), "2.13.0", True, ""),
+        (False, (0.1, 0.2), "2.13.0", True, ""),
     ],
 )
 def test_compiled_dropout_is_refused_where_torch_computes_it_wrongly(
-    compiled: bool, dropout: float, version: str, on_gpu: bool, refused: bool, caplog: pytest.LogCaptureFixture
+    compiled: bool, dropouts: tuple[float, float], version: str, on_gpu: bool, refused: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    values = settings(Path("x"), Path("y"), compile=compiled)
-    config = TrainConfig.model_validate({**values, "model": {**values["model"], "dropout": dropout}})
-    with pytest.raises(UserError, match="198333") if refused else contextlib.nullcontext():
-        preflight.refuse_compiled_dropout(config, version, on_gpu=on_gpu)
-    assert ("a GPU would refuse" in caplog.text) == (compiled and dropout > 0 and not on_gpu)
+    values = settings(Path("x"), Path("y"), compile=compiled, init_from="z")
+    values |= {"model": {**values["model"], "dropout": dropouts[0]}, "tune": {"lora": {"dropout": dropouts[1]}}}
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        preflight.refuse_compiled_dropout(TrainConfig.model_validate(values), version, on_gpu=on_gpu)
+    assert ("a GPU would refuse" in caplog.text) == (compiled and not on_gpu)
 
 
 @pytest.mark.slow
