@@ -96,11 +96,11 @@ BAD_INPUT = {
         (["configs/train/gpt_7b.yaml", "gpus=12"], "engine.hpz_partition_size=8 does not divide the 12 ranks"),
         (["configs/train/debug_cpu.yaml", "gups=8"], "did you mean gpus"),
     ],
-    "report_run": [(["run_dir={tmp}/none"], "{tmp}/none"), (["runs=[a]"], "runs: 1 given, 2 to 6 can be compared")],
+    "report_run": [(["run_dir={tmp}/none"], "{tmp}/none"), (["runs=[a]"], "runs: give 2 to 6 runs, not 1")],
     "watch_run": [
         (["run_dir={tmp}/none"], "{tmp}/none/metrics.jsonl"),
         (["runs={tmp}/none"], "runs={tmp}/none: not a folder"),
-        ([], "one of run_dir and runs is needed"),
+        ([], "give one of run_dir and runs"),
     ],
 }
 CASES = [(tool, words, named) for tool, cases in BAD_INPUT.items() for words, named in cases]

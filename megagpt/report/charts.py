@@ -1,4 +1,4 @@
-"""Charts: as inline SVG whose colours are the page's CSS variables (light and dark), and as data for assets/charts.js."""
+"""Draw charts as inline SVG whose colours are the page's CSS variables (light and dark), and as data for assets/charts.js."""
 
 import html
 import io
@@ -16,10 +16,10 @@ _SERIES = tuple(f"#0b0b{i:02x}" for i in range(1, 7))
 _CSS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, start=1)
 }
-"""Stand-in colours that matplotlib draws with, and the variables that take their place."""
+"""Colour that matplotlib draws with -> the CSS variable that replaces it."""
 
 MAX_POINTS = 1200
-"""Points per line at most: more cannot be seen, and the page stays small."""
+"""Most points per line: more cannot be seen, and would make the page large."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     series: int
-    """Number of its colour, from 1 to 6."""
+    """Number of the line's colour, from 1 to 6."""
     tokens: Sequence[float] | None = None
     """Tokens at each x, for an interactive chart over tokens."""
     hours: Sequence[float] | None = None
-    """Hours since the first start at each x."""
+    """Hours since the first attempt began, at each x."""
     derived: bool = False
-    """Computed from another line (smoothed): an interactive chart computes it itself."""
+    """Whether the line is computed from another one (smoothed); an interactive chart computes it itself."""
     faint: bool = False
-    """Drawn thin and pale, without a legend entry: raw values behind a smoothed line."""
+    """Whether the line is thin and pale, without a legend entry: raw values behind a smoothed line."""
     markers: bool = False
 
 
@@ -66,7 +66,7 @@ class Chart:
     """Width and height in inches of 96 pixels."""
     y_limits: tuple[float, float] | None = None
     smooth: float = 0.0
-    """With how much smoothing an interactive chart begins: the weight of the past, 0 to 1."""
+    """Initial smoothing of an interactive chart: the weight of the past, 0 to 1."""
 
 
 def to_svg(chart: Chart) -> str:
@@ -113,19 +113,19 @@ def to_svg(chart: Chart) -> str:
         if sum(not line.faint for line in chart.lines) > 1:
             axes.legend(frameon=False, labelcolor=_INK, handlelength=1.4)
         stream = io.StringIO()
-        with warnings.catch_warnings():  # glyphs that matplotlib lacks are the reader's browser's to draw
+        with warnings.catch_warnings():  # the reader's browser draws glyphs that matplotlib lacks
             warnings.filterwarnings("ignore", "Glyph", UserWarning)
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(stream.getvalue(), chart)
 
 
 def shortened(label: str, most: int = 28) -> str:
-    """A name as a drawing's legend has room for it: without its middle."""
+    """A name that fits into a legend: a long one loses its middle."""
     return label if len(label) <= most else f"{label[: most // 2]}…{label[-most // 2 + 1 :]}"
 
 
 def chart_data(chart: Chart) -> dict[str, Any]:
-    """What assets/charts.js draws the chart from, as JSON: per line x by axis and y, thinned; None where y is not finite."""
+    """The chart as JSON for assets/charts.js: for each line x by axis, and y, thinned; None if y is not finite."""
     lines = []
     for line in chart.lines:
         if line.derived:
@@ -151,25 +151,25 @@ def _finite(value: float | None) -> float | None:
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most MAX_POINTS points that keep a line's extremes: of each stretch its lowest and highest value, in order."""
+    """At most MAX_POINTS points that keep a line's extremes: the lowest and the highest value of each interval, in order."""
     kept = thin_indices(y)
     return [x[i] for i in kept], [y[i] for i in kept]
 
 
 def thin_indices(y: Sequence[float]) -> list[int]:
-    """Which points `thin` keeps."""
+    """The indices of the points that `thin` keeps."""
     if len(y) <= MAX_POINTS:
         return list(range(len(y)))
     kept: list[int] = []
-    stretches = MAX_POINTS // 2
-    for i in range(stretches):
-        indices = range(len(y) * i // stretches, len(y) * (i + 1) // stretches)
+    intervals = MAX_POINTS // 2
+    for i in range(intervals):
+        indices = range(len(y) * i // intervals, len(y) * (i + 1) // intervals)
         kept += sorted({min(indices, key=y.__getitem__), max(indices, key=y.__getitem__)})
     return kept
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average in which the past weighs `weight`, corrected for its empty start; NaN leaves it as it was."""
+    """Exponential moving average with weight `weight` for the past, corrected for its empty start. NaN does not change it."""
     result, mean, total = [], 0.0, 0.0
     for value in values:
         if value == value and abs(value) != float("inf"):
@@ -179,7 +179,7 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def _for_page(svg: str, chart: Chart) -> str:
-    """Cut the prolog, put CSS variables and the page's font in, name the picture for screen readers."""
+    """Cut the prolog, insert CSS variables and the page's font, and label the picture for screen readers."""
     svg = svg[svg.index("<svg") :]
     for colour, variable in _CSS.items():
         svg = svg.replace(colour, variable)

@@ -1,4 +1,4 @@
-"""The mixture that a run has really consumed: samples of each source over steps, from its ledger and its starts' settings."""
+"""The mixture that a run has consumed: samples of each source over steps, from its ledger and the settings of its attempts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from megagpt.data.sample_ledger import Entry, read_ledger
 from megagpt.settings_record import read_settings
 
 MAX_SPANS = 100
-"""Points of the chart."""
+"""Most points of the chart."""
 
 Phases = list[tuple[int, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive updates: the last one's number from 1, samples by source, and the samples that the weights ask for."""
+    """Consecutive updates: the number of the last one (from 1), samples by source, and the samples by the weights."""
 
     step: int
     samples: dict[str, int]
@@ -27,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """By what a start drew its samples: names of the sources, and weights from given samples on."""
+    """How an attempt drew its samples: names of the sources, and (first sample, weights) of each phase."""
 
     names: tuple[str, ...]
     phases: Phases
@@ -48,9 +48,9 @@ class _Order:
 
 
 def read_consumed(run_dir: Path, starts: Sequence[Mapping[str, Any]]) -> list[Span]:
-    """The run's updates in at most MAX_SPANS equal spans, oldest first; [] without a ledger or without records of its starts.
+    """The run's updates in at most MAX_SPANS equal spans, oldest first; [] without a ledger or records of its attempts.
 
-    Steps that were done twice count once, as the ledger says; samples left out are not in it. Raises UserError, KeyError,
+    Repeated steps count once, as in the ledger; samples that a rewind left out are not in it. Raises UserError, KeyError,
     TypeError or ValueError on a damaged record.
     """
     orders = {start["incarnation"]: _order_of(start) for start in starts if start["config"].get("data")}
@@ -73,7 +73,7 @@ def read_consumed(run_dir: Path, starts: Sequence[Mapping[str, Any]]) -> list[Sp
 def _order_of(start: Mapping[str, Any]) -> _Order:
     config = read_settings(DataConfig, start["config"]["data"], source=f"starts/{start['incarnation']:04d}.json")
     phases = config.phases()
-    if start.get("mixture"):  # it took over from an earlier one, at a sample from which the proportions begin anew
+    if start.get("mixture"):  # it continues an earlier mixture; from this sample on the proportions start again
         begin = int(start["mixture"]["from_sample"])
         in_force = [weights for first, weights in phases if first <= begin][-1]
         phases = [(begin, in_force), *(phase for phase in phases if phase[0] > begin)]
@@ -81,7 +81,7 @@ def _order_of(start: Mapping[str, Any]) -> _Order:
 
 
 def _merged(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int]]:
-    """(attempt, start, end) of the samples of entries; those that follow each other are one."""
+    """(attempt, start, end) of the samples of entries; consecutive ranges are joined."""
     found: tuple[int, int, int] | None = None
     for entry in entries:
         for start, end in entry.ranges():

@@ -1,4 +1,4 @@
-"""The report of a corpus: one self-contained HTML page made from what its stages left in work_dir. No torch."""
+"""The report of a corpus: one self-contained HTML page made from the outputs of its stages in work_dir. No torch."""
 
 import functools
 import itertools
@@ -28,31 +28,31 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DAMAGE = (UserError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error, zstandard.ZstdError)
-"""What reading a damaged file raises; pyarrow's errors are ValueErrors and OSErrors."""
+"""What reading a damaged file can raise; pyarrow's errors are ValueErrors and OSErrors."""
 
 SHOWN_CHARACTERS = 1000
-"""Of a text at most."""
+"""Most characters that are shown of a text."""
 MAX_SHOWN_CHARACTERS = 3_000_000
-"""Of all texts on the page; further reasons have no examples."""
+"""Most characters of all texts on the page; further reasons have no examples."""
 MAX_NAMES = 1_000_000
-"""Domains, and documents with copies, that are counted at once; beyond that those seen once are forgotten."""
+"""Most domains, or documents with copies, that are counted at the same time; beyond it the rarest are dropped."""
 
 
 class DataReportConfig(Config):
-    """Which corpus is reported on."""
+    """Which corpus to report on."""
 
     work_dir: Path
-    """The corpus: the folder with extract/, filter/, dedup/ and shards/; what has not run yet is left out."""
+    """The corpus: the folder with extract/, filter/, dedup/ and shards/. Stages that have not run yet are left out."""
     output: Path | None = None
     """The page; null = work_dir/report.html."""
     num_examples: int = Field(default=3, ge=0, le=20)
-    """Rejected documents that are shown per reason."""
+    """Rejected documents to show per reason."""
     num_documents: int = Field(default=20_000, ge=0)
-    """So many kept documents, evenly from all files, are read to count languages."""
+    """Kept documents to read for the counts of languages, evenly from all files."""
     num_rows: int = Field(default=25, ge=1)
-    """Rows of a table (domains, most copied documents, reasons) at most."""
+    """Most rows of a table (domains, most copied documents, reasons)."""
     num_measured: int = Field(default=500, ge=0, le=20_000)
-    """Documents, evenly from all files, on which the statistics of the filters are measured for the page's thresholds."""
+    """Documents, evenly from all files, on which the filters' statistics are measured for the thresholds on the page."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Shards:
     domains: Counter[str]
     """Tokens by host name."""
     lengths: Counter[int]
-    """Documents by power of two of their tokens: n counts those of 2^(n-1) to 2^n - 1."""
+    """Documents by length: key n counts those with 2^(n-1) to 2^n - 1 tokens."""
 
 
 @dataclass(frozen=True)
 class FilterSample:
-    """Documents that the thresholds of the filter stage are shown on."""
+    """Documents on which the page shows the thresholds of the filter stage."""
 
     measure: Measure | None
     """None: no filter stage, or its settings were not kept."""
@@ -80,7 +80,7 @@ class FilterSample:
     kept: list[tuple[Document, dict[str, float]]]
     """Kept documents and their values."""
     is_input: bool
-    """Whether `measured` is of the documents that came in; otherwise of those kept and of the samples of those dropped."""
+    """Whether `measured` is of the stage's input; otherwise of kept documents and of the samples of dropped ones."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class Duplicates:
     similarities: Counter[int]
     """Near duplicates by similarity in hundredths, rounded down to fives."""
     most_copied: list[tuple[str, int]]
-    """(id of the document that stays, how many were dropped for it)."""
+    """(id of the kept document, number of documents dropped as its copies)."""
 
 
 def report_data(config: DataReportConfig) -> Path:
     """Write the page and return its path. Raises UserError if no stage has run in work_dir, or a stage's summary is damaged.
 
-    Whatever else is damaged is left out, and named in a line of the page and of the log.
+    Other damaged files are left out; a line on the page and in the log names each.
     """
     funnel = read_funnel(config.work_dir)
     if not funnel:
@@ -138,13 +138,13 @@ def render(config: DataReportConfig, funnel: list[dict[str, Any]]) -> str:
 
 
 def _tried(problems: list[str], what: str, read: Callable[[], T], instead: T) -> T:
-    """What `read` gives; where it meets damage a line in `problems`, and `instead`."""
+    """The result of `read`; if a file is damaged, `instead`, and a line in `problems`."""
     try:
         return read()
     except DAMAGE as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        missing = f"{told} is missing" if isinstance(error, KeyError) else told
-        problems.append(f"{what}: damaged, left out: {missing}")
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"{message} is missing" if isinstance(error, KeyError) else message
+        problems.append(f"{what}: damaged, left out: {reason}")
         return instead
 
 
@@ -152,7 +152,7 @@ def _tried(problems: list[str], what: str, read: Callable[[], T], instead: T) ->
 
 
 def read_shards(work_dir: Path) -> Shards:
-    """Add up the tables of documents beside the shards, one row group in memory at a time."""
+    """Add up the tables of documents beside the shards, with one row group in memory at a time."""
     import pyarrow.parquet as pq
 
     shards = Shards([], Counter(), Counter(), Counter())
@@ -185,7 +185,7 @@ def domain_of(url: str) -> str:
 
 
 def read_duplicates(work_dir: Path, num_rows: int) -> Duplicates:
-    """Count what dedup/duplicates lists."""
+    """Count the duplicates that dedup/duplicates lists."""
     kinds, similarities, copies = Counter[str](), Counter[int](), Counter[str]()
     for path in sorted((work_dir / "dedup" / "duplicates").glob("*.jsonl.zst")):
         with open_lines(path) as lines:
@@ -200,7 +200,7 @@ def read_duplicates(work_dir: Path, num_rows: int) -> Duplicates:
 
 
 def read_sample(work_dir: Path, num_measured: int) -> FilterSample:
-    """Measure documents of the filter stage: of those that came in where they are still there, else of those that came out."""
+    """Measure documents of the filter stage: its input if that still exists, otherwise its kept and dropped documents."""
     stage = work_dir / "filter"
     settings = read_settings(stage)
     if settings is None or not num_measured:
@@ -233,7 +233,7 @@ def _forget_rare(counts: Counter[str]) -> None:
 
 
 def count_languages(work_dir: Path, num_documents: int) -> tuple[Counter[str], int]:
-    """(documents by meta.language, how many were read) among the first documents of each file of the last stage that ran."""
+    """(documents by meta.language, number read) of the first documents in each file of the last stage that has run."""
     stages = [work_dir / stage for stage in reversed(STAGES) if (work_dir / stage / "summary.json").is_file()]
     files = sorted(stages[0].glob("*.jsonl.zst")) if stages else []
     languages = Counter[str]()
@@ -244,7 +244,7 @@ def count_languages(work_dir: Path, num_documents: int) -> tuple[Counter[str], i
 
 
 def read_examples(stage: Path, reasons: Mapping[str, int], num_examples: int) -> dict[str, list[Document]]:
-    """The first rejected documents per reason that a stage put aside."""
+    """By reason, the first documents in a stage's sample of rejected ones, at most num_examples each."""
     found: dict[str, list[Document]] = {}
     for path in sorted((stage / "rejected").glob("*.jsonl.zst")):
         if all(len(found.get(reason, [])) >= num_examples for reason in reasons):
@@ -318,10 +318,10 @@ def _languages(languages: Counter[str], num_read: int) -> list[Block]:
     if not set(languages) - {""}:
         return []
     rows = [
-        (name or "not noted", count / num_read, f"{count:,} · {count / num_read:.1%}", 5)
+        (name or "unknown", count / num_read, f"{count:,} · {count / num_read:.1%}", 5)
         for name, count in languages.most_common(25)
     ]
-    return [Bars(rows), Note(f"of {num_read:,} documents that were kept, the first ones of each file")]
+    return [Bars(rows), Note(f"of {num_read:,} kept documents, the first ones of each file")]
 
 
 def _duplicates(duplicates: Duplicates) -> list[Block]:
@@ -332,10 +332,10 @@ def _duplicates(duplicates: Duplicates) -> list[Block]:
             (f".{low} to .{low + 5}" if low < 95 else ".95 to 1", count / highest, f"{count:,} near duplicates", 2)
             for low, count in sorted(duplicates.similarities.items())
         ]
-        blocks += [Heading("similarity to the document that stays"), Bars(rows)]
+        blocks += [Heading("similarity to the kept document"), Bars(rows)]
     if duplicates.most_copied:
         rows = [(name, f"{count:,}") for name, count in duplicates.most_copied]
-        head = ("document that stays", "dropped for it")
+        head = ("kept document", "copies dropped")
         blocks += [Heading("documents with most copies"), Table(head, rows, numbers=(1,))]
     return blocks
 
@@ -344,15 +344,17 @@ def _thresholds(sample: FilterSample) -> list[Block]:
     if sample.measure is None or not sample.measured:
         return []
     found = measure(sample.measured, sample.measure.limits)
-    of = "documents that came into the filters" if sample.is_input else "documents, kept ones and samples of dropped ones"
-    note = f"Measured on {len(sample.measured):,} {of}, each rule as if it stood alone; heights are square roots of shares."
+    of = "documents of the filters' input" if sample.is_input else "documents, kept ones and samples of dropped ones"
+    note = (
+        f"Measured on {len(sample.measured):,} {of}, each rule as if it were the only one; heights are square roots of shares."
+    )
     if not sample.is_input:
-        note += " Of dropped documents the first 4,000 characters are kept, and all are as the filters before had left them."
+        note += " Only the first 4,000 characters of dropped documents exist, as the earlier filters had changed them."
     drawings = []
     for s in found:
         passed = len(sample.measured) - s.num_documents
-        told = f"the rule does not look at {passed:,} of them" if passed else ""
-        drawings.append(Threshold(s.rule, s.limit, s.is_maximum, s.steps, s.dropped, told))
+        words = f"the rule does not apply to {passed:,} of them" if passed else ""
+        drawings.append(Threshold(s.rule, s.limit, s.is_maximum, s.steps, s.dropped, words))
     folds: list[Block] = []
     for name, group in itertools.groupby(drawings, key=lambda drawing: drawing.name.partition(".")[0]):
         of_filter = list(group)
@@ -380,7 +382,7 @@ def _examples(
             texts = [_quote(document, reason, breach) for document, breach in zip(documents, breaches, strict=True)]
             breach = next(filter(None, breaches), None)
             near = _nearest(sample, breach, len(documents)) if name == "filter" else []
-            heads = ("dropped", f"kept, nearest to {breach.rule} = {breach.limit:.6g}" if breach else "kept")
+            heads = ("dropped", f"kept, closest to {breach.rule} = {breach.limit:.6g}" if breach else "kept")
             pair: Block = Pair(heads, texts, near)
             blocks.append(Fold(f"{name} · {reason} · {count:,}", [pair] if near else texts))
     if left < 0:
@@ -389,7 +391,7 @@ def _examples(
 
 
 def _nearest(sample: FilterSample, breach: Breach | None, number: int) -> list[Block]:
-    """Kept texts, those nearest to being dropped by the rule first."""
+    """Kept texts; those that the rule almost dropped come first."""
     if breach is None:
         return [_quote(document) for document, _ in sample.kept[:number]]
     measured = [
@@ -400,7 +402,7 @@ def _nearest(sample: FilterSample, breach: Breach | None, number: int) -> list[B
 
 
 def _quote(document: Document, reason: str = "", breach: Breach | None = None, note: str = "") -> Quote:
-    """A text as it is on the page; of a dropped one with what the reason is about marked."""
+    """A text for the page; in a dropped text the parts that the reason is about are marked."""
     if breach is not None:
         note = f"{breach.rule} = {breach.limit:.6g}, here {breach.value:.4g}"
     where = " · ".join(filter(None, (note, document.id, document.url)))

@@ -1,4 +1,4 @@
-"""The data funnel of a corpus: how many documents came into each stage, how many stayed, and why the others went. No torch."""
+"""The data funnel of a corpus: how many documents entered each stage, how many it kept, and why it dropped others. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from megagpt.files import read_json
 from megagpt.report.page import Bars, Block, Heading, Table
 
 STAGES = ("extract", "filter", "dedup")
-"""Folders of a corpus whose summary.json tells how many documents came and went, in order."""
+"""Folders of a corpus, in order, whose summary.json has the numbers of documents in and kept."""
 
 
 def read_funnel(work_dir: Path) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def read_funnel(work_dir: Path) -> list[dict[str, Any]]:
         try:
             totals = {name: total + sum(shard[name] for shard in value["shards"]) for name, total in totals.items()}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged: no manifest of shards ({error})") from None
+            raise UserError(f"{path}: damaged: not a manifest of shards ({error})") from None
     if totals["documents"]:
         leaked = read_overlapping(work_dir)
         rejected = {"split:leak": leaked} if leaked else {}
@@ -37,18 +37,18 @@ def _read_stage(path: Path) -> dict[str, Any]:
     kinds = {"stage": str, "documents_in": int, "kept": int, "rejected": dict, "faults": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(value, dict) or not isinstance(value.get(name), kind)]
     if wrong:
-        raise UserError(f"{path}: damaged: no summary of a stage ({', '.join(wrong)} missing or of another kind)")
+        raise UserError(f"{path}: damaged: not a summary of a stage ({', '.join(wrong)} missing or of a wrong type)")
     return value
 
 
 def read_overlapping(work_dir: Path) -> int:
-    """Training documents that were left out for their likeness to validation documents."""
+    """Number of training documents that were left out because they are similar to validation documents."""
     path = work_dir / "shards" / "summary.json"
     return read_json(path).get("leaked_documents", 0) if path.exists() else 0
 
 
 def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) -> list[Block]:
-    """Bars of what was left after each stage, and tables of reasons and of damage."""
+    """Bars of the documents left after each stage, and tables of reasons and of malformed records."""
     first = max(1, stages[0].get("documents_in", stages[0]["kept"]))
     rows = []
     if "documents_in" in stages[0]:
@@ -68,7 +68,7 @@ def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) 
     blocks: list[Block] = [Heading(name), Bars(rows)] if name else [Bars(rows)]
     if lost:
         head = ("stage", "reason", "documents", "share")
-        blocks += [Heading("why documents went"), Table(head, lost[:max_rows], numbers=(2, 3))]
+        blocks += [Heading("why documents were dropped"), Table(head, lost[:max_rows], numbers=(2, 3))]
     if faults:
         head = ("stage", "kind", "times")
         blocks += [Heading("malformed records in the input"), Table(head, faults[:max_rows], numbers=(2,))]
@@ -76,7 +76,7 @@ def show_funnel(name: str, stages: list[dict[str, Any]], *, max_rows: int = 20) 
 
 
 def big(number: float) -> str:
-    """Three digits and a letter: 1.23M."""
+    """A number with three digits and a letter: 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

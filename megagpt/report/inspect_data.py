@@ -1,6 +1,6 @@
-"""Look into what the tools made: statistics, verification and lineage of shards, rejected documents, the ledger of a run.
+"""Inspect the tools' outputs: statistics, verification and lineage of shards, rejected documents, the ledger of a run.
 
-Every function yields lines of text. No torch, so it runs on data nodes too.
+Every function yields lines of text. It needs no torch, so it also runs on data nodes.
 """
 
 import itertools
@@ -40,54 +40,54 @@ CHUNK_TOKENS = 4 << 20
 
 
 class InspectConfig(Config):
-    """Settings of `tools/inspect_data.py`: one of shards, stage, work_dir and run_dir says what is looked into."""
+    """Settings of `tools/inspect_data.py`. Give one of shards, stage, work_dir and run_dir."""
 
     shards: Path | None = None
-    """A split (a folder with manifest.json), or a folder with splits somewhere below it. Alone: statistics."""
+    """A split (a folder with manifest.json), or a folder with splits below it. Without other settings: show statistics."""
     verify: bool = False
-    """With shards: check every byte against the manifests and the list of outputs, and that end-of-text ends documents and
-    stands nowhere else. With stage: check every byte against the list of outputs."""
+    """With shards: check every byte against the manifests and the list of outputs, and that end-of-text ends each document and
+    is nowhere else. With stage: check every byte against the list of outputs."""
     token: int | None = Field(default=None, ge=0)
-    """With shards: say which documents the tokens from this one on come from."""
+    """With shards: show the documents that the tokens from this one on come from."""
     num_tokens: int = Field(default=1, ge=1)
-    """How many tokens `token` begins."""
+    """With token: how many tokens to show, from `token` on."""
     sample: int | None = Field(default=None, ge=0)
     """With shards of fine-tuning rows: show this sample, in the order of the shards, and which of its tokens are learned."""
     dumps: Path | None = None
-    """With token: the web archives that the corpus was made from (a folder, or one file), to show the records of the tokens."""
+    """With token: the web archives that the corpus was made from (a folder or a file), to show the records of the tokens."""
     split: Literal["train", "validation"] = "train"
-    """Which split `token` and `sample` count in, where shards holds both."""
+    """The split in which `token` and `sample` count, if `shards` has both."""
     stage: Path | None = None
-    """The output of an extraction, filter or deduplication stage: counts, and examples of rejected documents per reason."""
+    """The output of an extraction, filter or deduplication stage: show counts, and examples of rejected documents by reason."""
     reason: str | None = None
-    """With stage: only reasons that begin with this."""
+    """With stage: show only reasons that begin with this."""
     num_examples: int = Field(default=3, ge=0)
     """With stage: examples per reason."""
     work_dir: Path | None = None
-    """A corpus: say why the page `url` was kept or dropped."""
+    """A corpus: show why the page `url` was kept or dropped."""
     url: str | None = None
-    """With work_dir: a URL as the dump has it, or a document's id."""
+    """With work_dir: a URL as in the dump, or a document's id."""
     run_dir: Path | None = None
-    """A training run: recompute what was fed from the shards and compare it with the run's ledger."""
+    """A training run: recompute from the shards what it was fed, and compare it with the run's ledger."""
     step: int | None = Field(default=None, ge=0)
-    """With run_dir: only this step (from 0), with the documents in its batch."""
+    """With run_dir: check only this step (from 0), and show the documents in its batch."""
     rank: int | None = Field(default=None, ge=0)
-    """With step: only the samples that this rank had."""
+    """With step: show only the samples of this rank."""
 
     @model_validator(mode="after")
     def _check(self) -> "InspectConfig":
         given = [name for name in ("shards", "stage", "work_dir", "run_dir") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"one of shards, stage, work_dir and run_dir is expected, {' and '.join(given) or 'none'} given")
+            raise ValueError(f"give one of shards, stage, work_dir and run_dir, not {' and '.join(given) or 'none'}")
         if (self.url is None) != (self.work_dir is None):
-            raise ValueError("url and work_dir belong together")
+            raise ValueError("give url and work_dir together")
         if self.rank is not None and self.step is None:
             raise ValueError("rank needs step")
         return self
 
 
 def inspect(config: InspectConfig) -> Iterator[str]:
-    """What the settings ask for. Raises UserError; also at the end of a verification that found problems."""
+    """The lines that the settings ask for. Raises UserError for wrong settings, and at the end of a check with problems."""
     if config.stage is not None and config.verify:
         return verify_stage(config.stage)
     if config.stage is not None:
@@ -102,7 +102,7 @@ def inspect(config: InspectConfig) -> Iterator[str]:
     if config.token is not None or config.sample is not None:
         named = [path for path in splits if path.name == config.split] or splits
         if len(named) != 1:
-            raise UserError(f"shards={config.shards}: {len(named)} splits are below it, one is needed: name its folder")
+            raise UserError(f"shards={config.shards}: has {len(named)} splits below it, and one is needed: name its folder")
         if config.sample is not None:
             return show_sample(named[0], config.sample)
         assert config.token is not None
@@ -112,13 +112,13 @@ def inspect(config: InspectConfig) -> Iterator[str]:
     listed = list_of(config.shards or Path())
     if listed is None:
         log.warning(
-            "shards=%s: an earlier release made them and kept no list of outputs: no lost split can be seen", config.shards
+            "shards=%s: an earlier release made them without a list of outputs, so a lost split cannot be found", config.shards
         )
     return verify_splits(splits, listed)
 
 
 def find_splits(folder: Path) -> list[Path]:
-    """Folders with a manifest.json at or below `folder`. Raises UserError if there is none."""
+    """The folders at or below `folder` that have a manifest.json. Raises UserError if there is none."""
     found = sorted(path.parent for path in folder.rglob("manifest.json"))
     if not found:
         raise UserError(f"shards={folder}: no manifest.json at or below it; tools/tokenize_documents.py writes one at its end")
@@ -129,7 +129,7 @@ def find_splits(folder: Path) -> list[Path]:
 
 
 def show_statistics(splits: Sequence[Path]) -> Iterator[str]:
-    """Per split: sizes, documents per source, and how long documents are."""
+    """For each split: its sizes, documents by source, and documents by length."""
     import pyarrow.parquet as pq
 
     for directory in splits:
@@ -145,7 +145,7 @@ def show_statistics(splits: Sequence[Path]) -> Iterator[str]:
             for row in table.group_by("source").aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist():
                 documents[row["source"]] += row["tokens_count"]
                 tokens[row["source"]] += row["tokens_sum"]
-            # Lengths by power of two: bounded, whatever the number of documents.
+            # Lengths by power of two: their number is bounded for any number of documents.
             powers = np.frexp(table["tokens"].to_numpy())[1]
             sizes.update(dict(zip(*(part.tolist() for part in np.unique(powers, return_counts=True)), strict=True)))
         for source in sorted(documents):
@@ -155,20 +155,20 @@ def show_statistics(splits: Sequence[Path]) -> Iterator[str]:
 
 
 def list_of(folder: Path) -> Path | None:
-    """The folder with the list of outputs that `folder` belongs to, None if there is none at it or above it."""
+    """The folder of the list of outputs that covers `folder` (itself or one of two parents); None if there is none."""
     return next((path for path in (folder, *folder.absolute().parents[:2]) if (path / LIST_FILE).is_file()), None)
 
 
 def verify_stage(stage: Path) -> Iterator[str]:
-    """Check every byte that a stage wrote. Raises UserError that names what is missing or differs."""
+    """Check every byte that a stage wrote. Raises UserError that names files that are missing or differ."""
     outputs = stage_outputs(stage, verify=True)
     yield f"{stage}: sound, {len(outputs)} files"
 
 
 def verify_splits(splits: Sequence[Path], listed: Path | None = None) -> Iterator[str]:
-    """Check every shard of every split, and what else is listed in the folder `listed`.
+    """Check every shard of every split, and the other files in the list of outputs of the folder `listed`.
 
-    Raises ShardError that lists all faults, after the sound ones were named.
+    Yields a line per sound split, then raises ShardError that lists all problems.
     """
     faults: list[str] = []
     if listed is not None:
@@ -191,7 +191,7 @@ def verify_splits(splits: Sequence[Path], listed: Path | None = None) -> Iterato
 
 
 def check_tokenizer(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """One message if the tokenizer beside a split is lost, or not the one that its shards were made with."""
+    """One message if the tokenizer beside a split is missing, or is not the one that made its shards."""
     try:
         tokenizer = open_tokenizer(directory.parent / "tokenizer", saved=True)
     except UserError as error:
@@ -202,7 +202,7 @@ def check_tokenizer(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator[str]:
-    """Messages about a shard whose bytes are sound but whose contents are not what a shard promises."""
+    """Messages about a shard whose bytes are sound but whose contents break the rules of a shard."""
     import pyarrow.parquet as pq
 
     if manifest.supervised is not None:
@@ -217,7 +217,7 @@ def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator
         largest = max(largest, int(tokens.max()))
     offsets = shard.document_offsets()
     if largest >= manifest.vocab_size:
-        yield f"{path}: holds id {largest}, the vocabulary has {manifest.vocab_size}"
+        yield f"{path}: has id {largest}, but the vocabulary has {manifest.vocab_size} ids"
     last = np.array([int(shard.read(int(end) - 1, 1)[0]) for end in offsets[1:]])
     if ends != info.documents or np.any(last != manifest.eot_id):
         yield f"{path}: {ends} end-of-text tokens, {info.documents} documents: each document ends with one and holds no other"
@@ -227,10 +227,10 @@ def check_contents(directory: Path, manifest: Manifest, number: int) -> Iterator
 
 
 def show_tokens(directory: Path, token: int, num_tokens: int, dumps: Path | None = None) -> Iterator[str]:
-    """The documents that tokens [token, token + num_tokens) of a split come from, back to the record of the dump."""
+    """The documents of tokens [token, token + num_tokens) of a split; with `dumps` also their records in the dump."""
     dataset, tokenizer = TokenDataset(directory, seq_len=1), open_tokenizer(directory.parent / "tokenizer", saved=True)
     if token + num_tokens > dataset.num_tokens:
-        raise UserError(f"{directory}: tokens {token} to {token + num_tokens} asked of {dataset.num_tokens}")
+        raise UserError(f"{directory}: token={token} num_tokens={num_tokens}: the split has {dataset.num_tokens} tokens")
     for place in places(dataset, token, num_tokens):
         yield f"{place.where}: {place.describe()}"
         yield f"  {excerpt(tokenizer.decode(dataset.tokens(place.start, place.count).tolist()))}"
@@ -240,7 +240,7 @@ def show_tokens(directory: Path, token: int, num_tokens: int, dumps: Path | None
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A run of tokens inside one document. `start` counts in the split, `offset` in the document."""
+    """Consecutive tokens of one document. `start` counts tokens of the split, `offset` tokens of the document."""
 
     start: int
     count: int
@@ -249,7 +249,7 @@ class Place:
     row: dict[str, Any]
 
     def describe(self) -> str:
-        """Which tokens of which document."""
+        """Which tokens of which document, in words."""
         row = self.row
         url = f" {row['url']}" if row["url"] else ""
         return (
@@ -258,7 +258,7 @@ class Place:
 
 
 def places(dataset: TokenDataset, token: int, num_tokens: int) -> Iterator[Place]:
-    """The documents under a range of a split's tokens, in order."""
+    """The documents of a range of a split's tokens, in order."""
     import pyarrow.parquet as pq
 
     tables: dict[Path, Any] = {}
@@ -283,12 +283,15 @@ def excerpt(text: str) -> str:
 
 
 def show_rejected(stage: Path, *, reason: str | None, num_examples: int) -> Iterator[str]:
-    """What a stage kept and dropped, and the beginning of a few documents per reason."""
+    """How many documents a stage kept and dropped, and the beginnings of a few dropped ones by reason.
+
+    Raises UserError if the folder is not the output of a stage that rejects documents.
+    """
     if not (stage / "summary.json").is_file():
-        raise UserError(f"stage={stage}: no summary.json: not the output of a stage, or the stage has not run")
+        raise UserError(f"stage={stage}: has no summary.json: it is not the output of a stage, or the stage has not finished")
     summary = read_json(stage / "summary.json")
     if "rejected" not in summary:
-        raise UserError(f"stage={stage}: no stage that rejects documents (extract, filter and dedup do)")
+        raise UserError(f"stage={stage}: this stage rejects no documents (extract, filter and dedup do)")
     rejected = sum(summary["rejected"].values())
     yield f"{stage}: {summary['documents_in']:,} documents in, {summary['kept']:,} kept, {rejected:,} rejected"
     examples: dict[str, list[Document]] = {}
@@ -307,10 +310,10 @@ def show_rejected(stage: Path, *, reason: str | None, num_examples: int) -> Iter
 
 
 def check_ledger(run_dir: Path) -> Iterator[str]:
-    """Recompute every step's hash from the shards, and that steps follow each other. Raises UserError listing what differs."""
+    """Recompute every step's hash from the shards, and check that no step is missing. Raises UserError listing differences."""
     entries, data_at = _open_run(run_dir)
     faults = [
-        f"steps {before.step} and {entry.step} follow each other: some are missing"
+        f"step {entry.step} follows step {before.step}: steps are missing"
         for before, entry in itertools.pairwise(entries)
         if entry.step != before.step + 1
     ]
@@ -329,11 +332,11 @@ def check_ledger(run_dir: Path) -> Iterator[str]:
 
 
 def show_step(run_dir: Path, step: int, *, rank: int | None) -> Iterator[str]:
-    """The documents in the batch of a step, and whether its hash is what the shards give."""
+    """The documents in the batch of a step, and whether its hash equals that of the shards; UserError at the end if not."""
     entries, data_at = _open_run(run_dir)
     entry = next((entry for entry in entries if entry.step == step), None)
     if entry is None:
-        raise UserError(f"{run_dir}: step={step} is not in the ledger, which has steps {entries[0].step} to {entries[-1].step}")
+        raise UserError(f"{run_dir}: step={step}: the ledger has steps {entries[0].step} to {entries[-1].step}")
     train = data_at(entry)
     found = recompute_fed_hash(train, entry.state, entry.num_samples)
     verdict = "as in the shards" if found == entry.fed_hash else f"BUT the shards give {found}"
@@ -351,13 +354,13 @@ def show_step(run_dir: Path, step: int, *, rank: int | None) -> Iterator[str]:
 
 
 def _open_run(run_dir: Path) -> tuple[list[Entry], Callable[[Entry], Mixture]]:
-    """The ledger, and which mixture the start of an entry drew from (the settings may have changed from start to start)."""
+    """The ledger, and a function from an entry to the mixture of its attempt (settings may differ between attempts)."""
     settings = read_yaml(run_dir / "config.yaml")
     if "data" not in settings:
-        raise UserError(f"{run_dir / 'config.yaml'}: no section data: not a training run")
+        raise UserError(f"{run_dir / 'config.yaml'}: has no section `data`: it is not a training run")
     entries = read_ledger(run_dir)
     if not entries:
-        raise UserError(f"{run_dir}: no ledger, or an empty one: the run has made no step")
+        raise UserError(f"{run_dir}: has no ledger, or an empty one: the run has done no step")
     opened: dict[str, Mixture] = {}
 
     def data_at(entry: Entry) -> Mixture:
@@ -378,14 +381,14 @@ def _open_run(run_dir: Path) -> tuple[list[Entry], Callable[[Entry], Mixture]]:
 
 
 def _samples_of(run_dir: Path, entry: Entry, rank: int | None) -> list[int]:
-    """The global sample indices of a step, or those of one rank in the layout of the start that made the step."""
+    """The global sample indices of a step, or those of one rank in the layout of the attempt that did the step."""
     indices = sample_indices(entry.state, entry.num_samples)
     if rank is None:
         return indices
     start = read_json(run_dir / "starts" / f"{entry.attempt:04d}.json")
     size, width = start["world_size"], start["config"]["micro_batch_size"]
     if rank >= size:
-        raise UserError(f"rank={rank}: step {entry.step} was made by ranks 0 to {size - 1}")
+        raise UserError(f"rank={rank}: step {entry.step} had ranks 0 to {size - 1}")
     shared = start["config"].get("engine", {}).get("context_parallel_size", 1)  # ranks that had parts of the same samples
     return [index for i, index in enumerate(indices) if i // width % (size // shared) == rank // shared]
 

@@ -1,4 +1,4 @@
-"""The panel of a run on the terminal of its own training: a writer of rows (megagpt.monitor.writers). Needs rich, no torch."""
+"""The panel of a run on its own terminal: a writer of rows (megagpt.monitor.writers). Needs rich, no torch."""
 
 import logging
 import sys
@@ -13,18 +13,18 @@ from megagpt.report.panel import run_panel
 from megagpt.report.run_state import RunReader
 
 LEAST_SECONDS = 2.0
-"""Between two drawings."""
+"""Least seconds between two drawings."""
 SHARE = 0.005
-"""Of one core's time, which drawing takes at most in the long run."""
+"""Largest share of one core's time that drawing takes in the long run."""
 
 
 class LivePanel:
-    """Draws the panel anew as rows come, at the bottom of a terminal; what is logged to it meanwhile stands above."""
+    """Redraws the panel at the bottom of a terminal when rows come; log lines appear above it."""
 
     name = "the panel"
 
     def __init__(self, run_dir: Path, stream: TextIO) -> None:
-        """`stream`: a terminal. Nothing is written before the first row."""
+        """stream: a terminal. Nothing is written before the first row."""
         self._reader, self._stream = RunReader(run_dir), stream
         self._console = Console(file=stream, markup=False, highlight=False)
         self._live: Live | None = None
@@ -32,12 +32,12 @@ class LivePanel:
         self._next = float("-inf")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """A row has been logged: draw, unless the last time is too near."""
+        """A row has been logged: draw, unless the last drawing was too recent."""
         if time.monotonic() >= self._next:
             self._draw()
 
     def close(self) -> None:
-        """Draw the end of the run, which stays on the terminal."""
+        """Draw the final state, which stays on the terminal."""
         self._draw()
         if self._live is not None:
             self._live.stop()
@@ -53,7 +53,7 @@ class LivePanel:
             self._console.show_cursor(True)  # a killed run would leave it hidden
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream is self._stream:
-                    handler.setStream(sys.stderr)  # which rich has replaced by one that writes above the panel
+                    handler.setStream(sys.stderr)  # rich has replaced it by a stream that writes above the panel
                     self._moved.append(handler)
         else:
             self._live.update(panel, refresh=True)
@@ -61,5 +61,5 @@ class LivePanel:
 
 
 def pause_after(cpu_seconds: float) -> float:
-    """Seconds until the next drawing, after one that took so much CPU time."""
+    """Seconds until the next drawing, after one that took `cpu_seconds`."""
     return max(LEAST_SECONDS, cpu_seconds / SHARE)

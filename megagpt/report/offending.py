@@ -1,4 +1,4 @@
-"""Which lines of a dropped text the rule that dropped it is about."""
+"""Mark the lines of a dropped text that its rule is about."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from megagpt.corpus.text.punctuation import TERMINAL_PUNCTUATION
 from megagpt.corpus.text.words import split_words
 
 Parts = list[tuple[str, bool]]
-"""A text in pieces, each with whether it is marked."""
+"""The parts of a text: (part, whether it is marked)."""
 
 _LINES: dict[str, Callable[[str], bool]] = {
     "gopher_quality:too_many_bullet_lines": lambda line: line.lstrip().startswith(("•", "-")),
@@ -28,8 +28,8 @@ _N_GRAMS = re.compile(r"gopher_repetition:(top|duplicate)_(\d+)_grams?")
 
 
 def mark(text: str, reason: str) -> Parts:
-    """The text with what the reason is about marked: whole lines, or words of repeated n-grams; nothing where a rule is about
-    the whole text (its length, its language)."""
+    """Mark the parts of a text that the reason is about: whole lines, or words of repeated n-grams. A rule about the whole
+    text (its length, its language) marks nothing."""
     if match := _N_GRAMS.fullmatch(reason):
         return _repeated_words(text, int(match[2]), only_top=match[1] == "top")
     lines = text.split("\n")
@@ -49,7 +49,7 @@ def mark(text: str, reason: str) -> Parts:
 
 
 def joined(pieces: Iterable[tuple[str, bool]]) -> Parts:
-    """Neighbours that are both marked, or both not, as one."""
+    """Join neighbours that are both marked, or both not marked."""
     result: Parts = []
     for text, is_marked in pieces:
         if result and result[-1][1] == is_marked:
@@ -60,7 +60,7 @@ def joined(pieces: Iterable[tuple[str, bool]]) -> Parts:
 
 
 def cut(parts: Parts, characters: int) -> Parts:
-    """A window of so many characters that begins shortly before the first mark, with an ellipsis where text is left out."""
+    """A window of at most `characters` that begins shortly before the first mark; an ellipsis shows where text is cut."""
     before = 0
     for text, is_marked in parts:
         if is_marked:
@@ -82,7 +82,7 @@ def _repeated_words(text: str, n: int, *, only_top: bool) -> Parts:
     words, places, position = split_words(text), [], 0
     for word in words:
         found = text.find(word, position)
-        if found < 0:  # a splitter that changes words: nothing can be marked
+        if found < 0:  # the splitter changes words, so nothing can be marked
             return [(text, False)]
         position = found + len(word)
         places.append((found, position))

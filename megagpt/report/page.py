@@ -1,6 +1,6 @@
-"""A self-contained HTML page: what it is made of as plain data, and the jinja2 templates that escape all of it.
+"""A self-contained HTML page: its parts as plain data, rendered by jinja2 templates that escape everything.
 
-No text reaches a page but through the templates' autoescape. A content security policy lets a browser run the page's own
+All text reaches a page through the templates' autoescape. A content security policy lets a browser run only the page's own
 scripts, by their hashes, and load nothing.
 """
 
@@ -21,12 +21,12 @@ from megagpt.terminal import safe_text
 
 CHART_SCRIPTS = ("uPlot.iife.min.js", "charts.js")
 NUM_BARS = 40
-"""Bars of a statistic's drawing."""
+"""Number of bars in the drawing of a statistic."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure with its name, and a line of small print."""
+    """A figure with its label, and a line of small print."""
 
     label: str
     value: str
@@ -35,7 +35,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the columns `numbers` are set flush right. None is shown as a dash."""
+    """A table; the columns in `numbers` are aligned to the right. None is shown as a dash."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -45,7 +45,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars: (label, share of the full width from 0 to 1, text behind it, number of its colour)."""
+    """Horizontal bars: (label, share of the full width from 0 to 1, text after it, number of its colour)."""
 
     rows: Sequence[tuple[str, float, str, int]]
     kind: ClassVar[str] = "bars"
@@ -69,7 +69,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Quote:
-    """Somebody's text: in parts, of which some are marked; `lead` is bold before it, `where` says whose it is."""
+    """A quoted text, as parts of which some are marked; `lead` is bold before it, `where` names its source."""
 
     parts: Sequence[tuple[str, bool]]
     lead: str = ""
@@ -79,7 +79,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class Code:
-    """Text set as code."""
+    """Text shown as code."""
 
     text: str
     kind: ClassVar[str] = "code"
@@ -87,7 +87,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Fold:
-    """What opens with a click."""
+    """Blocks that a click shows."""
 
     summary: str
     blocks: "Sequence[Block]"
@@ -96,7 +96,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart: drawn as SVG, and where scripts run as an interactive one."""
+    """A chart: an SVG drawing, and an interactive chart if scripts run."""
 
     chart: Chart
     kind: ClassVar[str] = "picture"
@@ -104,7 +104,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two lists of blocks side by side, below each other on a phone; each with a heading."""
+    """Two lists of blocks with headings, side by side; on a phone one is below the other."""
 
     heads: tuple[str, str]
     left: "Sequence[Block]"
@@ -114,9 +114,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A statistic's distribution with a threshold that can be moved; without scripts the drawing and the set threshold stay.
+    """A statistic's distribution with a threshold that the reader can move; without scripts it shows the set threshold.
 
-    steps: (value, share), by value. Above `limit` (a maximum) or below it is dropped, a share `dropped` of all.
+    steps: (value, share of the documents), by value. dropped: share of the documents above `limit` (if it is a maximum) or
+    below it.
     """
 
     name: str
@@ -129,18 +130,18 @@ class Threshold:
 
     @property
     def shown_limit(self) -> str:
-        """The threshold in few digits."""
+        """The threshold, in at most six digits."""
         return f"{self.limit:.6g}"
 
     @property
     def data(self) -> str:
-        """What the script reads."""
+        """The JSON that the script reads."""
         steps = [[float(f"{value:.5g}"), float(f"{share:.4g}")] for value, share in self.steps]
         return orjson.dumps({"limit": self.limit, "max": self.is_maximum, "steps": steps, "dropped": self.dropped}).decode()
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """From where to where the drawing goes: values and threshold, but for the outermost hundredth of the documents."""
+        """The range of the drawing: the threshold, and all values but those of the outermost 1 % of the documents per side."""
         position, shown = 0.0, []
         for value, share in self.steps:
             if position + share >= 0.01 and position <= 0.99:
@@ -151,7 +152,7 @@ class Threshold:
 
     @property
     def bars(self) -> list[tuple[float, float, bool]]:
-        """(left edge, height, whether it is dropped) of NUM_BARS bars, in hundredths of the drawing."""
+        """(left edge, height, whether the bar is dropped) of NUM_BARS bars, in percent of the drawing."""
         low, high = self.bounds
         sums = [0.0] * NUM_BARS
         for value, share in self.steps:
@@ -164,7 +165,7 @@ class Threshold:
 
     @property
     def at(self) -> float:
-        """Where the threshold stands, in hundredths."""
+        """The position of the threshold, in percent of the drawing."""
         low, high = self.bounds
         return 100 * (self.limit - low) / (high - low)
 
@@ -183,7 +184,7 @@ class Card:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A picture as the template wants it; `svg` is markup that we have made."""
+    """A picture for the template; `svg` is our own markup."""
 
     svg: Any
     number: int
@@ -200,7 +201,7 @@ def page(
     tiles: Sequence[Tile] = (),
     problems: Sequence[str] = (),
 ) -> str:
-    """The whole document, light and dark, without a resource from elsewhere. `problems`: a line each, above everything."""
+    """The HTML document, light and dark, without external resources. problems: lines that are shown first."""
     charts: list[Chart] = []
     shown = [
         Card(card.title, [_draw(block, charts) for block in card.blocks], card.wide)  # pyright: ignore[reportArgumentType]
@@ -267,5 +268,5 @@ def _environment() -> Any:
 
 
 def _finalize(value: Any) -> Any:
-    """What the templates put out: control characters escaped, right-to-left text isolated; None is a dash."""
+    """A value as the templates print it: control characters escaped, right-to-left text isolated, None as a dash."""
     return value if hasattr(value, "__html__") else "–" if value is None else safe_text(str(value))

@@ -1,4 +1,4 @@
-"""A run's state on a terminal: a panel of one run, and a table of several, from 40 columns on. Needs rich, no torch."""
+"""Show a run's state on a terminal of at least 40 columns: a panel of one run, or a table of several. Needs rich, no torch."""
 
 import time
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ STYLES = {"running": "bold green", "finished": "bold blue", "silent": "bold yell
 EVENT_STYLES = {"rewind": "yellow", "skip": "yellow", "damaged": "yellow", "alert": "red", "watchdog": "red", "done": "blue"}
 BARS = "▁▂▃▄▅▆▇█"
 TWO_COLUMNS = 76
-"""Columns from which the figures stand in two columns."""
+"""Least width, in characters, at which the figures are in two columns."""
 SHOWN_REASON = 160
-"""Characters of a reason or of a file's damage that are shown."""
+"""Most characters that are shown of a reason or a problem."""
 
 
 def run_panel(state: RunState, width: int, *, num_events: int = 6) -> RenderableType:
@@ -39,7 +39,7 @@ def run_panel(state: RunState, width: int, *, num_events: int = 6) -> Renderable
 
 
 def runs_table(states: Sequence[RunState], width: int) -> RenderableType:
-    """A row per run; what does not fit into `width` columns is left out."""
+    """A table with a row per run; values that do not fit into `width` columns are left out."""
     columns = ["run", "status", "step", "loss"]
     columns += ["tokens/s", "left"] if width >= 72 else []
     columns += ["MFU", "goodput", "attempts", "last row"] if width >= 104 else []
@@ -72,12 +72,12 @@ def runs_table(states: Sequence[RunState], width: int) -> RenderableType:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The shape of a series in `width` characters: the mean of each stretch, from the lowest to the highest."""
+    """The shape of a series in `width` characters: the mean of each interval, scaled from the lowest to the highest."""
     width = min(width, len(values))
     means = []
     for i in range(width):
-        stretch = values[len(values) * i // width : len(values) * (i + 1) // width]
-        means.append(sum(stretch) / len(stretch))
+        interval = values[len(values) * i // width : len(values) * (i + 1) // width]
+        means.append(sum(interval) / len(interval))
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
@@ -108,7 +108,7 @@ def _progress(state: RunState, width: int) -> RenderableType:
         end = time.strftime("%a %d %b %H:%M", time.localtime(state.now + state.eta_seconds))
         parts.append(Text.assemble(("left   ", "dim"), f"{span(state.eta_seconds)} ({end})"))
     if state.eta_with_restarts_seconds is not None:
-        words = f"{span(state.eta_with_restarts_seconds)} with restarts as until now"
+        words = f"{span(state.eta_with_restarts_seconds)} with restarts as before"
         parts.append(Text.assemble(("left   ", "dim"), words))
     return Group(*parts)
 
@@ -156,7 +156,7 @@ def _memory(state: RunState) -> str:
 def _gpu(state: RunState) -> str:
     units = {"utilisation_percent": " %", "power_watts": " W", "temperature_celsius": " °C"}
     parts = [f"{state.gpu[name]:.0f}{unit}" for name, unit in units.items() if name in state.gpu]
-    parts += [f"held down: {safe_line(state.throttled)}"] if state.throttled else []
+    parts += [f"throttled: {safe_line(state.throttled)}"] if state.throttled else []
     return ", ".join(parts) or "–"
 
 

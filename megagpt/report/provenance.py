@@ -1,4 +1,4 @@
-"""Where a document comes from and what became of it: its record in the dump, and what every stage noted about it. No torch."""
+"""Trace a document: its record in the dump, and what every stage recorded about it. No torch."""
 
 import glob
 import re
@@ -18,9 +18,9 @@ HEAD_BYTES = 8192
 
 
 def explain(work_dir: Path, name: str) -> Iterator[str]:
-    """A line per stage and document with this URL or id, in the order of the stages: dropped (why), or where it is.
+    """A line per stage and document with this URL or id, in the order of the stages: why it was dropped, or where it is.
 
-    Raises UserError if nothing in work_dir is of that name.
+    Raises UserError if no document in work_dir has this URL or id.
     """
     stages = [stage for stage in STAGES if (work_dir / stage / "summary.json").is_file()]
     if not stages:
@@ -37,7 +37,7 @@ def explain(work_dir: Path, name: str) -> Iterator[str]:
         yield line
     if not found:
         raise UserError(
-            f"url={name}: no document in {work_dir} has this URL or id: its record is not in the inputs, or it is no page "
+            f"url={name}: no document in {work_dir} has this URL or id: its record is not in the inputs, or it is not a page "
             "(extract/summary.json counts the records by type)"
         )
 
@@ -45,7 +45,7 @@ def explain(work_dir: Path, name: str) -> Iterator[str]:
 def show_record(dumps: Path, document_id: str) -> Iterator[str]:
     """The record of a web archive that a document was made from: its headers, and those of HTTP.
 
-    `dumps` is the archive, or a folder with it somewhere below. Raises UserError if it is not there, or has no such record.
+    dumps: the archive, or a folder that has it at any depth. Raises UserError if the archive or the record is missing.
     """
     from megagpt.corpus.readers.warc import Record, read_records
 
@@ -54,7 +54,7 @@ def show_record(dumps: Path, document_id: str) -> Iterator[str]:
         raise UserError(f"dumps={dumps}: {document_id} is not the id of a record: <file>:<offset> is expected")
     paths = sorted(dumps.rglob(glob.escape(name))) if dumps.is_dir() else [dumps] * (dumps.name == name)
     if not paths:
-        raise UserError(f"dumps={dumps}: {name}, from which {document_id} comes, is not there")
+        raise UserError(f"dumps={dumps}: {name}, the source of {document_id}, is missing")
     start = int(offset.partition("+")[0])
     for record in read_records(Block(str(paths[0]), name, 0, start, start + 1)):
         if isinstance(record, Record) and record.where == document_id:
@@ -63,11 +63,11 @@ def show_record(dumps: Path, document_id: str) -> Iterator[str]:
             head = record.body[:HEAD_BYTES].replace(b"\r\n", b"\n").partition(b"\n\n")[0] if record.is_http else b""
             yield from (f"  | {line}" for line in head.decode("utf-8", "replace").splitlines())
             return
-    raise UserError(f"{paths[0]}: no record at {offset}: not the file that {document_id} was made from")
+    raise UserError(f"{paths[0]}: has no record at {offset}: it is not the file that {document_id} was made from")
 
 
 def _lines_with(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file in which `name` stands; a search for bytes comes first, parsing is slower."""
+    """The JSON lines of a file that contain `name`. It searches bytes first, because parsing is slower."""
     needle = orjson.dumps(name)
     with open_lines(path) as lines:
         for line in lines:

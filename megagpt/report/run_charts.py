@@ -1,4 +1,4 @@
-"""The charts of a run's report and of a comparison: which lines, over what, with which marks."""
+"""The charts of a run's report and of a comparison: their lines, axes and marks."""
 
 from collections.abc import Sequence
 
@@ -19,11 +19,11 @@ SHARES = (
     *("accuracy", "accuracy_per_character", "acc", "acc_norm", "exact_match", "exact_match,strict-match", "final_number"),
     *("macro_f1", "precision", "recall", "f1", "rouge1", "rougeL"),
 )
-"""Scores from 0 to 1 that are drawn, by the names that tasks, the harness and exercises have."""
+"""Scores from 0 to 1 that are drawn, by their names in tasks, the harness and exercises."""
 MAX_COMPARED = 6
-"""The most runs in one comparison: the number of colours."""
+"""Most runs in one comparison: the number of colours."""
 MAX_EXPORTS = 10
-"""Exports that are listed."""
+"""Most exports that are listed."""
 
 
 def loss_card(facts: Facts) -> Card:
@@ -65,7 +65,7 @@ def loss_card(facts: Facts) -> Card:
 
 
 def source_losses_card(facts: Facts) -> Card:
-    """Training loss over steps by source of the mixture, of the sources with the most targets; nothing where there is one."""
+    """Training loss over steps, by source, of the sources with the most targets; no chart if rows have no sources."""
     train, title = facts.metrics.of_kind("train"), "Training loss by source"
     targets: dict[str, float] = {}
     for row in train:
@@ -90,7 +90,7 @@ def source_losses_card(facts: Facts) -> Card:
 
 
 def exports_card(facts: Facts) -> Card:
-    """What came of the exports beside the training, the newest first."""
+    """The results of the exports during training, newest first."""
     rows = facts.metrics.of_kind("export")[::-1]
     cells = []
     for row in rows[:MAX_EXPORTS]:
@@ -103,7 +103,7 @@ def exports_card(facts: Facts) -> Card:
         return Card("Exports", [])
     blocks: list[Block] = [Table(("step", "status", "took", "message"), cells, numbers=(0, 2))]
     if len(rows) > MAX_EXPORTS:
-        blocks.append(Note(f"{len(rows) - MAX_EXPORTS} earlier ones are not listed"))
+        blocks.append(Note(f"{len(rows) - MAX_EXPORTS} earlier exports are not listed"))
     return Card("Exports", blocks, wide=False)
 
 
@@ -121,7 +121,7 @@ def small_cards(facts: Facts) -> list[Card]:
 
 
 def mixture_card(facts: Facts) -> Card:
-    """Each source's share of the samples over steps, and of all of them beside what the weights ask for."""
+    """Each source's share of the samples over steps, and its total share beside the share by the weights."""
     spans, title = facts.consumed, "Mixture as consumed"
     names = list(dict.fromkeys(name for span in spans for name in span.samples))
     if len(names) < 2:
@@ -143,7 +143,7 @@ def mixture_card(facts: Facts) -> Card:
 
 
 def score_cards(facts: Facts) -> list[Card]:
-    """A chart for each task that the run was scored by while it was trained: its shares (accuracies, F1, ROUGE) over steps."""
+    """A chart for each task that was scored during training: its accuracies, F1 or ROUGE over steps."""
     rows = facts.metrics.of_kind("score") or [row for row in facts.metrics.of_kind("evaluate") if "scores" in row]
     tasks = sorted({name for row in rows for name in _scores(row)})
     cards = []
@@ -193,7 +193,7 @@ def line(
     faint: bool = False,
     markers: bool = False,
 ) -> Line:
-    """Values of rows over steps, and over tokens and hours where all rows have them."""
+    """A line of values of rows over steps and hours, and over tokens if train rows have them."""
     begun = _begun(facts)
     counts = _tokens_at(facts, rows)
     return Line(
@@ -216,7 +216,7 @@ def marks(facts: Facts) -> tuple[Mark, ...]:
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that show all but the worst 1 % of the values: the first steps would flatten the rest."""
+    """Limits of the y axis that show all but the largest 1 % of the values, since the first steps would flatten the rest."""
     ordered = sorted(values)
     top, bottom = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], ordered[0]
     margin = 0.05 * (top - bottom) or 0.1
@@ -229,7 +229,7 @@ def _begun(facts: Facts) -> float:
 
 
 def _tokens_at(facts: Facts, rows: Sequence[Row]) -> list[float] | None:
-    """Tokens seen at each row's step; an evaluation's own `tokens` are others, so they come from the train rows around it."""
+    """Training tokens at each row's step, from the train rows around it: an evaluation's own `tokens` count other tokens."""
     known, counts = column(facts.metrics.of_kind("train"), "tokens")
     if not known:
         return None

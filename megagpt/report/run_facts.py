@@ -1,4 +1,4 @@
-"""What the report of a run shows, read from its run directory; a file that is damaged is named in one line and left out."""
+"""Read what the report of a run shows from its run directory. A damaged file is left out and named in one line."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the page shows, as read."""
+    """Everything that the page shows."""
 
     run_dir: Path
     metrics: Metrics
@@ -33,22 +33,25 @@ class Facts:
     evaluations: list[dict[str, Any]]
     """The results of evaluations/*.json, oldest step first."""
     funnels: dict[str, list[dict[str, Any]]]
-    """By corpus: the summaries of its stages, and of its shards."""
+    """By corpus: the summaries of its stages and of its shards."""
     consumed: list[Span]
     """Samples by source over the updates."""
     settings: str
-    """config.yaml."""
+    """The text of config.yaml."""
     problems: tuple[str, ...]
-    """What could not be read, a line each."""
+    """A line for each file that could not be read."""
 
     @property
     def name(self) -> str:
-        """The run's folder."""
+        """The name of the run's folder."""
         return self.run_dir.resolve().name
 
 
 def read_facts(run_dir: Path, corpora: dict[str, Path] | None = None) -> Facts:
-    """Read a run directory; what a run does not have yet is empty. Raises UserError if it has no metrics."""
+    """Read a run directory; parts that do not exist yet are empty. Raises UserError if it has no metrics.
+
+    corpora: work_dir of each corpus; None = the folders above the shards of the last attempt's sources.
+    """
     metrics = read_metrics(run_dir)
     problems = [f"metrics.jsonl: {metrics.torn_lines:,} damaged lines left out"] if metrics.torn_lines else []
     starts = [
@@ -82,18 +85,18 @@ def read_facts(run_dir: Path, corpora: dict[str, Path] | None = None) -> Facts:
 
 
 def column(rows: Sequence[Row], key: str) -> tuple[list[Row], list[float]]:
-    """The rows that have a finite number under `key`, and the numbers."""
+    """(rows that have a finite number under `key`, these numbers)."""
     pairs = [(row, value) for row in rows if (value := number(row.get(key))) is not None]
     return [row for row, _ in pairs], [value for _, value in pairs]
 
 
 def _attempt(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
-    """`read(path)`, or None and a line in `problems` where the file is not what it should be."""
+    """`read(path)`; None, and a line in `problems`, if the file is damaged."""
     try:
         return read(path)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).removeprefix(f"{path}: ")
-        problems.append(f"{path.parent.name}/{path.name}: damaged, and left out ({type(error).__name__}: {reason})")
+        problems.append(f"{path.parent.name}/{path.name}: damaged, left out ({type(error).__name__}: {reason})")
         return None
 
 
@@ -107,7 +110,7 @@ def _read_start(path: Path) -> dict[str, Any]:
 
 
 def _read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """Results whose figures are numbers."""
+    """The results in a file, their figures as numbers. Raises KeyError, TypeError or ValueError if it is damaged."""
     results = read_results(path)
     for result in results:
         result["step"] = int(result["step"])

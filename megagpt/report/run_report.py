@@ -30,12 +30,12 @@ from megagpt.watchdog.stragglers import count_slow
 
 
 class ReportConfig(Config):
-    """Which run is reported on, or which runs are compared."""
+    """Which run to report on, or which runs to compare. Give run_dir or runs."""
 
     run_dir: Path | None = None
-    """The run."""
+    """The run to report on."""
     runs: tuple[Path, ...] = ()
-    """Runs that are compared on one page, instead of run_dir: curves by step, tokens and time, and other settings."""
+    """Runs to compare on one page: curves over steps, tokens and time, and the settings that differ."""
     corpora: dict[str, Path] | None = None
     """work_dir of each corpus, for the data funnel; null = the folders above the shards that the run's settings name."""
     output: Path | None = None
@@ -44,21 +44,21 @@ class ReportConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "ReportConfig":
         if (self.run_dir is None) == (not self.runs):
-            raise ValueError("one of run_dir and runs is needed: run_dir=runs/first, or runs='[runs/first, runs/second]'")
+            raise ValueError("give one of run_dir and runs: run_dir=runs/first, or runs='[runs/first, runs/second]'")
         if self.runs and not 2 <= len(self.runs) <= MAX_COMPARED:
-            raise ValueError(f"runs: {len(self.runs)} given, 2 to {MAX_COMPARED} can be compared")
+            raise ValueError(f"runs: give 2 to {MAX_COMPARED} runs, not {len(self.runs)}")
         return self
 
 
 def report_run(config: ReportConfig) -> Path:
-    """Write the page and return its path. Raises UserError if a run has no metrics."""
+    """Write the page and return its path. Raises UserError if a run has no metrics, or `runs` names one twice."""
     if config.run_dir is not None:
         path = config.output or config.run_dir / "report.html"
         write_text(path, render(read_facts(config.run_dir, config.corpora)))
         return path
     folders = [folder.resolve() for folder in config.runs]
     if len(set(folders)) < len(folders):
-        raise UserError(f"runs={[str(run) for run in config.runs]}: a run stands there twice")
+        raise UserError(f"runs={[str(run) for run in config.runs]}: names a run twice")
     path = config.output or folders[0].parent / "comparison.html"
     write_text(path, compare([read_facts(folder, {}) for folder in config.runs]))
     return path
@@ -78,7 +78,7 @@ def render(facts: Facts) -> str:
         Card("From documents to shards", funnels),
         Card("Evaluations of checkpoints", _evaluations(facts.evaluations)),
         Card("Generated text", _samples(facts.metrics.of_kind("sample"))),
-        Card("Starts", _starts(facts)),
+        Card("Attempts", _starts(facts)),
         Card("Slow ranks", _slow_ranks(facts.metrics.of_kind("train"))),
         Card("Checkpoints", _checkpoints(facts.checkpoints)),
         Card("Settings and versions", _settings(facts)),
@@ -103,14 +103,14 @@ def compare(runs: Sequence[Facts]) -> str:
         Card("Figures", [_figures(runs, names)]),
         *compared_cards(runs, names),
         Card("Generated text for the same prompts", _same_prompts(runs, names)),
-        Card("What the settings differ in", _differences(runs, names)),
+        Card("Settings that differ", _differences(runs, names)),
     ]
     heading = " · ".join(names)
     return page(f"{heading} – MegaGPT", cards, heading=heading, problems=problems)
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last parts, as many as it takes to tell them apart."""
+    """The last parts of each folder, as many as are needed to tell the folders apart."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -154,8 +154,8 @@ def _differences(runs: Sequence[Facts], names: Sequence[str]) -> list[Block]:
         if len({found.get(field) for found in settings}) > 1
     ]
     unknown = [name for name, found in zip(names, settings, strict=True) if not found]
-    blocks: list[Block] = [Note(f"no settings found of {', '.join(unknown)}")] if unknown else []
-    return [*blocks, Table(("setting", *names), rows) if rows else Note("nothing")]
+    blocks: list[Block] = [Note(f"no settings found for {', '.join(unknown)}")] if unknown else []
+    return [*blocks, Table(("setting", *names), rows) if rows else Note("no differences")]
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -182,7 +182,7 @@ def _status(facts: Facts) -> str:
         return f"stopped on request at step {last['step']:,} ({last.get('reason', 'no reason given')})"
     if last["kind"] == "watchdog":
         return f"ended by the watchdog at step {last['step']:,} ({_hang(last)})"
-    return f"last word at step {last['step']:,}, {_clock(last['time'])}"
+    return f"last logged at step {last['step']:,}, {_clock(last['time'])}"
 
 
 def _made_by(facts: Facts) -> str:
@@ -218,7 +218,7 @@ def _tiles(facts: Facts) -> list[Tile]:
         tiles.append(Tile("goodput", f"{facts.ledger.goodput:.0%}", f"of {_span(facts.ledger.wall_seconds)}"))
     count = len({row["incarnation"] for row in facts.metrics.all_rows})
     lost = len(facts.metrics.all_rows) - len(facts.metrics.rows)
-    return [*tiles, Tile("starts", str(count), f"{lost} lines done again" if lost else "")]
+    return [*tiles, Tile("attempts", str(count), f"{lost} rows superseded" if lost else "")]
 
 
 # Sections
@@ -287,7 +287,7 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> list[Block]:
 
 
 def _limit(evaluation: dict[str, Any]) -> str:
-    """Of how many samples a result is, at most."""
+    """The largest number of samples behind a result."""
     most = evaluation.get("config", {}).get("max_samples")
     return "all" if most is None else f"≤ {most:,}"
 
@@ -300,11 +300,11 @@ def _samples(rows: list[Row]) -> list[Block]:
     if len(rows) < 3:
         return [block for row in rows for block in quote(row)]
     between = [block for row in rows[1:-1] for block in quote(row)]
-    return [*quote(rows[-1]), *quote(rows[0]), Fold(f"{len(rows) - 2} between them", between)]
+    return [*quote(rows[-1]), *quote(rows[0]), Fold(f"{len(rows) - 2} samples in between", between)]
 
 
 def _same_prompts(runs: Sequence[Facts], names: Sequence[str]) -> list[Block]:
-    """The newest text of each run for every prompt that more than one of them was given; what a run has alone is not shown."""
+    """The newest text of each run for every prompt that at least two runs were given."""
     latest = [{str(row.get("prompt", "")): row for row in facts.metrics.of_kind("sample")} for facts in runs]
     shared = {prompt for i, found in enumerate(latest) for prompt in found if any(prompt in other for other in latest[:i])}
     blocks: list[Block] = []
@@ -322,7 +322,7 @@ def _same_prompts(runs: Sequence[Facts], names: Sequence[str]) -> list[Block]:
 
 
 def _commit(start: dict[str, Any]) -> str:
-    """The commit's first digits, and the file with what the code that ran had besides."""
+    """The commit's first 12 digits, and the file with the changes of the code that ran, if it had any."""
     commit = str(start["git_commit"] or "unknown")
     changes = f" + starts/{start['git_diff']}" if start["git_diff"] else " + changes" * commit.endswith("+changes")
     return commit.removesuffix("+changes")[:12] + changes
@@ -338,7 +338,7 @@ def _starts(facts: Facts) -> list[Block]:
         attempt = start["incarnation"]
         began, end = first.get(attempt), ends.get(attempt)
         words = {} if end is None else {"done": "done", "stop": f"stop: {end.get('reason')}", "watchdog": _hang(end)}
-        how = "–" if end is None else words.get(end["kind"], "no last word")
+        how = "–" if end is None else words.get(end["kind"], "no final record")
         rows.append(
             (
                 attempt,
@@ -352,21 +352,21 @@ def _starts(facts: Facts) -> list[Block]:
                 how,
             )
         )
-    head = ("start", "time", "host", "launcher", "ranks", "commit", "from step", "to step", "end")
+    head = ("attempt", "time", "host", "launcher", "ranks", "commit", "from step", "to step", "end")
     return [Table(head, rows, numbers=(4, 6, 7))] if rows else []
 
 
 def _hang(row: Row) -> str:
-    """Who was missing when the watchdog ended a start."""
+    """Which rank was missing when the watchdog ended an attempt."""
     who = "no rank" if row.get("rank") is None else f"rank {row['rank']}"
     return f"hang in {row.get('activity')}: {row.get('cause')}, {who}"
 
 
 def _slow_ranks(train: Sequence[Row]) -> list[Block]:
-    """The ranks that the log names as slow, the most often named first."""
-    told = [row for row in train if "step_time" in row]
-    named = count_slow(str(row.get("slow", "")) for row in told)
-    rows = [(place, what, f"{times:,} of {len(told):,}", last) for (place, what), (times, last) in named.items()]
+    """The ranks that the log names as slow, most often named first."""
+    compared = [row for row in train if "step_time" in row]
+    named = count_slow(str(row.get("slow", "")) for row in compared)
+    rows = [(place, what, f"{times:,} of {len(compared):,}", last) for (place, what), (times, last) in named.items()]
     return [Table(("rank", "slow in", "times named", "last time"), rows[:20], numbers=(2,))] if rows else []
 
 
@@ -378,7 +378,7 @@ def _checkpoints(checkpoints: list[dict[str, Any]]) -> list[Block]:
 def _settings(facts: Facts) -> list[Block]:
     blocks: list[Block] = []
     if facts.settings:
-        blocks.append(Fold("settings of the last start (config.yaml)", [Code(facts.settings)]))
+        blocks.append(Fold("settings of the last attempt (config.yaml)", [Code(facts.settings)]))
     if facts.starts:
         start = facts.starts[-1]
         versions = {"python": start["python"], **start["versions"], "data fingerprint": start["data_fingerprint"]}

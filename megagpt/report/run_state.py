@@ -1,4 +1,4 @@
-"""Where a run stands, from its files alone: progress, time that is left, figures of the last rows, events. No torch."""
+"""The state of a run, from its files alone: progress, remaining time, figures of the last rows, events. No torch."""
 
 import itertools
 import math
@@ -14,10 +14,10 @@ from megagpt.monitor.goodput import advise_checkpoints, goodput_ledger
 from megagpt.monitor.metrics import Metrics, MetricsFollower, Row
 
 WINDOW_ROWS = 20
-"""Train rows at the end of an attempt from which pace and shares are taken."""
+"""Number of train rows at the end of an attempt from which pace and shares are computed."""
 
 SILENT_SECONDS = 60.0
-"""A run that logs more often than this is silent after so long; others after five times their usual interval."""
+"""A run is silent after this time without a row, or after five times its usual interval if that is longer."""
 
 EVENT_KINDS = ("start", "rewind", "skip", "damaged", "stop", "watchdog", "planned", "done", "evaluate", "save", "alert")
 
@@ -26,7 +26,7 @@ GPU_NAMES = ("memory_used_gib", "peak_allocated_gib", "utilisation_percent", "po
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What is known of a run at one moment; None where its files do not say. Times are Unix seconds, durations seconds."""
+    """The state of a run at one moment; None = not in its files. Times are Unix seconds, durations are seconds."""
 
     name: str
     status: str
@@ -39,7 +39,7 @@ class RunState:
     last_row: float | None = None
     loss: float | None = None
     losses: tuple[float, ...] = ()
-    """Of all train rows that stand, oldest first."""
+    """Losses of all train rows that are not superseded, oldest first."""
     validation_loss: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
@@ -49,14 +49,14 @@ class RunState:
     gpu: Mapping[str, float] = field(default_factory=dict)
     throttled: str = ""
     step_seconds: float | None = None
-    """Wall time per step of the last rows, with what lies between them (evaluations, saves)."""
+    """Wall time per step over the last rows, including evaluations and saves between them."""
     data_wait: float | None = None
-    """Share of the last rows' training time that was spent waiting for data, 0 to 1."""
+    """Share of training time spent waiting for data over the last rows, 0 to 1."""
     goodput: float | None = None
     eta_seconds: float | None = None
-    """To max_steps at the pace of the last rows."""
+    """Time to max_steps at the pace of the last rows."""
     eta_with_restarts_seconds: float | None = None
-    """To max_steps at the pace of the whole run, with all that its restarts cost; None for a run without a restart."""
+    """Time to max_steps at the pace of the whole run, including the cost of its restarts; None without a restart."""
     saved_step: int | None = None
     next_save_step: int | None = None
     next_save_seconds: float | None = None
@@ -64,11 +64,11 @@ class RunState:
     events: tuple[Row, ...] = ()
     """Rows of EVENT_KINDS, oldest first."""
     problems: tuple[str, ...] = ()
-    """Files that could not be read or were damaged, a line each."""
+    """A line for each file that could not be read or is damaged."""
 
 
 class RunReader:
-    """Reads the state of one run, again and again."""
+    """Reads the state of one run repeatedly."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -96,7 +96,7 @@ def read_last_config(run_dir: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def state_of(name: str, metrics: Metrics, config: Mapping[str, Any], now: float, problems: Sequence[str] = ()) -> RunState:
-    """The state of a run of which `metrics` and the settings of its last attempt were read."""
+    """The state of a run, from its metrics and the settings of its last attempt (`config`)."""
     rows = metrics.all_rows
     if not rows:
         return RunState(name, "not started", now, problems=tuple(problems))
@@ -154,18 +154,18 @@ def state_of(name: str, metrics: Metrics, config: Mapping[str, Any], now: float,
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: rows come from a file that others may have written."""
+    """`value` if it is a finite number, else None: other programs may have written the file."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run directories below a folder (itself included), by name. Raises UserError if there is none."""
+    """The run directories at or below a folder, by name. Raises UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"runs={folder}: not a folder")
     found = sorted(path.parent for path in folder.rglob("metrics.jsonl") if "wandb" not in path.parts)
     if not found:
-        raise UserError(f"runs={folder}: no metrics.jsonl below it, so no run that has started")
+        raise UserError(f"runs={folder}: has no metrics.jsonl below it, so no run has started there")
     return found
 
 
@@ -182,7 +182,7 @@ def _status(last: Row, recent: Sequence[Row], now: float) -> str:
 
 
 def _pace(recent: Sequence[Row]) -> float | None:
-    """Wall seconds per step over some train rows of one attempt, which a rewind may have set back."""
+    """Wall seconds per step over train rows of one attempt, in which a rewind may lower the step."""
     steps = sum(max(0, b["step"] - a["step"]) for a, b in itertools.pairwise(recent))
     seconds = recent[-1]["time"] - recent[0]["time"] if recent else 0.0
     return seconds / steps if steps > 0 and seconds > 0 else None

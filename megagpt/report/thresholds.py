@@ -1,8 +1,8 @@
-"""What each threshold of the filters sees: a rule's statistic over a sample of documents, taken from the filters themselves.
+"""Measure what each threshold of the filters is compared with, over a sample of documents, with the filters themselves.
 
-A filter compares its statistics with the thresholds of its settings. Here it gets settings whose thresholds note what they are
-compared with and let everything pass, so that one run over a document gives the value of every rule, of any filter in the
-table, as the filter counts it.
+A filter compares its statistics with the thresholds of its settings. Here it gets thresholds that record the compared values
+and let everything pass. So one run over a document gives the value of every rule, of any filter in the registry, exactly as
+the filter counts it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,24 +19,24 @@ from megagpt.documents import Document, Rejected
 from megagpt.files import read_json
 
 Rule: TypeAlias = str
-"""filter.threshold, of a threshold by n filter.threshold.n."""
+"""filter.threshold, or filter.threshold.n if the setting has a threshold for each n."""
 
 LINE_RULES = frozenset(
     ("c4.max_word_length", "c4.min_words_per_line", "refinedweb.max_uppercase", "refinedweb.max_numeric")
     + ("refinedweb.min_words_per_line",)
 )
-"""Thresholds that lines are measured by, not documents."""
+"""Thresholds for lines, not for documents."""
 NOT_MEASURED = ("url", "language", "classifier", "contamination", "personal_data", "bad_words")
-"""Filters without a statistic of the text alone: they need lists or models."""
+"""Filters that are not measured: they need lists or models besides the text."""
 MAX_STEPS = 200
-"""Different values of a statistic that are kept; more are put together."""
+"""Most different values that are kept of a statistic; rare ones are merged."""
 
 
 class Noting(float):
-    """A threshold that notes what it is compared with. It lets all pass, or decides as its number does."""
+    """A threshold that records the values that it is compared with. It decides like its number, or lets everything pass."""
 
     def __new__(cls, value: float, note: Callable[[float, bool], None], *, decides: bool) -> "Noting":
-        """note: called with the value compared and whether it breaks the threshold."""
+        """note: called with the compared value, and whether it breaks the threshold."""
         made = super().__new__(cls, value)
         made.note, made.decides = note, decides
         return made
@@ -48,8 +48,8 @@ class Noting(float):
         self.note(float(value), breaks)
         return breaks and self.decides
 
-    # `value > threshold` comes here: Python asks the right operand first where its class is derived from the left one's, and
-    # next where the left one has no answer, as int has none for a float.
+    # `value > threshold` calls this: Python asks the right operand first if its class derives from the left one's class, and
+    # second if the left one has no answer, as int has none for a float.
     def __lt__(self, value: Any) -> bool:
         """`value > threshold`"""
         return self._look(value, float(value) > float(self))
@@ -63,7 +63,7 @@ class Noting(float):
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """Why a text was dropped: the rule, what was measured and the threshold."""
+    """Why a text was dropped: the rule, the measured value and the threshold."""
 
     rule: Rule
     value: float
@@ -72,21 +72,21 @@ class Breach:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """The distribution of what one rule measures."""
+    """The distribution of the value that one rule measures."""
 
     rule: Rule
     limit: float
     is_maximum: bool
     steps: Sequence[tuple[float, float]]
-    """(value, share of the documents that have it), by value; at most MAX_STEPS."""
+    """(value, share of the documents with it), by value; at most MAX_STEPS."""
     dropped: float
     """Share of the documents that the rule alone would drop."""
     num_documents: int
-    """So many documents were measured; the rule passes by others, in languages that it has no words for, say."""
+    """Number of measured documents. A rule may not apply to all, for example to languages for which it has no words."""
 
 
 def read_settings(stage: Path) -> FilterConfig | None:
-    """What a filter stage was run with; None where it was not noted. Raises UserError where that cannot be read."""
+    """The settings of a filter stage; None if the stage did not record them. Raises UserError if they cannot be read."""
     path = stage / "stage.json"
     if not path.exists():
         return None
@@ -98,7 +98,7 @@ def read_settings(stage: Path) -> FilterConfig | None:
 
 
 def thresholds(config: FilterConfig) -> Iterator[tuple[str, str, Rule, float]]:
-    """(filter, field, rule, limit) of each threshold that is set, of the filters that run, in their order."""
+    """(filter, field, rule, limit) of each threshold that is set, for the configured filters in their order."""
     for name in config.order:
         if name in NOT_MEASURED:
             continue
@@ -114,10 +114,10 @@ def thresholds(config: FilterConfig) -> Iterator[tuple[str, str, Rule, float]]:
 
 
 class Measure:
-    """The filters of some settings with thresholds that note their values."""
+    """The configured filters, with thresholds that record values."""
 
     def __init__(self, config: FilterConfig, *, decides: bool = False) -> None:
-        """decides: the rules drop as they do in the stage; otherwise all pass, so that all rules are reached."""
+        """decides: whether the rules drop documents as in the stage; otherwise all documents pass, so that all rules run."""
         self.limits = {rule: (limit, field.startswith("max_")) for _, field, rule, limit in thresholds(config)}
         self._noted: list[tuple[Rule, float, bool]] = []
         self.filters: dict[str, Filter] = {}
@@ -139,7 +139,10 @@ class Measure:
         return section.model_copy(update=changed)
 
     def values(self, document: Document) -> dict[Rule, float]:
-        """What the rules measure of a document, each filter on the text that the ones before leave. The worst of several."""
+        """The values that the rules measure for a document; each filter gets the text as the earlier ones changed it.
+
+        If a rule measures several values, the worst one counts.
+        """
         self._noted.clear()
         for apply in self.filters.values():
             outcome = apply(document)
@@ -153,7 +156,7 @@ class Measure:
         return found
 
     def breach(self, document: Document, reason: str) -> Breach | None:
-        """The rule that drops a text for `reason`; None where no threshold does, or not this text (it was cut, say)."""
+        """The rule that drops a text for `reason`; None if no threshold does, or not this text (for example after a cut)."""
         apply = self.filters.get(reason.partition(":")[0])
         if apply is None:
             return None
@@ -168,7 +171,7 @@ class Measure:
 def measure(
     measured: Iterable[tuple[Mapping[Rule, float], float]], limits: Mapping[Rule, tuple[float, bool]]
 ) -> list[Statistic]:
-    """The distributions, of (values of a document, how many documents it stands for)."""
+    """The distribution of each rule. measured: (values of a document by rule, number of documents that it stands for)."""
     values: dict[Rule, dict[float, float]] = {}
     counts: dict[Rule, int] = {}
     for found, weight in measured:
@@ -188,7 +191,7 @@ def measure(
 
 
 def _fewer(shares: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_STEPS values, the rare ones put together; a value stands for those since the one before it."""
+    """At most MAX_STEPS values: rare ones are merged, so that a value stands for all since the previous one."""
     if len(shares) <= MAX_STEPS:
         return shares
     result, gathered = [], 0.0

@@ -1,4 +1,4 @@
-"""Watch runs from their files: the panel of one, or a table of all below a folder, printed once or live. No torch."""
+"""Watch runs from their files: the panel of one run or a table of all runs below a folder, once or live. No torch."""
 
 import os
 import sys
@@ -16,32 +16,32 @@ from megagpt.report.run_state import RunReader, RunState, find_runs
 
 
 class WatchConfig(Config):
-    """Which runs are watched, and how."""
+    """Which runs to watch, and how. Give run_dir or runs."""
 
     run_dir: Path | None = None
-    """One run: its panel."""
+    """Show the panel of this run."""
     runs: Path | None = None
-    """A folder: a table of all runs below it."""
+    """Show a table of all runs below this folder."""
     once: bool = False
-    """Print once and end; so it is also where standard output is no terminal."""
+    """Print once and end. This is always so if standard output is not a terminal."""
     refresh_seconds: float = Field(default=5.0, ge=0.2)
     """Seconds between two readings of the files."""
     num_events: int = Field(default=6, ge=0)
-    """Last events that a panel shows."""
+    """Number of latest events that a panel shows."""
     width: int | None = Field(default=None, ge=30)
-    """Columns; null = those of the terminal."""
+    """Width in columns; null = the terminal's."""
 
     @model_validator(mode="after")
     def _check(self) -> "WatchConfig":
         if (self.run_dir is None) == (self.runs is None):
-            raise ValueError("one of run_dir and runs is needed: run_dir=runs/first, or runs=runs for all below a folder")
+            raise ValueError("give one of run_dir and runs: run_dir=runs/first, or runs=runs for all below a folder")
         return self
 
 
 def watch(config: WatchConfig) -> None:
-    """Print what is asked for, or show it until Ctrl-C; the panel of a run that has finished stays and the call ends.
+    """Print the panel or table once, or show it until Ctrl-C. When the run has finished, its panel stays and the call returns.
 
-    Only reads. Raises UserError if there is no such run.
+    It only reads files. Raises UserError if there is no such run.
     """
     console = Console(file=sys.stdout, width=config.width, markup=False, highlight=False)
     view = _View(config, console.width)
@@ -59,7 +59,7 @@ def watch(config: WatchConfig) -> None:
 
 
 class _View:
-    """The readers of the runs that are shown."""
+    """Reads and renders the runs that are shown."""
 
     def __init__(self, config: WatchConfig, width: int) -> None:
         self.width, self.over = width, False
@@ -67,7 +67,7 @@ class _View:
         self._readers: dict[Path, RunReader] = {}
 
     def render(self) -> RenderableType:
-        """Read the files, and what is to be shown of them."""
+        """Read the files and return the panel or table to show."""
         config, now = self._config, time.time()
         if config.run_dir is not None:
             state = self._reader(config.run_dir).read(now)

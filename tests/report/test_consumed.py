@@ -103,5 +103,5 @@ def test_a_ledger_without_its_settings_is_a_line(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_json(tmp_path / "starts" / "0001.json", {**starts_of(tmp_path)[0], "config": {"data": {"sources": {}}}})
     text = report_run(ReportConfig(run_dir=tmp_path)).read_text()
-    assert "ledger.jsonl: damaged, and left out" in text
+    assert "ledger.jsonl: damaged, left out" in text
     assert "Mixture as consumed" not in text

@@ -251,7 +251,7 @@ def test_the_page_shows_the_kept_beside_the_dropped(work_dir: Path, tmp_path: Pa
     page = path.read_text(encoding="utf-8")
     for expected in (
         'class="pair"',
-        "kept, nearest to min_length.min_characters = 200",
+        "kept, closest to min_length.min_characters = 200",
         "min_length.min_characters = 200, here 16",
         "at least 200 (as set): drops 5.71 %",
     ):

@@ -185,8 +185,8 @@ def test_what_the_page_says(report: Path) -> None:
     assert "finished at step 100" in texts
     assert after("best validation loss") == "2.7500"
     assert after("best validation loss", 2) == "step 100, 1.234 bits per byte"
-    assert after("starts") == "2"
-    assert after("starts", 2) == "2 lines done again"
+    assert after("attempts") == "2"
+    assert after("attempts", 2) == "2 rows superseded"
     assert after("tokens") == "10k"
     # The two starts trained 60 s and 100 s, of which the 20 s after step 40 were done again.
     assert after("train") == "2.3 min · 81.4%"
@@ -215,7 +215,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     row = {"kind": "start", "step": 0, "time": 1.0, "incarnation": 1, "seconds": {"start": 2.0}}
     (tmp_path / METRICS_FILE).write_bytes(format_row(row) + b'{"kind": "tra')
     found = parse(report_run(ReportConfig(run_dir=tmp_path, output=tmp_path / "page.html")))
-    assert "last word at step 0, 1970-01-01 00:00:01 UTC" in found.texts
+    assert "last logged at step 0, 1970-01-01 00:00:01 UTC" in found.texts
     assert "svg" not in found.tags
 
 
@@ -318,19 +318,19 @@ def test_the_data_of_a_chart() -> None:
 @pytest.mark.parametrize(
     ("file", "text", "problem"),
     [
-        ("starts/0002.json", "{", r"starts/0002\.json: damaged, and left out \(UserError: not valid JSON"),
-        ("starts/0002.json", '{"incarnation": 2}', r"starts/0002\.json: damaged, and left out \(KeyError: 'config'\)"),
-        ("evaluations/step_00000100.json", "[]", r"evaluations/step_00000100\.json: damaged, and left out \(AttributeError"),
-        ("evaluations/step_00000100.json", '{"step": "x"}', r"step_00000100\.json: damaged, and left out \(ValueError"),
-        ("checkpoints/best.json", "\x00", r"checkpoints/best\.json: damaged, and left out \(UserError: not valid JSON"),
-        ("../corpus/dedup/summary.json", "{", r"corpus/corpus: damaged|[^ ]*/corpus: damaged, and left out \(UserError"),
+        ("starts/0002.json", "{", r"starts/0002\.json: damaged, left out \(UserError: not valid JSON"),
+        ("starts/0002.json", '{"incarnation": 2}', r"starts/0002\.json: damaged, left out \(KeyError: 'config'\)"),
+        ("evaluations/step_00000100.json", "[]", r"evaluations/step_00000100\.json: damaged, left out \(AttributeError"),
+        ("evaluations/step_00000100.json", '{"step": "x"}', r"step_00000100\.json: damaged, left out \(ValueError"),
+        ("checkpoints/best.json", "\x00", r"checkpoints/best\.json: damaged, left out \(UserError: not valid JSON"),
+        ("../corpus/dedup/summary.json", "{", r"corpus/corpus: damaged|[^ ]*/corpus: damaged, left out \(UserError"),
     ],
 )
 def test_a_damaged_file_is_one_line_and_the_rest_is_shown(tmp_path: Path, file: str, text: str, problem: str) -> None:
     run_dir = write_run(tmp_path)
     (run_dir / file).write_text(text)
     found = parse(report_run(ReportConfig(run_dir=run_dir)))
-    (line,) = [text for text in found.texts if "damaged, and left out" in text]
+    (line,) = [text for text in found.texts if "damaged, left out" in text]
     assert re.search(problem, line)
     assert "finished at step 100" in found.texts
 
@@ -386,10 +386,10 @@ def test_runs_are_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of run_dir and runs is needed"),
-        (["run_dir=a", "runs=[a, b]"], "one of run_dir and runs is needed"),
-        (["runs=[a]"], "runs: 1 given, 2 to 6 can be compared"),
-        (["runs=[a, b/../a]"], "a run stands there twice"),
+        ([], "give one of run_dir and runs"),
+        (["run_dir=a", "runs=[a, b]"], "give one of run_dir and runs"),
+        (["runs=[a]"], "runs: give 2 to 6 runs, not 1"),
+        (["runs=[a, b/../a]"], "names a run twice"),
         (["runs=[a, b]"], "a/metrics.jsonl"),
     ],
 )

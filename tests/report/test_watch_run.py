@@ -192,7 +192,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"run_dir={tmp_path}/none", "none/metrics.jsonl: No such file or directory: not the directory of a run"),
         (f"runs={tmp_path}/a/broken/metrics.jsonl", "no metrics.jsonl below it"),
         (f"runs={tmp_path}/none", "none: not a folder"),
-        ("num_events=1", "one of run_dir and runs is needed"),
+        ("num_events=1", "give one of run_dir and runs"),
     ):
         assert run_words(WatchConfig, watch, "", [word]) == EXIT_USER_ERROR
         assert message in capsys.readouterr().err

@@ -336,5 +336,5 @@ def test_inspect_data_shows_and_verifies_rows(tmp_path: Path) -> None:
     assert re.search(r"<\|im_start\|>assistant\n  ⟦a\d<\|im_end\|>⟧\n  <end of text> x 1\nrow 1", shown), shown
     sound = list(inspect(InspectConfig(shards=folder, verify=True)))
     assert sum("sound" in line for line in sound) == 2
-    with pytest.raises(UserError, match="sample=99 asked of"):
+    with pytest.raises(UserError, match="sample=99: the split has"):
         list(inspect(InspectConfig(shards=folder, sample=99)))
