@@ -158,6 +158,36 @@ def test_the_data_half_imports_where_torch_is_absent() -> None:
     assert done.stdout.split() == [str(len(names))]
 
 
+MAX_REACH = {
+    "extract_documents": 0.35,
+    "filter_documents": 0.25,
+    "dedup_documents": 0.25,
+    "tokenize_documents": 0.25,
+    "report_run": 0.25,
+}
+"""Tool -> the largest share of the library's lines that importing it may import (docs/architecture.md has today's)."""
+NOT_REACHED = ("model", "engine", "train", "generate", "convert", "serve", "plan", "quickstart")
+"""Folders that none of these tools imports."""
+
+
+@pytest.mark.parametrize("tool", MAX_REACH)
+def test_a_tool_imports_only_its_part_of_the_library(tool: str) -> None:
+    code = (
+        f"import sys, {tool}\nprint(*(name for name in sys.modules if name.split('.')[0] in ('megagpt', 'torch', 'deepspeed')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT / "tools", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    imported = {name.removeprefix("megagpt.") for name in done.stdout.split()}
+    foreign = {folder_of(name) for name in imported} & {*NOT_REACHED, "torch", "deepspeed"}
+    assert not foreign, f"tools/{tool}.py imports {sorted(foreign)}"
+    assert "command" in imported
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    share = sum(lines[name] for name in imported & MODULES.keys()) / sum(lines.values())
+    assert share <= MAX_REACH[tool], (
+        f"tools/{tool}.py imports {share:.1%} of the library's lines, at most {MAX_REACH[tool]:.0%}"
+    )
+
+
 def test_only_one_file_imports_deepspeed() -> None:
     sources = {f"megagpt.{name}": path for name, path in MODULES.items()}
     sources |= {f"tools.{path.stem}": path for path in (PROJECT / "tools").glob("*.py")}

@@ -75,19 +75,25 @@ def folder_of(name: str, modules: dict[str, Path]) -> str:
 def main(project: Path) -> None:
     """Print the figures."""
     modules = modules_of(project)
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules.items()}
+    whole = sum(count for name, count in lines.items() if name.startswith("megagpt"))
     graph = {name: imports_of(path, modules, at_import=True) for name, path in modules.items()}
     folders = Counter(folder_of(name, modules) for name, path in modules.items() if path.name != "__init__.py")
     print("modules per folder: " + ", ".join(f"{name} {count}" for name, count in sorted(folders.items())))
-    edges = {(folder_of(a, modules), folder_of(b, modules)) for a in modules for b in graph[a]}
-    print(f"imports between folders: {sum(a != b for a, b in edges)} pairs of folders")
+    print(f"megagpt/: {sum(folders.values()) - folders['tools']} modules in {len(folders) - 1} folders, {whole:,} lines")
+    longest = max((name for name in modules if name.startswith("megagpt")), key=lines.__getitem__)
+    print(f"longest module: {longest}, {lines[longest]} lines")
+    edges = [(folder_of(a, modules), folder_of(b, modules)) for a in modules for b in graph[a]]
+    across = [edge for edge in edges if edge[0] != edge[1]]
+    print(f"imports: {len(edges)}, {len(across)} of them between folders, in {len(set(across))} pairs of folders")
     cycles = [name for name in modules if name in {x for t in graph[name] for x in ({t} | reach(t, graph))}]
     print(f"modules in an import cycle: {', '.join(cycles) or 'none'}")
     for tool in (tool for tool in TOOLS if f"tools.{tool}" in modules):
         reached = reach(f"tools.{tool}", graph)
-        lines = sum(len(modules[name].read_text(encoding="utf-8").splitlines()) for name in reached)
+        reached_lines = sum(lines[name] for name in reached)
         count = sum(modules[name].name != "__init__.py" for name in reached)
         torch = "with" if any(names_torch(modules[name]) for name in reached) else "without"
-        print(f"tools/{tool}.py imports {count} modules, {lines:,} lines, {torch} torch")
+        print(f"tools/{tool}.py imports {count} modules, {reached_lines:,} lines ({reached_lines / whole:.1%}), {torch} torch")
 
 
 if __name__ == "__main__":
