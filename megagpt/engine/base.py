@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megagpt.distributed.device_timer import DeviceTimer
 from megagpt.distributed.fetch import fetched
 from megagpt.model.gpt import GPT
 
@@ -37,6 +38,8 @@ class Steps:
     """What engines have in common: an update that is read at once."""
 
     updates: int
+    collective_waits: DeviceTimer | None = None
+    """See Engine."""
 
     def launch_step(self, lr: float, max_norm: float) -> Tensor:
         """See Engine."""
@@ -61,6 +64,8 @@ class Engine(Protocol):
     updates: int
     formats: dict[str, str]
     """What the tensors of the first update were, see megagpt.engine.dtypes; filled by then."""
+    collective_waits: DeviceTimer | None
+    """What computing on a GPU waits for collectives, where the engine knows it: what overlaps with computing is not counted."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of `loss`; `last` marks the step's last micro-batch."""

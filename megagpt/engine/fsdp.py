@@ -8,6 +8,7 @@ One process on a CPU has nothing to shard. Copies to and from fully_shard's buff
 so the module is used as it is, in bf16 with its weights cast for each forward pass (`computing_in_bf16`).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from megagpt.config import UserError
+from megagpt.distributed.device_timer import DeviceTimer
 from megagpt.distributed.world import World
 from megagpt.engine.autocast import computing_in_bf16
 from megagpt.engine.base import Partition, Steps
@@ -25,6 +27,7 @@ from megagpt.engine.canonical import BlockNorm, Extent, OrderedReduceScatter, wi
 from megagpt.engine.clipping import clip_and_update
 from megagpt.engine.config import FSDPConfig, Precision
 from megagpt.engine.dtypes import name_of, watch_formats
+from megagpt.engine.fsdp_waits import measure_waits
 from megagpt.engine.optim import STATES, OptimConfig, build_optimizer, create_states, parameter_groups, set_lr, set_updates
 from megagpt.model.gpt import GPT
 
@@ -82,6 +85,9 @@ class FSDPEngine(Steps):
         self._canonical = canonical
         if canonical:
             self._add_in_order()
+        if world.device.type == "cuda" and world.size > 1:
+            self.collective_waits = DeviceTimer(world.device)
+            measure_waits(self._units, self.collective_waits)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then.
@@ -106,7 +112,9 @@ class FSDPEngine(Steps):
             norm = self._norm([gradient for gradient in local if len(gradient)])
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if isinstance(norm, DTensor):
+            with self.collective_waits() if self.collective_waits else contextlib.nullcontext():
+                norm = norm.full_tensor()
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         result = clip_and_update(self._optimizer, local, norm, max_norm)
         self._optimizer.zero_grad()

@@ -80,6 +80,7 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
             memory: dict[str, Any] = {"planner": planner, "attempt": attempt}
             with explaining_out_of_memory(config, None, world, 0, monitor.clock, when="as the engine was built", **memory):
                 engine = build_engine(config.model, config.optim, config.engine, world, **config.engine_options)
+            watchdog.collective_waits = engine.collective_waits
             guard = Guard(config.guard, config.run_dir)
             saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
             every, keep_last = config.export_every_steps, config.export_keep_last

@@ -3,6 +3,7 @@
 On a GPU the next step is launched in the meantime (`read_results`), so the device is never idle.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class Launch:
                 *(torch.stack([part[name] for part in added]).double() for name in names),
                 *by_source.sums,
             ]
-            record = self._records.send(torch.cat(rows))
+            values, waits = torch.cat(rows), engine.collective_waits
+            with waits() if waits is not None else contextlib.nullcontext():  # all ranks meet, and nothing overlaps with it
+                record = self._records.send(values)
         after = state.advance(batch_size, num_targets)
         kind = name_of(losses[0].dtype)
         counts = tuple(targets_by_source) if is_logged else ()

@@ -152,18 +152,16 @@ def _dumps(suffix: str, *arguments: bool) -> list[bytes]:
 
 
 class WaitSampler:
-    """Seconds that this rank waits in collectives, estimated by sampling whether it waits.
+    """Seconds that this rank waits in collectives on the CPU, estimated by sampling whether its main thread sleeps inside
+    torch's or DeepSpeed's collectives. A slow rank waits least, on any engine.
 
-    A slow rank waits least, on any engine. On the CPU a rank waits while its main thread sleeps inside torch's or DeepSpeed's
-    collectives; with NCCL, while a collective runs on its GPU.
+    NCCL's collectives run beside the GPU's computing: that one is running says nothing. See Engine.collective_waits.
     """
 
-    def __init__(self, device: torch.device, counts: Callable[[], bool]) -> None:
+    def __init__(self, counts: Callable[[], bool]) -> None:
         """counts: returns whether the current moment is part of a step (and not, for example, of a save)."""
-        on_gpu = device.type == "cuda"
-        self.seconds, self.looks = 0.0, 0
-        self.pause_seconds = 0.5 if on_gpu else 0.05
-        self._waits, self._counts = _gpu_waits if on_gpu else _main_thread_waits, counts
+        self.seconds, self.looks, self.pause_seconds = 0.0, 0, 0.05
+        self._counts = counts
 
     def run(self, closing: threading.Event) -> None:
         """Sample until `closing` is set, at irregular intervals, so that all parts of steps of equal length are sampled."""
@@ -172,7 +170,7 @@ class WaitSampler:
             now = time.monotonic()
             if self._counts():
                 self.looks += 1
-                self.seconds += now - before if self._waits() else 0.0
+                self.seconds += now - before if _main_thread_waits() else 0.0
             before = now
 
 
@@ -189,9 +187,3 @@ def _main_thread_waits() -> bool:
 def _collective_place(thread: threading.Thread) -> tuple[int, int] | None:
     frame = sys._current_frames().get(thread.ident or 0)
     return (id(frame), frame.f_lasti) if frame is not None and stacks.in_collective(frame) else None
-
-
-def _gpu_waits() -> bool:
-    module: Any = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]
-    entries = json.loads(module._dump_nccl_trace_json(True, True)).get("entries", [])
-    return any(entry["state"] == "started" and not entry["retired"] for entry in entries)

@@ -34,6 +34,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from megagpt.command import EXIT_WATCHDOG
 from megagpt.config import Config
+from megagpt.distributed.device_timer import DeviceTimer
 from megagpt.distributed.world import World
 from megagpt.files import read_json, write_json
 from megagpt.monitor.goodput import Stopwatch
@@ -41,7 +42,6 @@ from megagpt.monitor.metrics import METRICS_FILE, format_row
 from megagpt.monitor.nvml import read_node, summarise_nodes
 from megagpt.watchdog import flight_recorder as collectives
 from megagpt.watchdog import stacks
-from megagpt.watchdog.forward_timer import ForwardTimer
 from megagpt.watchdog.stragglers import LONG_ACTIVITIES, Progress, RankTimes
 
 Report = dict[str, Any]
@@ -94,8 +94,10 @@ class Watchdog:
         self.config, self.world, self.run_dir, self.attempt = config, world, run_dir, attempt
         self._clock, self._step, self._beats, self._switches = clock, 0, 0, clock.switches
         self._times = RankTimes(config.slow_ratio)
-        self._forward = ForwardTimer(world.device)
-        self._sampler = collectives.WaitSampler(world.device, lambda: clock.activity not in LONG_ACTIVITIES)
+        self._forward = DeviceTimer(world.device)
+        self._sampler = collectives.WaitSampler(lambda: clock.activity not in LONG_ACTIVITIES)
+        self.collective_waits: DeviceTimer | None = None
+        """On a GPU, of the engine, once there is one; on a CPU the main thread is looked at instead."""
         self._progress: Progress = {"steps": -1}
         self._marks, self._since = (0, 0, 0, 0), time.monotonic()
         self._number, self._first_step = 0, None
@@ -114,7 +116,7 @@ class Watchdog:
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size) if world.rank == 0 else (0,), now)
         threads: dict[str, Callable[[], None]] = {"reports": self._exchange, "judge": self._judge}
-        if world.size > 1:  # one rank alone waits for nobody
+        if world.size > 1 and world.device.type == "cpu":  # one rank alone waits for nobody
             threads["samples"] = partial(self._sampler.run, self._closing)
         if world.local_rank == 0 and world.device.type == "cuda":
             threads["gpus"] = self._read_gpus
@@ -132,7 +134,9 @@ class Watchdog:
     def beat(self, step: int) -> None:
         """Note progress: `step` updates are done. Called before the first step, for every micro-batch and after each update."""
         if step != self._step:
-            sampled = {"collective": self._sampler.seconds, "looks": self._sampler.looks, "forward": self._forward.seconds}
+            waits = self.collective_waits
+            waited, looks = (self._sampler.seconds, self._sampler.looks) if waits is None else (waits.seconds, waits.count)
+            sampled = {"collective": waited, "looks": looks, "forward": self._forward.seconds}
             self._progress = {"steps": step, **self._clock.peek(), **sampled}
         self._step, self._switches = step, self._clock.switches
         self._beats += 1
