@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.host_memory import HostCopy, refuse_small_node
 from megagpt.checkpoint.on_disk import FORMAT, list_checkpoints, read_state, saved_field, step_of
 from megagpt.checkpoint.ownership import still_owner
 from megagpt.checkpoint.partitions import (
@@ -74,7 +75,14 @@ class Saver:
         self._world = world.with_own_group() if background else world
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver") if background else None
         self._pending: Future[Path] | None = None
-        self._host: dict[str, Tensor] = {}  # kept between saves: fresh memory costs more than the copy into it
+        self._host = HostCopy()
+
+    def prepare(self, engine: Engine) -> None:
+        """Take the host memory for background saves now: page-locking it takes seconds. Raises UserError, on all ranks, if some
+        node has too little."""
+        if self._thread is not None:
+            refuse_small_node(engine, self._world)
+            self._parts({key: own_share(partition)[1] for key, partition in engine.state().items()})
 
     def save(
         self,
@@ -126,19 +134,21 @@ class Saver:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+            self._host.release()
 
     def _copy(self, shares: Shares) -> Shares:
-        """The shares in host memory; page-locked where they come from a GPU."""
-        copies = {}
+        """The shares in host memory."""
+        copies, parts = {}, self._parts({key: data for key, (_, data) in shares.items()})
         for key, (start, data) in shares.items():
-            host = self._host.get(key)
-            if host is None or len(host) != len(data):
-                host = self._host[key] = torch.empty(len(data), dtype=data.dtype, pin_memory=data.is_cuda)
-            copies[key] = (start, host.copy_(data, non_blocking=True))
+            copies[key] = (start, parts[key].copy_(data, non_blocking=True))
             self._world.progress()
         if any(data.is_cuda for _, data in shares.values()):
             torch.cuda.synchronize()
         return copies
+
+    def _parts(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        on_gpu = any(tensor.is_cuda for tensor in data.values())
+        return self._host.parts({key: len(tensor) for key, tensor in data.items()}, page_locked=on_gpu)
 
     def _write(self, shares: Shares, step: int, saved: dict[str, Any], after: Callable[[Path], None] | None) -> Path:
         world, folder = self._world, self._run_dir / "checkpoints"

@@ -11,8 +11,8 @@ from megagpt.data.open_data import open_data
 from megagpt.engine.build import refuse_shared_samples, refuse_unsupported
 from megagpt.files import show_bytes
 from megagpt.model.float8 import refuse_float8
-from megagpt.plan.run_plan import Cluster, PlanConfig, RunPlan
-from megagpt.plan.sbatch import gpus_asked, sbatch_options, slurm_seconds
+from megagpt.plan.run_plan import GIB, Cluster, PlanConfig, RunPlan
+from megagpt.plan.sbatch import gpus_asked, node_bytes_asked, sbatch_options, slurm_seconds
 from megagpt.train.config import TrainConfig
 from megagpt.train.cross_checks import refuse_contradictions
 
@@ -38,7 +38,7 @@ def preflight_job(config: PlanConfig, cluster: Cluster, plan: RunPlan | UserErro
     problems = [problem for check in checks for problem in check()]
     if isinstance(plan, UserError):
         return [str(plan), *problems]
-    return [*problems, *_memory(plan), *_disk(run, plan)]
+    return [*problems, *_memory(plan), *_host_memory(config, cluster, plan), *_disk(run, plan)]
 
 
 def _settings(config: TrainConfig) -> Iterator[str]:
@@ -130,6 +130,23 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         yield (
             f"memory: {plan.needed_gib:.1f} GiB are needed of {plan.capacity_gib:.1f} in the phase {plan.memory.phase}"
             f" ({parts}); fit=true searches settings that fit"
+        )
+
+
+def _host_memory(config: PlanConfig, cluster: Cluster, plan: RunPlan) -> Iterator[str]:
+    """Python, CUDA and the loader need more on top, which is not planned."""
+    gpus = min(cluster.gpus, cluster.gpus_per_node)
+    asked = node_bytes_asked(sbatch_options(config.sbatch), gpus)
+    there, source = (asked, "sbatch asks for") if asked is not None else (None, "")
+    if config.node_memory_gib is not None:
+        there, source = int(config.node_memory_gib * GIB), "node_memory_gib says"
+    needed = gpus * plan.host_bytes
+    if there is not None and needed > there:
+        parts = [f"{show_bytes(gpus * plan.save_copy_bytes)} for background saves"] if plan.save_copy_bytes else []
+        parts += [f"{show_bytes(gpus * plan.memory.host)} of offloaded states"] if plan.memory.host else []
+        yield (
+            f"host memory: {gpus} ranks of a node need {show_bytes(needed)} ({', '.join(parts)}), {source} {show_bytes(there)}:"
+            " set save_in_background=false, take more nodes, or ask for more memory"
         )
 
 

@@ -34,6 +34,8 @@ class PlanConfig(TrainConfig):
     """Kind of GPU, a name of megagpt/plan/hardware.yaml. With another name the plan has no times."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU in GiB; null = the value of hardware.yaml."""
+    node_memory_gib: float | None = Field(default=None, gt=0)
+    """Host memory of a node in GiB; null = what --mem or --mem-per-gpu of `sbatch` asks for. Without either it is not checked."""
     network: str | None = None
     """Network between nodes, a name of hardware.yaml; null = the usual one of the GPU."""
     network_gb_per_second: float | None = Field(default=None, gt=0)
@@ -107,6 +109,8 @@ class RunPlan:
     """Relative error of planned speed that nine of ten held-back published runs stay below, e.g. 0.08."""
     tokens: int
     checkpoint_bytes: int
+    save_copy_bytes: int
+    """Host memory per GPU for background saves."""
     export_bytes: int
     """Of all exports during training that are on the disk at once."""
     notes: tuple[str, ...]
@@ -115,6 +119,11 @@ class RunPlan:
     def fits(self) -> bool | None:
         """Whether the run fits into the GPU's memory; None if that is not known."""
         return None if self.capacity_gib is None else self.needed_gib <= self.capacity_gib
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory per GPU: offloaded states, and the copy for background saves."""
+        return self.memory.host + self.save_copy_bytes
 
 
 def cluster_of(config: PlanConfig, gpus: int | None = None) -> Cluster:
@@ -216,6 +225,7 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
         notes.append("determinism=canonical reduces each micro-batch separately: its buffers and time are not counted")
     if config.compile:
         notes.append("compile=true: fused operations keep fewer activations than are counted, and run faster")
+    checkpoint_bytes = sum((4 + state_bytes(config.optim, name, s)) * s.numel() for name, s in shapes.items())
     return RunPlan(
         parameters=parameters,
         flops=flops,
@@ -230,7 +240,8 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
         seconds=seconds,
         error=efficiency.p90_error if efficiency and step else None,
         tokens=config.num_samples() * config.data.seq_len,
-        checkpoint_bytes=sum((4 + state_bytes(config.optim, name, s)) * s.numel() for name, s in shapes.items()),
+        checkpoint_bytes=checkpoint_bytes,
+        save_copy_bytes=-(-checkpoint_bytes // cluster.gpus) if config.save_in_background else 0,
         export_bytes=export_bytes(config, sum(s.numel() for s in shapes.values())),
         notes=tuple(notes),
     )

@@ -20,6 +20,15 @@ def gpus_asked(options: Mapping[str, str]) -> tuple[int, int] | None:
     return (int(nodes), int(number)) if number.isdigit() and nodes.isdigit() and int(nodes) and int(number) else None
 
 
+def node_bytes_asked(options: Mapping[str, str], gpus_per_node: int) -> int | None:
+    """Host memory of a node that a job gets by --mem or --mem-per-gpu; None if neither limits it (--mem=0 is all there is)."""
+    for name, count in (("mem", 1), ("mem-per-gpu", gpus_per_node)):
+        match = re.fullmatch(r"(\d+)([KMGT]?)B?", options.get(name, ""), flags=re.IGNORECASE)
+        if match and int(match[1]):
+            return int(match[1]) * 1024 ** ("KMGT".index(match[2].upper() or "M") + 1) * count
+    return None
+
+
 def slurm_seconds(text: str) -> int | None:
     """Seconds of a time in one of SLURM's formats; None if `text` has none of them."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)

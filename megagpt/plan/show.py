@@ -66,6 +66,8 @@ def plan_lines(config: PlanConfig, cluster: Cluster, plan: RunPlan, found: Sugge
     lines += [f"  {size / GIB:8.2f}  {name}" for name, size in sorted(plan.memory.parts.items(), key=lambda item: -item[1])]
     if plan.memory.host:
         lines.append(f"  {plan.memory.host / GIB:8.2f}  in host memory, per GPU")
+    if plan.save_copy_bytes:
+        lines.append(f"  {plan.save_copy_bytes / GIB:8.2f}  in host memory for background saves, per GPU")
     lines.append("traffic of a step, GiB of buffers:")
     for item in plan.traffic:
         where = "inside a node" if item.ranks <= cluster.gpus_per_node and item.group != "far" else "between nodes"

@@ -91,6 +91,7 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
             )
             with explaining_out_of_memory(config, engine, world, 0, monitor.clock, when="as weights were loaded", **memory):
                 state = restore_or_start(run)
+            saver.prepare(engine)
         preflight.record_settings(config, data, world)
         with exports:
             status = loop(run, state)

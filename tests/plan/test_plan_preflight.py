@@ -15,7 +15,7 @@ from megagpt.config import UserError, validate
 from megagpt.data.open_data import open_data
 from megagpt.plan.preflight import preflight_job
 from megagpt.plan.run_plan import PlanConfig, RunPlan, cluster_of, make_plan
-from megagpt.plan.sbatch import gpus_asked, sbatch_options
+from megagpt.plan.sbatch import gpus_asked, node_bytes_asked, sbatch_options
 from megagpt.train.preflight import check_run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -104,6 +104,35 @@ def test_exports_count_among_what_the_disk_must_hold(shards: Path, tmp_path: Pat
         except UserError as error:
             message = str(error)
         assert ("and exports (export_keep_last=3, and one being written) need" in message) == is_caught, message
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("--mem=200G", 200 * 2**30),
+        ("--mem=500", 500 * 2**20),
+        ("--mem-per-gpu=2T", 16 * 2**40),
+        ("--mem=0", None),
+        ("--exclusive", None),
+    ],
+)
+def test_the_host_memory_of_a_job_is_read_from_its_options(options: str, found: int | None) -> None:
+    assert node_bytes_asked(sbatch_options(options), 8) == found
+
+
+def test_copies_for_background_saves_count_against_a_nodes_memory(shards: Path, tmp_path: Path) -> None:
+    changes = {"gpus": 16, "global_batch_size": 64, "engine": {"kind": "fsdp", "cpu_offload": True}}
+    config = config_of(shards, tmp_path / "run", changes)
+    plan = make_plan(config.train_config(), cluster_of(config))
+    assert plan.save_copy_bytes == -(-plan.checkpoint_bytes // 16)
+    assert plan.memory.host > plan.save_copy_bytes * 0.99
+    for room, is_caught in ((8 * plan.host_bytes, False), (8 * plan.host_bytes - 1, True)):
+        found = problems_of(config.model_copy(update={"node_memory_gib": room / 2**30}))
+        assert any("host memory: 8 ranks of a node need" in problem for problem in found) == is_caught, found
+    small = config.model_copy(update={"sbatch": "--nodes=2 --gpus-per-node=8 --signal=B:USR1@300 --mem=1K"})
+    assert any("sbatch asks for 1" in problem for problem in problems_of(small))
+    waits = config_of(shards, tmp_path / "run", {**changes, "save_in_background": False})
+    assert make_plan(waits.train_config(), cluster_of(waits)).save_copy_bytes == 0
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:
