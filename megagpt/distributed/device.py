@@ -1,10 +1,11 @@
 """Which device a rank computes on. A machine whose GPUs torch cannot use is an error, never a silent run on its CPU."""
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -72,6 +73,12 @@ def refuse_shared_gpus(gpus: Sequence[tuple[str, str]]) -> None:
     for (node, uuid), sharing in ranks.items():
         if len(sharing) > 1:
             raise UserError(f"ranks {', '.join(map(str, sharing))} share GPU {uuid} of {node}: start one rank per GPU")
+
+
+def gpus_of_all(store: Any, rank: int, size: int, own: tuple[str, str]) -> list[tuple[str, str]]:
+    """`own_gpu` of every rank in rank order, exchanged through torch's store, before there is a process group."""
+    store.set(f"gpu {rank}", json.dumps(own))
+    return [tuple(json.loads(text)) for text in store.multi_get([f"gpu {number}" for number in range(size)])]
 
 
 def own_gpu(device: torch.device) -> tuple[str, str]:

@@ -90,8 +90,10 @@ def check_gpus(config: CheckNodeConfig) -> Iterator[str]:
 
 def _nvml_problems_of(uuid: str, max_temperature_celsius: float) -> list[str]:
     """The defects that NVML reports of a GPU; none where NVML is absent or does not know it (a MIG slice, say)."""
-    import pynvml
-
+    try:
+        import pynvml
+    except ImportError:
+        return []
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")

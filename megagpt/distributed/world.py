@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megagpt.command import EXIT_STOPPED
 from megagpt.config import Failure, UserError
-from megagpt.distributed.device import Device, choose_device, own_gpu, promised_gpus, refuse_shared_gpus
+from megagpt.distributed.device import Device, choose_device, gpus_of_all, own_gpu, promised_gpus, refuse_shared_gpus
 from megagpt.distributed.malloc import keep_freed_memory
 from megagpt.distributed.ports import free_port
 
@@ -141,6 +142,7 @@ class World:
     rank: int
     size: int
     local_rank: int
+    """Number of this process on its node, also where it sees one GPU only."""
     device: torch.device
     launcher: str
     control: Any
@@ -337,24 +339,27 @@ def init_world(*, timeout_seconds: float = 1800.0, stop: StopRequest | None = No
             raise UserError(f"environment: {name} is not set; {place.launcher} needs it (slurm/pretrain.sh sets it)")
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = choose_device(place.local_rank, wanted_device, visible=visible, promised=promised_gpus(os.environ))
-    local_rank = device.index if device.type == "cuda" else place.local_rank  # DeepSpeed uses cuda:LOCAL_RANK
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(local_rank))
+    index = device.index if device.type == "cuda" else place.local_rank  # DeepSpeed uses cuda:LOCAL_RANK
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(index))
     for name, value in RECORDER_SETTINGS.items():
         os.environ.setdefault(name, value)
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        # NCCL joins as the group is made, and of a GPU that two ranks have it says no more than "invalid usage".
+        refuse_shared_gpus(gpus_of_all(store, place.rank, place.size, own_gpu(device)))
         # CPU tensors too: with cpu_offload, FSDP's gradients and their norm are on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        options: dict[str, Any] = {"store": store, "rank": place.rank, "world_size": place.size, "timeout": timeout}
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
         control = dist.new_group(backend="gloo", timeout=timeout) if place.size > 1 else None
     else:
         if not keep_freed_memory():
             log.info("this C library returns freed memory to the kernel: every step on this CPU pays for page faults")
         dist.init_process_group("gloo", timeout=timeout)
         control = dist.group.WORLD if place.size > 1 else None
-    world = World(place.rank, place.size, local_rank, device, place.launcher, control, stop)
-    refuse_shared_gpus(world.gather(own_gpu(device)))
-    return world
+    return World(place.rank, place.size, place.local_rank, device, place.launcher, control, stop)
 
 
 def close_world() -> None:

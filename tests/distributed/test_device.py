@@ -1,16 +1,20 @@
 """The device of a rank: GPUs that torch cannot use are an error, and no two ranks share one."""
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+import torch.distributed as dist
+from ranks import free_port, run_ranks
 
 from megagpt.config import UserError
-from megagpt.distributed import device
+from megagpt.distributed import device, node_check, world
 from megagpt.distributed.determinism import NCCL_SETTINGS, make_deterministic, use_tf32
-from megagpt.distributed.device import choose_device, promised_gpus, refuse_shared_gpus
+from megagpt.distributed.device import choose_device, gpus_of_all, promised_gpus, refuse_shared_gpus
 from megagpt.distributed.node_check import CheckNodeConfig, check_gpus
 from megagpt.distributed.world import World
 from megagpt.generate.sampling import drawing_device
@@ -75,6 +79,37 @@ def test_ranks_that_share_a_gpu_are_named() -> None:
     refuse_shared_gpus([("n0", "GPU-a"), ("n0", "GPU-b"), ("n1", "GPU-a"), ("n1", "")])
     with pytest.raises(UserError, match="ranks 1, 2 share GPU GPU-b of n0"):
         refuse_shared_gpus([("n0", "GPU-a"), ("n0", "GPU-b"), ("n0", "GPU-b")])
+
+
+def test_gpus_are_compared_before_there_is_a_group() -> None:
+    """NCCL refuses a GPU that two ranks have without naming it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    clients = [dist.TCPStore("127.0.0.1", store.port, is_master=False) for _ in range(3)]
+    with ThreadPoolExecutor(3) as ranks:
+        own = [("n0", "GPU-a"), ("n0", "GPU-b"), ("n1", "GPU-a")]
+        found = list(ranks.map(lambda rank: gpus_of_all(clients[rank], rank, 3, own[rank]), range(3)))
+    assert found == [own] * 3
+
+
+def test_a_rank_that_sees_one_gpu_keeps_its_number_on_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOCAL_RANK is the GPU's, which DeepSpeed reads; the number decides which rank of a node serves and reads for it."""
+    monkeypatch.setattr(world, "choose_device", lambda *_, **__: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(world, "own_gpu", lambda _: ("n0", "GPU-a"))
+    joined: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.update(options, backend=backend))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(world.StopRequest, "install", lambda self: None)
+    assert world.init_world().local_rank == 3
+    assert os.environ["LOCAL_RANK"] == "0"
+    assert (joined["backend"], joined["rank"], joined["world_size"]) == ("cpu:gloo,cuda:nccl", 0, 1)
+
+
+def test_a_node_without_nvmls_module_is_not_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert node_check._nvml_problems_of("GPU-a", 90.0) == []
 
 
 def device_or_error(world: World) -> str:
