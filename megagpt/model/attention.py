@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLEX_BLOCK = 128
+"""Tokens of a side of a BlockMask's blocks, torch's default."""
+
 Mask: TypeAlias = Any
 """None: plain causal. A bool tensor: True where attention is allowed, broadcast to [B, H, T, T]. Or a BlockMask."""
 
@@ -48,7 +51,7 @@ def attention_mask(
             return None
         return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(diagonal=start)
     positions = torch.arange(length, device=device)
-    rows = positions if rows is None else rows
+    every, rows = rows is None, positions if rows is None else rows
     if doc_lengths is None:
         document = torch.zeros(1, length, dtype=torch.int64, device=device)
     else:
@@ -60,9 +63,35 @@ def attention_mask(
         def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (document[b, rows[q]] == document[b, k]) & (rows[q] >= k)
 
+        if every:
+            return document_blocks(document, allowed)
         return create_block_mask(allowed, len(document), None, len(rows), length, device=str(device))
     causal = rows[:, None] >= positions
     return ((document[:, rows, None] == document[:, None, :]) & causal)[:, None]
+
+
+def document_blocks(document_bt: Tensor, allowed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
+    """The BlockMask that create_block_mask makes of `allowed`, causal inside documents, from the blocks' first and last tokens
+    alone: no [B, T, T] array is held. document_bt: the number of each token's document, which never decreases."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    length = document_bt.shape[1]
+    starts = torch.arange(0, length, FLEX_BLOCK, device=document_bt.device)
+    ends = (starts + FLEX_BLOCK - 1).clamp(max=length - 1)
+    first_bn, last_bn = document_bt[:, starts], document_bt[:, ends]
+    query, key = torch.arange(len(starts), device=starts.device)[:, None], torch.arange(len(starts), device=starts.device)
+    # A block of earlier keys ends in the document in which that of the queries begins, or they have none in common.
+    shared_bnn = (key == query) | ((key < query) & (last_bn[:, None, :] == first_bn[:, :, None]))
+    full_bnn = (key < query) & (first_bn[:, None, :] == last_bn[:, :, None])
+    full_bnn &= query < length // FLEX_BLOCK  # the last block may be cut short
+    some, full = (_numbered(x[:, None]) for x in (shared_bnn & ~full_bnn, full_bnn))
+    return BlockMask.from_kv_blocks(*some, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=allowed, seq_lengths=(length, length))
+
+
+def _numbered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row how many blocks are set, and the numbers of all of them, those that are set first."""
+    order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 @cache

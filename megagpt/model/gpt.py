@@ -372,6 +372,7 @@ def keep_products() -> Any:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,  # documents on GPUs
     ]
     return create_selective_checkpoint_contexts(kept)
 

@@ -1,15 +1,20 @@
 """The model against slow, obvious versions: attention, rotary positions, documents, cache, loss, start."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.config import UserError, validate
 from megagpt.documents import IGNORE
 from megagpt.model import loss as loss_module
 from megagpt.model.attention import attend, attention_mask
-from megagpt.model.gpt import GPT, ModelConfig, initial_value, initialise
+from megagpt.model.gpt import GPT, ModelConfig, initial_value, initialise, keep_products
 from megagpt.model.loss import summed_cross_entropy, summed_loss_terms
 
 SMALL = {"vocab_size": 50, "seq_len": 24, "num_layers": 2, "num_heads": 4, "hidden_size": 32}
@@ -201,6 +206,49 @@ def test_a_block_mask_allows_what_the_plain_mask_allows() -> None:
     torch.testing.assert_close(plain, blocks, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"dropout=0\.1"):
         attend(q_bhte, k_bkte, v_bkte, masks[1], dropout=0.1)
+
+
+@pytest.mark.parametrize("length", [64, 128, 200, 512, 640])
+def test_blocks_from_the_ends_of_documents_are_those_of_every_pair(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    cuts = [sorted({0, length, *torch.randint(1, length, (count,), generator=generator).tolist()}) for count in (0, 1, 4, 40)]
+    rows = [[b - a for a, b in itertools.pairwise(row)] for row in [*cuts, [0, 128, length] if length > 128 else [0, length]]]
+    width = max(map(len, rows))
+    lengths = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    found = attention_mask(0, length, lengths, lengths.device, blockwise=True)
+    wanted = create_block_mask(found.mask_mod, len(rows), None, length, length, device="cpu")
+    assert found.seq_lengths == wanted.seq_lengths
+    assert found.BLOCK_SIZE == wanted.BLOCK_SIZE
+    for kind in ("kv", "q", "full_kv", "full_q"):
+        counts, numbers = getattr(found, f"{kind}_num_blocks"), getattr(found, f"{kind}_indices")
+        assert torch.equal(counts, getattr(wanted, f"{kind}_num_blocks")), kind
+        assert torch.equal(numbers, getattr(wanted, f"{kind}_indices")), kind
+        assert counts.dtype == numbers.dtype == torch.int32
+
+
+def test_no_array_over_all_pairs_is_made_for_documents() -> None:
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.elements = max(self.elements, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    lengths = torch.tensor([[1000, 3096], [4000, 96]])
+    with Largest() as largest:
+        attention_mask(0, 4096, lengths, lengths.device, blockwise=True)
+    assert largest.elements == 2 * 4096  # each token's document
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_selective_checkpointing_keeps_attention_over_documents() -> None:
+    lengths, x_bhte = torch.tensor([[130, 70]]), torch.randn(1, 2, 200, 16)
+    mask = attention_mask(0, 200, lengths, x_bhte.device, blockwise=True)
+    first_pass, _ = keep_products()
+    with torch.no_grad(), first_pass:
+        attend(x_bhte, x_bhte, x_bhte, mask)
+    assert [str(operation) for operation in first_pass.storage] == ["flex_attention"]
 
 
 @pytest.mark.gpu
