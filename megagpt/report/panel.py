@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.box import ROUNDED, SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,15 +19,26 @@ EVENT_STYLES = {"rewind": "yellow", "skip": "yellow", "damaged": "yellow", "aler
 BARS = "▁▂▃▄▅▆▇█"
 TWO_COLUMNS = 76
 """Least width, in characters, at which the figures are in two columns."""
+WIDE_EVENTS = 60
+"""Least width at which an event's words are beside its time and step."""
+WIDE_TABLE = 60
+"""Least width at which a table of runs has steps; below it shows their share of all."""
 SHOWN_REASON = 160
 """Most characters that are shown of a reason or a problem."""
 
 
 def run_panel(state: RunState, width: int, *, num_events: int = 6) -> RenderableType:
     """The panel of one run, `width` columns wide."""
-    title = Text.assemble((state.status, STYLES.get(state.status, "")), "  ", (safe_line(state.name), "bold"))
+    title, name = (
+        Text(state.status, style=STYLES.get(state.status, "")),
+        Text(safe_line(state.name), style="bold", overflow="fold"),
+    )
     inner = width - 4
     parts: list[RenderableType] = [_progress(state, inner), _figures(state, inner)]
+    if title.cell_len + 2 + name.cell_len <= inner - 2:
+        title = Text.assemble(title, "  ", name)
+    else:  # a title is cut off
+        parts.insert(0, name)
     if len(state.losses) > 1:
         spark = sparkline(state.losses, max(8, inner - 7))
         parts.append(Text.assemble(("loss   ", "dim"), (spark, "cyan"), no_wrap=True, overflow="crop"))
@@ -34,7 +46,7 @@ def run_panel(state: RunState, width: int, *, num_events: int = 6) -> Renderable
     events = state.events[-num_events:] if num_events else ()
     if events:
         parts.append(Text("last events", style="dim"))
-        parts += [_event(row, state.now) for row in reversed(events)]
+        parts.append(_events(events, state.now, inner))
     return Panel(Group(*parts), title=title, box=ROUNDED, width=width)
 
 
@@ -53,7 +65,7 @@ def runs_table(states: Sequence[RunState], width: int) -> RenderableType:
         cells = {
             "run": Text(safe_line(state.name)),
             "status": Text(state.status, style=STYLES.get(state.status, "")),
-            "step": Text(_share(state)),
+            "step": Text(_share(state, short=width < WIDE_TABLE)),
             "loss": Text(_shown(state.loss, ".4f")),
             "tokens/s": Text(_count(state.tokens_per_second)),
             "left": Text(span(state.eta_with_restarts_seconds or state.eta_seconds)),
@@ -168,9 +180,26 @@ def _next_save(state: RunState) -> str:
     return f"step {state.next_save_step:,}{when}" + (f" (advised: every {advice:,})" if advice else "")
 
 
-def _event(row: Row, now: float) -> Text:
+def _events(events: Sequence[Row], now: float, width: int) -> RenderableType:
+    """The newest first. A long one continues beside its time and step, or below them if there is little width."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold", ratio=1)
+    below: list[RenderableType] = []
+    for row in reversed(events):
+        head = f"{span(max(0.0, now - row['time'])):>8} ago  step {row['step']:,}"
+        words = Text(_event_words(row), style=EVENT_STYLES.get(row["kind"], ""), overflow="fold")
+        table.add_row(head, words)
+        if len(head) + 2 + words.cell_len <= width:
+            below.append(Text.assemble((head, "dim"), "  ", words))
+        else:
+            below += [Text(head, style="dim"), Padding(words, (0, 0, 0, 4))]
+    return table if width >= WIDE_EVENTS else Group(*below)
+
+
+def _event_words(row: Row) -> str:
     words = [str(row["kind"])]
-    for name in ("reason", "change", "what", "cause", "alert"):
+    for name in ("alert", "reason", "change", "what", "cause"):
         if isinstance(row.get(name), str):
             words.append(row[name][:SHOWN_REASON])
     for name in ("loss", "bits_per_byte"):
@@ -179,12 +208,13 @@ def _event(row: Row, now: float) -> Text:
             words.append(f"{name} {value:.4f}")
     if row["kind"] == "start":
         words.append("from a checkpoint" if row.get("resumed") else "from fresh weights")
-    head = f"{span(max(0.0, now - row['time'])):>8} ago  step {row['step']:,}  "
-    return Text.assemble((head, "dim"), (safe_line("  ".join(words)), EVENT_STYLES.get(row["kind"], "")), overflow="fold")
+    return safe_line("  ".join(words))
 
 
-def _share(state: RunState) -> str:
-    return f"{state.step:,}" if not state.max_steps else f"{state.step:,}/{state.max_steps:,}"
+def _share(state: RunState, *, short: bool) -> str:
+    if not state.max_steps:
+        return f"{state.step:,}"
+    return f"{state.step / state.max_steps:.0%}" if short else f"{state.step:,}/{state.max_steps:,}"
 
 
 def _shown(value: float | None, style: str) -> str:

@@ -108,6 +108,33 @@ def test_the_panel_fits_and_shows_it_all(tmp_path: Path, width: int) -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_long_name_is_not_cut_off(tmp_path: Path, width: int) -> None:
+    name = "llama-1b3-" * 9
+    lines = shown(run_panel(RunReader(write_run(tmp_path / name)).read(1805.0), width), width)
+    assert {len(line) for line in lines} == {width}
+    assert name in "".join(line.strip("│ ") for line in lines)
+    assert "running" in lines[0]
+
+
+def test_long_events_continue_where_they_begin(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "plays")
+    alert = {"kind": "alert", "step": 60, "incarnation": 2, "time": 1800.0, "alert": "thermal", "reason": "hot " * 30}
+    with (run_dir / METRICS_FILE).open("ab") as file:
+        file.write(format_row(alert))
+    state = RunReader(run_dir).read(1805.0)
+    wide = [line.strip("│") for line in shown(run_panel(state, 80), 80)]
+    first = next(number for number, line in enumerate(wide) if "alert  thermal  hot" in line)
+    begin = wide[first].index("alert")
+    assert wide[first + 1].strip().startswith("hot")
+    assert wide[first + 1].index("hot") == begin
+    narrow = [line.strip("│") for line in shown(run_panel(state, 40), 40)]
+    first = next(number for number, line in enumerate(narrow) if "alert  thermal  hot" in line)
+    assert narrow[first - 1].rstrip() == "      5 s ago  step 60"
+    assert {len(line) - len(line.lstrip()) for line in narrow[first : first + 3]} == {5}
+    assert any(line.rstrip().endswith("ago  step 30  save") for line in narrow), "on one line if it fits"
+
+
 @pytest.mark.parametrize(("width", "columns"), [(40, 4), (80, 6), (120, 10)])
 def test_the_table_of_runs_leaves_out_columns(tmp_path: Path, width: int, columns: int) -> None:
     states = [RunReader(write_run(tmp_path / name)).read(1805.0) for name in ("plays", "a_run_with_a_long_name" * 4)]
@@ -115,7 +142,8 @@ def test_the_table_of_runs_leaves_out_columns(tmp_path: Path, width: int, column
     assert max(map(len, lines)) <= width
     head = next(line for line in lines if "status" in line)
     assert len(re.findall(r"\S+(?: \S+)*", head)) == columns
-    assert any("plays" in line and "running" in line and "60/100" in line and "3.0000" in line for line in lines)
+    step = " 60% " if width == 40 else "60/100"
+    assert any("plays" in line and "running" in line and step in line and "3.0000" in line for line in lines)
 
 
 @pytest.mark.parametrize("value", ["abc", None, [1], float("nan"), True, {"a": 1}])
