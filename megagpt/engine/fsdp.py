@@ -86,7 +86,7 @@ class FSDPEngine(Steps):
         if canonical:
             self._add_in_order()
         if world.device.type == "cuda" and world.size > 1:
-            self.collective_waits = DeviceTimer(world.device)
+            self.collective_waits: DeviceTimer | None = DeviceTimer(world.device)
             measure_waits(self._units, self.collective_waits)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

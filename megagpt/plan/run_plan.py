@@ -35,7 +35,8 @@ class PlanConfig(TrainConfig):
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of a GPU in GiB; null = the value of hardware.yaml."""
     node_memory_gib: float | None = Field(default=None, gt=0)
-    """Host memory of a node in GiB; null = what --mem or --mem-per-gpu of `sbatch` asks for. Without either it is not checked."""
+    """Host memory of a node in GiB; null = what --mem or --mem-per-gpu of `sbatch` asks for; without either it
+    is not checked."""
     network: str | None = None
     """Network between nodes, a name of hardware.yaml; null = the usual one of the GPU."""
     network_gb_per_second: float | None = Field(default=None, gt=0)
