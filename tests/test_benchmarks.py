@@ -77,6 +77,14 @@ def test_slopes_are_those_of_one_call_only() -> None:
     assert scale.with_slopes(scale.with_earlier(now, older, "documents"), "documents")[2]["open_slope"] is None
 
 
+def test_where_one_constant_mfu_errs_less_is_said() -> None:
+    from bench.plan import speed
+
+    row = {"gpu": "h200", "runs": 2, "median_error_pct": 4.0, "constant_median_error_pct": 2.4}
+    row |= {"worst_error_pct": 4.1, "constant_worst_error_pct": 5.0}
+    assert speed.won_by_the_constant([{"rows": [row]}]) == ["h200: median 4.0 % (one constant MFU: 2.4 %)"]
+
+
 def test_a_memory_bench_that_resumes_knows_what_it_has_measured() -> None:
     from bench.plan import memory
 
