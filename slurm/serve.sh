@@ -47,8 +47,9 @@ for word in "$@"; do [[ $word != port=* ]] || port=${word#port=}; done
 node=$(hostname)
 say "on $node; from outside: ssh -N -L $port:127.0.0.1:$port $node, then http://127.0.0.1:$port"
 
-# The time limit and preemption reach this script, scancel the step: both end in SIGTERM for the server, which drains.
-trap 'say "the job ends: draining"; kill -s TERM "$server" 2> /dev/null' USR1 TERM
+# The time limit and preemption reach this script, scancel the step: both end in SIGTERM for the server, which drains. The
+# step is asked, as srun, when it gets SIGTERM itself, kills it at once.
+trap 'say "the job ends: draining"; scancel --signal=TERM "$SLURM_JOB_ID.0" 2> /dev/null' USR1 TERM
 export PYTHONUNBUFFERED=1 SRUN_CPUS_PER_TASK=${SLURM_CPUS_ON_NODE:-1}
 srun --nodes=1 --ntasks=1 "${launch[@]}" "$python" tools/serve_model.py "$@" &
 server=$!

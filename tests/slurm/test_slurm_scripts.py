@@ -1,16 +1,20 @@
 """The job scripts: static checks, refusals before submission, and runs on a real SLURM on this host."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ranks import wait_until
+from ranks import own_ports, wait_until
+from served import write_run
 from slurm_cluster import Cluster, make_site, processes_of, running_cluster, skip_without_slurm
 
 from megagpt.documents import Document, write_documents
@@ -259,3 +263,40 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path, shards: P
     time.sleep(3)  # what is left of the script would put the job back now
     job = cluster.job(job_id)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+
+
+def ask(port: int, **values: Any) -> Any:
+    """The open answer of a server to a completion."""
+    body = json.dumps({"prompt": "a", "temperature": 0, **values}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=120)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_model_is_served_and_the_end_of_the_job_drains(cluster: Cluster, site: Path, tmp_path: Path) -> None:
+    """Of two jobs one gets the signal before its time limit, the other is cancelled: streams that run go on to their ends."""
+    run_dir, ports = write_run(tmp_path / "tiny", seq_len=2048), own_ports(2)
+    jobs = [
+        submit(cluster, site, "serve.sh", f"run_dir={run_dir}", f"port={port}", "device=cpu", "num_slots=2") for port in ports
+    ]
+    logs = [f"megagpt-serve-{job}.log" for job in jobs]
+    for job, log, port in zip(jobs, logs, ports, strict=True):
+        wait_until(lambda log=log: "serving tiny on" in log_of(site, log) or "ended with status" in log_of(site, log))
+        assert f"ssh -N -L {port}:127.0.0.1:{port}" in log_of(site, log), log_of(site, log)
+        assert cluster.job(job)["JobState"] == "RUNNING"
+    first, second = (json.load(ask(port, max_tokens=20))["choices"][0]["text"] for port in ports)
+    assert first == second != ""
+    streams = [ask(port, max_tokens=1500, stream=True) for port in ports]
+    heads = [stream.readline() for stream in streams]
+    cluster.command("scancel", "--batch", "--signal=USR1", jobs[0])
+    cluster.command("scancel", jobs[1])
+    for head, stream in zip(heads, streams, strict=True):
+        assert head.startswith(b"data: {")
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+    job = cluster.wait_for(jobs[0], "COMPLETED", timeout=120)
+    assert job["ExitCode"] == "0:0"
+    assert "the job ends: draining" in log_of(site, logs[0])
+    assert "the server ended with status 0" in log_of(site, logs[0])
+    cluster.wait_for(jobs[1], "CANCELLED", timeout=120)
+    wait_until(lambda: not processes_of(jobs[1], "tools/serve_model.py"), 60)

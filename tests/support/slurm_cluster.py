@@ -191,6 +191,7 @@ def make_site(root: Path, project: Path, *, nodes: str = "2") -> Path:
     for old, new in (
         ("pretrain_options=(--nodes=1 --gpus-per-node=8 --time=24:00:00)", f"pretrain_options=(--nodes={nodes} --time=30)"),
         ("preprocess_options=(--nodes=1 --time=24:00:00)", f"preprocess_options=(--nodes={nodes} --time=30)"),
+        ("serve_options=(--nodes=1 --gpus-per-node=1 --time=08:00:00)", "serve_options=(--nodes=1 --time=30)"),
         ("python=${python:-$PWD/.venv/bin/python}", f"python={sys.executable}"),
         ("master_addr=${master_addr:-}", "master_addr=127.0.0.1"),
     ):
