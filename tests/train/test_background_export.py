@@ -132,7 +132,7 @@ def test_what_there_is_stays_and_another_branch_replaces_it(background: Backgrou
 
 
 def test_a_checkpoint_is_committed_before_its_export_begins_and_the_next_one_while_it_is_made(
-    background: Background, monkeypatch: pytest.MonkeyPatch
+    background: Background, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     disk, exports, checkpoints = threading.Event(), background.exports, background.run_dir / "checkpoints"
 
@@ -143,6 +143,8 @@ def test_a_checkpoint_is_committed_before_its_export_begins_and_the_next_one_whi
     monkeypatch.setattr(save_load, "write_partitions", write_slowly)
     saver, engine = Saver(background.run_dir, lone_world(torch.device("cpu")), 1, background=True), WholeModel(random_gpt())
     background.hold()
+    for finish in (saver.close, lambda: (background.run_dir / "hold").unlink(missing_ok=True), disk.set):  # the last one first
+        request.addfinalizer(finish)
     saver.save(engine, TrainState(step=8), {})  # type: ignore[arg-type]
     exports.after(saver, 8)
     assert exports.in_use() == set(), "it has begun before there is a checkpoint"
@@ -155,7 +157,6 @@ def test_a_checkpoint_is_committed_before_its_export_begins_and_the_next_one_whi
     wait_until(lambda: exports.in_use() == {8, 10}, 60)
     background.release()
     exports.wait(11)
-    saver.close()
     assert background.rows() == [(8, "written"), (10, "written")]
 
 
