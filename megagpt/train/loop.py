@@ -68,6 +68,8 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
     world = with_context_parallel(world, config.engine.context_parallel_size)
     monitor = watchdog = owned = None
     try:
+        settings = digest_settings(config, data)
+        world.refuse_difference("every rank needs the same settings and data", settings)
         owned = take_run(config.run_dir, world, config.if_running)
         if owned is None:
             return EXIT_STOPPED
@@ -85,7 +87,6 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
             saver = checkpoint.Saver(config.run_dir, world, attempt, background=config.save_in_background)
             every, keep_last = config.export_every_steps, config.export_keep_last
             exports = BackgroundExports(config.run_dir, world, monitor, attempt, every_steps=every, keep_last=keep_last)
-            settings = digest_settings(config, data)
             run = Run(
                 config, data, world, engine, monitor, watchdog, guard, attempt, saver, exports, settings, questions, planner
             )

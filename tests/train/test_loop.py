@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from ranks import free_port, run_ranks, wait_until
+from ranks import Ranks, free_port, run_ranks, wait_until
 from small_run import STEPS, losses, settings, start, stop_one_of_two, write_shards
 from whole_model import WholeModel
 
@@ -398,6 +398,21 @@ def test_a_damaged_validation_shard_costs_no_step(uninterrupted: Path, project: 
     ranks = start(project, tmp_path, values)
     assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
     assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_data_are_refused_by_all_of_them(shards: Path, project: Path, tmp_path: Path) -> None:
+    """A node whose own disk has an older copy of the shards would train on other samples than the ledger says."""
+    other = write_shards(tmp_path / "corpus", seed=1)
+    for rank, corpus in enumerate((shards, other)):
+        (tmp_path / f"rank{rank}.yaml").write_text(yaml.safe_dump(settings(corpus, tmp_path / "run")))
+    tool = str(project / "tools" / "train_model.py")
+    words = f"[{tool!r}, {str(tmp_path)!r} + '/rank' + os.environ['RANK'] + '.yaml']"
+    code = f"import os, runpy, sys; sys.argv = {words}; runpy.run_path({tool!r}, run_name='__main__')"
+    ranks = Ranks(["-c", code], 2, tmp_path / "logs")
+    assert ranks.wait() == [EXIT_USER_ERROR] * 2, ranks.output()
+    assert all("every rank needs the same settings and data: rank 1 finds data=" in ranks.output(rank) for rank in (0, 1))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
