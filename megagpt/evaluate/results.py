@@ -4,21 +4,41 @@ A result is kept under a digest of what it was measured on (`measured`: checkpoi
 same measurement replaces its result; any other one stands beside it.
 """
 
+import fcntl
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megagpt.files import read_json, write_json
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2
 
 
 def keep_result(path: Path, result: dict[str, Any]) -> None:
-    """Add a result, with `step` and `measured`, to the file, or replace that of the same measurement."""
+    """Add a result, with `step` and `measured`, to the file, or replace that of the same measurement. Results that several
+    processes add at the same time are all kept."""
     key = hashlib.sha256(json.dumps(result["measured"], sort_keys=True).encode()).hexdigest()[:16]
-    others = {name: found for name, found in _read(path).items() if name != key}
-    write_json(path, {"format": FORMAT, "step": result["step"], "results": {**others, key: result}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path.with_name(".lock")):
+        others = {name: found for name, found in _read(path).items() if name != key}
+        write_json(path, {"format": FORMAT, "step": result["step"], "results": {**others, key: result}})
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a network disk without locks
+            log.warning("%s: %s: results that are written at the same time may be lost", lock, error.strerror)
+        yield
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def test_the_harness_scores_as_our_own_tasks_do_on_one_and_two_ranks(
     [kept] = read_results(alone.path)
     assert kept["harness"]["choices"]["metrics"]["acc"] == ours.accuracy
     assert kept["exercises"]["exercise"]["answers"] == 1
-    assert [path.name for path in alone.path.parent.iterdir()] == [alone.path.name]  # nothing unfinished is left
+    assert list(alone.path.parent.glob("[!.]*")) == [alone.path]  # nothing unfinished is left
 
     first, second = run_ranks(evaluated, 2, tmp_path, folder, "run", names)
     assert first == second == alone
