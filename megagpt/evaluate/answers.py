@@ -38,6 +38,8 @@ class Journal:
 
     def add(self, rank: int, answers_by_key: dict[str, list[Any]]) -> None:
         """Append the answers of groups to this rank's file."""
+        if not answers_by_key:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = [{"group": key, "answers": answers} for key, answers in answers_by_key.items()]
         line = b"".join(json.dumps(row).encode() + b"\n" for row in rows)

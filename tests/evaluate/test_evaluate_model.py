@@ -529,6 +529,7 @@ def refusals(world: World, folder: Path, run_dir: Path, source: Path) -> list[st
         {"run_dir": own / "run"},
         {"tasks": {"t": own / "other.jsonl"}},
         {"run_dir": folder / "unwritable"},
+        {"run_dir": folder / "unwritable", "tasks": {"t": folder / "rank0" / "task.jsonl"}},
     ]
     for changed in changes:
         with pytest.raises((UserError, Failure)) as raised:
@@ -560,6 +561,7 @@ def test_what_one_rank_cannot_read_or_write_every_rank_names(source: Path, tmp_p
         f"{second}/run: no such run directory",
         f"run_dir={run_dir}: rank 1 finds tasks={{'t': '",
         "unwritable/evaluations",
+        "unwritable/evaluations/unfinished_step_00000007_",
     )
     for message, words in zip(found, expected, strict=True):
         assert words in message
