@@ -29,6 +29,8 @@ T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SLURM's preemption sends SIGTERM only, its time limit what --signal asks for, a terminal SIGINT: all mean save and end."""
 
+WATCHED_WAIT = timedelta(days=7)
+"""The longest wait for another rank where a watchdog looks at what the ranks get done."""
 
 RECORDER_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "500", "TORCH_NCCL_ENABLE_TIMING": "1"}
 """Collectives that torch's flight recorder keeps per rank; with NCCL it knows which of them run (see flight_recorder.py)."""
@@ -173,8 +175,17 @@ class World:
         return int(self.cp_rank == 0)
 
     def with_own_group(self) -> "World":
-        """The same ranks with a gloo group of their own, for collectives in another thread."""
-        return self if self.size == 1 else replace(self, control=dist.new_group(backend="gloo"))
+        """The same ranks with a gloo group of their own, for collectives in another thread that wait as long as these."""
+        if self.size == 1:
+            return self
+        limit = self.control._get_backend(torch.device("cpu")).options._timeout
+        return replace(self, control=dist.new_group(backend="gloo", timeout=limit))
+
+    def leave_hangs_to_a_watchdog(self) -> None:
+        """From here on collectives wait for a rank that gets on, however long it takes; a watchdog ends those that do not."""
+        if self.size > 1:
+            set_timeout: Any = dist.distributed_c10d._set_pg_timeout
+            set_timeout(WATCHED_WAIT, self.control)
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Sums of int64 values over all ranks (modulo 2^64)."""

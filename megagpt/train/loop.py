@@ -78,6 +78,8 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
         monitor = open_monitor(config, world, attempt, open_panel)
         stop.end_at_once(partial(last_words, owned, monitor))
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, attempt)
+        if config.watchdog.enabled:
+            world.leave_hangs_to_a_watchdog()
         with monitor.clock("load"):
             memory: dict[str, Any] = {"planner": planner, "attempt": attempt}
             with explaining_out_of_memory(config, None, world, 0, monitor.clock, when="as the engine was built", **memory):

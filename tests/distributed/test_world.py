@@ -6,15 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from megagpt.config import UserError
 from megagpt.distributed.malloc import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 from megagpt.distributed.ports import free_ports
-from megagpt.distributed.world import Place, StopRequest, World, place_from_environment
+from megagpt.distributed.world import WATCHED_WAIT, Place, StopRequest, World, place_from_environment
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -144,6 +146,19 @@ def collectives(world: World) -> tuple[list[int], bool, bool, object, list[objec
 def test_collectives_agree(tmp_path: Path) -> None:
     expected = ([1, -(2**63), -(2**63) + 2], True, False, "from 0", [0, 10], 2, 1)
     assert run_ranks(collectives, 2, tmp_path) == [expected, expected]
+
+
+def waits(world: World) -> list[timedelta]:
+    groups = [world, world.with_own_group()]
+    world.leave_hangs_to_a_watchdog()
+    groups.append(world.with_own_group())
+    return [group.control._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+@pytest.mark.slow
+def test_under_a_watchdog_collectives_wait_and_so_do_those_of_a_thread(tmp_path: Path) -> None:
+    joined = timedelta(seconds=300)  # as run_ranks joins
+    assert run_ranks(waits, 2, tmp_path) == [[WATCHED_WAIT, joined, WATCHED_WAIT]] * 2
 
 
 def test_the_first_stop_signal_is_remembered_and_a_second_interrupt_interrupts() -> None:

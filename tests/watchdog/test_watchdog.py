@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from ranks import Ranks, run_ranks
-from small_run import settings, write_shards
+from small_run import settings, start, write_shards
 
 from megagpt.command import EXIT_DONE, EXIT_WATCHDOG
 from megagpt.data.sample_ledger import read_ledger
@@ -230,6 +230,19 @@ def test_what_takes_longer_than_the_limit_but_gets_on_is_no_hang(
     assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
     spent = read_metrics(tmp_path / "run").of_kind("done")[0]["seconds"]
     assert spent["evaluate" if kind == "slow_evaluation" else "save"] > 14
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_long_alone_with_something_is_waited_for_beyond_the_limit_of_a_collective(
+    shards: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is the watchdog's, which looks at progress; half an hour of a collective is 15 seconds here."""
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+    slow = {"kind": "slow_load", "rank": 1, "seconds": 30.0, "mark": str(tmp_path / "mark")}
+    monkeypatch.setenv("FAULTS", json.dumps([{"kind": "short_waits", "seconds": 15.0}, slow]))
+    ranks = start(project, tmp_path, settings(shards, tmp_path / "run", max_steps=2, engine={"kind": "fsdp"}))
+    assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
+    assert read_metrics(tmp_path / "run").of_kind("done")[0]["seconds"]["load"] > 30
 
 
 def healthy(world: Any, run_dir: str, steps: int) -> tuple[int, float]:

@@ -276,12 +276,29 @@ def slow_load(train, fault) -> None:
     original = train.draw_weights
 
     def draw_weights(*arguments):
-        with open(fault["mark"], "a"):
-            pass
-        sleep_in_c(fault["seconds"])
+        if rank() == fault.get("rank", rank()):
+            with open(fault["mark"], "a"):
+                pass
+            sleep_in_c(fault["seconds"])
         original(*arguments)
 
     train.draw_weights = draw_weights
+
+
+def short_waits(train, fault) -> None:
+    """Collectives give up after `seconds`, not half an hour."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    original = train.init_world
+
+    def init_world(**options):
+        world = original(**options)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=fault["seconds"]), world.control)
+        return world
+
+    train.init_world = init_world
 
 
 def sleep_in_c(seconds: float) -> None:
