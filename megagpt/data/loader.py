@@ -61,8 +61,9 @@ def step_batches(
     rank: int,
     size: int,
     document_mask: bool = False,
+    full_rows: bool = False,
 ) -> StepBatches:
-    """One rank's micro-batches of the step at `state`.
+    """One rank's micro-batches of the step at `state`; with `full_rows` all have `micro_batch_size` rows (see `filled_up`).
 
     The step's samples form micro-batches 0, 1, … of `micro_batch_size` consecutive samples, the last maybe smaller; number j
     goes to rank j % size. All ranks have equally many: a short rank gets an empty one (one row, all targets IGNORE).
@@ -87,7 +88,7 @@ def step_batches(
             for source, targets in zip(sources, batch.targets, strict=True):
                 targets_by_source[source] += int((targets != IGNORE).sum())
             batch = replace(batch, sources=torch.tensor(sources))
-        micro_batches.append(batch)
+        micro_batches.append(filled_up(batch, micro_batch_size) if full_rows else batch)
     num_targets = sum(batch.num_targets for batch in micro_batches)
     return StepBatches(tuple(micro_batches), num_targets, fed_hash & HASH_MASK, tuple(targets_by_source))
 
@@ -101,23 +102,42 @@ def eval_batches(
     max_samples: int | None = None,
     document_mask: bool = False,
     token_lengths: np.ndarray | None = None,
+    full_rows: bool = False,
 ) -> Iterator[MicroBatch]:
     """Windows of a split in order, without overlap, dealt to ranks as `step_batches` does; each token but the first is a target
     once. With `token_lengths` (tokenizer.token_lengths) num_bytes is exactly the text that the targets stand for; classes
-    stand for none.
+    stand for none. `full_rows` as of `step_batches`.
     """
+    rows = micro_batch_size if full_rows else 1
     windows = dataset.num_windows() if max_samples is None else min(max_samples, dataset.num_windows())
     groups = [range(i, min(i + micro_batch_size, windows)) for i in range(0, windows, micro_batch_size)]
     for number in range(rank, -(-len(groups) // size) * size, size):
         samples = [dataset.window(index) for index in groups[number]] if number < len(groups) else []
         if not samples:
-            yield _empty(dataset.seq_len, 0, document_mask)
+            yield filled_up(_empty(dataset.seq_len, 0, document_mask), rows)
             continue
         batch = _collate(samples, groups[number][0], document_mask)
         if token_lengths is not None and not dataset.manifest.classes:
             targets = batch.targets.numpy()
             batch = replace(batch, num_bytes=int(token_lengths[targets[targets != IGNORE]].sum()))
-        yield batch
+        yield filled_up(batch, rows)
+
+
+def filled_up(batch: MicroBatch, rows: int) -> MicroBatch:
+    """`batch` with rows without targets up to `rows`: one shape for all, of which torch.compile makes one graph."""
+    missing = rows - len(batch.ids)
+    if missing <= 0:
+        return batch
+    row = torch.zeros(missing, batch.ids.shape[1], dtype=batch.ids.dtype)
+    doc_lengths, sources = batch.doc_lengths, batch.sources
+    if doc_lengths is not None:
+        whole = doc_lengths.new_zeros(missing, doc_lengths.shape[1])
+        whole[:, 0] = batch.ids.shape[1]
+        doc_lengths = torch.cat([doc_lengths, whole])
+    if sources is not None:
+        sources = torch.cat([sources, sources[:1].expand(missing)])
+    ids, targets = torch.cat([batch.ids, row]), torch.cat([batch.targets, torch.full_like(row, IGNORE)])
+    return replace(batch, ids=ids, targets=targets, doc_lengths=doc_lengths, sources=sources)
 
 
 _Place: TypeAlias = tuple[int, int, tuple[Window, ...], MixtureStart | None]
@@ -136,12 +156,14 @@ class Loader:
         rank: int,
         size: int,
         document_mask: bool = False,
+        full_rows: bool = False,
     ) -> None:
         """`global_batch_size`: samples per step, or a function that gives them for a step's number."""
         self._dataset = dataset
         self._batch_size_at = global_batch_size if callable(global_batch_size) else lambda step: global_batch_size
         self._layout: dict[str, Any] = {
             "micro_batch_size": micro_batch_size, "rank": rank, "size": size, "document_mask": document_mask,
+            "full_rows": full_rows,
         }  # fmt: skip
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ready: tuple[_Place, Future[StepBatches]] | None = None

@@ -78,8 +78,10 @@ def evaluate_sources(
     micro_batch_size: int,
     max_samples: int | None = None,
     document_mask: bool = False,
+    full_rows: bool = False,
 ) -> dict[str, Score]:
-    """The score of each source; all ranks call it together and all get the same. Raises as `evaluate` does.
+    """The score of each source; all ranks call it together and all get the same. Raises as `evaluate` does. `full_rows`: see
+    megagpt.data.loader.filled_up.
 
     `model(ids, targets, doc_lengths)` gives the summed loss; `module` is what is behind it, put into evaluation mode meanwhile.
     """
@@ -95,6 +97,7 @@ def evaluate_sources(
                 max_samples=max_samples,
                 document_mask=document_mask,
                 token_lengths=lengths,
+                full_rows=full_rows,
             )
             scores[name] = evaluate(model, module, batches, world)
     return scores

@@ -1,8 +1,8 @@
 """Work between steps: checkpoints, evaluations, scores and samples of text, and when each is due."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def evaluate(run: Run, state: TrainState) -> dict[str, Any] | None:
             micro_batch_size=config.micro_batch_size,
             max_samples=config.evaluate_max_samples,
             document_mask=config.data.document_mask,
+            full_rows=config.compile,
         )
     total = combine(found.values())
     score: dict[str, Any] = {**total.summary(), "sources": {name: part.summary() for name, part in found.items()}}
@@ -154,7 +155,7 @@ def score_by_tasks(run: Run, state: TrainState, *, is_saved: bool) -> None:
     if questions is None:
         return
     parts = (engine.model, config.model, run.data.tokenizer)
-    with run.monitor.clock("evaluate"), evaluation_mode(engine.module):
+    with run.monitor.clock("evaluate"), evaluation_mode(engine.module), uncompiled():
         found = score_model(*parts, questions, run.world, micro_batch_size=config.micro_batch_size)
     numbers = numbers_of(found)
     run.monitor.log("score", state.step, scores=numbers, measured=questions.digest)
@@ -177,11 +178,19 @@ def score_by_tasks(run: Run, state: TrainState, *, is_saved: bool) -> None:
         run.saver.then(keep)
 
 
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled blocks operation by operation: every length of a text would be compiled anew, up to torch's limit, beyond
+    which training would not be compiled either."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def sample(run: Run, state: TrainState) -> None:
     """Generated text in the log. Every rank takes part, with equally many forwards: the weights may be spread over them."""
     config, tokenizer = run.config, run.data.tokenizer
     sampling = SamplingConfig(max_tokens=config.sample_tokens, seed=config.seed)
-    with run.monitor.clock("generate"), evaluation_mode(run.engine.module):
+    with run.monitor.clock("generate"), evaluation_mode(run.engine.module), uncompiled():
         ids = torch.tensor([prompt_ids(tokenizer, config.sample_prompt)], device=run.world.device)
         steps = generate_ids(run.engine.model, config.model, ids, sampling, vocab_size=tokenizer.vocab_size)
         decoder, text = StreamDecoder(tokenizer, at_start=not config.sample_prompt), ""

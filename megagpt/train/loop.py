@@ -143,6 +143,7 @@ def loop(run: Run, state: TrainState) -> int:
         rank=world.dp_rank,
         size=world.dp_size,
         document_mask=config.data.document_mask,
+        full_rows=config.compile,
     )
     judge = Judge(run, LedgerWriter(config.run_dir) if world.rank == 0 else None)
     launch = Launch(run)

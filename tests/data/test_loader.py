@@ -486,3 +486,32 @@ print(len(dataset), len(set(firsts)), (resource.getrusage(resource.RUSAGE_SELF).
     assert length == (20 * SHARD_TOKENS - 2049) // 2048 + 1
     assert different == 1000
     assert megabytes < 50
+
+
+def test_short_micro_batches_are_filled_up_with_rows_without_targets(tmp_path: Path) -> None:
+    """Targets, hashes, sources and documents of the samples stay; only rows without targets come behind them."""
+    sources = {"a": (write_source(tmp_path / "a"), 0.5), "b": (write_source(tmp_path / "b", seed=1), 0.5)}
+    data = open_data(configure(sources))
+    layout: dict[str, Any] = {"global_batch_size": 10, "micro_batch_size": 4, "size": 4, "document_mask": True}
+    for rank in range(4):
+        plain, full = (
+            step_batches(data.train, TrainState(), rank=rank, full_rows=full_rows, **layout) for full_rows in (False, True)
+        )
+        assert (full.num_targets, full.fed_hash) == (plain.num_targets, plain.fed_hash)
+        assert full.targets_by_source == plain.targets_by_source
+        for before, after in zip(plain.micro_batches, full.micro_batches, strict=True):
+            count = len(before.ids)
+            assert count == (4, 4, 2, 1)[rank]
+            assert torch.equal(after.ids[:count], before.ids)
+            assert torch.equal(after.targets[:count], before.targets)
+            assert bool((after.targets[count:] == IGNORE).all())
+            assert after.doc_lengths is not None
+            assert after.sources is not None
+            assert after.doc_lengths.sum(1).tolist() == [after.ids.shape[1]] * 4
+            assert [len(x) for x in (after.ids, after.targets, after.sources)] == [4, 4, 4]
+    for dataset in data.validation.values():
+        plain_eval = list(eval_batches(dataset, micro_batch_size=4, document_mask=True))
+        full_eval = list(eval_batches(dataset, micro_batch_size=4, document_mask=True, full_rows=True))
+        assert sum(batch.num_targets for batch in full_eval) == sum(batch.num_targets for batch in plain_eval)
+        assert {len(batch.ids) for batch in full_eval} == {4}
+        assert len(plain_eval[-1].ids) < 4
