@@ -46,12 +46,17 @@ max_starts_without_progress=${max_starts_without_progress:-3}
 # How long the check of the nodes may take before the first start and after a failure. A node that is not done is bad.
 node_check_seconds=${node_check_seconds:-300}
 
-# Compiled kernels: one cache on a disk that all nodes share.
+# Kernels of torch.compile and Triton: on each node's own disk, filled from an archive on the shared one (slurm/compiled.sh).
+compiled_here=${compiled_here:-${TMPDIR:-/tmp}/megagpt_compiled_$UID}
+compiled_archive=${compiled_archive:-$PWD/runs/cache/compiled.tar}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$compiled_here/inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$compiled_here/triton}
+# DeepSpeed's operations: one cache on a disk that all nodes share.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/runs/cache/torch_extensions}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/runs/cache/triton}
 
 # Network. The names of the interfaces, where NCCL or gloo pick a wrong one:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # CUDA's allocator grows segments instead of fragmenting them.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# The update of offloaded states takes all cores of a rank whatever this says.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -37,6 +37,8 @@ cd "$root" || exit 2
 source slurm/env.sh
 # shellcheck source=slurm/resubmit.sh
 source slurm/resubmit.sh
+# shellcheck source=slurm/compiled.sh
+source slurm/compiled.sh
 [ $# -ge 1 ] || set -- "${pretrain_words[@]}"
 [ $# -ge 1 ] || fail "usage: slurm/pretrain.sh CONFIG [key=value ...]"
 
@@ -189,6 +191,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ -e "$failures" ]; then
   fi
 fi
 
+seed_compiled
 before=$(newest_checkpoint)
 say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks ranks a node, from ${before:-the beginning}"
 # --wait: ranks whose step daemon has died are not waited for when the others have ended.
@@ -201,6 +204,7 @@ while kill -0 "$srun_pid" 2> /dev/null; do
 done
 wait "$srun_pid"
 status=$?
+keep_compiled
 after=$(newest_checkpoint)
 say "the ranks ended with status $status, newest checkpoint: ${after:-none}"
 if [ "$(job_field Restarts)" != "${SLURM_RESTART_COUNT:-0}" ]; then

@@ -64,6 +64,12 @@ def build_and_driver() -> str:
     return f"torch {torch.__version__} is {build}; {driver}"
 
 
+def cores_of_rank(environment: Mapping[str, str], cores: int, gpus: int) -> int:
+    """Cores that a rank beside a GPU may use: those that srun gave its task, else its part of the `cores` of this process."""
+    given = environment.get("SRUN_CPUS_PER_TASK") or environment.get("SLURM_CPUS_PER_TASK", "")
+    return min(int(given), cores) if given.isdigit() and int(given) else max(1, cores // max(1, gpus))
+
+
 def refuse_shared_gpus(gpus: Sequence[tuple[str, str]]) -> None:
     """Raise UserError if two ranks have the same GPU. gpus: (node, UUID) of every rank in rank order, UUID empty for a CPU."""
     ranks: dict[tuple[str, str], list[int]] = defaultdict(list)

@@ -1,10 +1,12 @@
 """Builds the engine that a configuration names; refuses settings that no engine computes correctly."""
 
 import importlib
+import os
 
 import torch
 
 from megagpt.config import UserError
+from megagpt.distributed.device import cores_of_rank
 from megagpt.distributed.world import World
 from megagpt.engine.base import Engine
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
@@ -41,6 +43,7 @@ def build_engine(
     refuse_shared_samples(engine, model_config, seq_len=None, canonical=canonical)
     assert engine.context_parallel_size == world.cp_size, "the world's groups are not those of the settings"
 
+    use_cores_for_offload(engine, world.device)
     if compile_blocks:  # under DeepSpeed's stage 3 the model is made by replaced functions, in which this cannot be imported
         importlib.import_module("torch._dynamo.polyfills.tensor")
 
@@ -65,6 +68,15 @@ def build_engine(
 
     options = {"precision": precision, "micro_batch_size": micro_batch_size, "canonical": canonical}
     return DeepSpeedEngine(make, optim, engine, world, **options)
+
+
+def use_cores_for_offload(engine: EngineConfig, device: torch.device) -> None:
+    """Let the update of states in host memory beside a GPU use all cores of this rank: OMP_NUM_THREADS=1, which suits all else,
+    would make it several times slower."""
+    offloads = engine.cpu_offload if isinstance(engine, FSDPConfig) else engine.offload_optimizer
+    if offloads and device.type == "cuda":
+        threads = cores_of_rank(os.environ, len(os.sched_getaffinity(0)), torch.cuda.device_count())
+        torch.set_num_threads(max(threads, torch.get_num_threads()))
 
 
 def refuse_unsupported(engine: EngineConfig, optim: OptimConfig, precision: Precision, *, canonical: bool = False) -> None:

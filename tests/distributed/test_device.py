@@ -14,9 +14,11 @@ from ranks import free_port, run_ranks
 from megagpt.config import UserError
 from megagpt.distributed import device, node_check, world
 from megagpt.distributed.determinism import NCCL_SETTINGS, make_deterministic, use_tf32
-from megagpt.distributed.device import choose_device, gpus_of_all, promised_gpus, refuse_shared_gpus
+from megagpt.distributed.device import choose_device, cores_of_rank, gpus_of_all, promised_gpus, refuse_shared_gpus
 from megagpt.distributed.node_check import CheckNodeConfig, check_gpus
 from megagpt.distributed.world import World
+from megagpt.engine.build import use_cores_for_offload
+from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig
 from megagpt.generate.sampling import drawing_device
 
 
@@ -105,6 +107,44 @@ def test_a_rank_that_sees_one_gpu_keeps_its_number_on_the_node(monkeypatch: pyte
     assert world.init_world().local_rank == 3
     assert os.environ["LOCAL_RANK"] == "0"
     assert (joined["backend"], joined["rank"], joined["world_size"]) == ("cpu:gloo,cuda:nccl", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores", "gpus", "expected"),
+    [
+        ({"SRUN_CPUS_PER_TASK": "12"}, 12, 1, 12),
+        ({"SRUN_CPUS_PER_TASK": "12"}, 4, 8, 4),  # bound to fewer
+        ({"SLURM_CPUS_PER_TASK": "6"}, 96, 8, 6),
+        ({}, 96, 8, 12),
+        ({}, 4, 8, 1),
+        ({"SRUN_CPUS_PER_TASK": ""}, 16, 0, 16),
+    ],
+)
+def test_the_cores_of_a_rank(environment: dict[str, str], cores: int, gpus: int, expected: int) -> None:
+    assert cores_of_rank(environment, cores, gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "expected"),
+    [
+        (FSDPConfig(cpu_offload=True), "cuda", 2),
+        (DeepSpeedConfig(zero_stage=2, offload_optimizer=True), "cuda", 2),
+        (FSDPConfig(), "cuda", 1),
+        (FSDPConfig(cpu_offload=True), "cpu", 1),
+    ],
+)
+def test_offloaded_states_are_updated_by_all_cores_of_a_rank(
+    engine: EngineConfig, kind: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRUN_CPUS_PER_TASK", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        use_cores_for_offload(engine, torch.device(kind))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_node_without_nvmls_module_is_not_bad(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ TINY = (
 )
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "env.sh", "resubmit.sh"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "env.sh", "resubmit.sh", "compiled.sh"])
 def test_shellcheck(name: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
@@ -198,6 +198,41 @@ def test_what_a_plain_submission_lacks(options: list[str], job: dict[str, str], 
     command = ["bash", "-uc", 'source slurm/resubmit.sh; missing_resources "$@"', "-", *options]
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == (missing, "")
+
+
+def in_a_job(site: Path, node: str, commands: str) -> str:
+    """Run functions of compiled.sh on a node of one, whose disk is site/node."""
+    script = f"""
+        say() {{ echo "$*"; }}
+        srun() {{ while [[ $1 == --* ]]; do shift; done; "$@"; }}
+        SLURM_JOB_NUM_NODES=1 SLURM_JOB_ID=7
+        compiled_archive={site}/cache/compiled.tar compiled_here={site}/{node}/compiled
+        source slurm/compiled.sh
+        {commands}"""
+    done = subprocess.run(["bash", "-uc", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def test_what_one_node_has_compiled_is_on_the_next_ones_disk(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert in_a_job(tmp_path, "a", "seed_compiled; keep_compiled") == ""
+    folder, archive = tmp_path / "a" / "compiled", tmp_path / "cache" / "compiled.tar"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert not archive.exists()
+    (folder / "triton").mkdir()
+    (folder / "triton" / "kernel").write_text("one")
+    assert in_a_job(tmp_path, "a", "keep_compiled") == ""
+    (tmp_path / "b").mkdir()
+    assert in_a_job(tmp_path, "b", "seed_compiled") == ""
+    assert (tmp_path / "b" / "compiled" / "triton" / "kernel").read_text() == "one"
+    packed = archive.stat().st_mtime_ns
+    assert in_a_job(tmp_path, "b", "keep_compiled") == ""
+    assert archive.stat().st_mtime_ns == packed, "nothing is newer"
+    (tmp_path / "b" / "compiled" / "triton" / "other").write_text("two")
+    assert in_a_job(tmp_path, "b", "keep_compiled; seed_compiled") == ""
+    assert in_a_job(tmp_path, "a", "seed_compiled; ls $compiled_here/triton") == "kernel\n", "a node keeps its own"
+    assert [path.name for path in archive.parent.iterdir()] == ["compiled.tar"]
+    assert "kernels are compiled anew" in in_a_job(tmp_path, "c", "compiled_here=/proc/none; seed_compiled")
 
 
 def with_words(site: Path, name: str, words: list[str]) -> None:
