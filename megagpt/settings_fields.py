@@ -25,7 +25,7 @@ LATER: dict[str, dict[str, Any]] = {
     "DeepSpeedConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
     "DedupConfig": {"fold_numbers": True, "min_words": 1},
     "ExtractConfig": {"comments": "drop", "markup": "text"},
-    "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses"},
+    "FSDPConfig": {"context_parallel_size": 1, "context_parallel_method": "ulysses", "accumulate": "whole"},
     "GuardConfig": {"max_repeats": 1, "cleared_windows": 0},
     "ModelConfig": {"head_size": None, "qkv_bias": False, "label_smoothing": 0.0, "classes": []},
     "MonitorConfig": {

@@ -111,6 +111,8 @@ def _refuse_canonical(engine: EngineConfig, optim: OptimConfig) -> None:
         )
     if isinstance(engine, FSDPConfig) and engine.cpu_offload:
         raise UserError("determinism=canonical with engine.cpu_offload=true is not covered")
+    if isinstance(engine, FSDPConfig) and engine.accumulate != "whole":
+        raise UserError("determinism=canonical reduces every micro-batch by itself: engine.accumulate=sharded has no meaning")
     if engine.reduce_dtype != "fp32":
         raise UserError(f"determinism=canonical with engine.reduce_dtype={engine.reduce_dtype}: it adds in fp32")
     if OPTIMIZERS[optim.kind].matrices_only:

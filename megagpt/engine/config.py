@@ -67,6 +67,9 @@ class FSDPConfig(Config):
     """Ranks that share one copy of the model, usually those of one node; the copies are kept equal (HSDP). null = all ranks."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer states in host memory; the update runs there."""
+    accumulate: Literal["whole", "sharded"] = "whole"
+    """How gradients of several micro-batches are added up: whole, on every rank in fp32 (4 bytes per parameter), and reduced
+    once per step; or sharded, each micro-batch reduced by itself: saves that memory, and takes more traffic of gradients."""
     reduce_dtype: ReduceType = "fp32"
     """The type in which gradients are added across ranks. bf16 halves the traffic and rounds the sums."""
     context_parallel_size: int = Field(default=1, ge=1)

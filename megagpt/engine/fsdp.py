@@ -81,16 +81,19 @@ class FSDPEngine(Steps):
         create_states(self._optimizer, self._kinds.items())
         self.formats = watch_formats(module.last_layer, self._optimizer)
         self.formats["reductions"] = name_of(options["mp_policy"].reduce_dtype)
+        self._reduces_each = config.accumulate == "sharded"
         self._sums: list[OrderedReduceScatter] = []
         self._canonical = canonical
         if canonical:
             self._add_in_order()
-        if world.device.type == "cuda" and world.size > 1:
-            self.collective_waits: DeviceTimer | None = DeviceTimer(world.device)
+        on_gpus = world.device.type == "cuda" and world.size > 1
+        self.collective_waits: DeviceTimer | None = DeviceTimer(world.device) if on_gpus else None
+        if self.collective_waits is not None:
             measure_waits(self._units, self.collective_waits)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then.
+        """Accumulate gradients; they are reduced across ranks with the last micro-batch, accumulated in fp32 until then, or
+        with each one (FSDPConfig.accumulate).
 
         In canonical order each micro-batch is reduced by itself, onto the sum of those before it.
         """
@@ -100,7 +103,7 @@ class FSDPEngine(Steps):
             loss.backward()
             return
         if self._units:
-            self._units[-1].set_requires_gradient_sync(last)  # of all units: the last one is the root
+            self._units[-1].set_requires_gradient_sync(last or self._reduces_each)  # of all units: the last one is the root
         (loss * self._world.size if self._world.size > 1 else loss).backward()
 
     def launch_step(self, lr: float, max_norm: float) -> Tensor:

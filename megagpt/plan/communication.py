@@ -53,10 +53,11 @@ def _fsdp(job: Job, engine: FSDPConfig) -> list[Traffic]:
     width, reduce_width = width_of(job), 2 if engine.reduce_dtype == "bf16" else 4
     times = 2 if engine.reshard_after_forward else 1
     near = "whole" if shards == job.ranks else "near"
+    reduced = reduce_width * (blocks + root) * (job.accumulation if engine.accumulate == "sharded" else 1)
     return [
         Traffic("all-gather", "weights", width * (times * blocks + root) * job.accumulation, shards, near),
-        Traffic("reduce-scatter", "gradients", reduce_width * (blocks + root), shards, near),
-        Traffic("all-reduce", "gradients", reduce_width * (blocks + root) // shards, job.ranks // shards, "far"),
+        Traffic("reduce-scatter", "gradients", reduced, shards, near),
+        Traffic("all-reduce", "gradients", reduced // shards, job.ranks // shards, "far"),
     ]
 
 

@@ -25,8 +25,9 @@ def play_fsdp(job: Job, engine: FSDPConfig, timeline: Timeline) -> None:
     fsdp = _Fsdp(timeline, shards, width, reduce_width, engine.cpu_offload)
     for micro in range(job.accumulation):
         first, last = micro == 0, micro == job.accumulation - 1
+        sharded = engine.accumulate == "sharded"  # each micro-batch is as the only one, but for the sum of the shards
         # Later micro-batches add fp32 gradients in place; bf16 gradients are held beside their fp32 sum.
-        mode: Gradients = "kept" if first or width == 2 else "taken"
+        mode: Gradients = "kept" if first or width == 2 or sharded else "taken"
         timeline.phase = f"forward {micro + 1}"
         fsdp.gather(whole_root, forward=True)
         timeline.span("activations", trace_block(job, 0, mode).embedding)
@@ -47,9 +48,11 @@ def play_fsdp(job: Job, engine: FSDPConfig, timeline: Timeline) -> None:
                 if number > 0:
                     fsdp.gather_flat(whole_block)
             timeline.span("activations", trace_block(job, number, mode).block_backward)
-            fsdp.end_unit(block, whole_block, micro, mode, reduces=last)
+            fsdp.end_unit(
+                block, whole_block, 0 if sharded else micro, mode, reduces=last or sharded, adds=sharded and not first
+            )
         timeline.span("activations", trace_block(job, 0, mode).embedding_backward)
-        fsdp.end_unit(root, whole_root, micro, mode, reduces=last)
+        fsdp.end_unit(root, whole_root, 0 if sharded else micro, mode, reduces=last or sharded, adds=sharded and not first)
         timeline.drop("activations", "reduce-scatter buffers")
     timeline.phase = "update"
     timeline.touch()
@@ -94,8 +97,11 @@ class _Fsdp:
     def free(self, elements: int) -> None:
         self.timeline.change("gathered weights", -self.width * elements)
 
-    def end_unit(self, shapes: Shapes, elements: int, micro: int, mode: Gradients, *, reduces: bool) -> None:
-        """After a unit's backward pass: reduce its gradients, or keep them whole in fp32 until the last micro-batch."""
+    def end_unit(
+        self, shapes: Shapes, elements: int, micro: int, mode: Gradients, *, reduces: bool, adds: bool = False
+    ) -> None:
+        """After a unit's backward pass: reduce its gradients, or keep them whole in fp32 until the last micro-batch. `adds`:
+        the shard goes into the sum of the micro-batches before."""
         timeline, numel = self.timeline, sum(shape.numel() for shape in shapes.values())
         made = self.width * numel if mode == "kept" else 0
         timeline.change("activations", -made)
@@ -112,4 +118,7 @@ class _Fsdp:
         timeline.change("whole gradients", -(4 * numel if micro > 0 else made))
         shard = elements // self.shards
         timeline.touch({"gradients": self.reduce_width * shard if self.reduce_width == 2 else 0})
-        timeline.keep("gradients", 4 * shard, on_host=self.offloads_gradients)
+        if adds:
+            timeline.touch({"gradients": 4 * shard})
+        else:
+            timeline.keep("gradients", 4 * shard, on_host=self.offloads_gradients)

@@ -67,6 +67,7 @@ def _engines(engine: EngineConfig, cluster: Cluster) -> list[EngineConfig]:
         found += [engine.model_copy(update={"reshard_after_forward": r, "shard_size": None}) for r in (True, False)]
         if ranks > node and ranks % node == 0:
             found.append(engine.model_copy(update={"reshard_after_forward": True, "shard_size": node}))
+        found += [one.model_copy(update={"accumulate": "sharded"}) for one in found]
     else:
         stages: list[dict[str, Any]] = [{"zero_stage": s, "hpz_partition_size": 1} for s in (1, 2, 3)]
         if ranks > node and ranks % node == 0:

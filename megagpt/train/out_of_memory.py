@@ -321,6 +321,8 @@ def _sharding(config: TrainConfig, ranks: int) -> list[tuple[dict[str, Any], str
         found: list[tuple[dict[str, Any], str]] = []
         if not engine.reshard_after_forward:
             found.append(({"engine.reshard_after_forward": True}, "frees a block's gathered weights after its forward pass"))
+        if engine.accumulate == "whole" and config.global_batch_size > config.micro_batch_size * ranks:
+            found.append(({"engine.accumulate": "sharded"}, "keeps no whole gradients between micro-batches; more traffic"))
         if whole:
             found.append(({"engine.shard_size": None}, f"shards over all {ranks} ranks instead of {engine.shard_size}"))
         return found

@@ -47,6 +47,7 @@ CELLS: dict[int, list[Cell]] = {
     2: [
         *(Cell(name, 5) for name in engines_on(2)),
         *(Cell(name, 2, "bf16") for name in engines_on(2) if name != "zero0"),
+        *(Cell("fsdp_sharded_sums", 2, precision) for precision in STEPS),
         *(Cell(name, 2, optimizer="sgd", checkpoint_every=1) for name in engines_on(2) if name != "fsdp_kept"),
         *(Cell(name, 3, optimizer="sgd", checkpoint_every=2) for name in ("zero2", "fsdp_kept")),
         *(

@@ -26,6 +26,7 @@ CELLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"kind": "fsdp", "reshard_after_forward": False}, {"precision": "fp32", "accumulation": 1}),
     ({"kind": "fsdp"}, {"precision": "bf16", "accumulation": 2}),
     ({"kind": "fsdp", "shard_size": 2}, {"precision": "fp32", "accumulation": 1}),
+    ({"kind": "fsdp", "shard_size": 2, "accumulate": "sharded"}, {"precision": "bf16", "accumulation": 3}),
     ({"kind": "deepspeed", "zero_stage": 1}, {"precision": "bf16", "accumulation": 2}),
     ({"kind": "deepspeed", "zero_stage": 2}, {"precision": "fp32", "accumulation": 1}),
     ({"kind": "deepspeed", "zero_stage": 3, "stage3_persistence_elements": 0}, {"precision": "bf16", "accumulation": 1}),

@@ -32,6 +32,8 @@ CELLS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gqa", {"kind": "fsdp"}, {"precision": "bf16", "micro_batch_size": 3, "checkpoint_every": 1, "accumulation": 2}),
     ("gpt2", {"kind": "fsdp", "reshard_after_forward": False}, {"precision": "bf16", "checkpoint_every": 2}),
     ("llama", {"kind": "fsdp", "shard_size": 1}, {"precision": "bf16", "accumulation": 3}),
+    ("gqa", {"kind": "fsdp", "accumulate": "sharded"}, {"precision": "bf16", "checkpoint_every": 1, "accumulation": 3}),
+    ("llama", {"kind": "fsdp", "accumulate": "sharded"}, {"precision": "fp32", "accumulation": 2}),
     ("gqa", {**ZERO, "zero_stage": 0}, {"precision": "fp32", "micro_batch_size": 2, "accumulation": 2}),
     ("llama", {**ZERO, "zero_stage": 1}, {"precision": "fp32", "checkpoint_every": 1, "accumulation": 2}),
     ("gpt2", {**ZERO, "zero_stage": 1}, {"precision": "bf16", "micro_batch_size": 2}),
@@ -57,7 +59,7 @@ def measure_cells(world: World) -> list[dict[str, int]]:
 
 
 @pytest.mark.slow
-def test_twelve_plans_meet_real_steps(tmp_path: Path) -> None:
+def test_fourteen_plans_meet_real_steps(tmp_path: Path) -> None:
     ranks = run_ranks(measure_cells, 2, tmp_path, timeout_seconds=1800)
     errors = {}
     for (model, engine, run), *measured in zip(CELLS, *ranks, strict=True):
@@ -102,6 +104,18 @@ def test_checkpointing_keeps_the_input_alone() -> None:
 def test_sharded_states_are_12_bytes_per_parameter_and_rank(ranks: int) -> None:
     parts = plan_memory(job_of(LARGE, FSDPConfig(), ranks, precision="bf16", checkpoint_every=1, kernels="gpu")).parts
     assert parts["master weights"] + parts["optimizer states"] == pytest.approx(12 * 6_738_415_616 / ranks, rel=0.02)
+
+
+def test_sharded_sums_save_whole_fp32_gradients() -> None:
+    options = {"precision": "bf16", "checkpoint_every": 1, "kernels": "gpu"}
+    plans = {
+        (kind, count): plan_memory(job_of(LARGE, FSDPConfig(accumulate=kind), 64, accumulation=count, **options)).peak
+        for kind in ("whole", "sharded")
+        for count in (1, 4)
+    }
+    assert plans["sharded", 1] == plans["whole", 1]
+    assert plans["whole", 4] - plans["sharded", 4] == pytest.approx(4 * 6_738_415_616, rel=0.1)
+    assert plans["sharded", 4] < plans["whole", 1] + 4 * 2 * 6_738_415_616 / 64
 
 
 def test_stages_hold_less_and_less() -> None:

@@ -65,7 +65,7 @@ def engines_on(size: int) -> list[str]:
 
 def variations_on(size: int) -> list[str]:
     """The same engines with states in host memory, and ZeRO 3 with a second copy of the weights inside pairs of ranks."""
-    names = ["zero1_offload", "zero2_offload", "zero3_offload", "fsdp_offload"]
+    names = ["zero1_offload", "zero2_offload", "zero3_offload", "fsdp_offload", "fsdp_sharded_sums"]
     return [*names, "zero3_hpz"] if size % 2 == 0 else names
 
 
@@ -84,7 +84,11 @@ def _engine_config(name: str, size: int) -> EngineConfig:
         return DeepSpeedConfig.model_validate(values | ({"hpz_partition_size": 2} if name.endswith("_hpz") else {}))
     if name == "hsdp":
         return FSDPConfig(shard_size=2 if size > 2 and size % 2 == 0 else 1)
-    return FSDPConfig(reshard_after_forward=name != "fsdp_kept", cpu_offload=name == "fsdp_offload")
+    return FSDPConfig(
+        reshard_after_forward=name != "fsdp_kept",
+        cpu_offload=name == "fsdp_offload",
+        accumulate="sharded" if name == "fsdp_sharded_sums" else "whole",
+    )
 
 
 def make_engine(

@@ -54,7 +54,7 @@ FULL = {"activation_checkpointing": "full", "micro_batch_size": 1}
         (
             {"engine": {"kind": "fsdp", "shard_size": 2}, **FULL},
             4,
-            ["engine.shard_size=None", "engine.cpu_offload=True"],
+            ["engine.accumulate=sharded", "engine.shard_size=None", "engine.cpu_offload=True"],
         ),
         ({**FULL}, 4, ["engine.zero_stage=2", "engine.zero_stage=3", "engine.offload_optimizer=True"]),
         ({**FULL, "engine": ZERO3 | {"offload_optimizer": True}}, 4, ["engine.offload_parameters=True"]),
@@ -78,7 +78,7 @@ def test_without_a_gpu_nothing_is_offloaded_and_the_copy_for_saves_goes() -> Non
 
 def test_long_samples_are_shared_where_all_else_is_done() -> None:
     model = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "num_heads": 2, "hidden_size": 32}
-    config = config_of(**FULL, model=model, engine={"kind": "fsdp", "cpu_offload": True})
+    config = config_of(**FULL, model=model, engine={"kind": "fsdp", "cpu_offload": True, "accumulate": "sharded"})
     assert names(config, 4) == ["engine.context_parallel_size=2"]
 
 
