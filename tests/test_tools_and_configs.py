@@ -18,6 +18,8 @@ from pydantic import create_model
 
 from megagpt.command import run_words
 from megagpt.config import Config, describe, dump, kind_of, load, section_classes
+from megagpt.engine.config import FSDPConfig
+from megagpt.plan.run_plan import PlanConfig, cluster_of, make_plan
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(path.stem for path in (PROJECT / "tools").glob("*.py"))
@@ -93,7 +95,7 @@ BAD_INPUT = {
     "plan_run": [
         (["configs/train/debug_cpu.yaml", "gpus=0"], "gpus=0"),
         (["configs/train/debug_cpu.yaml", "network=none"], "network=none: one of infiniband_8x400"),
-        (["configs/train/gpt_7b.yaml", "gpus=12"], "engine.hpz_partition_size=8 does not divide the 12 ranks"),
+        (["configs/train/gpt_7b.yaml", "engine.shard_size=8", "gpus=12"], "engine.shard_size=8 does not divide the 12 ranks"),
         (["configs/train/debug_cpu.yaml", "gups=8"], "did you mean gpus"),
     ],
     "report_run": [(["run_dir={tmp}/none"], "{tmp}/none"), (["runs=[a]"], "runs: give 2 to 6 runs, not 1")],
@@ -261,6 +263,15 @@ def test_configs_are_there() -> None:
         *(f"configs/finetune/{name}.yaml" for name in ("chat", "summarize", "lora", "classify")),
     }
     assert expected <= set(CONFIGS)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("gpt_124m", 8), ("gpt_1b3", 8), ("gpt_7b", 64), ("gpt_13b", 64)])
+def test_configs_for_gpus_are_compiled_without_graph_breaks_and_fit(name: str, gpus: int) -> None:
+    config = load(PlanConfig, [str(PROJECT / f"configs/train/{name}.yaml"), f"gpus={gpus}", "gpu=h100_80gb"])
+    assert config.compile
+    assert config.model.dropout == 0, "torch 2.13 compiles dropout to wrong masks"
+    assert isinstance(config.engine, FSDPConfig) or config.engine.zero_stage == 1
+    assert make_plan(config.train_config(), cluster_of(config)).fits
 
 
 @pytest.mark.parametrize("path", CONFIGS)

@@ -88,7 +88,7 @@ def test_fit_writes_a_configuration_that_fits(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_nothing_fits_a_tiny_gpu(tmp_path: Path) -> None:
-    words: dict[str, Any] = {"gpus": 1, "global_batch_size": 1, "micro_batch_size": 1, "engine.hpz_partition_size": 1}
+    words: dict[str, Any] = {"gpus": 1, "global_batch_size": 1, "micro_batch_size": 1}
     config = config_of("gpt_13b", gpu_memory_gib=8, fit="true", output=tmp_path / "p.yaml", **words)
     assert suggest(config.train_config(), cluster_of(config), plan_of(config)) is None
     assert show.run(config) == 2
@@ -96,8 +96,8 @@ def test_nothing_fits_a_tiny_gpu(tmp_path: Path) -> None:
 
 
 def test_groups_must_divide_the_ranks() -> None:
-    with pytest.raises(UserError, match=r"engine.hpz_partition_size=8 does not divide the 12 ranks"):
-        job_of(config_of("gpt_7b"), 12)
+    with pytest.raises(UserError, match=r"engine.shard_size=8 does not divide the 12 ranks"):
+        job_of(config_of("gpt_7b", **{"engine.shard_size": 8}), 12)
 
 
 def test_bad_words_are_named() -> None:
