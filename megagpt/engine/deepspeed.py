@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megagpt.distributed.fetch import fetched
 from megagpt.distributed.world import World
 from megagpt.engine.autocast import computing_in_bf16
 from megagpt.engine.base import Partition, Steps
@@ -149,7 +150,9 @@ class DeepSpeedEngine(Steps):
     def _step_zero(self, max_norm: float) -> Tensor:
         self._zero.clip_grad = max_norm
         self._deepspeed.step()
-        return self._told(float(self._zero._global_grad_norm), not self._zero.overflow)
+        norm = self._zero._global_grad_norm  # a number or a tensor, by stage
+        grad_norm = fetched(norm.detach().reshape(1))[0] if isinstance(norm, Tensor) else float(norm)
+        return self._told(grad_norm, not self._zero.overflow)
 
     def _told(self, grad_norm: float, applied: bool) -> Tensor:
         return torch.tensor([grad_norm, applied], dtype=torch.float64).to(self._world.device)
@@ -160,12 +163,13 @@ class DeepSpeedEngine(Steps):
             self._deepspeed.buffered_allreduce_fallback()
         parameters = list(self.module.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-        applied = bool(norm.isfinite())
+        (grad_norm,) = fetched(norm[None])
+        applied = math.isfinite(grad_norm)
         if applied:
             self._torch_optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        return self._told(float(norm), applied)
+        return self._told(grad_norm, applied)
 
     def _step_canonical(self, canonical: "_CanonicalZero1", max_norm: float) -> Tensor:
         """DeepSpeed's partitions, optimizer and gathering of weights, with our own reduction and norm."""
@@ -273,7 +277,8 @@ class _CanonicalZero1:
     def finish(self, max_norm: float) -> float:
         """Clip and hand over the gradients of the step; returns their norm before."""
         totals = [total.take() for total in self._sums]
-        norm = float(self._norm([totals[group][offset : offset + length] for group, offset, length in self._gradients]))
+        parts = [totals[group][offset : offset + length] for group, offset, length in self._gradients]
+        (norm,) = fetched(self._norm(parts)[None])
         factor = clip_factor(norm, max_norm)
         for total, flat in zip(totals, self._partitions, strict=True):
             flat.grad = total.mul_(factor) if factor < 1 else total

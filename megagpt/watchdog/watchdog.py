@@ -360,7 +360,7 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
     if any(report["collectives"] != fewest for report in behind):
         return [report for report in behind if report["collectives"] == fewest], ""
     busy = [report for report in behind if not report.get("waits_for_others", True)]
-    if busy:
+    if busy and len(busy) < len(behind):
         return busy, ""
     absent = collectives.not_come({report["rank"]: report["groups"] for report in behind if "groups" in report})
     if absent:
@@ -369,6 +369,8 @@ def most_behind(reports: Sequence[Report]) -> tuple[list[Report], str]:
             for report in behind
             if (r := report["rank"]) in absent
         ], ""
+    if busy:
+        return busy, ""
     places: dict[str, list[Report]] = {}
     for report in behind:
         places.setdefault(report.get("what", ""), []).append(report)

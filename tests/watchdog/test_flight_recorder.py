@@ -21,7 +21,7 @@ from megagpt.watchdog.flight_recorder import (
     recorded_groups,
     write_dump,
 )
-from megagpt.watchdog.watchdog import judge
+from megagpt.watchdog.watchdog import judge, most_behind
 
 
 def entry(number: int, name: str, **changes: Any) -> dict[str, Any]:
@@ -91,6 +91,20 @@ def test_the_verdict_names_the_gpu_that_did_not_come() -> None:
     assert verdict is not None
     assert (verdict.rank, verdict.host, verdict.cause) == (2, "n1", "device")
     assert "its GPU has not started 8 nccl:_reduce_scatter_base" in verdict.what
+
+
+def test_a_wait_for_the_gpu_in_unknown_code_is_judged_by_the_recorder() -> None:
+    """All hosts stand in the same place of some library: the recorder tells who is missing; without it all are named."""
+    groups = {rank: read_groups(dump, now_ns=9_000_000_000) for rank, dump in gpu_dumps(2).items()}
+    reports = [
+        {"rank": rank, "position": [7, 1], "collectives": 11, "waits_for_others": False, "what": "x", "groups": groups[rank]}
+        for rank in range(4)
+    ]
+    assert [report["rank"] for report in most_behind(reports)[0]] == [2]
+    waits = [{**report, "waits_for_others": report["rank"] != 1} for report in reports]
+    assert [report["rank"] for report in most_behind(waits)[0]] == [1], "one that works is what the others wait for"
+    same = [{**report, "groups": []} for report in reports]
+    assert [report["rank"] for report in most_behind(same)[0]] == [0, 1, 2, 3]
 
 
 def late(world: World, folder: str) -> dict[str, Any]:

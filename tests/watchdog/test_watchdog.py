@@ -297,6 +297,7 @@ def test_a_fetch_from_the_device_is_waiting_for_others() -> None:
     for stack, call in (
         ((outer, fetch, torch_frame), "ioctl /dev/nvidiactl"),
         ((outer, fetch), "running"),
+        ((outer, "/y/deepspeed/runtime/zero/stage3.py:3042 has_overflow: overflow = overflow_gpu[0].item()"), "futex"),
         ((outer, fetch.replace("read: self._ready.synchronize()", "fetched: return values.tolist()")), "futex"),
     ):
         thread = stacks.Thread("MainThread", stack, call)
