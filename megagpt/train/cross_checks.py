@@ -119,6 +119,8 @@ def _without_effect(config: TrainConfig, data: Data) -> Iterator[str]:
         )
     if config.resume_step is not None and config.resume_step > config.max_steps:
         yield f"resume_step={config.resume_step} is more than max_steps={config.max_steps}"
+    if config.float8 != "none" and not config.compile:
+        yield f"float8={config.float8} without compile=true: scaling takes passes of its own around products, slower than bf16"
 
 
 def _too_short_documents(config: TrainConfig, data: Data) -> Iterator[str]:

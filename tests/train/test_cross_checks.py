@@ -73,6 +73,7 @@ REPORTED = [
     ),
     ({"optim": {"schedule": {"decay_steps": 3}}}, "decay_steps=3 has no effect with kind=cosine"),
     ({"resume_step": 17}, "resume_step=17 is more than max_steps=16"),
+    ({"float8": "rowwise", "precision": "bf16"}, "float8=rowwise without compile=true"),
 ]
 
 
