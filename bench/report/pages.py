@@ -1,6 +1,6 @@
 """Reports and a comparison in a real browser, at the width of a desk and of a phone, and the panel at three widths.
 
-    python tests/soak/report_pages.py FOLDER      about a minute; needs chromium (playwright gets an environment of its own)
+    python -m bench.report.pages FOLDER      about a minute; needs chromium (playwright gets an environment of its own)
 
 Two long runs with restarts, a rewind, long names and names in Arabic are written, and one whose names and texts are hostile. On
 each page: no request but the page's own, no error, no dialog, nothing that the hostile texts would do, no sideways scrolling,
@@ -19,18 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT)]
+from rich.console import Console
 
-from rich.console import Console  # noqa: E402
-
-from bench.measure import peer_python  # noqa: E402
-from megagpt.files import write_json  # noqa: E402
-from megagpt.measurement import write_results  # noqa: E402
-from megagpt.monitor.metrics import METRICS_FILE, format_row  # noqa: E402
-from megagpt.report.panel import run_panel, runs_table  # noqa: E402
-from megagpt.report.run_report import ReportConfig, report_run  # noqa: E402
-from megagpt.report.run_state import RunReader  # noqa: E402
+from bench.measure import peer_python
+from megagpt.files import write_json
+from megagpt.measurement import write_results
+from megagpt.monitor.metrics import METRICS_FILE, format_row
+from megagpt.report.panel import run_panel, runs_table
+from megagpt.report.run_report import ReportConfig, report_run
+from megagpt.report.run_state import RunReader
 
 HOSTILE = "</pre></script><img src=x onerror=\"window.ran='image'\"><script>window.ran='script'</script>"
 SOURCES = ("fineweb-edu-dedup-with-a-very-long-source-name-2024-10", "كتب عربية (books)", "code")
