@@ -1,5 +1,6 @@
 """What an imported model is good for: evaluation, generation, and as the start of another run, but not as a run to resume."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megagpt.convert.import_hf import ImportConfig, import_model
 from megagpt.data.dataset import TokenDataset
 from megagpt.data.loader import eval_batches
 from megagpt.data.open_data import open_data
+from megagpt.engine.optim import lr_at
 from megagpt.evaluate.evaluate_model import EvaluateConfig, evaluate_run
 from megagpt.train.config import TrainConfig
 from megagpt.train.preflight import check_run
@@ -38,30 +40,48 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 def continued(shards: Path, run_dir: Path, imported: Path, **changes: Any) -> dict[str, Any]:
     """The settings of a run that starts from it, with the section that the import wrote."""
-    values = settings(shards, run_dir, max_steps=2, **changes)
+    values = settings(shards, run_dir, max_steps=3, **changes)
     return {**values, **yaml.safe_load((imported / "model.yaml").read_text())}
 
 
-@torch.no_grad()
-def loss_of(model: Any, samples: list[Any]) -> float:
-    """transformers' mean loss per token over samples."""
-    ids = torch.tensor([sample.inputs.tolist() for sample in samples])
-    targets = torch.tensor([sample.targets.tolist() for sample in samples])
-    return float(F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten()))
+def losses_of(model: Any, steps: list[list[Any]], config: TrainConfig) -> list[float]:
+    """transformers' mean losses per token of the first steps, trained by torch's AdamW as the run is."""
+    optim = config.optim
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw, found = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps), []
+    for step, samples in enumerate(steps):
+        ids = torch.tensor([sample.inputs.tolist() for sample in samples])
+        targets = torch.tensor([sample.targets.tolist() for sample in samples])
+        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        for group in adamw.param_groups:
+            group["lr"] = lr_at(optim, step, config.max_steps)
+        adamw.step()
+        found.append(loss.item())
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [{"zero_stage": 1}, {"zero_stage": 3}, {"kind": "fsdp"}], ids=str)
-def test_continued_pretraining_begins_with_transformers_loss(
+def test_continued_pretraining_begins_with_transformers_losses(
     imported: tuple[Any, Path], shards: Path, project: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
     model, run_dir = imported
     values = continued(shards, tmp_path / "run", run_dir, engine=engine, init_from=str(run_dir))
     ranks = start(project, tmp_path, values, 2)
     assert ranks.wait() == [EXIT_DONE, EXIT_DONE], ranks.output()
-    train = open_data(validate(TrainConfig, values, source="").data).train
-    expected = loss_of(model, [train.sample(i) for i in range(8)])
-    assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-6)  # fp32, summed in another order
+    config = validate(TrainConfig, values, source="")
+    train = open_data(config.data).train
+    steps = [[train.sample(8 * step + i) for i in range(8)] for step in range(config.max_steps)]
+    expected, found = losses_of(deepcopy(model), steps, config), losses(tmp_path / "run")
+    assert list(found) == [1, 2, 3]
+    assert found[1] == pytest.approx(expected[0], rel=1e-6)  # fp32, summed in another order
+    assert list(found.values()) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] > expected[1] > expected[2]
 
 
 def test_an_imported_model_is_no_run_to_resume(imported: tuple[Any, Path], shards: Path, tmp_path: Path) -> None:
