@@ -38,7 +38,7 @@ LATER: dict[str, dict[str, Any]] = {
         "panel": False,
     },
     "OptimConfig": {"lr_factors": {}},
-    "ProfileConfig": {"steps": None, "ranks": [0]},
+    "ProfileConfig": {"steps": None, "ranks": [0], "allocation_history": 0},
     "ScoreConfig": _NO_SCORES,
     "SupervisedConfig": {
         "format": None,

@@ -37,7 +37,7 @@ from megagpt.train.between_steps import due, due_at, evaluate_and_sample, left_b
 from megagpt.train.config import TrainConfig
 from megagpt.train.data_changes import continue_mixture
 from megagpt.train.out_of_memory import Planner, explaining_out_of_memory
-from megagpt.train.profile import StepProfiler
+from megagpt.train.profile import StepProfiler, remember_allocations
 from megagpt.train.run import Run
 from megagpt.train.spike_guard import Guard
 from megagpt.train.step import Judge, Launch, Launched, Prepared, prepare
@@ -80,6 +80,7 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, attempt)
         if config.watchdog.enabled:
             world.leave_hangs_to_a_watchdog()
+        remember_allocations(config.profile, world.device)
         with monitor.clock("load"):
             memory: dict[str, Any] = {"planner": planner, "attempt": attempt}
             with explaining_out_of_memory(config, None, world, 0, monitor.clock, when="as the engine was built", **memory):

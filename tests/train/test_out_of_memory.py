@@ -173,8 +173,11 @@ def test_an_evaluation_without_memory_is_recorded_too(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(FAULTS))
     monkeypatch.setenv("FAULTS", json.dumps([{"kind": "out_of_memory_in_evaluation"}]))
-    ranks = start(project, tmp_path, settings(shards, tmp_path / "run", evaluate_every_steps=3), 1)
+    ranks = start(
+        project, tmp_path, settings(shards, tmp_path / "run", evaluate_every_steps=3, profile={"allocation_history": 9}), 1
+    )
     assert ranks.wait() == [EXIT_CRASH]
+    assert "profile.allocation_history=9: nothing is kept on cpu" in ranks.output()
     assert "error: rank 0 ran out of memory in the evaluation after step 3 on cpu: " in ranks.output()
     record = read_json(tmp_path / "run" / "memory" / "attempt_0001_rank_0_step_3.json")
     assert record["when"] == "in the evaluation after step 3"

@@ -1,6 +1,7 @@
-"""The profiler's window: which updates and ranks it records, and traces that can be read."""
+"""The profiler's window: which updates and ranks it records, and traces that can be read; and the history of allocations."""
 
 import gzip
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from megagpt.config import UserError, validate
+from megagpt.model.gpt import GPT, ModelConfig
 from megagpt.monitor.goodput import Stopwatch
-from megagpt.train.profile import ProfileConfig, StepProfiler
+from megagpt.train.out_of_memory import allocations
+from megagpt.train.profile import ProfileConfig, StepProfiler, history_options, remember_allocations
 
 
 def run_updates(profiler: StepProfiler, first: int, last: int) -> None:
@@ -66,6 +69,41 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pyt
     assert "attempt_0001_rank_0000_steps_1_to_1.json.gz: the trace could not be written: " in message
 
 
+def test_torch_takes_the_options_of_the_history() -> None:
+    record = torch.cuda.memory._record_memory_history
+    bound = inspect.signature(record).bind(**history_options(50), device=torch.device("cuda", 0)).arguments
+    assert bound["max_entries"] == 50
+    documented = inspect.getdoc(record) or ""
+    for name in ("enabled", "context", "stacks"):
+        choices = documented.partition(f"{name} (Literal[")[2].partition("]")[0]
+        assert f'"{bound[name]}"' in choices
+
+
+def test_a_cpu_has_no_history_of_allocations(caplog: pytest.LogCaptureFixture) -> None:
+    remember_allocations(ProfileConfig(), torch.device("cpu"))
+    assert caplog.messages == []
+    remember_allocations(ProfileConfig(allocation_history=50), torch.device("cpu"))
+    assert caplog.messages == ["profile.allocation_history=50: nothing is kept on cpu, only GPUs have a history"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_says_which_lines_made_its_allocations() -> None:
+    device = torch.device("cuda", 0)
+    config = ModelConfig(vocab_size=256, seq_len=64, num_layers=1, num_heads=2, hidden_size=32)
+    remember_allocations(ProfileConfig(allocation_history=1000), device)
+    try:
+        with device:
+            model = GPT(config)
+            ids = torch.zeros(2, 64, dtype=torch.long)
+        loss = model(ids, ids)
+        found = allocations(torch.cuda.memory._snapshot(device)["segments"], [])
+        assert loss.requires_grad  # what the pass keeps is alive
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    assert any("made by forward (gpt.py:" in item.what for item in found)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -73,6 +111,7 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pyt
         ({"steps": [0, 3]}, r"profile.steps=\[0, 3\]: \[first, last\]"),
         ({"ranks": [-1]}, r"profile.ranks=\[-1\]: ranks are counted from 0"),
         ({"ranks": []}, "ranks"),
+        ({"allocation_history": -1}, "allocation_history"),
     ],
 )
 def test_mistakes_are_named(values: dict[str, Any], message: str) -> None:
