@@ -248,7 +248,8 @@ def test_selective_checkpointing_keeps_attention_over_documents() -> None:
     first_pass, _ = keep_products()
     with torch.no_grad(), first_pass:
         attend(x_bhte, x_bhte, x_bhte, mask)
-    assert [str(operation) for operation in first_pass.storage] == ["flex_attention"]
+    kept = [str(operation) for operation, results in first_pass.storage.items() if isinstance(results[0], tuple)]
+    assert kept == ["flex_attention"], "the result of what is computed again is a mark"
 
 
 @pytest.mark.gpu
