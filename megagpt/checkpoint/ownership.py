@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from megagpt.config import UserError
-from megagpt.distributed.world import World, utc_now
+from megagpt.distributed.world import Stopped, World, utc_now
 from megagpt.files import process_begun, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ class Ownership:
 def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> Ownership | None:
     """Take ownership of a run directory unless a live start has it; all ranks call it together. None: a stop signal came first.
 
-    if_running: what to do about an owner that is alive. Raises UserError on every rank if it is refused.
+    if_running: what to do about an owner that is alive. Raises UserError on every rank if it is refused, Failure on every rank
+    if rank 0 cannot read or write there.
     """
     if if_running == "take_over" and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
         if_running = "refuse"  # two jobs that are requeued in turn would take the run from each other for ever
@@ -97,12 +98,11 @@ def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> O
     earlier: dict[str, Any] | None = None
     said = False
     while True:
-        found = refusal = None
-        if world.rank == 0:
-            try:
-                found = _heartbeat(run_dir)
-            except UserError as error:
-                refusal = str(error)
+        refusal = None
+        try:
+            found = world.together(lambda: _heartbeat(run_dir) if world.rank == 0 else None)
+        except Stopped:
+            return None
         done = not _may_be_alive(found)
         alive = not done and earlier is not None and found is not None and _moved(earlier, found)
         if found is None or earlier is None or alive or done or found["incarnation"] != earlier["incarnation"]:
@@ -120,7 +120,10 @@ def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> O
         if world.any(bool(world.stop.signal_name)):
             return None
         if take:
-            return Ownership(run_dir, world, take_ownership(run_dir, world))
+            try:
+                return Ownership(run_dir, world, take_ownership(run_dir, world))
+            except Stopped:
+                return None
         if not said and world.rank == 0:
             log.info("%s: checking whether %s is alive (at most %.0f s)", run_dir, _named(found), SILENT_SECONDS)
         said = True
@@ -130,21 +133,18 @@ def take_run(run_dir: Path, world: World, if_running: IfRunning = "refuse") -> O
 def take_ownership(run_dir: Path, world: World) -> int:
     """Take ownership of a run directory at once, from any owner; returns the number of the new attempt on every rank.
 
-    Removes unfinished saves of earlier attempts. Raises UserError on every rank if owner.json is damaged.
+    Removes unfinished saves of earlier attempts. Raises UserError on every rank if owner.json is damaged, Failure if rank 0
+    cannot read or write there, Stopped after a stop request.
     """
-    attempt, problem = 0, ""
-    if world.rank == 0:
-        try:
-            attempt = _next_attempt(run_dir)
-            _write_owner(run_dir, attempt)
-            if _newest_attempt(run_dir) > attempt:
-                raise UserError(f"run_dir={run_dir}: another start has begun at the same moment, and is the later one")
-            _clear_unfinished(run_dir / "checkpoints")
-        except UserError as error:
-            problem = str(error)
-    attempt, problem = world.broadcast((attempt, problem))
-    if problem:
-        raise UserError(problem)
+    return world.broadcast(world.together(lambda: _claim(run_dir) if world.rank == 0 else 0))
+
+
+def _claim(run_dir: Path) -> int:
+    attempt = _next_attempt(run_dir)
+    _write_owner(run_dir, attempt)
+    if _newest_attempt(run_dir) > attempt:
+        raise UserError(f"run_dir={run_dir}: another start has begun at the same moment, and is the later one")
+    _clear_unfinished(run_dir / "checkpoints")
     return attempt
 
 

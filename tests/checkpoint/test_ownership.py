@@ -16,7 +16,7 @@ from ranks import run_ranks, wait_until
 
 from megagpt.checkpoint import ownership
 from megagpt.checkpoint.ownership import HEARTBEAT_SECONDS, SILENT_SECONDS, Ownership, owner_of, take_ownership, take_run
-from megagpt.config import UserError
+from megagpt.config import Failure, UserError
 from megagpt.distributed.world import World, lone_world
 from megagpt.files import read_json, write_json
 
@@ -298,8 +298,20 @@ def test_a_damaged_file_is_one_line_that_names_it(name: str, text: str, tmp_path
     assert len(str(raised.value).splitlines()) == 1
 
 
-def is_told(world: World, run_dir: Path) -> tuple[str, str]:
-    """Rank 0 is refused, loses the run: every rank hears it."""
+def is_told(world: World, run_dir: Path) -> tuple[str, str, list[str]]:
+    """Rank 0 cannot read or write, is refused, loses the run: every rank hears it."""
+    failures = []
+    for blocked in (run_dir / "heartbeat.json", run_dir / "starts"):
+        if world.rank == 0:
+            (blocked if blocked.suffix else run_dir).mkdir(parents=True, exist_ok=True)  # a folder in the place of a file
+            if not blocked.suffix:
+                blocked.touch()  # and a file in that of a folder
+        world.barrier()
+        with pytest.raises(Failure) as failed:
+            take_run(run_dir, world)
+        failures.append(str(failed.value))
+        if world.rank == 0:
+            blocked.rmdir() if blocked.is_dir() else blocked.unlink()
     (run_dir / "owner.json").parent.mkdir(parents=True, exist_ok=True)
     if world.rank == 0:
         (run_dir / "owner.json").write_text("damaged")
@@ -318,11 +330,12 @@ def is_told(world: World, run_dir: Path) -> tuple[str, str]:
     with pytest.raises(UserError) as lost:
         owned.refuse_if_lost()
     owned.close()
-    return str(refused.value), str(lost.value)
+    return str(refused.value), str(lost.value), failures
 
 
 @pytest.mark.slow
 def test_every_rank_hears_what_rank_0_finds(tmp_path: Path) -> None:
-    for refused, lost in run_ranks(is_told, 2, tmp_path / "ranks", tmp_path / "run"):
+    for refused, lost, failures in run_ranks(is_told, 2, tmp_path / "ranks", tmp_path / "run"):
+        assert [str(tmp_path / "run" / name) in text for name, text in zip(("heartbeat.json", "starts"), failures, strict=True)]
         assert "owner.json: not valid JSON" in refused
         assert "a later start has taken this run over; attempt 1 ends" in lost
