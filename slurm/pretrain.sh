@@ -105,7 +105,7 @@ trap 'stop_signal=TERM' TERM
 forward_when_ready() {
   if [ -n "$stop_signal" ] && ! "$forwarded" && [ "$(count_starts)" -gt "$starts_before" ]; then
     say "passing SIG$stop_signal on to the ranks: they save and end"
-    kill -s "$stop_signal" "$srun_pid" 2> /dev/null
+    kill -s USR1 "$srun_pid" 2> /dev/null # srun passes it on; of SIGTERM it kills the ranks at once
     forwarded=true
   fi
 }

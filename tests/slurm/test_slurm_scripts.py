@@ -287,17 +287,24 @@ def test_a_plain_submission_of_a_corpus_does_the_same(cluster: Cluster, site: Pa
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_job_that_gets_sigterm_saves_and_goes_on_and_a_cancelled_one_stays_cancelled(
+    cluster: Cluster, site: Path, shards: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     words = ["configs/train/debug_cpu.yaml", f"run_dir={run_dir}", f"data.sources.main.path={shards}", "max_steps=5000", *TINY]
     job_id = submit(cluster, site, "pretrain.sh", *words)
     wait_for_step(cluster, job_id, run_dir, 5)
+    cluster.command("scancel", "--batch", "--signal=TERM", job_id)  # the script alone gets it
+    wait_until(lambda: cluster.job(job_id)["Restarts"] == "1", 120)
+    saved = max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+    assert saved >= 5
+    wait_for_step(cluster, job_id, run_dir, saved + 2)
     cluster.command("scancel", job_id)
     cluster.wait_for(job_id, "CANCELLED", timeout=120)
     wait_until(lambda: not processes_of(job_id), 60)
     time.sleep(3)  # what is left of the script would put the job back now
     job = cluster.job(job_id)
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "1")
 
 
 def ask(port: int, **values: Any) -> Any:
