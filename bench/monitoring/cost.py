@@ -1,21 +1,25 @@
 """What monitoring costs of a training step: CPU seconds of the loop's calls and the writers, beside those of the steps between.
 
-    python -m bench.monitoring.cost            about two minutes on a free core
+    python -m bench.monitoring.cost            about five minutes on a free core
 
-A process trains a GPT (4 blocks, 128 wide, 16 x 128 tokens a step, one thread). Steps take turns with what the loop does in the
-default interval: `Monitor.due` ten times, and a `train` row with 30 values. A row is charged with the CPU time of this process
-until every writer has taken it, and of W&B's process; reading these clocks is included. Each set of writers is a process of its
-own. The panel is another process and costs a run nothing; shown is one reading of a file of 20,000 rows.
+A process trains a GPT (4 blocks, 128 wide, 16 x 128 tokens a step, one thread) and does what the loop does in the default
+interval: `Monitor.due` after each step, and after ten of them a `train` row with 30 values. Monitoring is charged with all CPU
+time, after the start, of the process and of W&B's, but that of the training thread inside the steps. Each set of writers is a
+process of its own, in turns. The panel is drawn on a pseudo-terminal; the last column takes what its limits allow with such
+short steps.
 """
 
+import contextlib
 import json
+import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 from bench.measure import run_interleaved
 from megagpt.measurement import spread, write_results
@@ -24,8 +28,15 @@ WRITERS: dict[str, dict[str, Any]] = {
     "metrics.jsonl": {},
     "and TensorBoard, Prometheus": {"tensorboard": True, "prometheus_port": 0},
     "and W&B (offline)": {"tensorboard": True, "prometheus_port": 0, "wandb": "offline"},
+    "metrics.jsonl and the panel": {"panel": True},
+    "all": {"tensorboard": True, "prometheus_port": 0, "wandb": "offline", "panel": True},
 }
-ROUNDS, WARM_ROUNDS, REPETITIONS = 8, 2, 2
+ROUNDS, WARM_ROUNDS, REPETITIONS = 4, 1, 2
+SHORT_STEP_SECONDS = 0.1
+START_SECONDS = 15.0
+"""W&B is busy with its start for so long (0.4 s of CPU), once a run."""
+SETTLE_SECONDS = 1.0
+"""What the writers get to take the row before, so that it is charged to the rounds that it belongs to."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -44,18 +55,20 @@ def main(words: Sequence[str]) -> None:
         rows.append(row)
     panel = spread([output["panel_cpu_ms"] for found in runs.values() for output in (run.output for run in found)])
     about = (__doc__ or "").split("\n\n")[2].replace("\n", " ").strip()
-    tables = [{"title": "The panel", "about": "In a process of its own.", "rows": [{"reading_cpu_ms": panel}]}]
+    watch = "tools/watch_run.py, a process of its own: one reading of a file of 20,000 rows."
+    tables = [{"title": "The panel of another process", "about": watch, "rows": [{"reading_cpu_ms": panel}]}]
     results = {"title": "Cost of monitoring", "about": about, "rows": rows, "tables": tables, "lost": ""}
     write_results("monitoring", results, packages=("torch", "tensorboard", "prometheus_client", "wandb"))
 
 
 def measure(options: dict[str, Any]) -> dict[str, float]:
-    """CPU milliseconds of a step, of `due`, and of a row; and what share of the steps' time they are."""
+    """CPU milliseconds of a step, and of monitoring per row; and what share of the steps' time they are."""
     import torch
 
     from megagpt.model.gpt import GPT, ModelConfig
     from megagpt.monitor.config import MonitorConfig
     from megagpt.monitor.monitor import Monitor
+    from megagpt.report.live_panel import LEAST_SECONDS, SHARE
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -63,40 +76,82 @@ def measure(options: dict[str, Any]) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(4096, (16, 128))
     steps: list[float] = []
-    dues: list[float] = []
-    rows: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="bench_monitoring_") as temporary:
-        monitor = Monitor(Path(temporary), MonitorConfig.model_validate(options), run_config={"seed": 1}, rank=0)
+    drawings: list[float] = []
+    total = 0.0
+    with tempfile.TemporaryDirectory(prefix="bench_monitoring_") as temporary, a_terminal():
+        config = MonitorConfig.model_validate(options)
+        open_panel, started = timed_panel(drawings), time.monotonic()
+        monitor = Monitor(Path(temporary), config, run_config={"seed": 1}, rank=0, max_steps=1000, open_panel=open_panel)
         every = monitor.config.log_every_steps
         monitor.log("start", 0, tokens=0)
         for i in range(ROUNDS + WARM_ROUNDS):
-            began = cpu_seconds()
-            with monitor.clock("train"):
-                (model(ids, ids) / ids.numel()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            trained = cpu_seconds()
+            if i == WARM_ROUNDS:
+                time.sleep(max(SETTLE_SECONDS, started + START_SECONDS - time.monotonic()))
+                steps, total = [], -cpu_seconds()
+                drawings.clear()
             for step in range(i * every + 1, i * every + every + 1):
+                began = time.thread_time()
+                with monitor.clock("train"):
+                    (model(ids, ids) / ids.numel()).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                steps.append(time.thread_time() - began)
                 monitor.due(step)
-            looked = cpu_seconds()
             monitor.log("train", (i + 1) * every, tokens=(i + 1) * every * ids.numel(), **values())
-            while any(not writer._rows.empty() for writer in monitor._writers):
-                time.sleep(0.001)
-            rows.append(cpu_seconds() - looked)
-            steps.append(trained - began)
-            dues.append((looked - trained) / every)
+        time.sleep(SETTLE_SECONDS)
+        total += cpu_seconds()
         panel = read_panel(Path(temporary))
         monitor.close()
-    step_seconds, due_seconds = median(steps[WARM_ROUNDS:]), median(dues[WARM_ROUNDS:])
-    row_seconds = sum(rows[WARM_ROUNDS:]) / ROUNDS
+    step_seconds, row_seconds = median(steps), (total - sum(steps)) / ROUNDS
+    drawing = median(drawings) if drawings else 0.0
+    others = (row_seconds - sum(drawings) / ROUNDS) / every / SHORT_STEP_SECONDS
     return {
         "step_cpu_ms": 1e3 * step_seconds,
-        "due_cpu_ms": 1e3 * due_seconds,
         "row_cpu_ms": 1e3 * row_seconds,
-        "share_percent": 100 * (due_seconds + row_seconds / every) / step_seconds,
-        "share_of_a_100_ms_step_percent": 100 * (due_seconds + row_seconds / every) / 0.1,
+        "of_which_drawing_ms": 1e3 * sum(drawings) / ROUNDS,
+        "share_percent": 100 * row_seconds / every / step_seconds,
+        "share_of_a_100_ms_step_percent": 100 * (others + min(SHARE, drawing / LEAST_SECONDS)),
         "panel_cpu_ms": 1e3 * panel,
     }
+
+
+def timed_panel(drawings: list[float]) -> Callable[[Path, TextIO], Any]:
+    """Opens the panel of a run; the CPU seconds of each drawing are added to the list."""
+    from megagpt.report.live_panel import LivePanel
+
+    def open_panel(run_dir: Path, stream: TextIO) -> LivePanel:
+        panel = LivePanel(run_dir, stream)
+        draw = panel._draw
+
+        def timed() -> None:
+            begun = time.thread_time()
+            draw()
+            drawings.append(time.thread_time() - begun)
+
+        panel._draw = timed  # type: ignore[method-assign]
+        return panel
+
+    return open_panel
+
+
+@contextlib.contextmanager
+def a_terminal() -> Iterator[None]:
+    """Standard error is a pseudo-terminal whose other end is read."""
+    reading, writing = os.openpty()
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(reading, 1 << 16):
+                pass
+
+    threading.Thread(target=drain, daemon=True).start()
+    before = sys.stderr
+    with os.fdopen(writing, "w", buffering=1) as stream:
+        sys.stderr = stream
+        try:
+            yield
+        finally:
+            sys.stderr = before
 
 
 def values() -> dict[str, Any]:
