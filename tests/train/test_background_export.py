@@ -110,7 +110,7 @@ def test_one_at_a_time_and_the_newest_waits(background: Background, monkeypatch:
     assert background.names() == ["step_00000002", "step_00000006"]
     assert exports.in_use() == set()
     made = read_json(background.run_dir / "exports" / "step_00000006" / "checked.json")
-    assert made["nice"] == 19
+    assert made["nice"] == 10
     assert not {"RANK", "WORLD_SIZE"} & set(made["seen"])
     assert time.monotonic() - began < 20
 

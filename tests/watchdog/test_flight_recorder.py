@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_ranks, wait_until
 from torch.distributed.flight_recorder.components.loader import read_dump
 
 from megagpt.distributed.world import World
@@ -108,7 +108,7 @@ def test_a_wait_for_the_gpu_in_unknown_code_is_judged_by_the_recorder() -> None:
 
 
 def late(world: World, folder: str) -> dict[str, Any]:
-    """Rank 1 comes a second and a half late to an all-reduce; what each rank sees of it from other threads."""
+    """Rank 1 comes late to an all-reduce, once both have looked; what each rank sees of it from other threads."""
     closing, seen = threading.Event(), {}
     sampler = WaitSampler(lambda: True)
     looking = threading.Thread(target=sampler.run, args=(closing,))
@@ -116,6 +116,7 @@ def late(world: World, folder: str) -> dict[str, Any]:
     begun = collectives_begun()
 
     def look() -> None:
+        wait_until(lambda: world.rank == 1 or collectives_begun() > begun)
         time.sleep(0.8)
         seen["groups"] = recorded_groups()
         write_dump(Path(folder) / f"rank_{world.rank}")
@@ -124,7 +125,8 @@ def late(world: World, folder: str) -> dict[str, Any]:
     looker.start()
     looking.start()
     if world.rank == 1:
-        time.sleep(1.5)
+        wait_until(lambda: all((Path(folder) / f"rank_{rank}").exists() for rank in range(2)))
+        time.sleep(0.7)
     dist.all_reduce(torch.ones(7), group=world.control)
     closing.set()
     for thread in (looking, looker):
@@ -137,13 +139,14 @@ def test_a_collective_that_waits_for_a_rank_is_seen(tmp_path: Path) -> None:
     first, second = run_ranks(late, 2, tmp_path / "ranks", str(tmp_path))
     (open_one,) = first["groups"][0]["open"]
     assert open_one["operation"] == "gloo:all_reduce [7] Float"
-    assert 0.3 < open_one["seconds"] < 1.5
+    assert open_one["seconds"] > 0.3
     assert second["groups"][0]["open"] == []
     assert second["groups"][0]["begun"] == open_one["number"] - 1
     stand = compare_groups({0: first["groups"], 1: second["groups"]})
     number = open_one["number"]
     assert stand == f"group 0 default_pg: rank 0 in {number} gloo:all_reduce [7] Float, rank 1 begun {number - 1}, none open"
-    assert first["waited"] > 0.5 > second["waited"]
+    assert first["waited"] > 0.5
+    assert first["waited"] > second["waited"]
     assert min(first["looks"], second["looks"]) > 5
     assert first["begun"] == second["begun"] == 1
     # The files are those of torch's own tool.
