@@ -53,8 +53,8 @@ sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a tool that gets a tenth of what a training process gets of a core that both want (at nice 19 it would starve beside busy
-cores), is the first to go when memory runs out, and is interrupted (PR_SET_PDEATHSIG) when the training dies."""
+"""Runs a tool that gets a tenth of what a training process gets of a core that both want (at nice 19 it would starve beside
+busy cores), is the first to go when memory runs out, and is interrupted (PR_SET_PDEATHSIG) when the training dies."""
 
 
 def refuse_exports(model: ModelConfig) -> None:
