@@ -29,10 +29,10 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 
+from own_python import own_python  # noqa: E402
 from ranks import wait_until  # noqa: E402
 from small_run import settings, start, write_shards  # noqa: E402
 
-from bench.measure import peer_python  # noqa: E402
 from megagpt.measurement import RESULTS, spread, write_results  # noqa: E402
 from megagpt.monitor.metrics import METRICS_FILE, read_metrics  # noqa: E402
 
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> None:
         kills = before["results"]["tables"][0]["rows"]
         forget_accounts(folder)
     else:
-        reader = peer_python("wandb_reader", READER)
+        reader = own_python(folder / "wandb_reader", READER)
         forget_accounts(folder)
         kills = kill_and_resume(folder / "kills", reader)
     rows = broken_writers(folder / "writers")
