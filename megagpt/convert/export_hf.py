@@ -4,9 +4,10 @@ Weights go from the checkpoint to safetensors slice by slice. The folder is kept
 its source and the model that transformers loads from it gives our logits; a large model is compared module by module.
 """
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +30,8 @@ from megagpt.convert.model_card import model_card
 from megagpt.convert.peft_adapter import write_adapter
 from megagpt.convert.streamed import streamed_gpt, streamed_reference
 from megagpt.convert.tokenizers import export_tokenizer
-from megagpt.convert.weight_files import DTYPES, SLICE_ELEMENTS, Parameters, check_weights_written, write_weights
-from megagpt.distributed.world import utc_now
+from megagpt.convert.weight_files import DTYPES, SLICE_ELEMENTS, Parameters, check_weights_written, write_index, write_weights
+from megagpt.distributed.world import World, lone_world, utc_now
 from megagpt.engine.build import whole_shapes
 from megagpt.evaluate.results import measured_checkpoint, read_results
 from megagpt.files import sha256_file, write_json, write_text
@@ -68,16 +69,29 @@ class ExportConfig(Config):
     at a time, and fewer positions are compared (transformers)."""
 
 
-def export_model(config: ExportConfig) -> Path:
+def export_model(config: ExportConfig, world: World | None = None) -> Path:
     """Write `output_dir`; returns it. Raises UserError if the run, the step or the family do not fit, CheckpointError if the
-    checkpoint is damaged, ConversionError if the export does not give the same model; output_dir then does not exist."""
-    if config.output_dir.exists():
+    checkpoint is damaged, ConversionError if the export does not give the same model; output_dir then does not exist.
+
+    All ranks of `world` call it together: each writes some of the weight files (format=transformers), rank 0 compares. The
+    others return before that; output_dir is there when rank 0 returns.
+    """
+    world = world or lone_world(torch.device("cpu"))
+    if world.size > 1 and (config.format != "transformers" or config.adapter_only):
+        what = "adapter_only=true" if config.adapter_only else f"format={config.format}"
+        raise UserError(
+            f"{what} is written by one process, there are {world.size}: only the weights of transformers are shared"
+        )
+    exists = world.together(config.output_dir.exists)
+    if exists:
         raise UserError(f"output_dir={config.output_dir} exists; name a new one")
     if config.format not in ("transformers", "gguf") and config.dtype in ("bf16", "fp16"):
         raise UserError(f"dtype={config.dtype}: format={config.format} is fp32")
     if config.format == "transformers" and config.dtype == "fp16":
         raise UserError("dtype=fp16: format=transformers is bf16 or fp32")
-    checkpoint = find_checkpoint(config.run_dir, config.step)
+    checkpoint = world.together(lambda: find_checkpoint(config.run_dir, config.step))
+    made_from = {"checkpoint": checkpoint.name, "manifest_sha256": sha256_file(checkpoint / "manifest.json")}
+    world.refuse_difference(f"run_dir={config.run_dir}", made_from)
     state = read_state(checkpoint, of_model=True)
     model_config = read_settings(ModelConfig, state["model"], source=str(checkpoint / "state.json"))
     if config.format != "transformers":
@@ -111,14 +125,24 @@ def export_model(config: ExportConfig) -> Path:
     family, dtype = family_for(model_config), config.dtype or "bf16"
     vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)
     plan = plan_tensors(family, model_config, vocab_size)
-    with new_folder(config.output_dir) as folder:
+    with _shared_folder(config.output_dir, world) as folder:
         parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
-        if state.get("base"):  # it holds a part of the model: adapters are merged here
-            parameters.hold(read_model(checkpoint, model_config))
-        tensors = write_weights(folder, plan, parameters, dtype=dtype, shard_bytes=config.shard_bytes)
+
+        def write_own() -> dict[str, dict[str, Any]]:
+            if state.get("base"):  # it holds a part of the model: adapters are merged here
+                parameters.hold(read_model(checkpoint, model_config))
+            part = (world.rank, world.size)
+            written = write_weights(folder, plan, parameters, dtype=dtype, shard_bytes=config.shard_bytes, part=part)
+            check_weights_written(folder, written)
+            return written
+
+        written = world.gather(world.together(write_own))
+        if world.rank > 0:
+            return config.output_dir
+        tensors = {name: entry for part in written for name, entry in part.items()}
+        write_index(folder, plan, tensors, dtype=dtype)
         write_config(folder, family, model_config, tokenizer, vocab_size, dtype)
         notes = export_tokenizer(tokenizer, config.run_dir / "tokenizer", folder, model_config.seq_len)
-        check_weights_written(folder, tensors)
         whole = 2 * 4 * sum(shape.numel() for shape in whole_shapes(model_config).values()) <= config.gate_memory_bytes
         compared = compare_export(folder, parameters, model_config, family, plan, vocab_size, dtype, whole=whole)
         lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
@@ -129,6 +153,17 @@ def export_model(config: ExportConfig) -> Path:
     for note in notes:
         log.info("tokenizer: %s", note)
     return config.output_dir
+
+
+@contextlib.contextmanager
+def _shared_folder(path: Path, world: World) -> Iterator[Path]:
+    """new_folder's on rank 0, which the other ranks write into too."""
+    if world.rank > 0:
+        yield Path(world.broadcast(None))
+        return
+    with new_folder(path) as folder:
+        world.broadcast(str(folder.absolute()))
+        yield folder
 
 
 def write_config(folder: Path, family: Family, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int, dtype: str) -> None:

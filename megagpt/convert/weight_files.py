@@ -142,9 +142,16 @@ def slices_of(planned: Planned, parameters: Parameters, dtype: torch.dtype) -> I
 
 
 def write_weights(
-    folder: Path, plan: Sequence[Planned], parameters: Parameters, *, dtype: str, shard_bytes: int
+    folder: Path,
+    plan: Sequence[Planned],
+    parameters: Parameters,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, dict[str, Any]]:
-    """Write all tensors of a plan as safetensors shards with their index; returns sha256 and shape of each tensor's bytes.
+    """Write the tensors of a plan as safetensors files; returns file, sha256 and shape of each tensor written. Of `part` (i, n)
+    every n-th file is written, from the i-th on; `write_index` comes after all of them.
 
     Never more than a slice, or of GPT-2 a joined tensor, is in memory.
     """
@@ -159,7 +166,10 @@ def write_weights(
         shards[-1].append(planned)
         used += size
     tensors: dict[str, dict[str, Any]] = {}
+    mine, of = part
     for number, shard in enumerate(shards, start=1):
+        if (number - 1) % of != mine:
+            continue
         file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = safetensors_header({planned.theirs: (name, planned.shape) for planned in shard}, {"format": "pt"})
         digests: dict[str, str] = {}
@@ -168,11 +178,15 @@ def write_weights(
         for planned in shard:
             shape = list(planned.shape)
             tensors[planned.theirs] = {"file": file, "dtype": name, "shape": shape, "sha256": digests[planned.theirs]}
-    if len(shards) > 1:
-        total = sum(ITEM_BYTES[name] * int(np.prod(planned.shape, dtype=np.int64)) for planned in plan)
-        weight_map = {key: value["file"] for key, value in tensors.items()}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return tensors
+
+
+def write_index(folder: Path, plan: Sequence[Planned], tensors: Mapping[str, Mapping[str, Any]], *, dtype: str) -> None:
+    """Write the index of several weight files; one file has none."""
+    weight_map = {planned.theirs: tensors[planned.theirs]["file"] for planned in plan}
+    if set(weight_map.values()) != {WHOLE}:
+        total = sum(ITEM_BYTES[DTYPES[dtype][0]] * int(np.prod(planned.shape, dtype=np.int64)) for planned in plan)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def check_weights_written(folder: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:

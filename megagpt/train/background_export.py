@@ -28,7 +28,7 @@ from megagpt.checkpoint.save_load import Saver
 from megagpt.command import EXIT_DONE
 from megagpt.config import UserError
 from megagpt.convert.families import family_for
-from megagpt.distributed.world import LAUNCHERS, World
+from megagpt.distributed.world import LAUNCHERS, SIZELESS, World
 from megagpt.files import read_json, sha256_file
 from megagpt.model.gpt import ModelConfig
 from megagpt.monitor.monitor import Monitor
@@ -242,7 +242,7 @@ class BackgroundExports:
 
 def _environment() -> dict[str, str]:
     """The environment of a single process without a GPU."""
-    places = {name for names in LAUNCHERS.values() for name in names}
+    places = {name for names in LAUNCHERS.values() for name in names} | set(SIZELESS)
     return {name: value for name, value in os.environ.items() if name not in places} | {"CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -1,5 +1,7 @@
 """Every family both ways: logits equal transformers', weights come back bit for bit, a wrong mapping leaves nothing behind."""
 
+import dataclasses
+import errno
 import json
 import re
 import struct
@@ -9,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from random_models import MODEL_TYPES, random_model, save_source
+from ranks import run_ranks
 
 from megagpt.checkpoint.load_model import load_model
 from megagpt.checkpoint.scores import keep_score
-from megagpt.config import UserError, validate
+from megagpt.config import Failure, UserError, validate
 from megagpt.convert import export_hf, import_hf, weight_files
 from megagpt.convert.compare_logits import ConversionError, sample_ids
 from megagpt.convert.export_hf import ExportConfig, export_model
 from megagpt.convert.families import FAMILIES, family_for, join, plan_tensors, split
 from megagpt.convert.import_hf import ImportConfig, import_model
 from megagpt.convert.weight_files import WeightFolder
+from megagpt.distributed.world import World, lone_world
 from megagpt.evaluate.results import keep_result
 from megagpt.files import read_json, sha256_file
 from megagpt.model.gpt import ModelConfig
@@ -397,3 +401,53 @@ def test_a_model_above_the_limit_is_compared_module_by_module(
     with pytest.raises(ConversionError, match=rf"logits differ by .* most likely {re.escape(kind)} differs"):
         export_model(ExportConfig(output_dir=tmp_path / "broken", **options))
     assert not (tmp_path / "broken").exists()
+
+
+def exported_by_ranks(world: World, run_dir: Path, output_dir: Path, broken: bool) -> tuple[str, list[str]]:
+    """What a rank is told, and the weight files that it wrote; of `broken`, rank 1's disk is full."""
+    config = ExportConfig(run_dir=run_dir, output_dir=output_dir, shard_bytes=9000)
+    write, names = weight_files.write_slices, []
+
+    def noted(path: Path, slices: Any) -> Any:
+        if broken and world.rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        names.append(path.name)
+        return write(path, slices)
+
+    weight_files.write_slices = noted
+    try:
+        export_model(config, world)
+    except Failure as error:
+        return str(error), names
+    return "written", names
+
+
+@pytest.mark.slow
+def test_ranks_share_the_weight_files_of_an_export(tmp_path: Path) -> None:
+    save_source(random_model("llama"), tmp_path / "source")
+    run_dir = tmp_path / "run"
+    import_model(ImportConfig(source=tmp_path / "source", run_dir=run_dir))
+    alone = export_model(ExportConfig(run_dir=run_dir, output_dir=tmp_path / "one" / "out", shard_bytes=9000))
+    files = sorted(path.name for path in alone.glob("*.safetensors"))
+    assert len(files) > 3
+    parts = run_ranks(exported_by_ranks, 2, tmp_path / "ranks", run_dir, tmp_path / "two" / "out", False)
+    assert parts == [("written", files[0::2]), ("written", files[1::2])]
+    shared = tmp_path / "two" / "out"
+    assert [path.name for path in shared.parent.iterdir()] == ["out"]
+    names = sorted(path.name for path in alone.iterdir())
+    assert sorted(path.name for path in shared.iterdir()) == names
+    for name in names:
+        if name != "checked.json":  # it has the time
+            assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
+    records = [{**read_json(path / "checked.json"), "checked_at": ""} for path in (alone, shared)]
+    assert records[0] == records[1]
+
+    told = run_ranks(exported_by_ranks, 2, tmp_path / "ranks", run_dir, tmp_path / "broken" / "out", True)
+    assert all("No space left on device" in text for text, _ in told), told
+    assert not list((tmp_path / "broken").iterdir())
+
+
+def test_ranks_share_nothing_else(tmp_path: Path) -> None:
+    two = dataclasses.replace(lone_world(torch.device("cpu")), size=2)
+    with pytest.raises(UserError, match="format=onnx is written by one process, there are 2"):
+        export_model(ExportConfig(run_dir=tmp_path, output_dir=tmp_path / "out", format="onnx"), two)

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,11 +91,10 @@ def background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Back
 
 
 def test_one_at_a_time_and_the_newest_waits(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "PMIX_RANK"):
         monkeypatch.setenv(name, "1")
     exports = background.exports
     background.hold()
-    began = time.monotonic()
     exports.catch_up(3)
     wait_until(lambda: exports.in_use() == {2} and any(background.run_dir.glob("exports/.tmp-*")))
     for step in (4, 6):
@@ -111,8 +109,7 @@ def test_one_at_a_time_and_the_newest_waits(background: Background, monkeypatch:
     assert exports.in_use() == set()
     made = read_json(background.run_dir / "exports" / "step_00000006" / "checked.json")
     assert made["nice"] == 10
-    assert not {"RANK", "WORLD_SIZE"} & set(made["seen"])
-    assert time.monotonic() - began < 20
+    assert not {"RANK", "WORLD_SIZE", "PMIX_RANK"} & set(made["seen"])
 
 
 def test_what_there_is_stays_and_another_branch_replaces_it(background: Background) -> None:
@@ -177,11 +174,9 @@ def test_the_end_leaves_nothing_half_written(background: Background) -> None:
     wait_until(lambda: any(background.run_dir.glob("exports/.tmp-*")))
     [temporary] = background.run_dir.glob("exports/.tmp-*")
     exports.catch_up(4)
-    began = time.monotonic()
     exports.begin_to_end()  # what a stop does before it saves
     wait_until(lambda: exports.in_use() == set())
     exports.end()
-    assert time.monotonic() - began < 5
     assert not psutil.pid_exists(int(temporary.name.rpartition("-")[2]))
     exports.catch_up(6)
     exports.wait(6)

@@ -343,7 +343,7 @@ def test_told_to_stop_while_it_goes_back_it_ends_at_once(
     began = time.monotonic()
     ranks.send(signal.SIGTERM)
     assert ranks.wait() == [EXIT_STOPPED], ranks.output()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40  # the load takes 60
     metrics = read_metrics(tmp_path / "run")
     assert (metrics.all_rows[-1]["kind"], metrics.all_rows[-1]["step"]) == ("stop", 16)
     assert read_json(tmp_path / "run" / "skipped.json")[0]["step"] == 18
