@@ -86,7 +86,7 @@ with sync_playwright() as playwright:
 
 def main(words: Sequence[str]) -> None:
     """Write the runs and the pages, look at them in the browser, write the results. Raises AssertionError if a page is bad."""
-    (folder,) = map(Path, words)
+    folder = Path(words[0]).resolve()
     folder.mkdir(parents=True)
     chromium = shutil.which("chromium")
     if chromium is None:
