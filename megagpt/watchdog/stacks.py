@@ -39,7 +39,8 @@ _BY_DESCRIPTOR = {0, 1, 5, 8, 16, 17, 18, 19, 20, 72, 73, 74, 75, 77, 78, 217, 2
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 _FETCH_FILE = "/megagpt/distributed/fetch.py"
 """Where a step waits for its device, which may itself wait for the other ranks' part of a collective."""
-_THEIR_FETCH = re.compile(r"/deepspeed/runtime/.*(\.item\(\)|\.tolist\(\)|\.cpu\(\)|\b(float|bool|int)\()")
+_THEIR_FILES = "/deepspeed/runtime/"
+_THEIR_FETCH = re.compile(r"\.item\(\)|\.tolist\(\)|\.cpu\(\)|\b(?:float|bool|int)\(")
 """DeepSpeed's own step does so too."""
 _INNERMOST = 4
 """Innermost frames in which a collective is searched."""
@@ -160,9 +161,9 @@ def _kind(thread: Thread) -> str:
     if any(part in line for line in thread.stack[-_INNERMOST:] for part in _COLLECTIVE_FILES):
         return "collective"
     last = thread.stack[-1] if thread.stack else ""
-    if _THEIR_FETCH.search(last) or _FETCH_FILE in "".join(
-        thread.stack[-2:]
-    ):  # torch's own frame may be the innermost: Event.synchronize
+    if _THEIR_FILES in last and _THEIR_FETCH.search(last):
+        return "device"
+    if _FETCH_FILE in "".join(thread.stack[-2:]):  # torch's own frame may be the innermost: Event.synchronize
         return "device"
     if "_engine_run_backward" in last and thread.call in ("", "futex"):
         return "collective"

@@ -5,6 +5,7 @@ Under ZeRO 3 DeepSpeed's hooks cut the graph of every module: 38 breaks on this 
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,20 @@ def rows(count: int, rows_of_targets: int | None = None) -> MicroBatch:
     return MicroBatch(ids, targets, None, 0, int((targets != IGNORE).sum()))
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What was compiled before does not count, and what the test makes the compiler give up is compiled again after it."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo's own
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("full_rows", [True, False])
 def test_a_run_has_one_graph_for_training_and_one_for_evaluation(full_rows: bool) -> None:
     """Over steps with a short last micro-batch and an empty one, an evaluation, a sample, and more steps."""
-    torch._dynamo.reset()
-    counters.clear()
     model, plain = GPT(MODEL), GPT(MODEL)
     for one in (model, plain):
         initialise(one, seed=1)

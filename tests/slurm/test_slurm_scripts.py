@@ -295,7 +295,7 @@ def test_a_job_that_gets_sigterm_saves_and_goes_on_and_a_cancelled_one_stays_can
     job_id = submit(cluster, site, "pretrain.sh", *words)
     wait_for_step(cluster, job_id, run_dir, 5)
     cluster.command("scancel", "--batch", "--signal=TERM", job_id)  # the script alone gets it
-    wait_until(lambda: cluster.job(job_id)["Restarts"] == "1", 120)
+    wait_until(lambda: cluster.job(job_id)["Restarts"] == "1" and cluster.job(job_id)["JobState"] != "COMPLETING", 120)
     saved = max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
     assert saved >= 5
     wait_for_step(cluster, job_id, run_dir, saved + 2)

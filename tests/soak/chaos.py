@@ -9,6 +9,7 @@ with the same samples left out, and the ledger must show every other sample once
 a line per fault; the results go to bench/results/chaos.json.
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -378,16 +379,18 @@ OTHER_LETTERS = str.maketrans({chr(ord("a") + i): chr(0x430 + i) for i in range(
 
 
 def make_sources(folder: Path) -> dict[str, Path]:
-    """Two sources of bytes: the project's documentation, and the same in other letters."""
+    """Two sources of bytes: the texts of make_shards, and the same in other letters."""
     return {"main": make_shards(folder / "main"), "other": make_shards(folder / "other", letters=OTHER_LETTERS)}
 
 
 def make_shards(folder: Path, files: Sequence[Path] | None = None, *, letters: dict[int, str] | None = None) -> Path:
-    """Shards of bytes made from text files; by default the project's documentation. `letters` takes the place of others."""
+    """Shards of bytes made from text files; by default Python's asyncio, which does not change with the project: what the guard
+    takes for noise depends on the text. `letters` takes the place of others."""
     from megagpt.documents import Document, write_documents
 
     texts = [
-        path.read_text(encoding="utf-8").translate(letters or {}) for path in files or sorted((PROJECT / "docs").glob("*.md"))
+        path.read_text(encoding="utf-8").translate(letters or {})
+        for path in files or sorted(Path(asyncio.__file__).parent.glob("*.py"))
     ]
     write_documents(folder / "in" / "text.jsonl.zst", [Document(f"text:{i}", text, "text") for i, text in enumerate(texts)])
     words = [f"work_dir={folder}", f"tokenize.inputs=[{folder}/in/*.zst]", "tokenize.tokenizer=bytes"]

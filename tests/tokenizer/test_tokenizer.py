@@ -169,7 +169,7 @@ def test_hugging_face_library_gives_the_same_ids(small_bpe: Path) -> None:
     ("change", "message"),
     [
         ({"normalizer": {"type": "NFKC"}}, "without a normalizer"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "is not known"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "is not supported"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space=true"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}, "254 of the 256 single bytes"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}, "a merge does not fit"),
