@@ -104,24 +104,33 @@ def export_model(config: ExportConfig, world: World | None = None) -> Path:
         with new_folder(config.output_dir) as folder:
             write_adapter(checkpoint, folder, config.base_model)
         return config.output_dir
-    if config.format == "transformers":
-        import_transformers()
     tokenizer = tokenizer_of(config.run_dir, state.get("tokenizer_sha256"))
-    if config.format != "transformers":
-        from megagpt.convert.export_graph import write_graph_export
-        from megagpt.convert.gguf_file import write_gguf_export
+    if config.format == "transformers":
+        return _export_transformers(config, world, checkpoint, state, model_config, tokenizer)
+    from megagpt.convert.export_graph import write_graph_export
+    from megagpt.convert.gguf_file import write_gguf_export
 
-        parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
-        lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
+    parameters = Parameters(checkpoint, index_of(checkpoint), whole_shapes(model_config))
+    lineage = read_lineage(config.run_dir, checkpoint, state, tokenizer)
+    with new_folder(config.output_dir) as folder:
         if config.format == "gguf":
             if state.get("base"):
                 parameters.hold(read_model(checkpoint, model_config))
-            with new_folder(config.output_dir) as folder:
-                write_gguf_export(folder, parameters, model_config, tokenizer, config.run_dir, lineage, config.dtype or "bf16")
-            return config.output_dir
-        with new_folder(config.output_dir) as folder:
+            write_gguf_export(folder, parameters, model_config, tokenizer, config.run_dir, lineage, config.dtype or "bf16")
+        else:
             write_graph_export(config.format, folder, parameters, model_config, tokenizer, config.run_dir, lineage)
-        return config.output_dir
+    return config.output_dir
+
+
+def _export_transformers(
+    config: ExportConfig,
+    world: World,
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+) -> Path:
+    import_transformers()
     family, dtype = family_for(model_config), config.dtype or "bf16"
     vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)
     plan = plan_tensors(family, model_config, vocab_size)
@@ -158,12 +167,9 @@ def export_model(config: ExportConfig, world: World | None = None) -> Path:
 @contextlib.contextmanager
 def _shared_folder(path: Path, world: World) -> Iterator[Path]:
     """new_folder's on rank 0, which the other ranks write into too."""
-    if world.rank > 0:
-        yield Path(world.broadcast(None))
-        return
-    with new_folder(path) as folder:
-        world.broadcast(str(folder.absolute()))
-        yield folder
+    with contextlib.ExitStack() as stack:
+        made = world.together(lambda: str(stack.enter_context(new_folder(path)).absolute()) if world.rank == 0 else None)
+        yield Path(world.broadcast(made))
 
 
 def write_config(folder: Path, family: Family, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int, dtype: str) -> None:

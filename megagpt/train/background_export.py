@@ -1,4 +1,4 @@
-"""Exports beside training: rank 0 gives committed checkpoints to tools/export_model.py, one at a time, at the lowest priority.
+"""Exports beside training: rank 0 gives committed checkpoints to tools/export_model.py, one at a time, at low priority.
 
     exports/step_00001000/     what export_model wrote and compared (docs/weights.md); `.tmp-step_*` until it is whole
             step_00001000.log  its output, if it failed

@@ -108,7 +108,7 @@ class TrainConfig(Config):
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints of multiples of this step are kept for good; 0 = none."""
     export_every_steps: int = Field(default=0, ge=0)
-    """Steps between exports of the checkpoint for transformers, to run_dir/exports, beside the training and at the lowest
+    """Steps between exports of the checkpoint for transformers, to run_dir/exports, beside the training and at low
     priority; 0 = none. A multiple of save_every_steps. Needs megagpt[convert]."""
     export_keep_last: int = Field(default=2, gt=0)
     """How many of the newest exports are kept."""
