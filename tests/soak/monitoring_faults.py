@@ -6,8 +6,8 @@
 A real run logs to W&B offline, every step. It is killed three times, once alone and twice together with W&B's process, and
 resumed. The files that are left are read by W&B's own reader (that of wandb 0.19, in an environment of its own: later versions
 have none in Python): one run, every step once, none missing, each with the loss of metrics.jsonl. Then a small training with a
-broken writer, and a row after every step, runs at the same time as the same training without one. FOLDER is made; the results
-go to bench/results/monitoring_faults.json.
+broken writer, and a row after every step, takes turns with the same training without one: one is stopped while the other
+does some steps. FOLDER is made; the results go to bench/results/monitoring_faults.json.
 """
 
 import json
@@ -65,13 +65,14 @@ for path in sys.argv[1:]:
     print(json.dumps(found))
 """
 WRITERS = ("W&B cannot be reached", "W&B's server hangs", "TensorBoard on a full disk", "never returns", "raises")
-TIMED_STEPS, WARM_STEPS, REPETITIONS = 60, 10, 1
+TURNS, GROUP, STEPS_OF_A_TURN, WARM_TURNS = 100, 20, 10, 2
+"""So many turns of either training, in groups of so many, each of so many steps, after those that are not counted."""
 
 
 def main(words: Sequence[str]) -> None:
     """Both parts, and the results."""
     if len(words) == 4 and words[0] == "one":
-        print(json.dumps(time_steps(words[1], Path(words[2]), int(words[3]))))
+        time_steps(words[1], Path(words[2]), int(words[3]))
         return
     folder, parts = Path(words[0]), words[1:]
     folder.mkdir(parents=True)
@@ -95,8 +96,9 @@ def main(words: Sequence[str]) -> None:
         "title": "Monitoring under kills and broken writers",
         "about": f"A run of {STEPS} steps with W&B offline was killed three times and resumed: its files are one run and have"
         " every step once, none is missing, each with the loss of metrics.jsonl. A small training that logs every"
-        " step ran with each kind of broken writer and, at the same time, without one: the ratio of their median step, by the"
-        " wall and by the training thread's CPU time. On shared cores, as here, only the second means anything.",
+        f" step ran with each kind of broken writer and without one, turn about: {TURNS} turns of {STEPS_OF_A_TURN} steps each,"
+        " while the other was stopped. The figures are the ratios of the median step of two turns in a row, by the wall and by"
+        f" the training thread's CPU time: medians of {GROUP} turns, their median, least and largest.",
         "rows": rows,
         "tables": tables,
         "lost": "",
@@ -171,25 +173,81 @@ def broken_writers(folder: Path) -> list[dict[str, Any]]:
     rows = []
     with hanging_server() as port:
         for kind in WRITERS:
-            pairs = [run_pair(kind, folder, port) for _ in range(REPETITIONS)]
-            row: dict[str, Any] = {"writer": kind, "start_s": spread([broken["start_s"] for broken, _ in pairs])}
-            for key, name in (("step_ms", "step_against_none"), ("cpu_ms", "cpu_against_none")):
-                row[name] = spread([broken[key] / none[key] for broken, none in pairs])
-            rows.append({**row, "said": pairs[0][0]["said"]})
+            rows.append({"writer": kind, **take_turns(kind, folder, port)})
             print(rows[-1], flush=True)
     return rows
 
 
-def run_pair(kind: str, folder: Path, port: int) -> list[dict[str, Any]]:
-    """What `time_steps` finds with a kind of writer and, at the same time, without one."""
-    ready = Path(tempfile.mkdtemp(dir=folder))
-    command = [sys.executable, str(Path(__file__).resolve()), "one"]
-    processes = [
-        subprocess.Popen([*command, each, str(ready), str(port)], stdout=subprocess.PIPE, text=True) for each in (kind, "none")
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+def take_turns(kind: str, folder: Path, port: int) -> dict[str, Any]:
+    """Steps with a kind of writer against steps without one: the trainings run in turns, each stopped in the other's."""
+    both = [Training(name, Path(tempfile.mkdtemp(dir=folder)), port) for name in (kind, "none")]
+    try:
+        start_seconds = [training.started["start_s"] for training in both]
+        ratios: dict[str, list[float]] = {"step_ms": [], "cpu_ms": []}
+        for turn in range(WARM_TURNS + TURNS):
+            order = both if turn % 2 else both[::-1]  # what grows or falls with time then favours neither
+            found = {training.kind: training.take_turn() for training in order}
+            if turn >= WARM_TURNS:
+                for name, values in ratios.items():
+                    values.append(found[kind][name] / found["none"][name])
+        said = both[0].end()
+        both[1].end()
+    finally:
+        for training in both:
+            training.kill()
+    row: dict[str, Any] = {"start_s": start_seconds[0]}
+    for name, column in (("step_ms", "step_against_none"), ("cpu_ms", "cpu_against_none")):
+        values = ratios[name]
+        row[column] = spread([median(values[i : i + GROUP]) for i in range(0, TURNS, GROUP)])
+    return {**row, "said": said}
+
+
+class Training:
+    """A training in a process of its own, which does some steps when it is told to and is stopped otherwise."""
+
+    def __init__(self, kind: str, folder: Path, port: int) -> None:
+        self.kind = kind
+        command = [sys.executable, str(Path(__file__).resolve()), "one", kind, str(folder), str(port)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+        self.started = self._read()
+        self._send(signal.SIGSTOP)
+
+    def take_turn(self) -> dict[str, Any]:
+        """Medians of the steps of one turn."""
+        self._send(signal.SIGCONT)
+        found = self._ask("go")
+        self._send(signal.SIGSTOP)
+        return found
+
+    def end(self) -> str:
+        """Close the writers; what was logged as warnings."""
+        self._send(signal.SIGCONT)
+        said = self._ask("end")["said"]
+        assert self._process.wait(timeout=120) == 0
+        return said
+
+    def kill(self) -> None:
+        """End the process, wherever it is."""
+        if self._process.poll() is None:
+            self._send(signal.SIGKILL)
+            self._process.wait()
+
+    def _send(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise AssertionError(f"the training with {self.kind} ended")
 
 
 @contextmanager
@@ -229,8 +287,9 @@ def fail() -> None:
     raise ConnectionError("gone")
 
 
-def time_steps(kind: str, folder: Path, port: int) -> dict[str, Any]:
-    """Seconds of the start, and medians of a step with its row: of the wall, and of the training thread's CPU."""
+def time_steps(kind: str, folder: Path, port: int) -> None:
+    """Print the seconds of the start; for each word `go` medians of a turn's steps with their rows, by the wall and by the
+    training thread's CPU; at the end what was logged as warnings."""
     import logging
 
     import torch
@@ -267,27 +326,28 @@ def time_steps(kind: str, folder: Path, port: int) -> dict[str, Any]:
     if kind in acts:
         monitor._writers.append(BackgroundWriter(Broken(acts[kind])))
     monitor.log("start", 0, tokens=0)
-    start_seconds = time.perf_counter() - began
-    (run_dir / "ready").touch()
-    wait_until(lambda: len(list(folder.glob("*/ready"))) == 2)
-    walls, cpus = [], []
-    for step in range(1, WARM_STEPS + TIMED_STEPS + 1):
-        wall, cpu = time.perf_counter(), time.thread_time()
-        with monitor.clock("train"):
-            loss = model(ids, ids) / ids.numel()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        monitor.due(step)
-        monitor.log("train", step, loss=loss.detach(), tokens=step * ids.numel())
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.thread_time() - cpu)
+    print(json.dumps({"start_s": time.perf_counter() - began}), flush=True)
+    step = 0
+    while sys.stdin.readline().strip() == "go":
+        walls, cpus = [], []
+        for _ in range(STEPS_OF_A_TURN):
+            step += 1
+            wall, cpu = time.perf_counter(), time.thread_time()
+            with monitor.clock("train"):
+                loss = model(ids, ids) / ids.numel()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            monitor.due(step)
+            monitor.log("train", step, loss=loss.detach(), tokens=step * ids.numel())
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.thread_time() - cpu)
+        print(json.dumps({"step_ms": 1e3 * median(walls), "cpu_ms": 1e3 * median(cpus)}), flush=True)
     monitor.close()
     if disk.is_mount():
         subprocess.run(["umount", str(disk)], check=True)
-    assert len(read_metrics(run_dir).of_kind("train")) == WARM_STEPS + TIMED_STEPS
-    times = {"step_ms": 1e3 * median(walls[WARM_STEPS:]), "cpu_ms": 1e3 * median(cpus[WARM_STEPS:])}
-    return {"start_s": start_seconds, **times, "said": "; ".join(line.partition(" (")[0] for line in said)}
+    assert len(read_metrics(run_dir).of_kind("train")) == step
+    print(json.dumps({"said": "; ".join(line.partition(" (")[0] for line in said)}), flush=True)
 
 
 if __name__ == "__main__":
