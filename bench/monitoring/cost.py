@@ -1,12 +1,11 @@
 """What monitoring costs of a training step: CPU seconds of the loop's calls and the writers, beside those of the steps between.
 
-    python -m bench.monitoring.cost            about five minutes on a free core
+    python -m bench.monitoring.cost            about ten minutes on a free core
 
-A process trains a GPT (4 blocks, 128 wide, 16 x 128 tokens a step, one thread) and does what the loop does in the default
-interval: `Monitor.due` after each step, and after ten of them a `train` row with 30 values. Monitoring is charged with all CPU
-time, after the start, of the process and of W&B's, but that of the training thread inside the steps. Each set of writers is a
-process of its own, in turns. The panel is drawn on a pseudo-terminal; the last column takes what its limits allow with such
-short steps.
+A process trains a GPT (4 blocks, 128 wide, one thread; 16 x 128 tokens a step, then 4 x 128: shorter steps) and does what the
+loop does in the default interval: `Monitor.due` after each step, and after ten of them a `train` row with 30 values. Monitoring
+is charged with all CPU time, after the start, of the process and of W&B's, but that of the training thread inside the steps.
+Each set of writers is a process of its own, in turns. The panel is drawn on a pseudo-terminal.
 """
 
 import contextlib
@@ -31,8 +30,9 @@ WRITERS: dict[str, dict[str, Any]] = {
     "metrics.jsonl and the panel": {"panel": True},
     "all": {"tensorboard": True, "prometheus_port": 0, "wandb": "offline", "panel": True},
 }
-ROUNDS, WARM_ROUNDS, REPETITIONS = 4, 1, 2
-SHORT_STEP_SECONDS = 0.1
+ROUNDS = {16: 4, 4: 16}
+"""Intervals that are measured, by samples of a step; one more comes before them."""
+REPETITIONS = 2
 START_SECONDS = 15.0
 """W&B is busy with its start for so long (0.4 s of CPU), once a run."""
 SETTLE_SECONDS = 1.0
@@ -62,57 +62,61 @@ def main(words: Sequence[str]) -> None:
 
 
 def measure(options: dict[str, Any]) -> dict[str, float]:
-    """CPU milliseconds of a step, and of monitoring per row; and what share of the steps' time they are."""
+    """CPU milliseconds of a step, of monitoring per row, and their share of the steps: with long steps and with short ones."""
     import torch
 
     from megagpt.model.gpt import GPT, ModelConfig
     from megagpt.monitor.config import MonitorConfig
     from megagpt.monitor.monitor import Monitor
-    from megagpt.report.live_panel import LEAST_SECONDS, SHARE
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=4096, seq_len=128, num_layers=4, num_heads=4, hidden_size=128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ids = torch.randint(4096, (16, 128))
-    steps: list[float] = []
     drawings: list[float] = []
-    total = 0.0
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="bench_monitoring_") as temporary, a_terminal():
         config = MonitorConfig.model_validate(options)
         open_panel, started = timed_panel(drawings), time.monotonic()
         monitor = Monitor(Path(temporary), config, run_config={"seed": 1}, rank=0, max_steps=1000, open_panel=open_panel)
-        every = monitor.config.log_every_steps
         monitor.log("start", 0, tokens=0)
-        for i in range(ROUNDS + WARM_ROUNDS):
-            if i == WARM_ROUNDS:
-                time.sleep(max(SETTLE_SECONDS, started + START_SECONDS - time.monotonic()))
-                steps, total = [], -cpu_seconds()
-                drawings.clear()
-            for step in range(i * every + 1, i * every + every + 1):
+        step, every, tokens = 0, monitor.config.log_every_steps, 0
+
+        def train(ids: torch.Tensor) -> list[float]:
+            """An interval and its row; CPU seconds of the steps."""
+            nonlocal step, tokens
+            seconds = []
+            for _ in range(every):
+                step, tokens = step + 1, tokens + ids.numel()
                 began = time.thread_time()
                 with monitor.clock("train"):
                     (model(ids, ids) / ids.numel()).backward()
                     optimizer.step()
                     optimizer.zero_grad()
-                steps.append(time.thread_time() - began)
+                seconds.append(time.thread_time() - began)
                 monitor.due(step)
-            monitor.log("train", (i + 1) * every, tokens=(i + 1) * every * ids.numel(), **values())
-        time.sleep(SETTLE_SECONDS)
-        total += cpu_seconds()
+            monitor.log("train", step, tokens=tokens, **values())
+            return seconds
+
+        for samples, rounds in ROUNDS.items():
+            ids = torch.randint(4096, (samples, 128))
+            train(ids)
+            time.sleep(max(SETTLE_SECONDS, started + START_SECONDS - time.monotonic()))
+            drawings.clear()
+            before = cpu_seconds()
+            steps = [seconds for _ in range(rounds) for seconds in train(ids)]
+            time.sleep(SETTLE_SECONDS)
+            row_seconds = (cpu_seconds() - before - sum(steps)) / rounds
+            prefix = "short_" if found else ""
+            found |= {
+                f"{prefix}step_cpu_ms": 1e3 * median(steps),
+                f"{prefix}row_cpu_ms": 1e3 * row_seconds,
+                f"{prefix}of_which_drawing_ms": 1e3 * sum(drawings) / rounds,
+                f"{prefix}share_percent": 100 * row_seconds / every / median(steps),
+            }
         panel = read_panel(Path(temporary))
         monitor.close()
-    step_seconds, row_seconds = median(steps), (total - sum(steps)) / ROUNDS
-    drawing = median(drawings) if drawings else 0.0
-    others = (row_seconds - sum(drawings) / ROUNDS) / every / SHORT_STEP_SECONDS
-    return {
-        "step_cpu_ms": 1e3 * step_seconds,
-        "row_cpu_ms": 1e3 * row_seconds,
-        "of_which_drawing_ms": 1e3 * sum(drawings) / ROUNDS,
-        "share_percent": 100 * row_seconds / every / step_seconds,
-        "share_of_a_100_ms_step_percent": 100 * (others + min(SHARE, drawing / LEAST_SECONDS)),
-        "panel_cpu_ms": 1e3 * panel,
-    }
+    return {**found, "panel_cpu_ms": 1e3 * panel}
 
 
 def timed_panel(drawings: list[float]) -> Callable[[Path, TextIO], Any]:
