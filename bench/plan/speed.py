@@ -1,10 +1,11 @@
 """Planned against published tokens per second: efficiencies fitted on half of bench/plan/calibration.tsv, scored on the rest.
 
-    python bench/plan/speed.py                 fit, score, write bench/results/plan_time.json
+    python bench/plan/speed.py                 fit, score, write bench/results/plan_time.json (minutes: it plans memory too)
     python bench/plan/speed.py write=true      also put the efficiencies into megagpt/plan/hardware.yaml
 
 The halves are told apart by the first byte of sha1(id). Fitted are runs without tensor, pipeline and context parallelism: this
-trainer has no others. The bar is one constant MFU per kind of GPU, the median of the fitted half.
+trainer has no others. The bar is one constant MFU per kind of GPU, the median of the fitted half. Whether runs whose memory is
+nearly full are slower than planned is looked up in the fitted half, by planned memory.
 """
 
 import csv
@@ -14,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import correlation, median
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,15 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PROJECT)]
 
+from megagpt.engine.config import FSDPConfig  # noqa: E402
+from megagpt.engine.optim import OptimConfig  # noqa: E402
 from megagpt.measurement import write_results  # noqa: E402
+from megagpt.model.gpt import ModelConfig  # noqa: E402
 from megagpt.plan.communication import Traffic, traffic_seconds  # noqa: E402
 from megagpt.plan.hardware import Efficiency, Gpu, find_network, hardware  # noqa: E402
+from megagpt.plan.memory import plan_memory  # noqa: E402
 from megagpt.plan.speed import Workload, step_time  # noqa: E402
+from megagpt.plan.timeline import Job  # noqa: E402
 
 TABLE = PROJECT / "bench" / "plan" / "calibration.tsv"
 HARDWARE = PROJECT / "megagpt" / "plan" / "hardware.yaml"
@@ -37,9 +43,12 @@ PRIOR = 0.15
 """How strongly a GPU's efficiencies are held to those of all three together, per factor e."""
 MISS = 0.25
 REASONS = {
-    "mpt-080": "30 B on 8 GPUs with 8,192 tokens fill the memory; its twin on H100 (mpt-021, fitted half) is as slow",
-    "mpt-021": "30 B parameters on 8 GPUs with 8,192 tokens fill the memory",
+    "mpt-080": "not explained; 30 B on 8 GPUs with 8,192 tokens fill the memory, and its twin on H100 (mpt-021, fitted half) is"
+    " slow too, but other runs of the fitted half whose memory is as full are not",
 }
+LOGIT_BYTES = 8
+"""What the published trainer keeps per logit, which this one does not: its loss is not computed in chunks."""
+FILLS = ((0, 0.7), (0.7, 0.8), (0.8, 0.9), (0.9, math.inf))
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -235,6 +244,53 @@ def won_by_the_constant(tables: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def planned_fill(row: dict[str, Any]) -> float:
+    """Planned memory of a published run as a share of the GPU's, without allocator and context."""
+    checkpointing, gpt2 = row["act_ckpt"], row["mlp_mats"] == 2
+    model = {
+        **{"vocab_size": row["vocab"], "seq_len": row["seq_len"], "num_layers": row["layers"], "num_heads": row["heads"]},
+        **{"hidden_size": row["hidden"], "mlp_size": row["mlp"], "family": "gpt2" if gpt2 else "llama"},
+        **({} if gpt2 else {"num_kv_heads": row["kv_heads"], "tied_head": row["tied"] == "1"}),
+    }
+    every = 0 if checkpointing == "none" else 2 if "every 2nd" in checkpointing else 1
+    job = Job(
+        ModelConfig.model_validate(model),
+        FSDPConfig(reshard_after_forward=row["sharding"] != "SHARD_GRAD_OP", accumulate="sharded"),
+        OptimConfig(),
+        "bf16",
+        row["micro_batch"],
+        row["seq_len"],
+        row["gpus"],
+        accumulation=min(2, row["grad_accum"]),
+        checkpoint_every=every,
+        checkpoint_selectively=every == 1 and checkpointing.startswith("selective"),
+    )
+    logits = row["micro_batch"] * row["seq_len"] * row["vocab"] * LOGIT_BYTES
+    return (plan_memory(job).peak + logits) / 2**30 / hardware().gpus[row["gpu"]].memory_gib
+
+
+def fill_table(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Errors in the fitted half by planned memory, and the rank correlation of the two."""
+    mine = [row for row in rows if not row["held_back"] and not row["float8"] and row["gpu"] in fitted and row["gpu"] != "h200"]
+    pairs = [(planned_fill(row), predicted_rate(row, fitted[row["gpu"]]) / row["rate"] - 1) for row in mine]
+    table = []
+    for low, high in FILLS:
+        errors = sorted(100 * error for fill, error in pairs if low <= fill < high)
+        name = f"{low:.0%} and more" if high == math.inf else f"{low:.0%} to {high:.0%}"
+        entry = {"planned_memory": name, "runs": len(errors), "median_error_pct": round(median(errors), 1)}
+        table.append({**entry, "least_error_pct": round(errors[0], 1), "largest_error_pct": round(errors[-1], 1)})
+    fills, errors = np.argsort(np.argsort(np.array(pairs).T)).tolist()
+    related = correlation(fills, errors)
+    return {
+        "title": "Fitted half, by planned memory",
+        "about": f"Signed errors (above 0: slower than planned) of {len(mine)} runs by planned memory as a share of the GPU's;"
+        f" the rank correlation is {related:+.2f}. A term for nearly full memory is not supported by these runs, so the"
+        " model has none.",
+        "rows": table,
+        "correlation": related,
+    }
+
+
 def write_hardware(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]], scored: list[dict[str, Any]]) -> None:
     """Put the efficiencies into hardware.yaml, behind each GPU's source."""
     text = HARDWARE.read_text(encoding="utf-8")
@@ -259,6 +315,7 @@ def main() -> None:
     result = score(rows, fitted)
     if "write=true" in sys.argv:
         write_hardware(rows, fitted, result["scored"])
+    result["tables"].append(fill_table(rows, fitted))
     misses = [s for s in result["scored"] if abs(s["error"]) > MISS]
     for item in misses:
         item["reason"] = REASONS.get(item["id"], "not known")

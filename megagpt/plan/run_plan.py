@@ -21,6 +21,8 @@ from megagpt.train.config import TrainConfig
 from megagpt.train.preflight import export_bytes
 
 GIB = 2**30
+NEARLY_FULL = 0.9
+"""Planned share of a GPU's memory above which the plan warns: the parts that were not measured may be larger."""
 
 
 class PlanConfig(TrainConfig):
@@ -226,13 +228,19 @@ def make_plan(config: TrainConfig, cluster: Cluster) -> RunPlan:
         notes.append("determinism=canonical reduces each micro-batch separately: its buffers and time are not counted")
     if config.compile:
         notes.append("compile=true: fused operations keep fewer activations than are counted, and run faster")
+    needed = memory.peak * (1 + assumptions.allocator_margin) / GIB + assumptions.context_gib
+    if cluster.memory_gib is not None and NEARLY_FULL * cluster.memory_gib < needed <= cluster.memory_gib:
+        notes.append(
+            f"memory: {needed / cluster.memory_gib:.0%} of the GPU is planned to be in use. The allocator may then free and"
+            " request memory in every step, which is slow and not in the times; a smaller micro-batch or more GPUs leave room"
+        )
     checkpoint_bytes = sum((4 + state_bytes(config.optim, name, s)) * s.numel() for name, s in shapes.items())
     return RunPlan(
         parameters=parameters,
         flops=flops,
         accumulation=job.accumulation,
         memory=memory,
-        needed_gib=memory.peak * (1 + assumptions.allocator_margin) / GIB + assumptions.context_gib,
+        needed_gib=needed,
         capacity_gib=cluster.memory_gib,
         traffic=tuple(step_traffic(job)),
         step=step,

@@ -56,6 +56,14 @@ def test_a_gpu_without_published_runs_has_memory_and_no_time(gpu: str, what: str
     assert "not known" in lines[3]
 
 
+@pytest.mark.parametrize(("used", "warned"), [(0.85, False), (0.95, True), (1.05, False)])
+def test_nearly_full_memory_is_noted(used: float, warned: bool) -> None:
+    needed = plan_of(config_of(gpus=8)).needed_gib
+    plan = plan_of(config_of(gpus=8, gpu_memory_gib=needed / used))
+    assert any(f"{used:.0%} of the GPU is planned to be in use" in note for note in plan.notes) == warned
+    assert plan.fits == (used < 1)
+
+
 def test_six_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert show.run(config_of(gpus=8, summary="true", price_per_gpu_hour=2, storage_gb_per_second=5)) == 0
     lines = capsys.readouterr().out.splitlines()
