@@ -30,9 +30,9 @@ WRITERS: dict[str, dict[str, Any]] = {
     "metrics.jsonl and the panel": {"panel": True},
     "all": {"tensorboard": True, "prometheus_port": 0, "wandb": "offline", "panel": True},
 }
-ROUNDS = {16: 4, 4: 16}
+ROUNDS = {16: 2, 4: 8}
 """Intervals that are measured, by samples of a step; one more comes before them."""
-REPETITIONS = 2
+REPETITIONS = 1
 START_SECONDS = 15.0
 """W&B is busy with its start for so long (0.4 s of CPU), once a run."""
 SETTLE_SECONDS = 1.0

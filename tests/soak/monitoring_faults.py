@@ -65,7 +65,7 @@ for path in sys.argv[1:]:
     print(json.dumps(found))
 """
 WRITERS = ("W&B cannot be reached", "W&B's server hangs", "TensorBoard on a full disk", "never returns", "raises")
-TURNS, GROUP, STEPS_OF_A_TURN, WARM_TURNS = 100, 20, 10, 2
+TURNS, GROUP, STEPS_OF_A_TURN, WARM_TURNS = 40, 10, 10, 2
 """So many turns of either training, in groups of so many, each of so many steps, after those that are not counted."""
 
 
@@ -308,7 +308,7 @@ def time_steps(kind: str, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=1024, seq_len=64, num_layers=2, num_heads=4, hidden_size=128))
-    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randint(1024, (8, 64))
+    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randint(1024, (4, 64))
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     options: dict[str, Any] = {"log_every_steps": 1, "close_seconds": 1.0, "wandb_init_seconds": 3.0}
     servers = {"W&B cannot be reached": 9, "W&B's server hangs": port}
