@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -214,3 +215,14 @@ def test_nothing_imports_bench_or_tests(folder: str) -> None:
         refused |= set() if folder == "bench" or name == TESTS_OF_BENCH else {"bench"}
         found = {full.split(".")[0] for full in imported_names(path)} & refused
         assert not found, f"{name} imports {sorted(found)}"
+
+
+@pytest.mark.slow
+def test_the_figures_can_be_piped_to_a_reader_that_leaves() -> None:
+    command = [sys.executable, str(PROJECT / "tests" / "support" / "structure.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE

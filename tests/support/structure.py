@@ -4,6 +4,7 @@ python tests/support/structure.py [PROJECT]     of this checkout, or of another 
 """
 
 import ast
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -97,4 +98,5 @@ def main(project: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[2])
