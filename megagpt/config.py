@@ -2,7 +2,8 @@
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -71,7 +72,7 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
     text field takes what is not in quotes as it stands (null, where it may be null). A word that sets another `kind` of a
     section drops what the file says there and the new kind does not have. Of two words for one setting the later counts, with
     a warning. Raises UserError that lists every wrong field at
-    once, with the file it came from.
+    once, and where they came from: the file, the command line or both.
     """
     files = [word for word in words if _is_file(config_class, word)]
     if len(files) > 1:
@@ -88,7 +89,7 @@ def load(config_class: type[C], words: Sequence[str]) -> C:
             given[key] = word
             _assign(values, key, _parse_value(config_class, key, text))
             _follow_kind(config_class, values, key)
-    return validate(config_class, values, source=str(path) if path else "command line")
+    return validate(config_class, values, source=str(path) if path else "command line", given=given if path else ())
 
 
 def _is_file(config_class: type[Config], word: str) -> bool:
@@ -109,12 +110,17 @@ def _config_file(word: str) -> Path:
     return path or Path(word)
 
 
-def validate(config_class: type[C], values: dict[str, Any], *, source: str) -> C:
-    """Check `values` against `config_class`; raises UserError naming `source`, each field, its value and the rule."""
+def validate(config_class: type[C], values: dict[str, Any], *, source: str, given: Iterable[str] = ()) -> C:
+    """Check `values` against `config_class`; raises UserError naming `source`, each field, its value and the rule.
+
+    given: dotted fields whose values are the command line's; a message about them names it too.
+    """
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
         lines = [_explain(config_class, item) for item in error.errors()]
+        found = {_origin(config_class, item, source, given) for item in error.errors()}
+        source = found.pop() if len(found) == 1 else f"{source} and the command line"
         raise UserError("\n  ".join([f"{source}:", *lines] if len(lines) > 1 else [f"{source}: {lines[0]}"])) from None
 
 
@@ -280,6 +286,25 @@ def _explain(config_class: type[Config], item: Any) -> str:
     if item["type"] == "value_error" and isinstance(item["input"], dict):
         return f"{name}: {message}" if name else message
     return f"{name}={_quoted(item['input'])}: {message}"
+
+
+def _origin(config_class: type[Config], item: Any, source: str, given: Iterable[str]) -> str:
+    """Where an error's values are from: the source, the command line, or both, for a rule that ties several fields."""
+    name = ".".join(_without_kinds(config_class, [str(part) for part in item["loc"]]))
+    if any(f"{name}.".startswith(f"{key}.") for key in given):
+        return "command line"
+    typed = {end for key in given if not name or key.startswith(f"{name}.") for end in _endings(key)}
+    words = [re.split(r"[^\w.]+", part) for part in item["msg"].split("=")]
+    if not typed.intersection(word.strip(".") for part in words for word in part):
+        return source
+    fields = {part[-1] for part in words[:-1]} - {""}  # what stands before a `=`
+    return "command line" if fields and fields <= typed else f"{source} and the command line"
+
+
+def _endings(key: str) -> list[str]:
+    """The ways in which a rule may name a dotted field: in full, and without the sections that lead to it."""
+    parts = key.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _without_kinds(config_class: type[Config], path: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from megagpt import config
 from megagpt.command import EXIT_BROKEN_PIPE, EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR, run_words
@@ -38,6 +38,18 @@ class Inner(Config):
     """Peak."""
 
 
+class Limits(Config):
+    low: int = 0
+    high: int = 9
+    slow: int = 0
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Limits":
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}")
+        return self
+
+
 class Toy(Config):
     name: str
     """Its name."""
@@ -47,6 +59,7 @@ class Toy(Config):
     parts: dict[str, Inner] = Field(default_factory=dict)
     counts: dict[str, int] = Field(default_factory=dict)
     nickname: str | None = None
+    limits: Limits = Limits()
     colour: Annotated[Annotated[Red, Tag("red")] | Annotated[Blue, Tag("blue")], by_kind("red")] = Red()
 
 
@@ -167,6 +180,28 @@ def test_all_errors_come_at_once_with_their_source(tmp_path: Path) -> None:
         load(Toy, [path])
     assert str(raised.value).splitlines()[0] == f"{path}:"
     assert len(str(raised.value).splitlines()) == 4
+
+
+ORIGINS = [
+    ("steps: 5", ["steps=0"], "command line: steps=0"),
+    ("steps: 0", ["inner.lr=2"], "{path}: steps=0"),
+    ("{}", ["colour.heat=-2"], "command line: colour.heat=-2"),
+    ("{}", ["colour={kind: red, heat: -2}"], "command line: colour.heat=-2"),
+    ("steps: 0", ["colour.heat=-1"], "{path} and the command line:\n"),
+    ("limits: {low: 5, high: 9}", ["limits.low=10"], "{path} and the command line: limits: low=10 is above high=9"),
+    ("limits: {low: 5, high: 1}", ["steps=3"], "{path}: limits: low=5 is above high=1"),
+    ("limits: {low: 5, high: 1}", ["limits.slow=3"], "{path}: limits: low=5 is above high=1"),
+    ("{}", ["limits.low=5", "limits.high=1"], "command line: limits: low=5 is above high=1"),
+    ("{}", ["limits={low: 5, high: 1}"], "command line: limits: low=5 is above high=1"),
+]
+
+
+@pytest.mark.parametrize(("text", "words", "begin"), ORIGINS)
+def test_errors_say_whether_file_or_command_line_set_the_field(text: str, words: list[str], begin: str, tmp_path: Path) -> None:
+    path = write(tmp_path, f"{text}\n")
+    with pytest.raises(UserError) as raised:
+        load(Toy, [path, "name=a", *words])
+    assert str(raised.value).startswith(begin.format(path=path))
 
 
 def test_earlier_names_of_settings_are_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
