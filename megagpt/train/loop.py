@@ -23,7 +23,7 @@ from megagpt.data.sample_ledger import LedgerWriter
 from megagpt.data.state import TrainState
 from megagpt.distributed.determinism import make_deterministic, use_tf32
 from megagpt.distributed.mesh import with_context_parallel
-from megagpt.distributed.world import StopRequest, World, abort_world, close_world, init_world
+from megagpt.distributed.world import Stopped, StopRequest, World, abort_world, close_world, init_world
 from megagpt.engine.build import build_engine
 from megagpt.engine.dtypes import declared_formats
 from megagpt.engine.initial_weights import draw_weights
@@ -74,8 +74,8 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
         if owned is None:
             return EXIT_STOPPED
         attempt = owned.attempt
-        preflight.record_start(config, data, world, attempt)
-        monitor = open_monitor(config, world, attempt, open_panel)
+        world.together(partial(preflight.record_start, config, data, world, attempt))
+        monitor = world.together(partial(open_monitor, config, world, attempt, open_panel))
         stop.end_at_once(partial(last_words, owned, monitor))
         watchdog = Watchdog(config.watchdog, world, config.run_dir, monitor.clock, attempt)
         if config.watchdog.enabled:
@@ -96,9 +96,10 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
             with explaining_out_of_memory(config, engine, world, 0, monitor.clock, when="as weights were loaded", **memory):
                 state = restore_or_start(run)
             saver.prepare(engine)
-        preflight.record_settings(config, data, world)
+        world.together(partial(preflight.record_settings, config, data, world))
+        ledger = world.together(lambda: LedgerWriter(config.run_dir) if world.rank == 0 else None)
         with exports:
-            status = loop(run, state)
+            status = loop(run, state, ledger)
         owned.refuse_if_lost()
         if status == EXIT_STOPPED:
             world.stop.ignore()
@@ -106,6 +107,9 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
         monitor.close()
         world.barrier()  # while rank 0 sends the rest to W&B no other ends: srun waits only so long after the first
         return status
+    except Stopped:  # on all ranks at the same place, before the first update
+        world.stop.ignore()
+        return EXIT_STOPPED
     except UserError:
         world.stop.ignore()  # as below: all ranks end with 2, and none of them by srun's SIGTERM
         raise
@@ -130,7 +134,7 @@ def train(config: TrainConfig, planner: Planner | None = None, open_panel: OpenP
         close_world()
 
 
-def loop(run: Run, state: TrainState) -> int:
+def loop(run: Run, state: TrainState, ledger: LedgerWriter | None) -> int:
     """Updates until max_steps or a stop signal, with all that happens between them.
 
     A step is launched, and judged when its results have reached the host: at once, or (`results_come_late`) after the next step
@@ -146,7 +150,7 @@ def loop(run: Run, state: TrainState) -> int:
         document_mask=config.data.document_mask,
         full_rows=config.compile,
     )
-    judge = Judge(run, LedgerWriter(config.run_dir) if world.rank == 0 else None)
+    judge = Judge(run, ledger)
     launch = Launch(run)
     profiler = StepProfiler(config.profile, config.run_dir, world.rank, run.attempt, monitor.clock)
     late, saved_step = results_come_late(config, world), state.step  # at its beginning a run has nothing to save either
@@ -304,7 +308,7 @@ def load_newest(run: Run, step: int | None) -> tuple[TrainState, checkpoint.Rest
     state = run.guard.apply(restored.state if restored is not None else TrainState())
     if restored is not None:
         state = continue_mixture(config.data, restored.saved, state, restored.path)
-        preflight.record_mixture(config, world, run.attempt, state)
+        world.together(partial(preflight.record_mixture, config, world, run.attempt, state))
     return state, restored
 
 
