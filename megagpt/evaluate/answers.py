@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from megagpt.distributed.world import World
 
@@ -28,7 +28,11 @@ class Journal:
         """The answers of each group, by its key. A torn line, which a kill leaves, counts as not there."""
         known = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except FileNotFoundError:  # another evaluation of this checkpoint has ended, and needs it no longer
+                continue
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                     known[entry["group"]] = entry["answers"]
@@ -40,13 +44,20 @@ class Journal:
         """Append the answers of groups to this rank's file."""
         if not answers_by_key:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         rows = [{"group": key, "answers": answers} for key, answers in answers_by_key.items()]
         line = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        with (self.folder / f"rank_{rank:05d}.jsonl").open("ab") as file:
+        with self._open(f"rank_{rank:05d}.jsonl") as file:
             if file.tell() and not _ends_a_line(Path(file.name)):
                 line = b"\n" + line
             file.write(line)
+
+    def _open(self, name: str) -> IO[bytes]:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return (self.folder / name).open("ab")
+            except FileNotFoundError:  # another evaluation of this checkpoint has ended, and removed the folder just now
+                continue
 
     def remove(self) -> None:
         """Delete the folder: what was computed is kept elsewhere now."""

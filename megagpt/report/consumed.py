@@ -26,7 +26,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class Order:
     """How an attempt drew its samples: names of the sources, and (first sample, weights) of each phase."""
 
     names: tuple[str, ...]
@@ -47,13 +47,12 @@ class _Order:
         return found
 
 
-def read_consumed(run_dir: Path, starts: Sequence[Mapping[str, Any]]) -> list[Span]:
-    """The run's updates in at most MAX_SPANS equal spans, oldest first; [] without a ledger or records of its attempts.
+def read_consumed(run_dir: Path, orders: Mapping[int, Order]) -> list[Span]:
+    """The run's updates in at most MAX_SPANS equal spans, oldest first; [] without a ledger or the orders of its attempts.
 
     Repeated steps count once, as in the ledger; samples that a rewind left out are not in it. Raises UserError, KeyError,
-    TypeError or ValueError on a damaged record.
+    TypeError or ValueError on a damaged ledger.
     """
-    orders = {start["incarnation"]: _order_of(start) for start in starts if start["config"].get("data")}
     entries = [entry for entry in read_ledger(run_dir) if entry.attempt in orders]
     width = -(-len(entries) // MAX_SPANS) or 1
     spans = []
@@ -70,14 +69,15 @@ def read_consumed(run_dir: Path, starts: Sequence[Mapping[str, Any]]) -> list[Sp
     return spans
 
 
-def _order_of(start: Mapping[str, Any]) -> _Order:
+def order_of(start: Mapping[str, Any]) -> Order:
+    """How the attempt of this record drew its samples. Raises UserError, KeyError, TypeError or ValueError."""
     config = read_settings(DataConfig, start["config"]["data"], source=f"starts/{start['incarnation']:04d}.json")
     phases = config.phases()
     if start.get("mixture"):  # it continues an earlier mixture; from this sample on the proportions start again
         begin = int(start["mixture"]["from_sample"])
         in_force = [weights for first, weights in phases if first <= begin][-1]
         phases = [(begin, in_force), *(phase for phase in phases if phase[0] > begin)]
-    return _Order(tuple(config.sources), phases)
+    return Order(tuple(config.sources), phases)
 
 
 def _merged(entries: Sequence[Entry]) -> Iterator[tuple[int, int, int]]:

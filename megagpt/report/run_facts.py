@@ -12,7 +12,7 @@ from megagpt.evaluate.results import read_results
 from megagpt.files import read_json
 from megagpt.monitor.goodput import Ledger, goodput_ledger
 from megagpt.monitor.metrics import Metrics, Row, read_metrics
-from megagpt.report.consumed import Span, read_consumed
+from megagpt.report.consumed import Span, order_of, read_consumed
 from megagpt.report.funnel import read_funnel
 from megagpt.report.run_state import number
 
@@ -68,7 +68,12 @@ def read_facts(run_dir: Path, corpora: dict[str, Path] | None = None) -> Facts:
         for found in _attempt(path, _read_evaluations, problems) or []
     ]
     funnels = {name: funnel for name, folder in corpora.items() if (funnel := _attempt(folder, read_funnel, problems))}
-    consumed = _attempt(run_dir / "ledger.jsonl", lambda path: read_consumed(path.parent, starts), problems) or []
+    orders = {}
+    for start in starts:
+        record = run_dir / "starts" / f"{start['incarnation']:04d}.json"
+        if start["config"].get("data") and (order := _attempt(record, lambda _, start=start: order_of(start), problems)):
+            orders[start["incarnation"]] = order
+    consumed = _attempt(run_dir / "ledger.jsonl", lambda path: read_consumed(path.parent, orders), problems) or []
     settings = run_dir / "config.yaml"
     return Facts(
         run_dir=run_dir,

@@ -58,3 +58,31 @@ def test_what_is_in_the_journal_is_not_computed_again_and_a_torn_line_is(tmp_pat
     assert seen == [[9]]
     journal.remove()
     assert journal.read() == {}
+
+
+def test_an_evaluation_goes_on_when_another_of_its_checkpoint_removes_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the worst moments: between making the folder and opening a file in it, and between listing it and reading."""
+    mine, other = Journal(tmp_path / "journal"), Journal(tmp_path / "journal")
+    made, removals = Path.mkdir, []
+
+    def mkdir(self: Path, *words: Any, **options: Any) -> None:
+        made(self, *words, **options)
+        if not removals:
+            removals.append(self)
+            other.remove()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    mine.add(0, {"a": [1]})
+    assert removals
+    assert other.read() == {"a": [1]}
+    listed = Path.glob
+
+    def glob(self: Path, pattern: str) -> list[Path]:
+        found = list(listed(self, pattern))
+        other.remove()
+        return found
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert mine.read() == {}

@@ -13,7 +13,7 @@ from megagpt.data.sample_ledger import LedgerWriter, entry_of
 from megagpt.data.state import TrainState, Window, sample_indices
 from megagpt.files import read_json, write_json
 from megagpt.monitor.metrics import METRICS_FILE, format_row
-from megagpt.report.consumed import MAX_SPANS, read_consumed
+from megagpt.report.consumed import MAX_SPANS, order_of, read_consumed
 from megagpt.report.run_report import ReportConfig, report_run
 
 CHANGES = [{"from_sample": 400, "weights": {"web": 1}}]
@@ -78,7 +78,7 @@ def starts_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_samples_are_those_that_the_mixture_gave(tmp_path: Path) -> None:
     found, updates = write_run(tmp_path)
-    spans = read_consumed(tmp_path, starts_of(tmp_path))
+    spans = read_consumed(tmp_path, {start["incarnation"]: order_of(start) for start in starts_of(tmp_path)})
     assert len(spans) <= MAX_SPANS
     assert spans[-1].step == updates
     total = Counter[str]()
@@ -103,5 +103,6 @@ def test_a_ledger_without_its_settings_is_a_line(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_json(tmp_path / "starts" / "0001.json", {**starts_of(tmp_path)[0], "config": {"data": {"sources": {}}}})
     text = report_run(ReportConfig(run_dir=tmp_path)).read_text()
-    assert "ledger.jsonl: damaged, left out" in text
-    assert "Mixture as consumed" not in text
+    assert "starts/0001.json: damaged, left out" in text
+    assert "ledger.jsonl" not in text
+    assert "Mixture as consumed" in text, "of the other attempts"

@@ -3,8 +3,10 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -42,20 +44,26 @@ def _file_of(name: str, folder: Path, config: SupervisedConfig | None, *, overwr
     if path.is_file() and not overwrite:
         log.info("%s: read from %s, which an earlier call made", name, path)
         return path
-    columns, count = FIELDS.get(config.format, ("messages",)), 0
+    batches, count = _batches(name, place, config), 0
+    first = list(islice(batches, 1))  # before the folder is made: what cannot be read leaves nothing behind
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        for batch in dataset_batches(
-            place, config.split, f"{name}: cannot be loaded (tokenize.supervised.split={config.split})"
-        ):
-            missing = [column for column in columns if column not in batch.column_names]
-            if missing:
-                raise UserError(
-                    f"{name}: has no column {missing[0]!r}, which tokenize.supervised.format={config.format} needs; "
-                    f"it has {sorted(batch.column_names)}"
-                )
-            for row in batch.select(list(columns)).to_pylist():
+        for batch in chain(first, batches):
+            for row in batch.to_pylist():
                 file.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
                 count += 1
     log.info("%s: %s rows of split %s in %s", name, f"{count:,}", config.split, path)
     return path
+
+
+def _batches(name: str, place: str, config: SupervisedConfig) -> Iterator[Any]:
+    """Arrow batches of the columns that the rows' format needs."""
+    columns = FIELDS.get(config.format, ("messages",))
+    for batch in dataset_batches(place, config.split, f"{name}: cannot be loaded (tokenize.supervised.split={config.split})"):
+        missing = [column for column in columns if column not in batch.column_names]
+        if missing:
+            raise UserError(
+                f"{name}: has no column {missing[0]!r}, which tokenize.supervised.format={config.format} needs; "
+                f"it has {sorted(batch.column_names)}"
+            )
+        yield batch.select(list(columns))

@@ -84,6 +84,7 @@ def test_what_a_dataset_lacks_is_named(changes: dict[str, Any], message: str, sa
     with pytest.raises(UserError, match=message):
         tokenize_documents.run(settings(tmp_path, f"datasets:{saved}", **changes))
     assert not list(tmp_path.rglob("*.jsonl"))
+    assert not (tmp_path / "rows").exists()
 
 
 def test_documents_of_a_dataset_are_not_read_here(tmp_path: Path) -> None:
