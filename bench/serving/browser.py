@@ -8,7 +8,6 @@ server itself, and a request that is refused says why on the page. playwright ha
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,11 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.measure import peer_python, peer_versions
-from bench.serving.process import running_server
-from megagpt.convert.import_hf import ImportConfig, import_model
-from megagpt.measurement import PROJECT, write_results
+from bench.serving.process import running_server, stories_run
+from megagpt.measurement import write_results
 
-DATA = Path(os.environ.get("MEGAGPT_TEST_DATA", PROJECT.parent / "shared" / "data")) / "model"
 PROMPT, TOKENS = "Lily and Ben", 80
 CLIENT = r"""
 import json, sys
@@ -73,9 +70,8 @@ def main(words: Sequence[str]) -> None:
     python = peer_python("playwright", ["playwright==1.65.2"])
     with tempfile.TemporaryDirectory(prefix="bench_browser_") as temporary:
         folder = Path(temporary)
-        source, tokenizer = DATA / "stories260K.bin", DATA / "tok512.bin"
-        import_model(ImportConfig(source=source, tokenizer=tokenizer, run_dir=folder / "stories"))
-        with running_server(folder / "server", f"run_dir={folder / 'stories'}") as (port, _):
+        run_dir = stories_run(folder)
+        with running_server(folder / "server", f"run_dir={run_dir}") as (port, _):
             url = f"http://127.0.0.1:{port}/"
             body = json.dumps({"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}).encode()
             request = urllib.request.Request(f"{url}v1/completions", body, {"Content-Type": "application/json"})

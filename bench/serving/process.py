@@ -1,4 +1,4 @@
-"""tools/serve_model.py as a process."""
+"""tools/serve_model.py as a process, and a small real model for it."""
 
 import contextlib
 import os
@@ -9,7 +9,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megagpt.convert.import_hf import ImportConfig, import_model
 from megagpt.measurement import PROJECT
+
+DATA = Path(os.environ.get("MEGAGPT_TEST_DATA", PROJECT.parent / "shared" / "data")) / "model"
+
+
+def stories_run(folder: Path) -> Path:
+    """A run directory, folder/stories, with stories260K of the test data."""
+    run_dir = folder / "stories"
+    import_model(ImportConfig(source=DATA / "stories260K.bin", tokenizer=DATA / "tok512.bin", run_dir=run_dir))
+    return run_dir
 
 
 @contextlib.contextmanager

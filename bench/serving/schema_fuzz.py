@@ -8,7 +8,6 @@ bound and type of each parameter) and random requests. schemathesis has an envir
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,11 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.measure import peer_python, peer_versions
-from bench.serving.process import running_server
-from megagpt.convert.import_hf import ImportConfig, import_model
-from megagpt.measurement import PROJECT, write_results
+from bench.serving.process import running_server, stories_run
+from megagpt.measurement import write_results
 
-DATA = Path(os.environ.get("MEGAGPT_TEST_DATA", PROJECT.parent / "shared" / "data")) / "model"
 TEMPLATE = "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
 COUNTED = re.compile(r'^megagpt_requests_total\{path="([^"]*)",status="(\d+)"\} (\d+)', re.MULTILINE)
 
@@ -33,11 +30,10 @@ def main(words: Sequence[str]) -> None:
     python = peer_python("schemathesis", ["schemathesis==4.32.5"])
     with tempfile.TemporaryDirectory(prefix="bench_schema_") as temporary:
         folder = Path(temporary)
-        source, tokenizer = DATA / "stories260K.bin", DATA / "tok512.bin"
-        import_model(ImportConfig(source=source, tokenizer=tokenizer, run_dir=folder / "stories"))
-        (folder / "stories" / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+        run_dir = stories_run(folder)
+        (run_dir / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
         (folder / "schemathesis.toml").write_text('[parameters]\n"path.name" = "stories"\n')
-        words_of_server = (f"run_dir={folder / 'stories'}", "max_waiting=64")
+        words_of_server = (f"run_dir={run_dir}", "max_waiting=64")
         with running_server(folder / "server", *words_of_server) as (port, process):
             url = f"http://127.0.0.1:{port}"
             command = [python.parent / "schemathesis", "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
