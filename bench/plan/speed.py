@@ -315,11 +315,11 @@ def main() -> None:
     result = score(rows, fitted)
     if "write=true" in sys.argv:
         write_hardware(rows, fitted, result["scored"])
-    result["tables"].append(fill_table(rows, fitted))
     misses = [s for s in result["scored"] if abs(s["error"]) > MISS]
     for item in misses:
         item["reason"] = REASONS.get(item["id"], "not known")
-    for table in result["tables"]:
+    by_memory = fill_table(rows, fitted)
+    for table in [*result["tables"], by_memory]:
         for row in table["rows"]:
             print(row)
     lost = [
@@ -336,7 +336,7 @@ def main() -> None:
             " of the fitted half. These are FSDP runs of other code: nothing here was measured with this trainer, and DeepSpeed"
             " has no row.",
             "rows": result["tables"][0]["rows"],
-            "tables": result["tables"][1:],
+            "tables": [*result["tables"][1:], by_memory],
             "lost": " ".join(
                 [
                     *(["Off by more than 25 %:", *lost] if lost else []),
