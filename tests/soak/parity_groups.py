@@ -1,6 +1,6 @@
 """Ranks that share samples, on every engine: 200 updates against one process, with two plain loops as the yardstick.
 
-    python tests/soak/parity_groups.py FOLDER                  (about 50 minutes on two cores; goes on where it was stopped)
+    python tests/soak/parity_groups.py FOLDER                             (172 cells; goes on where it was stopped)
     python tests/soak/parity_groups.py FOLDER --steps 10 --ranks 1,2           (a short form; writes no results)
 
 Cells: every split of 1, 2 and 4 ranks into groups that share samples x {ZeRO 1, 2, 3, FSDP2, HSDP} x document mask on and off
@@ -201,9 +201,9 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     kept = arguments.folder / "cells.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    names = tuple(Cell.__dataclass_fields__)
-    done = {tuple(row[name] for name in names) for row in rows if row["steps"] == arguments.steps}
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["steps"] == arguments.steps]
+    done = {tuple(row[name] for name in Cell.__dataclass_fields__) for row in rows}
     cells = [c for c in all_cells([int(size) for size in arguments.ranks.split(",")]) if tuple(asdict(c).values()) not in done]
     for _, together in itertools.groupby(cells, lambda cell: (cell.ranks, cell.group, cell.engine)):
         part, began = list(together), time.monotonic()
