@@ -157,6 +157,70 @@ def test_every_benchmark_can_be_started_as_a_module() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_a_peer_wins_in_fine_tuning_is_said() -> None:
+    from bench.finetune import compare
+    from bench.training.turns import Outcome
+
+    def outcome(step_s: float, losses: list[float], peak_mib: int) -> Outcome:
+        rank = {"step_ends_cpu_s": [1.0, 1.0 + step_s, 1.0 + 2 * step_s], "losses": losses, "imported_rss_bytes": 100 << 20}
+        return Outcome(1.0, 1.0, ({**rank, "peak_rss_bytes": peak_mib << 20},))
+
+    outcomes = {"megagpt": [outcome(0.5, [3.0, 2.0], 400)], "litgpt": [outcome(0.4, [3.0, 2.25], 500)]}
+    outcomes["peft"] = [outcome(0.75, [3.0, 2.0], 300)]
+    rows = [compare.row_of(name, outcomes) for name in outcomes]
+    assert [row["largest_loss_difference_to_megagpt"] for row in rows] == [0.0, 0.25, 0.0]
+    assert [row["memory_over_import_mib"] for row in rows] == [300.0, 400.0, 200.0]
+    said = compare.lost([{"title": "LoRA", "rows": rows}, {"title": "LoRA: loss", "rows": [{"step": "1"}]}])
+    assert said == "LoRA: litgpt takes 20.0 % less CPU time per step. LoRA: peft has a peak 100 MiB lower."
+    with pytest.raises(SystemExit, match="litgpt: 1 losses, ours 2"):
+        compare.row_of("litgpt", {**outcomes, "litgpt": [outcome(0.4, [3.0], 500)]})
+
+
+def test_runs_of_a_classifier_are_summed_up_by_what_they_began_with() -> None:
+    from bench.finetune import sst2
+
+    run = {"model": "base", "rows": "scarce", "f1_negative": 0.5, "f1_positive": 0.7}
+    runs = [{**run, "pretrained": True, "accuracy": accuracy} for accuracy in (0.6, 0.8)]
+    runs += [{**run, "pretrained": False, "accuracy": 0.5}, {**run, "rows": "all", "pretrained": True, "accuracy": 0.9}]
+    found = sst2.summary(runs, "base", "scarce", True)
+    assert (found["runs"], found["weights"], found["training_rows"]) == (2, "pretrained", "301")
+    assert found["accuracy"] == {"median": pytest.approx(0.7), "min": 0.6, "max": 0.8}
+    assert sst2.summary(runs, "base", "scarce", False)["accuracy"]["max"] == 0.5
+
+
+def test_the_dialogues_for_summaries_are_rows_of_samsums_format() -> None:
+    rows = [json.loads(line) for line in (BENCH / "finetune" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["id"] for row in rows}) == len({row["summary"] for row in rows}) == len(rows) == 64
+    for row in rows:
+        speakers = {line.partition(": ")[0] for line in row["dialogue"].split("\r\n")}
+        assert len(speakers) == 2, row
+        assert any(name in row["summary"] for name in speakers), row
+
+
+def test_weights_after_a_kill_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    from bench.finetune import tasks
+
+    for name, digest, step in (("a", "1" * 64, 60), ("b", "1" * 64, 60), ("c", "2" * 64, 60), ("d", "1" * 64, 50)):
+        folder = tmp_path / name / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        files = {"pieces_00000.safetensors": {"size": 1, "sha256": digest}, "state.json": {"size": 1, "sha256": name * 64}}
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    equal = {name: tasks.compare_weights(tmp_path / "a", tmp_path / name)["weights_equal"] for name in "bcd"}
+    assert equal == {"b": True, "c": False, "d": False}
+
+
+@pytest.mark.slow
+def test_the_fine_tuning_benchmark_runs_without_peers(tmp_path: Path) -> None:
+    """A tiny model goes to transformers' format and back, and is tuned with adapters and as a whole."""
+    done = run("-m", "bench.finetune.compare", f"work_dir={tmp_path}", "short=true", timeout=900)
+    assert done.returncode == 0, done.stderr
+    losses = [[float(line.split(": ")[1].strip(",")) for line in done.stdout.splitlines() if f'"{key}_loss"' in line]
+              for key in ("first", "last")]  # fmt: skip
+    assert len(losses[0]) == 2
+    assert losses[0][0] == losses[0][1]  # B is zero: adapters begin with what the model gives
+    assert all(last < first for first, last in zip(*losses, strict=True)), losses
+
+
 @pytest.fixture
 def gpu_benchmark():
     from bench.gpu import run

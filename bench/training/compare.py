@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -258,11 +258,21 @@ def prepare_job(cell: Cell, folder: Path) -> dict[str, Any]:
     return write_data(folder, job, ranks=cell.ranks)
 
 
-def contender(name: str, program: str, layout: str, ranks: int, job: dict[str, Any], folder: Path) -> Contender:
-    """Its job file and its command."""
+def contender(
+    name: str,
+    program: str,
+    layout: str,
+    ranks: int,
+    job: dict[str, Any],
+    folder: Path,
+    *,
+    peers: Mapping[str, Sequence[str]] = PEERS,
+    package: str = "bench.training.peers",
+) -> Contender:
+    """Its job file and its command: `program` of `package`, in the environment that `peers` describes."""
     path = folder / f"{name}.json".replace(" ", "_")
     path.write_text(json.dumps({**job, "layout": layout, "run_dir": str(folder / "run" / name)}), encoding="utf-8")
-    python = peer_python(program, PEERS[program]) if program in PEERS else Path(sys.executable)
+    python = peer_python(program, peers[program]) if program in peers else Path(sys.executable)
     environment = {
         "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'bench'}",
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed builds an extension with its own ninja
@@ -272,7 +282,7 @@ def contender(name: str, program: str, layout: str, ranks: int, job: dict[str, A
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / name.replace(" ", "_")),
         **({} if job["compile"] else {"TORCHDYNAMO_DISABLE": "1"}),  # litgpt compiles whatever it is told
     }
-    return Contender(name, [str(python), "-m", f"bench.training.peers.{program}", str(path)], ranks, environment)
+    return Contender(name, [str(python), "-m", f"{package}.{program}", str(path)], ranks, environment)
 
 
 def losses_explained(rows: list[dict[str, Any]]) -> str:

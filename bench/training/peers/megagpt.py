@@ -51,16 +51,21 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train, then read losses and the wait for data from the run's own metrics."""
-    job, clock = read_job(), Clock()
-    config = validate(TrainConfig, settings(job), source="bench")
+    """Train."""
+    job = read_job()
+    run(job, settings(job), Clock())
+
+
+def run(job: dict[str, Any], given: dict[str, Any], clock: Clock) -> None:
+    """Train as `given` says, then read losses and the wait for data from the run's own metrics."""
+    config = validate(TrainConfig, given, source="bench")
     status = train(config)
     if status != 0:
         raise SystemExit(status)
     metrics = read_metrics(Path(job["run_dir"]))
     rows = metrics.of_kind("train")
     if rows:
-        clock.extra = {"data_wait_s": rows[-1]["seconds"].get("data_wait", 0.0), "data_wait_until_step": rows[-1]["step"]}
+        clock.extra |= {"data_wait_s": rows[-1]["seconds"].get("data_wait", 0.0), "data_wait_until_step": rows[-1]["step"]}
     if job.get("evaluate_every_steps"):
         clock.extra["validation"] = [(row["step"], row["loss"]) for row in metrics.of_kind("evaluate")]
     clock.write(job["steps"] - job["resumed_at"], [row["loss"] for row in rows])

@@ -120,7 +120,7 @@ def arguments(job: dict[str, Any]) -> TrainingArguments:
         max_steps=job["steps"],
         per_device_train_batch_size=job["micro_batch_size"],
         learning_rate=job["lr"],
-        lr_scheduler_type="constant",
+        lr_scheduler_type=job.get("schedule", "constant"),
         weight_decay=job["weight_decay"],
         adam_beta1=0.9,
         adam_beta2=0.95,
