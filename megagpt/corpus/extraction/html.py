@@ -16,20 +16,23 @@ import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
 from megagpt.corpus.extraction.config import Comments, Markup
-from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict
+from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict, judge_name
 from megagpt.corpus.extraction.formulas import replace_formulas
 from megagpt.corpus.extraction.json_articles import article_of_json
-from megagpt.corpus.extraction.line_rules import is_aside, is_boilerplate, is_sentence, trim
+from megagpt.corpus.extraction.line_rules import are_sentences, is_aside, is_boilerplate, trim
 from megagpt.corpus.extraction.markup import Structure, read_structure, write
 from megagpt.corpus.extraction.page_lines import (
     ALWAYS_BAD,
+    MAY_BE_BAD,
     RAW_TAGS,
     PageLines,
     body_kind,
     element_class,
     is_named_thread,
     is_sectioning,
+    judge_classes,
     judge_element,
+    number_set,
     read_page,
     width,
     words,
@@ -44,8 +47,9 @@ GROUP = 1.4  # siblings of one class belong to the body if they hold this many t
 LONG_LINE = 60  # characters, for `prose`
 PROSE_CHARACTERS = 1000
 _REMOVED = sorted(RAW_TAGS)
-_PROSE = words("p div td li dd blockquote section article main body pre span center")
-_MAY_BE_LINKS = frozenset(("ul", "ol", "dl", "table", "div", "section", "tr", "h2", "h3", "h4"))
+_IS_PROSE = number_set(words("p div td li dd blockquote section article main body pre span center"))
+_MAY_BE_LINKS = number_set(("ul", "ol", "dl", "table", "div", "section", "tr", "h2", "h3", "h4"))
+_IS_ALWAYS_BAD, _MAY_BE_BAD = number_set(ALWAYS_BAD), number_set(MAY_BE_BAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +116,10 @@ def _says_thread(tree: LexborHTMLParser, page: str, url: str | None) -> bool:
         return True
     if tree.head is None:
         return False
-    for selector, name in (
-        ("link[rel=canonical]", "href"),
-        ('meta[property="og:url"]', "content"),
-        ("meta[name=generator]", "content"),
-    ):
-        for node in tree.head.css(selector):
-            if _THREAD.search(node.attributes.get(name) or ""):
-                return True
-    return False
+    return any(
+        _THREAD.search(node.attributes.get("href" if node.tag == "link" else "content") or "")
+        for node in tree.head.css('link[rel=canonical], meta[property="og:url"], meta[name=generator]')
+    )
 
 
 def prose(page: ParsedPage) -> str:
@@ -134,14 +133,14 @@ def prose(page: ParsedPage) -> str:
 def main_text(page: ParsedPage, *, markup: Markup = "text", comments: Comments = "drop") -> Extracted:
     """The main text of a parsed page."""
     text = _text(page, markup, keep_comments=comments == "keep")
-    if width(text) < MIN_BODY_CHARACTERS:
+    if len(text) < MIN_BODY_CHARACTERS and width(text) < MIN_BODY_CHARACTERS:
         text = _last_resort(page, text, markup)
     return Extracted(unicodedata.normalize("NFC", text), page.title)
 
 
 def _text(page: ParsedPage, markup: Markup, *, keep_comments: bool) -> str:
     lines = page.lines
-    parent_of = _parents(lines.depths.tolist())
+    parent_of = lines.parent_of
     structure = read_structure(lines, parent_of)
     chosen = _main_lines(lines, parent_of, structure, is_thread=page.is_thread, keep_comments=keep_comments)
     return write(lines, chosen, structure, parent_of, markup)
@@ -204,7 +203,7 @@ def _prose(page: PageLines) -> np.ndarray:
     On a page that has none narrower ones count too. int64 [lines].
     """
     own = page.sizes - page.links
-    is_prose = np.array([tag in _PROSE for tag in page.tags], bool)
+    is_prose = _IS_PROSE[page.tag_numbers]
     for narrow in (40, 15, 0):
         good = np.where((own > narrow) & is_prose, own, 0)
         for i in np.flatnonzero(good).tolist():
@@ -224,12 +223,17 @@ def _is_in_thread(page: PageLines, good: np.ndarray) -> bool:
 def _verdicts(page: PageLines) -> dict[int, Verdict]:
     """What names say of the elements that hold lines, where they say something."""
     found: dict[int, Verdict] = {}
-    named = (page.ends > page.starts) & (page.attributes.max(axis=1) >= 0)
-    for i in np.flatnonzero(named).tolist():
+    may_be_bad = (page.ends > page.starts) & _MAY_BE_BAD[page.numbers]
+    named = judge_classes(page, _says_something, may_be_bad) | (page.attributes[:, 2] >= 0) | (page.attributes[:, 4] >= 0)
+    for i in np.flatnonzero(named & may_be_bad).tolist():
         verdict = judge_element(page, i)
         if verdict.level:
             found[i] = verdict
     return found
+
+
+def _says_something(css_class: str) -> bool:
+    return judge_name(css_class).level > 0
 
 
 def _meaningless(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray) -> set[str]:
@@ -252,16 +256,18 @@ def _dropped(
     by line, is in them. bool [lines]."""
     sizes, links, prose = (_inside(page, values) for values in (page.sizes, page.links, good))
     may_be_bad = prose <= 0.5 * good.sum()
-    sentences = _inside(page, np.array([begins or is_sentence(page, i) for i, begins in enumerate(section_starts)], np.int64))
+    sentences = _inside(page, are_sentences(page) | np.array(section_starts, bool))
     mostly_links = (links > 0.5 * sizes) & (prose <= 0.3 * good.sum()) & (sentences == 0)
     rich = (prose >= WEAK_PROSE) & (prose > 0.5 * sizes) & (links < 0.25 * sizes)
     dropped, end = np.zeros(len(page.texts), bool), 0
-    names, ends, are_links = page.names, page.end_list, mostly_links.tolist()
-    for i in np.flatnonzero((sizes > 0) & may_be_bad).tolist():
+    ends, bad_by_tag = page.end_list, _IS_ALWAYS_BAD[page.numbers] | (mostly_links & _MAY_BE_LINKS[page.numbers])
+    judged = bad_by_tag.copy()
+    judged[list(verdicts)] = True
+    bad_list = bad_by_tag.tolist()
+    for i in np.flatnonzero((sizes > 0) & may_be_bad & judged).tolist():
         if ends[i] <= end:
             continue  # its parent is dropped already
-        name = names[i]
-        bad = name in ALWAYS_BAD or (are_links[i] and name in _MAY_BE_LINKS)
+        bad = bad_list[i]
         if not bad and (verdict := verdicts.get(i)) and verdict.word not in meaningless:
             bad = verdict.level >= STRONG or not rich[i]
         if bad:
@@ -311,10 +317,8 @@ def _with_siblings(page: PageLines, number: int, parent_of: list[int]) -> tuple[
         if not number:
             break
         if name:
-            siblings = [
-                i for i in np.flatnonzero(page.depths == page.depths[number]).tolist() if parent_of[i] == parent_of[number]
-            ]
-            posts = [i for i in siblings if page.end_list[i] > page.start_list[i] and element_class(page, i) == name]
+            siblings = np.flatnonzero((page.around == parent_of[number]) & (page.ends > page.starts)).tolist()
+            posts = [i for i in siblings if i and element_class(page, i) == name]
             if len(posts) > 1:
                 return int(page.starts[posts[0]]), int(page.ends[posts[-1]])
         number = parent_of[number]
@@ -345,16 +349,6 @@ def _densest(page: PageLines, kept: list[int], inside: np.ndarray, parent_of: li
     while best and inside[best] < 0.5 * inside[0]:
         best = parent_of[best]
     return best
-
-
-def _parents(depths: list[int]) -> list[int]:
-    """Number of each element's parent; the root is its own."""
-    parents, path = [0] * len(depths), [0]
-    for index, depth in enumerate(depths[1:], start=1):
-        del path[depth:]
-        parents[index] = path[-1]
-        path.append(index)
-    return parents
 
 
 _THREAD = re.compile(

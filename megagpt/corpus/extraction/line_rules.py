@@ -8,10 +8,13 @@ import functools
 import re
 from collections import Counter
 
+import numpy as np
+
 from megagpt.corpus.extraction.markup import Structure
-from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, class_of_holder
+from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, class_of_holder, number_set
 
 SENTENCE_WIDTH = 8  # so much of a paragraph that is a sentence is not in links
+_IS_PARAGRAPH = number_set(("p",))
 EDGE_LINE = 60  # a line this wide without links is text: what stands before the third and behind the last is an edge
 
 
@@ -69,15 +72,12 @@ def _hangs(page: PageLines, i: int) -> bool:
     return short or tag in HEADINGS
 
 
-def is_sentence(page: PageLines, i: int) -> bool:
-    """Whether a line is a paragraph that ends like a sentence and is not all links."""
-    links = page.link_list[i]
-    return (
-        page.tags[i] == "p"
-        and links > 0
-        and page.size_list[i] - links >= SENTENCE_WIDTH
-        and page.texts[i][-1] in _SENTENCE_ENDS
-    )
+def are_sentences(page: PageLines) -> np.ndarray:
+    """Which lines are paragraphs that end like a sentence and are not all links, though they hold some. bool [lines]."""
+    found = _IS_PARAGRAPH[page.tag_numbers] & (page.links > 0) & (page.sizes - page.links >= SENTENCE_WIDTH)
+    for i in np.flatnonzero(found).tolist():
+        found[i] = page.texts[i][-1] in _SENTENCE_ENDS
+    return found
 
 
 def is_boilerplate(page: PageLines, i: int) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagpt.corpus.extraction.config import Markup
-from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, attributes_of, is_sectioning
+from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, attributes_of, is_sectioning, judge_classes, number_set
 
 MAX_CELL_WIDTH, MAX_MEAN_CELL_WIDTH, MAX_CELL_LINES = 300, 80, 4
 _CODE_NAMES = re.compile(
@@ -24,7 +24,9 @@ _LANGUAGE = re.compile(
     r"""class="[^"]*?\b(?:lang(?:uage)?|highlight-source|highlight|brush:)[- ]([a-z][\w+#-]*)""", re.IGNORECASE
 )
 _MAY_BE_NAMED_CODE = frozenset(("div", "table", "td", "ol", "ul", "tbody", "tr"))
-_MAY_BE_CODE = _MAY_BE_NAMED_CODE | {"pre", "listing"}
+_IS_PREFORMATTED, _CAN_BE_NAMED_CODE = number_set(("pre", "listing")), number_set(_MAY_BE_NAMED_CODE)
+_TABLE_PARTS = number_set(("td", "th", "table"))
+_IS_HEADING, _IS_PARAGRAPH = number_set(HEADINGS), number_set(("p",))
 _TAG = re.compile(r"<[^<>]*>")
 _MARKS = re.compile("[\ufdd0-\ufdd5]")
 _RAISED = re.compile("\ufdd0([^\ufdd0-\ufdd3]*)\ufdd1")
@@ -60,8 +62,9 @@ def read_structure(page: PageLines, parent_of: list[int]) -> Structure:
     if "tr" in names and ("td" in names or "th" in names):
         by_table: dict[int, dict[int, list[int]]] = {}
         nested: set[int] = set()
-        for i, name in enumerate(names):
-            if name in ("td", "th") and (row := around.find(i, "tr")) >= 0 and (table := around.find(row, "table")) >= 0:
+        for i in np.flatnonzero(_TABLE_PARTS[page.numbers]).tolist():
+            name = names[i]
+            if name != "table" and (row := around.find(i, "tr")) >= 0 and (table := around.find(row, "table")) >= 0:
                 by_table.setdefault(table, {}).setdefault(row, []).append(i)
             elif name == "table" and (outer := around.find(parent_of[i], "table")) >= 0:
                 nested.add(outer)
@@ -72,7 +75,8 @@ def read_structure(page: PageLines, parent_of: list[int]) -> Structure:
                     for line in range(page.start_list[row], page.end_list[row]):
                         rows[line] = row
     section_starts = [False] * len(page.texts)
-    for i in [i for i, tag in enumerate(page.tags) if tag == "p" and i and page.tags[i - 1] in HEADINGS]:
+    below_heading = _IS_HEADING[page.tag_numbers[:-1]] & _IS_PARAGRAPH[page.tag_numbers[1:]]
+    for i in (1 + np.flatnonzero(below_heading)).tolist():
         section_starts[i] = _starts_section(page, i, parent_of)
     return Structure(rows, cells, tables, _code(page, around), section_starts)
 
@@ -80,8 +84,11 @@ def read_structure(page: PageLines, parent_of: list[int]) -> Structure:
 def _code(page: PageLines, around: "_Around") -> list[int]:
     """By line: number of the outermost element around it that holds code, -1 if there is none."""
     code, end = [-1] * len(page.texts), 0
-    for i, name in enumerate(page.names):
-        if name in _MAY_BE_CODE and page.end_list[i] > end and page.start_list[i] < page.end_list[i] and around.is_code(i):
+    holds_lines = page.ends > page.starts
+    can_be_named = holds_lines & _CAN_BE_NAMED_CODE[page.numbers]
+    is_named = can_be_named & (judge_classes(page, _names_code, can_be_named) | (page.attributes[:, 4] >= 0))
+    for i in np.flatnonzero(is_named | (holds_lines & _IS_PREFORMATTED[page.numbers])).tolist():
+        if page.end_list[i] > end and around.is_code(i):
             start, end = page.start_list[i], page.end_list[i]
             code[start:end] = [i] * (end - start)
     return code
@@ -118,16 +125,14 @@ class _Around:
             named = False
             if name in _MAY_BE_NAMED_CODE:
                 css_class, _, others = attributes_of(self._page, element)
-                named = (
-                    (bool(css_class) and _names_code(css_class)) or "white-space: pre" in others or "white-space:pre" in others
-                )
+                named = _names_code(css_class) or "white-space: pre" in others or "white-space:pre" in others
             self._named[element] = name in ("pre", "listing") or named
         return self._named[element]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _names_code(css_class: str) -> bool:
-    return _CODE_NAMES.search(css_class) is not None
+    return css_class != "" and _CODE_NAMES.search(css_class) is not None
 
 
 def _is_data(page: PageLines, rows: dict[int, list[int]]) -> bool:

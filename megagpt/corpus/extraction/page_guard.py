@@ -8,6 +8,8 @@ numba: do it where it is used.
 import numpy as np
 from numba import njit
 
+from megagpt.corpus.extraction.page_kernels import name_table, number_of
+
 MAX_DEPTH, MAX_ATTRIBUTES, MAX_FORMATTING = 256, 256, 24
 _SLOTS = 1024
 _LT, _GT, _SLASH, _BANG, _DASH, _QUOTE, _APOSTROPHE, _EQUAL = (ord(c) for c in "<>/!-\"'=")
@@ -109,8 +111,8 @@ def _tag_end(codes, at):
 
 
 @njit(cache=True, nogil=True)
-def find_excess(codes, known, kinds):
-    """Ranges to cut out. codes: uint8, the page. known: uint64 hashes of names in order, kinds: uint8 what each is."""
+def find_excess(codes, known, numbers, kinds):
+    """Ranges to cut out. codes: uint8, the page. known, numbers: see `name_table`; kinds: uint8 by number, what names mean."""
     size, num_tags = codes.size, 0
     for code in codes:
         num_tags += code == _LT
@@ -137,8 +139,7 @@ def find_excess(codes, known, kinds):
             continue
         name_end = _name_end(codes, begin)
         value = _hash(codes, begin, name_end)
-        place = np.searchsorted(known, value)
-        kind = kinds[place] if place < known.size and known[place] == value else 0
+        kind = kinds[number_of(value, known, numbers)]
         end, excess, self_closed = _tag_end(codes, name_end)
         at = end + 1
         if closing:
@@ -184,12 +185,11 @@ def _same_name(codes, at, begin, end):
     return True
 
 
-def _table() -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the names that mean something and what they are."""
+def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The names that mean something and what they are."""
     pairs = [(name, kind) for kind, names in _KINDS.items() for name in names.split()]
     hashes = [_hash(np.frombuffer(name.encode(), np.uint8), 0, len(name)) for name, _ in pairs]
-    order = np.argsort(np.array(hashes, np.uint64))
-    return np.array(hashes, np.uint64)[order], np.array([kind for _, kind in pairs], np.uint8)[order]
+    return *name_table(hashes), np.array([0, *(kind for _, kind in pairs)], np.uint8)
 
 
 _TABLE = _table()

@@ -20,10 +20,13 @@ LINE_COLUMNS = 8
 FIRST_MARK = 0xFDD0
 """Marks, which Unicode keeps for such use: begin of sup, its end, begin of sub, its end, begin of code, its end."""
 NUM_MARKS = 6
-NAME, DEPTH, START, END, CLASS, CLASS_END, ID, ID_END, OTHER, OTHER_END = range(10)
-"""Columns of an element: number of its name, depth, lines [START, END), and where in the source its class, its id and, if it
-has a role, style, itemprop or aria-hidden, all its attributes stand (-1: none)."""
-ELEMENT_COLUMNS = 10
+NAME, DEPTH, START, END, PARENT, ALIKE, CLASS, CLASS_END, ID, ID_END, OTHER, OTHER_END = range(12)
+"""Columns of an element: number of its name, depth, lines [START, END), the element it is in, the first one with its class, and
+where in the source its class, its id and, if it has a role, style, itemprop or aria-hidden, all its attributes stand.
+
+-1 where there is none."""
+ELEMENT_COLUMNS = 12
+TABLE_SIZE = 1024
 
 _LT, _GT, _SLASH, _SPACE, _QUOTE, _EQUAL, _AND, _BANG, _DASH, _SEMICOLON, _NEWLINE = (ord(c) for c in '<>/ "=&!-;\n')
 _AMP, _NBSP = ord("a"), ord("n")
@@ -37,6 +40,17 @@ def name_hash(codes, start, end):
     for i in range(start, end):
         value = (value ^ np.uint64(codes[i])) * np.uint64(0x100000001B3)
     return value
+
+
+def name_table(hashes):
+    """(hashes, each at the place of its value modulo TABLE_SIZE or the next free one; its number, from 1): 0 if free."""
+    table, numbers = np.zeros(TABLE_SIZE, np.uint64), np.zeros(TABLE_SIZE, np.int64)
+    for number, value in enumerate(hashes, start=1):
+        at = value % TABLE_SIZE
+        while table[at]:
+            at = (at + 1) % TABLE_SIZE
+        table[at], numbers[at] = value, number
+    return table, numbers
 
 
 @njit(cache=True, nogil=True)
@@ -76,9 +90,12 @@ def _is_mark(code):
 
 
 @njit(cache=True, nogil=True)
-def _number_of(value, hashes, numbers):
-    at = np.searchsorted(hashes, value)
-    return numbers[at] if at < hashes.size and hashes[at] == value else 0
+def number_of(value, hashes, numbers):
+    """The number of a hash in a `name_table`, 0 if it is not there."""
+    at = np.int64(value & np.uint64(TABLE_SIZE - 1))
+    while hashes[at] != 0 and hashes[at] != value:
+        at = (at + 1) & (TABLE_SIZE - 1)
+    return numbers[at]
 
 
 @njit(cache=True, nogil=True)
@@ -179,11 +196,33 @@ def _is_hidden(codes, at, end):
 
 
 @njit(cache=True, nogil=True)
+def _first_alike(codes, elements, number, places):
+    """Number of the first element with an element's class, its own if none is in `places` (by the class's hash)."""
+    start, end = elements[number, CLASS], elements[number, CLASS_END]
+    at = np.int64(name_hash(codes, start, end) & np.uint64(places.size - 1))
+    for _ in range(8):
+        other = places[at]
+        if other == 0:
+            places[at] = number
+            return number
+        first = elements[other, CLASS]
+        same = elements[other, CLASS_END] - first == end - start
+        for i in range(end - start):
+            if not same:
+                break
+            same = codes[first + i] == codes[start + i]
+        if same:
+            return other
+        at = (at + 1) & (places.size - 1)
+    return number
+
+
+@njit(cache=True, nogil=True)
 def read_page(codes, hashes, numbers, flags, watched):
     """Lines and elements of a page.
 
-    codes: uint32, the page's characters. hashes (ascending), numbers: known names of elements; flags: uint16 by number, of
-    number 0 those of unknown names. watched: see `_read_attributes`. Returns out (uint32, the lines' characters), lines (int64
+    codes: uint32, the page's characters. hashes, numbers: known names of elements, see `name_table`; flags: uint16 by number,
+    at 0 those of unknown names. watched: see `_read_attributes`. Returns out (uint32, the lines' characters), lines (int64
     [lines, LINE_COLUMNS]) and elements (int64 [elements, ELEMENT_COLUMNS]; the first is the root).
     """
     size, num_tags = codes.size, 2
@@ -191,9 +230,9 @@ def read_page(codes, hashes, numbers, flags, watched):
         num_tags += code == _LT
     out, lines = np.empty(size + 1, np.uint32), np.empty((num_tags, LINE_COLUMNS), np.int64)
     elements = np.empty((num_tags, ELEMENT_COLUMNS), np.int64)
-    stack = np.empty(num_tags, np.int64)
-    elements[0, :CLASS] = 0
-    elements[0, CLASS:] = -1
+    stack, alike = np.empty(num_tags, np.int64), np.zeros(4 * TABLE_SIZE, np.int64)
+    elements[0, :ALIKE] = 0
+    elements[0, ALIKE:] = -1
     num_lines, num_elements, depth, skipped = 0, 1, 0, 0
     stack[0] = 0
     at, begin, end, link, label, source = 0, 0, 0, 0, 0, 0
@@ -234,10 +273,10 @@ def read_page(codes, hashes, numbers, flags, watched):
         at = name_start
         while at < size and codes[at] != _SPACE and codes[at] != _GT:
             at += 1
-        number = _number_of(name_hash(codes, name_start, at), hashes, numbers)
+        number = number_of(name_hash(codes, name_start, at), hashes, numbers)
         kind = flags[number]
         row = elements[num_elements]
-        row[CLASS:] = -1
+        row[ALIKE:] = -1
         at = _read_attributes(codes, at, watched, row) + 1
         if skipped:
             if not kind & VOID:
@@ -284,7 +323,9 @@ def read_page(codes, hashes, numbers, flags, watched):
                 depth -= 1
         else:
             depth += 1
-            row[NAME], row[DEPTH], row[START] = number, depth, num_lines
+            row[NAME], row[DEPTH], row[START], row[PARENT] = number, depth, num_lines, stack[depth - 1]
+            if row[CLASS] >= 0:
+                row[ALIKE] = _first_alike(codes, elements, num_elements, alike)
             stack[depth] = num_elements
             num_elements += 1
         if kind & PREFORMATTED:

@@ -7,6 +7,7 @@ body. The vocabulary of ids and classes follows trafilatura's (Barbaresi 2021, A
 
 import functools
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ BLOCKS = words(
 HEADINGS = words("h1 h2 h3 h4 h5 h6")
 ALWAYS_BAD = frozenset(("nav", "footer", "aside", "figure", "figcaption", "form"))
 """Elements that are no part of an article by their tag."""
-_MAY_BE_BAD = words("div section ul ol li dl p header table tbody tr td details h2 h3 h4 h5 h6 fieldset address main article")
+MAY_BE_BAD = words("div section ul ol li dl p header table tbody tr td details h2 h3 h4 h5 h6 fieldset address main article")
 _MAY_BE_BODY = frozenset(("article", "div", "main", "section"))
 
 _WORD = re.compile(r"[^\W\d_]+")
@@ -78,25 +79,41 @@ class PageLines:
     """How much of it is in labels of controls."""
     parents: np.ndarray
     """Number of the element that holds the line directly."""
+    tag_numbers: np.ndarray
+    """Number of the name of that element, see `number_set`."""
     names: list[str]
     """Of the elements, "" for names that mean nothing here; the first element is the root."""
+    numbers: np.ndarray
+    """Numbers of these names."""
     depths: np.ndarray
+    around: np.ndarray
+    """Number of the element that each element is in; the root's is its own."""
+    alike: np.ndarray
+    """Number of the first element with the same class, -1 of those without one; or an element's own in place of it."""
     starts: np.ndarray
     """Elements hold the lines [start, end)."""
     ends: np.ndarray
     attributes: np.ndarray
     """(elements, 6): where in the source class, id and other attributes begin and end, -1 where there are none."""
-    attribute_rows: list[list[int]]
-    """The same as lists: single values are read faster from lists; so are those of the next fields."""
+    attribute_places: list[int]
+    """The same as a flat list: single values are read faster from lists; so are those of the next fields."""
     size_list: list[int]
     link_list: list[int]
     label_list: list[int]
     parent_list: list[int]
     start_list: list[int]
     end_list: list[int]
+    parent_of: list[int]
+    """`around` as a list."""
     places: np.ndarray
     """(lines, 2): where each line begins and ends in the source, tags and all."""
     source: str
+
+
+def number_set(names: Iterable[str]) -> np.ndarray:
+    """Whether the name of a number is one of `names`. bool [names]."""
+    wanted = frozenset(names)
+    return np.array([name in wanted for name in _NAMES], bool)
 
 
 def width(text: str) -> int:
@@ -114,8 +131,9 @@ def read_page(source: str) -> PageLines:
     out, lines, elements = kernels.read_page(codes, *_tables())
     text = out.tobytes().decode("utf-32-le", "surrogatepass")
     texts = [text[start:end] for start, end in lines[:, :2].tolist()]
-    names = [_NAMES[number] for number in elements[:, kernels.NAME].tolist()]
-    parents = lines[:, kernels.HOLDER]
+    numbers = np.ascontiguousarray(elements[:, kernels.NAME])
+    names = [_NAMES[number] for number in numbers.tolist()]
+    parents, around = np.ascontiguousarray(lines[:, kernels.HOLDER]), np.ascontiguousarray(elements[:, kernels.PARENT])
     parent_list = parents.tolist()
     sizes, links, labels = (lines[:, column] // 2 for column in (kernels.LINE_WIDTH, kernels.LINK_WIDTH, kernels.LABEL_WIDTH))
     starts, ends = np.ascontiguousarray(elements[:, kernels.START]), np.ascontiguousarray(elements[:, kernels.END])
@@ -127,18 +145,23 @@ def read_page(source: str) -> PageLines:
         links,
         labels,
         parents,
+        numbers[parents],
         names,
+        numbers,
         elements[:, kernels.DEPTH],
+        around,
+        elements[:, kernels.ALIKE],
         starts,
         ends,
         attributes,
-        attributes.tolist(),
+        attributes.ravel().tolist(),
         sizes.tolist(),
         links.tolist(),
         labels.tolist(),
         parent_list,
         starts.tolist(),
         ends.tolist(),
+        around.tolist(),
         lines[:, kernels.SOURCE_START :],
         source,
     )
@@ -146,9 +169,9 @@ def read_page(source: str) -> PageLines:
 
 def judge_element(page: PageLines, element: int) -> Verdict:
     """Whether an element's id, class or other attributes say navigation, sharing, comments, hidden and the like."""
-    if page.names[element] not in _MAY_BE_BAD:
+    if page.names[element] not in MAY_BE_BAD:
         return NOTHING
-    class_start, class_end, id_start, id_end, start, end = page.attribute_rows[element]
+    class_start, class_end, id_start, id_end, start, end = page.attribute_places[6 * element : 6 * element + 6]
     source = page.source
     verdict = judge_name(source[class_start:class_end]) if class_start < class_end else NOTHING
     identifier = source[id_start:id_end]
@@ -159,6 +182,16 @@ def judge_element(page: PageLines, element: int) -> Verdict:
     if start < end and verdict.level < STRONG:
         verdict = max(verdict, judge_others(source[start:end]))
     return verdict
+
+
+def judge_classes(page: PageLines, judge: Callable[[str], bool], among: np.ndarray) -> np.ndarray:
+    """What `judge` says of the classes of the elements `among`, each asked once; False where there is none. bool [elements]."""
+    found, source = np.zeros(len(page.alike) + 1, bool), page.source
+    found[page.alike[among]] = True
+    firsts = np.flatnonzero(found[:-1])
+    found[-1] = False
+    found[firsts] = [judge(source[start:end]) for start, end in page.attributes[firsts, :2].tolist()]
+    return found[page.alike]
 
 
 def class_of_holder(page: PageLines, line: int) -> str:
@@ -222,7 +255,7 @@ def body_kind(page: PageLines, element: int) -> int:
 
 def attributes_of(page: PageLines, element: int) -> tuple[str, str, str]:
     """Class, id, and all attributes if there are others of meaning; "" where there are none."""
-    class_start, class_end, id_start, id_end, start, end = page.attribute_rows[element]
+    class_start, class_end, id_start, id_end, start, end = page.attribute_places[6 * element : 6 * element + 6]
     source = page.source
     return (
         source[class_start:class_end] if class_start >= 0 else "",
@@ -233,7 +266,7 @@ def attributes_of(page: PageLines, element: int) -> tuple[str, str, str]:
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What the kernel knows about names: hashes in order, their numbers, flags by number, attributes that are watched."""
+    """What the kernel knows about names: a table of them, flags by number, attributes that are watched."""
     from megagpt.corpus.extraction import page_kernels as kernels
 
     def hash_of(name: str) -> int:
@@ -254,7 +287,6 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             + kernels.LABEL * (name == "label")
             + (marks[_MARKED[name]] if name in _MARKED else 0)
         )
-    hashes = np.array([hash_of(name) for name in _NAMES[1:]], np.uint64)
-    order = np.argsort(hashes)
+    hashes, numbers = kernels.name_table([hash_of(name) for name in _NAMES[1:]])
     names = ("class", "id", "role", "style", "itemprop", "aria-hidden", "hidden")
-    return hashes[order], (order + 1).astype(np.int64), flags, np.array([hash_of(name) for name in names], np.uint64)
+    return hashes, numbers, flags, np.array([hash_of(name) for name in names], np.uint64)

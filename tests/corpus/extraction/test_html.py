@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from megagpt.corpus.extraction.page_lines import (
     HEADINGS,
     RAW_TAGS,
     PageLines,
+    judge_classes,
     judge_element,
     read_page,
     words,
@@ -301,6 +303,32 @@ def test_elements_hold_their_lines() -> None:
         ("", 0, 3, 0), ("body", 0, 3, 1), ("div", 0, 2, 2), ("p", 0, 1, 3), ("ul", 1, 2, 3), ("li", 1, 2, 4), ("p", 2, 3, 2),
     ]  # fmt: skip
     assert [judge_element(page, i).level for i in range(7)] == [0, 0, 0, 0, STRONG, 0, 0]
+    assert page.parent_of == [0, 0, 1, 2, 2, 4, 1]
+
+
+def test_a_class_is_judged_once() -> None:
+    page = read_page(
+        '<body><div class="a">1</div><p class="b">2</p><div class="a">3</div><p class="ab">4</p><div class="">5</div></body>'
+    )
+    asked: list[str] = []
+
+    def judge(css_class: str) -> bool:
+        asked.append(css_class)
+        return css_class == "a"
+
+    assert page.alike.tolist() == [-1, -1, 2, 3, 2, 5, 6]
+    everywhere = np.ones(len(page.names), bool)
+    assert judge_classes(page, judge, everywhere).tolist() == [False, False, True, False, True, False, False]
+    assert asked == ["a", "b", "ab", ""]
+    assert not judge_classes(page, judge, ~everywhere).any()
+
+
+def test_elements_with_more_classes_than_places() -> None:
+    count = 9000  # of 4096 places: later classes that find none are their own first
+    page = read_page("<body>" + "".join(f'<p class="c{i}">{i}</p>' for i in range(count)) + '<p class="c0">x</p></body>')
+    everywhere = np.ones(len(page.names), bool)
+    found = judge_classes(page, lambda css_class: css_class.endswith("7"), everywhere).tolist()
+    assert found == [False, False, *(i % 10 == 7 for i in range(count)), False]
 
 
 def work_for_ever() -> None:
