@@ -15,7 +15,7 @@ from megagpt.convert.compare_logits import ConversionError
 from megagpt.files import read_json, write_json, write_text
 from megagpt.tokenizer.base import Tokenizer
 from megagpt.tokenizer.bpe import BytePairs, byte_characters, probe_texts
-from megagpt.tokenizer.extended import Extended
+from megagpt.tokenizer.extended import Extended, write_special_tokens
 from megagpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.plain_bytes import Bytes
@@ -56,6 +56,9 @@ def import_tokenizer(source: Path, given: Path | None, folder: Path) -> Tokenize
     bos_id, eos_ids = _special_ids(source, tokenizer, reference)
     if not isinstance(tokenizer, Bytes):
         write_special_ids(folder, eos_ids=eos_ids, bos_id=bos_id)
+    if added := _added_special(source, tokenizer, reference):
+        ends = _listed_eos(source)
+        write_special_tokens(folder, added, [name for name, number in added.items() if number in ends])
     template = source / CHAT_TEMPLATE
     settings = _optional_json(source / "tokenizer_config.json")
     if template.is_file():
@@ -257,8 +260,7 @@ def _names(value: dict[str, Any]) -> dict[int, str]:
 def _special_ids(source: Path, tokenizer: Tokenizer, reference: Path) -> tuple[int | None, list[int]]:
     """(bos_id, eos_ids) as transformers would use them with the model in `source`."""
     settings = _optional_json(source / "tokenizer_config.json")
-    config, generation = _optional_json(source / "config.json"), _optional_json(source / "generation_config.json")
-    value = _optional_json(reference)
+    config, value = _optional_json(source / "config.json"), _optional_json(reference)
     known = {name: i for i, name in _names(value).items()} if value else {}
 
     def id_of(role: str) -> int | None:
@@ -271,12 +273,28 @@ def _special_ids(source: Path, tokenizer: Tokenizer, reference: Path) -> tuple[i
         found = config.get(f"{role}_id")
         return found if isinstance(found, int) else None
 
-    generated = generation.get("eos_token_id", config.get("eos_token_id"))
-    listed = generated if isinstance(generated, list) else [generated]
     last = id_of("eos_token")
-    eos_ids = [i for i in (last, *listed) if isinstance(i, int) and 0 <= i < tokenizer.vocab_size]
+    eos_ids = [i for i in (last, *_listed_eos(source)) if isinstance(i, int) and 0 <= i < tokenizer.vocab_size]
     bos_id = id_of("bos_token") if _begins_texts(settings, value) else None
     return bos_id, list(dict.fromkeys(eos_ids)) or [tokenizer.eot_id]
+
+
+def _listed_eos(source: Path) -> list[Any]:
+    """The ids that end a generated text, as the model's settings list them."""
+    config, generation = _optional_json(source / "config.json"), _optional_json(source / "generation_config.json")
+    generated = generation.get("eos_token_id", config.get("eos_token_id"))
+    return generated if isinstance(generated, list) else [generated]
+
+
+def _added_special(source: Path, tokenizer: Tokenizer, reference: Path) -> dict[str, int]:
+    """Special tokens of tokenizer.json that the model has rows for and the tokenizer's own file lacks, as those of chats."""
+    rows = _optional_json(source / "config.json").get("vocab_size")
+    added = _optional_json(reference).get("added_tokens") or []
+    return {
+        token["content"]: token["id"]
+        for token in sorted(added, key=lambda token: token["id"])
+        if token.get("special") and isinstance(rows, int) and tokenizer.vocab_size <= token["id"] < rows
+    }
 
 
 def _begins_texts(settings: dict[str, Any], value: dict[str, Any]) -> bool:

@@ -56,7 +56,7 @@ class Extended:
     def save(self, directory: Path) -> None:
         """Copy what `open_tokenizer(directory)` needs into a directory."""
         self.base.save(directory)
-        write_json(directory / FILE_NAME, {"format": FORMAT, "tokens": self.tokens, "end_tokens": list(self.end_tokens)})
+        write_special_tokens(directory, self.tokens, self.end_tokens)
         if self.template is not None:
             write_text(directory / TEMPLATE_FILE, self.template)
 
@@ -75,6 +75,11 @@ def extend(tokenizer: Tokenizer, names: Sequence[str], end_tokens: Sequence[str]
             known = _id_in(base, name)
             tokens[name] = max(base.vocab_size, *(number + 1 for number in tokens.values()), 0) if known is None else known
     return Extended(base, tokens, end_tokens, template)
+
+
+def write_special_tokens(directory: Path, tokens: Mapping[str, int], end_tokens: Sequence[str]) -> None:
+    """Beside a base tokenizer's files: what `with_special_tokens` reads."""
+    write_json(directory / FILE_NAME, {"format": FORMAT, "tokens": dict(tokens), "end_tokens": list(end_tokens)})
 
 
 def with_special_tokens(base: Tokenizer, folder: Path) -> Tokenizer:

@@ -18,8 +18,9 @@ from megagpt.convert.tokenizers import (
     recover_merges,
     sentencepiece_json,
 )
-from megagpt.files import read_json
+from megagpt.files import read_json, write_json
 from megagpt.tokenizer.bpe import byte_characters
+from megagpt.tokenizer.extended import extend
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 from megagpt.tokenizer.reading import CL100K_PATTERN
 from megagpt.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
@@ -146,6 +147,27 @@ def test_special_ids_of_an_import(
     tokenizer = import_tokenizer(source, None, tmp_path / "ours")
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.eot_id) == (bos_id, eos_ids, eos_ids[0])
     assert (tmp_path / "ours" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_the_special_tokens_of_chats_come_back(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """Else a tuning that begins with the import would take their trained rows for new ones."""
+    base = open_tokenizer(folders[kind])
+    chat = extend(base, ["<|im_start|>", "<|im_end|>"], ["<|im_end|>"], "{% generation %}{% endgeneration %}")
+    source = tmp_path / "source"
+    source.mkdir()
+    export_tokenizer(chat, folders[kind], source, seq_len=64)
+    for rows, vocab_size, ends in ((chat.vocab_size, chat.vocab_size, chat.eos_ids), (base.vocab_size, None, base.eos_ids)):
+        write_json(source / "config.json", {"vocab_size": rows, "eos_token_id": list(ends)})
+        tokenizer = import_tokenizer(source, None, tmp_path / f"ours_{rows}")
+        if kind == "bpe":
+            assert tokenizer.vocab_size == (vocab_size or base.vocab_size)
+            assert tokenizer.eos_ids == ends
+        else:  # opened from tokenizer.json, which holds them
+            assert tokenizer.vocab_size == chat.vocab_size
+        extended = extend(tokenizer, ["<|im_start|>", "<|im_end|>"], ["<|im_end|>"], None)
+        assert extended.tokens == chat.tokens  # a tuning gives them no other ids
+        assert tokenizer.encode(TEXT) == base.encode(TEXT)
 
 
 def test_a_post_processor_tells_that_texts_begin_with_a_token(folders: dict[str, Path], tmp_path: Path) -> None:
