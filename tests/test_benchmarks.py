@@ -177,15 +177,15 @@ def test_what_a_peer_wins_in_fine_tuning_is_said() -> None:
 
 
 def test_runs_of_a_classifier_are_summed_up_by_what_they_began_with() -> None:
-    from bench.finetune import sst2
+    from bench.finetune import classify
 
     run = {"model": "base", "rows": "scarce", "f1_negative": 0.5, "f1_positive": 0.7}
     runs = [{**run, "pretrained": True, "accuracy": accuracy} for accuracy in (0.6, 0.8)]
     runs += [{**run, "pretrained": False, "accuracy": 0.5}, {**run, "rows": "all", "pretrained": True, "accuracy": 0.9}]
-    found = sst2.summary(runs, "base", "scarce", True)
+    found = classify.summary(runs, "base", "scarce", True)
     assert (found["runs"], found["weights"], found["training_rows"]) == (2, "pretrained", "301")
     assert found["accuracy"] == {"median": pytest.approx(0.7), "min": 0.6, "max": 0.8}
-    assert sst2.summary(runs, "base", "scarce", False)["accuracy"]["max"] == 0.5
+    assert classify.summary(runs, "base", "scarce", False)["accuracy"]["max"] == 0.5
 
 
 def test_the_dialogues_for_summaries_are_rows_of_samsums_format() -> None:

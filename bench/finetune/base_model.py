@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megagpt.measurement import PROJECT
+from megagpt.monitor.metrics import read_metrics
 
 MODEL = {"family": "llama", "vocab_size": 2112, "seq_len": 512, "num_layers": 4, "num_heads": 4, "hidden_size": 128}
 """1.1M parameters. 2,048 ids of SentencePiece, and room for the special tokens of chats."""
@@ -48,6 +49,8 @@ def main(words: Sequence[str]) -> None:
 
 def pretrain(data: Path, work: Path, updates: int = UPDATES) -> Path:
     """work/base_run, and work/base/tokenizer."""
+    if (work / "base_run" / "checkpoints" / f"step_{updates:08d}" / "manifest.json").is_file():
+        return work / "base_run"
     work.mkdir(parents=True, exist_ok=True)
     texts = {"books": work / "books.jsonl", "reviews": work / "reviews.jsonl"}
     if not texts["reviews"].is_file():
@@ -93,10 +96,18 @@ def import_stories(data: Path, work: Path) -> Path:
 
 
 def train(path: Path, samples: int, **settings: Any) -> None:
-    """tools/train_model.py, until it is done; `samples` per update."""
+    """tools/train_model.py, until it is done; `samples` per update. A run that is done is left alone."""
+    if is_done(Path(settings["run_dir"]), settings["max_steps"]):
+        return
     sizes = {"global_batch_size": samples, "micro_batch_size": samples}
     path.write_text(yaml.safe_dump({**COMMON, **sizes, **settings}))
     tool("train_model", str(path))
+
+
+def is_done(run_dir: Path, updates: int) -> bool:
+    """Whether the run has ended by itself: after `updates`, or by early stopping."""
+    done = read_metrics(run_dir).of_kind("done") if (run_dir / "metrics.jsonl").is_file() else []
+    return bool(done) and (done[-1]["step"] == updates or bool(done[-1].get("early_stop")))
 
 
 def tool(name: str, *words: str) -> None:

@@ -1,6 +1,7 @@
 """Fine-tuning steps on CPU side by side with transformers' Trainer, peft and litgpt: losses, CPU seconds per step, memory.
 
     python -m bench.finetune.compare data=FOLDER work_dir=FOLDER     three repetitions, some 20 minutes on one core
+    python -m bench.finetune.compare data=FOLDER work_dir=FOLDER cells=lora    this cell anew; the other stays in the result
     python -m bench.finetune.compare work_dir=FOLDER short=true      a tiny model and ours alone, to see that it works
 
 All begin with one folder in transformers' format: export_model has written it of the model that bench/finetune/base_model.py
@@ -28,7 +29,7 @@ import torch
 
 from bench.finetune.base_model import pretrain, tool, train
 from bench.measure import peer_python, peer_versions
-from bench.training.compare import TORCH, contender
+from bench.training.compare import TORCH, contender, earlier_tables
 from bench.training.turns import Outcome, run_turn_about
 from bench.training.write_data import write_source
 from megagpt.checkpoint.load_model import load_model
@@ -83,20 +84,24 @@ def main(words: Sequence[str]) -> None:
         rows, format_name = work / "gsm8k_short.jsonl", "question_answer"
         write_short_rows(Path(options["data"]) / "sft/gsm8k/train.jsonl", open_tokenizer(str(base / "tokenizer")), rows)
     job = prepare_job(base, rows, format_name, work / "compare", steps)
-    tables, curves = [], {}
-    for key, (title, contenders, lora, rate) in CELLS.items():
+    before = {} if short or steps != STEPS else earlier_tables("finetune_compare")
+    measured: dict[str, dict[str, Any]] = {}
+    for key in options.get("cells", ",".join(CELLS)).split(","):
+        title, contenders, lora, rate = CELLS[key]
         chosen = {OURS: contenders[OURS]} if short else contenders
         outcomes = run_cell({**job, "lora": lora, "lr": rate}, chosen, repetitions)
         found = [row_of(name, outcomes) for name in outcomes]
-        curves[key] = {name: outcomes[name][0].ranks[0]["losses"] for name in outcomes}
-        about = f"Measured {datetime.now(UTC).date().isoformat()}, {repetitions} repetitions of {steps} steps."
-        tables += [
-            {"key": key, "title": title, "about": about, "rows": found},
-            {"key": f"{key}_curve", "title": f"{title}: loss", "about": "", "rows": curve_rows(curves[key])},
-        ]
+        curves = {name: outcomes[name][0].ranks[0]["losses"] for name in outcomes}
+        about = f"Measured {datetime.now(UTC).date().isoformat()}, repetitions of {steps} steps: {repetitions}."
+        measured[key] = {"key": key, "title": title, "about": about, "rows": found, "losses": curves}
+        measured[f"{key}_curve"] = {
+            "key": f"{key}_curve", "title": f"{title}: loss", "about": "", "rows": curve_rows(curves)
+        }  # fmt: skip
         print(json.dumps(found, indent=1), flush=True)
     if short or steps != STEPS:
         return
+    both = {**before, **measured}
+    tables = [both[name] for key in CELLS for name in (key, f"{key}_curve") if name in both]
     versions: dict[str, str] = {}
     for name, requirements in PEERS.items():
         versions |= peer_versions(peer_python(name, requirements), [r.split("==")[0] for r in requirements if "==" in r])
@@ -104,7 +109,6 @@ def main(words: Sequence[str]) -> None:
         "title": "Fine-tuning: side by side with Trainer, peft and litgpt",
         "about": " ".join((__doc__ or "").split("\n\n")[2].split()) + " " + SCHEDULE_NOTE,
         "tables": tables,
-        "losses": curves,
         "lost": lost(tables),
     }
     write_results("finetune_compare", results, packages=("torch",), peers=versions)

@@ -6,11 +6,11 @@
 `data` is what bench/finetune/base_model.py reads, with sft/gsm8k/train.jsonl. What is finished in work_dir is not made again.
 
 ABOUT_BASE Each task splits its rows: of 64 short dialogues in samsum's format (bench/finetune/dialogues.jsonl, written for this
-benchmark) every fourth is for the test, of GSM8K's training file (its rows that fit 256 tokens) every thirtieth. A row is a
+benchmark) every fourth is for the test, of GSM8K's training file (its rows that fit 256 tokens) every hundredth. A row is a
 prompt and an answer in plain text, of which the answer is learned. Summaries are tuned for 400 updates at most, with an
-evaluation on a fifth of the training rows every 10 and early stopping after two without a lower loss; GSM8K for 60 updates of
+evaluation on a fifth of the training rows every 5 and early stopping after two without a lower loss; GSM8K for 40 updates of
 2,048 tokens. Loss is on the answers of the test rows; ROUGE and final numbers are those of greedy answers to the test rows'
-prompts (of GSM8K the first 24), by evaluate_model. GSM8K is tuned twice: the second run is killed (signal 9) after its 25th
+prompts (the first 16), by evaluate_model. GSM8K is tuned twice: the second run is killed (signal 9) after its 15th
 update, which no checkpoint holds, and started again.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from bench.finetune.base_model import ABOUT, COMMON, import_stories, pretrain, tool
+from bench.finetune.base_model import ABOUT, COMMON, import_stories, is_done, pretrain, tool
 from megagpt.checkpoint.load_model import load_model
 from megagpt.evaluate.evaluate_model import EvaluateConfig, Evaluation, evaluate_run
 from megagpt.files import read_json
@@ -37,9 +37,9 @@ from megagpt.tokenizer.open_tokenizer import open_tokenizer
 PROMPTS = {"summaries": "{dialogue}\nSummary:", "gsm8k": "{question}\nAnswer:"}
 FORMATS = {"summaries": "dialogue_summary", "gsm8k": "question_answer"}
 FIELDS = {"summaries": ("dialogue", "summary"), "gsm8k": ("question", "answer")}
-TEST_EVERY = {"summaries": 4, "gsm8k": 30}
-ANSWER_TOKENS = {"summaries": 40, "gsm8k": 80}
-SEQ_LEN, ASKED, KILLED_AFTER, SAVED_EVERY = 256, 24, 25, 10
+TEST_EVERY = {"summaries": 4, "gsm8k": 100}
+ANSWER_TOKENS = {"summaries": 30, "gsm8k": 60}
+SEQ_LEN, ROW_TOKENS, ASKED, KILLED_AFTER, SAVED_EVERY = 512, 256, 16, 15, 10
 
 
 def main(words: Sequence[str]) -> None:
@@ -54,11 +54,11 @@ def main(words: Sequence[str]) -> None:
         write_task(data, work, task, begin / "tokenizer", ASKED if fewer is None else 2)
         found[f"{task} before"] = evaluate(begin, work, task)
     summaries, gsm8k, killed = (work / name for name in ("tuned_summaries", "tuned_gsm8k", "tuned_gsm8k_killed"))
-    often = 10 if fewer is None else 1
-    tune(begin, work, "summaries", summaries, fewer or 400, samples=4, rate=1e-3, evaluate_every_steps=often,
+    often = 5 if fewer is None else 1
+    tune(begin, work, "summaries", summaries, fewer or 400, samples=2, rate=1e-3, evaluate_every_steps=often,
          early_stop_evaluations=2, save_every_steps=often)  # fmt: skip
-    updates, every, last = (60, SAVED_EVERY, KILLED_AFTER) if fewer is None else (fewer, 2, 3)
-    tune(begin, work, "gsm8k", gsm8k, updates, samples=8, rate=1e-3, save_every_steps=every)
+    updates, every, last = (40, SAVED_EVERY, KILLED_AFTER) if fewer is None else (fewer, 2, 3)
+    tune(begin, work, "gsm8k", gsm8k, updates, samples=4, rate=1e-3, save_every_steps=every)
     resumed = kill_and_resume(begin, work, killed, updates, every, last)
     found["summaries after"], found["gsm8k after"] = evaluate(summaries, work, "summaries"), evaluate(gsm8k, work, "gsm8k")
     rows = [row_of(task, when, found[f"{task} {when}"]) for task in FORMATS for when in ("before", "after")]
@@ -92,7 +92,7 @@ def write_task(data: Path, work: Path, task: str, tokenizer: Path, asked: int) -
     rows, (prompt, answer) = [json.loads(line) for line in source.read_text("utf-8").splitlines()], FIELDS[task]
     if task == "gsm8k":
         encode = open_tokenizer(str(tokenizer)).encode
-        rows = [row for row in rows if len(encode(row[prompt])) + len(encode(row[answer])) + 16 <= SEQ_LEN]
+        rows = [row for row in rows if len(encode(row[prompt])) + len(encode(row[answer])) + 16 <= ROW_TOKENS]
     rows = [{**row, answer: f" {row[answer]}"} for row in rows]
     parts = {"train": [row for i, row in enumerate(rows) if i % TEST_EVERY[task]], "test": rows[:: TEST_EVERY[task]]}
     for part, chosen in parts.items():
@@ -103,7 +103,7 @@ def write_task(data: Path, work: Path, task: str, tokenizer: Path, asked: int) -
             f"tokenize.validation_fraction={(0.2 if task == 'summaries' else 0.02) if part == 'train' else 0}",
             "tokenize.overlap_threshold=null", f"tokenize.supervised.format={FORMATS[task]}",
             "tokenize.supervised.template=plain", f"tokenize.supervised.prompt={json.dumps(PROMPTS[task])}",
-            "tokenize.require_lossless=false",
+            "tokenize.require_lossless=false", f"tokenize.supervised.padding={'packed' if part == 'train' else 'padded'}",
         )  # fmt: skip
     asked_rows = [{"prompt": PROMPTS[task].format(**row), "answer": row[answer].strip()} for row in parts["test"]][:asked]
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked_rows), encoding="utf-8")
@@ -128,12 +128,13 @@ def settings(begin: Path, work: Path, task: str, run_dir: Path, updates: int, **
 
 def tune(begin: Path, work: Path, task: str, run_dir: Path, updates: int, **others: Any) -> None:
     """tools/train_model.py, until it is done."""
-    tool("train_model", str(settings(begin, work, task, run_dir, updates, **others)))
+    if not is_done(run_dir, updates):
+        tool("train_model", str(settings(begin, work, task, run_dir, updates, **others)))
 
 
 def kill_and_resume(begin: Path, work: Path, run_dir: Path, updates: int, every: int, last: int) -> dict[str, Any]:
     """The run of GSM8K again, killed after update `last`; returns from where it went on."""
-    path = settings(begin, work, "gsm8k", run_dir, updates, samples=8, rate=1e-3, save_every_steps=every)
+    path = settings(begin, work, "gsm8k", run_dir, updates, samples=4, rate=1e-3, save_every_steps=every)
     if not run_dir.is_dir():
         command = [sys.executable, str(PROJECT / "tools" / "train_model.py"), str(path)]
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
@@ -144,7 +145,8 @@ def kill_and_resume(begin: Path, work: Path, run_dir: Path, updates: int, every:
         os.killpg(process.pid, signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             raise SystemExit(f"it was done before it was killed: status {process.returncode}")
-    tool("train_model", str(path))
+    if not is_done(run_dir, updates):
+        tool("train_model", str(path))
     starts = read_metrics(run_dir).of_kind("start")
     return {"killed_after_update": last, "resumed_at_update": starts[-1]["step"], "starts": len(starts)}
 
