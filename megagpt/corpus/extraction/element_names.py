@@ -103,7 +103,8 @@ _WEAK_WORDS = _words_of(
 )
 _WEAK_SUFFIXES = ("bar", "stories")
 _THREAD = _words_of(
-    "thread threads topic forum forums bbs bbp discussion discussions postlist poststream question questions answer answers"
+    "thread threads topic forum forums bbs bbp conversation discussion discussions postlist poststream question questions "
+    "answer answers"
 )
 _SUFFIXES = _STRONG_SUFFIXES + _WEAK_SUFFIXES
 _MEANT = frozenset(

@@ -40,6 +40,7 @@ from megagpt.corpus.extraction.page_lines import (
 
 MIN_BODY_CHARACTERS = 200  # a named element with less prose is not the body
 MIN_LEAD_CHARACTERS = 80
+ARTICLE = 2  # the surest kinds of `body_kind`
 MEANINGLESS = 0.5  # a name that holds more of the page's prose says nothing
 MOST_COMMENTS = 0.8  # and so much of it is a thread, not an article's comments
 WEAK_PROSE = 80  # an element with as much prose, few links and a weak name stays
@@ -49,6 +50,7 @@ PROSE_CHARACTERS = 1000
 _REMOVED = sorted(RAW_TAGS)
 _IS_PROSE = number_set(words("p div td li dd blockquote section article main body pre span center"))
 _MAY_BE_LINKS = number_set(("ul", "ol", "dl", "table", "div", "section", "tr", "h2", "h3", "h4"))
+_DIALOGS = words("modal popup lightbox")
 _IS_ALWAYS_BAD, _MAY_BE_BAD = number_set(ALWAYS_BAD), number_set(MAY_BE_BAD)
 
 
@@ -169,9 +171,13 @@ def _main_lines(
             consent[page.starts[i] : page.ends[i]] = True
     if (good[~consent].sum() >= MIN_BODY_CHARACTERS) or not good.sum():
         good = np.where(consent, 0, good)
+    dialogs = _in_dialogs(page, verdicts)
+    if good[~dialogs].sum() >= MIN_BODY_CHARACTERS:
+        good, consent = np.where(dialogs, 0, good), consent | dialogs
     meaningless = _meaningless(page, verdicts, good)
     if is_thread or COMMENTS in meaningless or _is_in_thread(page, good):
         is_thread, meaningless = True, meaningless | {COMMENTS, "message"}
+        verdicts = _without_holders_of_threads(page, verdicts, good)
     if keep_comments:
         meaningless |= {COMMENTS}
     dropped, kept = consent, good
@@ -185,7 +191,32 @@ def _main_lines(
     if keep_comments:
         lines += _comments_behind(page, verdicts, dropped, end)
     others = np.flatnonzero(~dropped).tolist()
-    return trim(page, lines, structure) or trim(page, others, structure) or [i for i in others if not is_aside(page, i)]
+    trimmed = trim(page, lines, structure, is_thread=is_thread) or trim(page, others, structure, is_thread=is_thread)
+    return trimmed or [i for i in others if not is_aside(page, i)]
+
+
+def _in_dialogs(page: PageLines, verdicts: dict[int, Verdict]) -> np.ndarray:
+    """Which lines are in dialogs, which stand over a page that has text of its own; not in those that hold an article. bool
+    [lines]."""
+    found = np.zeros(len(page.texts), bool)
+    for i, verdict in verdicts.items():
+        if verdict.word in _DIALOGS:
+            inside = np.flatnonzero((page.starts >= page.starts[i]) & (page.ends <= page.ends[i]) & (page.ends > page.starts))
+            found[page.starts[i] : page.ends[i]] |= not any(0 < body_kind(page, j) <= ARTICLE for j in inside.tolist())
+    return found
+
+
+def _without_holders_of_threads(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray) -> dict[int, Verdict]:
+    """The verdicts but those on elements around one that is named like a thread and holds much of the page's prose."""
+    inside = _inside(page, good)
+    large = np.flatnonzero((inside >= 0.2 * good.sum()) & (inside > 0)).tolist()
+    threads = [(page.start_list[i], page.end_list[i]) for i in large if is_named_thread(page, i)]
+    return {
+        i: verdict
+        for i, verdict in verdicts.items()
+        if verdict.level == CONSENT
+        or not any(page.start_list[i] <= start and end <= page.end_list[i] for start, end in threads)
+    }
 
 
 def _comments_behind(page: PageLines, verdicts: dict[int, Verdict], dropped: np.ndarray, end: int) -> list[int]:

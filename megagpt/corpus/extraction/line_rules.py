@@ -15,16 +15,19 @@ from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, class_of_h
 
 SENTENCE_WIDTH = 8  # so much of a paragraph that is a sentence is not in links
 _IS_PARAGRAPH = number_set(("p",))
+FURNITURE_WIDTH = 40  # short lines that a forum repeats around its posts
 EDGE_LINE = 60  # a line this wide without links is text: what stands before the third and behind the last is an edge
 
 
-def trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
+def trim(page: PageLines, lines: list[int], structure: Structure, *, is_thread: bool) -> list[int]:
     """Drop lines that are only links, labels or advertisements; bylines, dates, addresses, notices at both ends of the text;
-    and what hangs at the end. Rows of data tables and code stay."""
+    in a thread what its program writes around posts; and what hangs at the end. Rows of data tables and code stay."""
     fixed = {i for i in lines if structure.rows[i] >= 0 or structure.code[i] >= 0 or structure.section_starts[i]}
     lines = [
         i for at, i in enumerate(lines) if i in fixed or not is_aside(page, i) or _is_title(page, lines[at : at + 2], fixed)
     ]
+    if is_thread:
+        lines = _without_furniture(page, lines, fixed)
     is_notice = [_is_notice(page, i) for i in lines]
     wide = [at for at, i in enumerate(lines) if _is_text(page, i) and not is_notice[at]]
     first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
@@ -39,6 +42,26 @@ def trim(page: PageLines, lines: list[int], structure: Structure) -> list[int]:
     while lines and lines[-1] not in fixed and _hangs(page, lines[-1]):
         lines.pop()
     return lines
+
+
+def _without_furniture(page: PageLines, lines: list[int], fixed: set[int]) -> list[int]:
+    """The lines of a thread without what stands around its posts: who wrote when, and short lines that come again and again in
+    elements of one class, numbers aside."""
+    keys = {i: _furniture_key(page, i) for i in lines if i not in fixed and page.size_list[i] < FURNITURE_WIDTH}
+    often = {key for key, count in Counter(filter(None, keys.values())).items() if count >= 3}
+    return [i for i in lines if i in fixed or not (keys.get(i) in often or _is_furniture(page, i))]
+
+
+def _furniture_key(page: PageLines, i: int) -> tuple[str, str] | None:
+    """What is alike in a line that comes again and again, None for one that ends a sentence."""
+    text = page.texts[i].strip()
+    holder = class_of_holder(page, i)
+    return (holder, _DIGITS.sub("0", text)) if holder and text and text[-1] not in _SENTENCE_ENDS else None
+
+
+def _is_furniture(page: PageLines, i: int) -> bool:
+    """Whether a line of a thread says who wrote when, whom a quotation is of, or what to do to take part."""
+    return page.size_list[i] < 2 * EDGE_LINE and _FURNITURE.match(page.texts[i]) is not None
 
 
 def _is_title(page: PageLines, pair: list[int], fixed: set[int]) -> bool:
@@ -106,6 +129,15 @@ _NOTICE = re.compile(
     r"|(?:\w{3,9}\.?,? )?(?:\d{1,2}\.? \w{3,9}\.?,? \d{4}|\w{3,9}\.? \d{1,2},? \d{4}|\d{1,2}[./]\d{1,2}[./]\d{2,4}).{0,30}"
     r"|\W+)(?<![.!?:])$"
 )
+_FURNITURE = re.compile(
+    r"\A(?:On \d{1,4}[/.-].{4,40}\bsaid:|Originally [Pp]osted by\b.{1,40}|Click to expand\W*|Reveal hidden contents"
+    r"|Last edit(?:ed)?\b.{0,80}|(?:Posted|Joined|Posts|Location|Registered):? .{0,40}|(?:本帖最后由|最后编辑|最後編輯).{1,60}"
+    r"|(?:.{1,30} )?(?:发表|發表|发布|發布|发布|回复|回覆)[于於] ?\d{4}.{0,80}"
+    r"|(?:[Pp]lease |[Yy]ou (?:must|need to|have to) (?:be )?)?(?:[Ll]og(?:ged)?|[Ss]ign(?:ed)?)[ -]?[Ii]n\b.{0,60}"
+    r"\b(?:reply|post|comment|answer|join|view|vote|participate)\b.{0,40}"
+    r"|.{0,12}登[录錄入].{0,12}(?:回[复復覆帖]|[评評]论|評論|[发發]表|[发發]言|跟帖|查看|[发發]帖).{0,12})$"
+)
+_DIGITS = re.compile(r"\d+")
 _HINTS = ("©", "(c)", "ight", "cookie", "browser", "javascript", "版权", "著作", "icp")
 _BOILERPLATE = re.compile(
     r"^\W*(?:©|\(c\)|copyright\b)|\ball rights reserved\b|\bwe (?:and our partners )?use cookies\b|"

@@ -285,6 +285,72 @@ def test_posts_of_a_thread_stay_together(post: str) -> None:
     assert_whole(lines_of(f"<html><head>{head}</head><body><div class='posts'>{thread(post)}</div></body></html>"))
 
 
+FORUM = '<link rel="canonical" href="https://www.example.org/forum/topic/17">'
+
+
+@pytest.mark.parametrize(
+    "furniture",
+    [
+        "On 7/{number}/2023 at 10:35 PM, Jo said:",
+        "Originally posted by Jo_{number}",
+        "本帖最后由 管理员 于 2024-4-{number} 编辑",
+        "发表于 2024-4-1{number} 11:52:24 | 只看该作者 来自 - 湖北",
+        "Please log in or create an account to join the conversation.",
+        "You must be logged in to reply to this topic.",
+        "登录后才能发表评论",
+        "Posts: {number}",
+        "Reputation {number}",
+        "积分 {number}",
+    ],
+)
+def test_what_a_forum_writes_around_its_posts_goes(furniture: str) -> None:
+    post = "<div class=post><div class=head>" + furniture + "</div><div class=text><p>{text}</p></div></div>"
+    body = f"<body><div class=posts>{thread(post)}</div></body>"
+    assert lines_of(f"<html><head>{FORUM}</head>{body}</html>") == PROSE
+
+
+@pytest.mark.parametrize("answer", ["Thanks, that helped.", "+1!", "谢谢大家。"])
+def test_short_answers_that_end_a_sentence_stay(answer: str) -> None:
+    post = "<div class=post><div class=text><p>{text}</p><p>" + answer + "</p></div></div>"
+    lines = lines_of(f"<html><head>{FORUM}</head><body><div class=posts>{thread(post)}</div></body></html>")
+    assert lines.count(answer) == len(PROSE)
+
+
+@pytest.mark.parametrize("line", ["On 7/8/2023 at 10:35 PM, Jo said:", "Originally posted by Jo", "Posts: 17"])
+def test_the_same_lines_stay_in_an_article(line: str) -> None:
+    assert line in lines_of(page(f"<p>{line}</p>"))
+
+
+@pytest.mark.parametrize("holder", ["widget widget-content", "toolbar", "sidebar-layout"])
+def test_a_thread_in_an_element_with_a_name_of_boilerplate_stays(holder: str) -> None:
+    posts = thread("<div class=entry-{number}><p>{text}</p></div>")
+    line = "<p>Welcome to the board, where everybody may ask and answer what they like to.</p>"
+    welcome = f"<div><div class=welcome>{line * 5}</div></div><div><div class=rules>{line * 5}</div></div>"
+    body = f"<body>{welcome}<div class='{holder}'><div class='conversation-list'>{posts}</div></div></body>"
+    assert_whole(lines_of(f"<html><head>{FORUM}</head>{body}</html>"))
+
+
+@pytest.mark.parametrize("name", ["modal", "popup report", "lightbox-panel"])
+def test_a_dialog_is_no_body_where_the_page_has_a_text(name: str) -> None:
+    reasons = "".join(
+        f"<p>Reason {i}: this contribution breaks the rules of the community in one way or another.</p>" for i in range(20)
+    )
+    html = page().replace("</body>", f"<div class='{name}'>{reasons}</div></body>")
+    assert lines_of(html)[-1] == PROSE[-1]
+    assert_whole(lines_of(html))
+
+
+@pytest.mark.parametrize("name", ["modal", "popup report", "lightbox-panel"])
+def test_a_dialog_that_holds_the_article_is_the_body(name: str) -> None:
+    shared = "<p>This story has been shared by very many people on this very day of the year.</p>" * 5
+    html = (
+        page()
+        .replace("<article>", f"<div class=list>{shared}</div><div class='{name}'><article>")
+        .replace("</article>", "</article></div>")
+    )
+    assert_whole(lines_of(html))
+
+
 def test_a_blog_s_entries_belong_together() -> None:
     entries = thread("<div class=entry><h3>Entry {number}</h3><p>{text}</p></div>")
     assert_whole(lines_of(f"<body><div id=main>{entries}</div></body>"))
