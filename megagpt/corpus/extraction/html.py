@@ -171,7 +171,7 @@ def _main_lines(
             consent[page.starts[i] : page.ends[i]] = True
     if (good[~consent].sum() >= MIN_BODY_CHARACTERS) or not good.sum():
         good = np.where(consent, 0, good)
-    dialogs = _in_dialogs(page, verdicts)
+    dialogs = _in_dialogs(page, verdicts, good)
     if good[~dialogs].sum() >= MIN_BODY_CHARACTERS:
         good, consent = np.where(dialogs, 0, good), consent | dialogs
     meaningless = _meaningless(page, verdicts, good)
@@ -195,14 +195,16 @@ def _main_lines(
     return trimmed or [i for i in others if not is_aside(page, i)]
 
 
-def _in_dialogs(page: PageLines, verdicts: dict[int, Verdict]) -> np.ndarray:
-    """Which lines are in dialogs, which stand over a page that has text of its own; not in those that hold an article. bool
-    [lines]."""
-    found = np.zeros(len(page.texts), bool)
-    for i, verdict in verdicts.items():
-        if verdict.word in _DIALOGS:
-            inside = np.flatnonzero((page.starts >= page.starts[i]) & (page.ends <= page.ends[i]) & (page.ends > page.starts))
-            found[page.starts[i] : page.ends[i]] |= not any(0 < body_kind(page, j) <= ARTICLE for j in inside.tolist())
+def _in_dialogs(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray) -> np.ndarray:
+    """Which lines are in dialogs with prose, which stand over a page that has text of its own; not in those that hold an
+    article. bool [lines]."""
+    found, sums = np.zeros(len(page.texts), bool), np.concatenate([[0], np.cumsum(good)])
+    for i in [i for i, verdict in verdicts.items() if verdict.word in _DIALOGS]:
+        start, end = page.start_list[i], page.end_list[i]
+        if sums[end] - sums[start] < WEAK_PROSE or found[start]:
+            continue
+        inside = np.flatnonzero((page.starts >= start) & (page.ends <= end) & (page.ends > page.starts))
+        found[start:end] = not any(0 < body_kind(page, j) <= ARTICLE for j in inside.tolist())
     return found
 
 
@@ -255,9 +257,17 @@ def _verdicts(page: PageLines) -> dict[int, Verdict]:
     """What names say of the elements that hold lines, where they say something."""
     found: dict[int, Verdict] = {}
     may_be_bad = (page.ends > page.starts) & _MAY_BE_BAD[page.numbers]
-    named = judge_classes(page, _says_something, may_be_bad) | (page.attributes[:, 2] >= 0) | (page.attributes[:, 4] >= 0)
-    for i in np.flatnonzero(named & may_be_bad).tolist():
-        verdict = judge_element(page, i)
+    has_others = (page.attributes[:, 2] >= 0) | (page.attributes[:, 4] >= 0)
+    named = judge_classes(page, _says_something, may_be_bad) | has_others
+    of_class: dict[int, Verdict] = {}
+    candidates = np.flatnonzero(named & may_be_bad)
+    rows = zip(candidates.tolist(), page.alike[candidates].tolist(), has_others[candidates].tolist(), strict=True)
+    for i, first, others in rows:
+        verdict = None if others else of_class.get(first)
+        if verdict is None:
+            verdict = judge_element(page, i)
+            if not others:
+                of_class[first] = verdict
         if verdict.level:
             found[i] = verdict
     return found
