@@ -15,7 +15,9 @@ sentences, which nothing else has seen, at each run's best checkpoint by validat
 `runs` (order of the rows, weights of the new layer, all weights of random ones), with the smallest and the largest accuracy.
 """
 
+import itertools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -81,7 +83,7 @@ def main(words: Sequence[str]) -> None:
     about = " ".join((__doc__ or "").split("\n\n")[3].split()).replace("ABOUT_BASE", ABOUT)
     about = f"{about} {options.get('note', '')}".strip()
     results = {"title": "Fine-tuning: classifiers of film reviews", "about": about, "rows": rows, "runs": runs}
-    write_results("finetune_classify", {**results, "lost": ""}, packages=("torch",))
+    write_results("finetune_classify", {**results, "lost": lost(rows)}, packages=("torch",))
 
 
 def write_shards(data: Path, work: Path, model: str, tokenizer: Path) -> None:
@@ -161,6 +163,17 @@ def summary(runs: Sequence[dict[str, Any]], model: str, size: str, pretrained: b
         **{f"f1_{name}": fmean(run[f"f1_{name}"] for run in mine) for name in CLASSES},
         "standard_error": (mean * (1 - mean) / 1821) ** 0.5,
     }
+
+
+def lost(rows: Sequence[dict[str, Any]]) -> str:
+    """Where pretrained weights are not ahead of random ones by more than two standard errors of the difference."""
+    found = []
+    for tuned, random in itertools.pairwise(rows):
+        if (tuned["weights"], random["weights"]) == ("pretrained", "random"):
+            ahead = tuned["accuracy"]["median"] - random["accuracy"]["median"]
+            if ahead < 2 * math.hypot(tuned["standard_error"], random["standard_error"]):
+                found.append(f"{tuned['model']}, {tuned['training_rows']} rows: {ahead:+.3f}")
+    return "Pretraining does not clearly help: " + "; ".join(found) + "." if found else ""
 
 
 if __name__ == "__main__":
