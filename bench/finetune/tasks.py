@@ -133,7 +133,7 @@ def tune(begin: Path, work: Path, task: str, run_dir: Path, updates: int, **othe
 
 
 def kill_and_resume(begin: Path, work: Path, run_dir: Path, updates: int, every: int, last: int) -> dict[str, Any]:
-    """The run of GSM8K again, killed after update `last`; returns from where it went on."""
+    """The run of GSM8K again, killed after update `last`; returns the update at which it resumed."""
     path = settings(begin, work, "gsm8k", run_dir, updates, samples=4, rate=1e-3, save_every_steps=every)
     if not run_dir.is_dir():
         command = [sys.executable, str(PROJECT / "tools" / "train_model.py"), str(path)]

@@ -3,7 +3,7 @@
     python tests/soak/fuzz.py [TARGET ...] [seconds=1800] [folder=FOLDER]     every target, or those named, for so long each
 
 `seconds` counts CPU time, so a busy machine takes longer and tests no less. A target is run in rounds, each with the next
-random seed on the inputs that the rounds before have found; the same command goes on with a FOLDER where it stopped.
+random seed on the inputs that the rounds before have found; the same command with the same FOLDER resumes where it stopped.
 
 A target reads bytes as a tool would. It fails on any exception but those that a tool prints in one line (UserError, Failure),
 on one input that takes more than 20 CPU seconds, or 10 minutes by the clock, and on more than 3 GiB of memory. What failed is
@@ -387,7 +387,7 @@ def run_target(target: str, folder: Path, words: list[str]) -> None:
 
 
 def fuzz(target: str, folder: Path, *, seconds: float, runs: int = -1, seed: int = 1) -> dict[str, Any]:
-    """Fuzz one target for so many CPU seconds, or so many inputs; a row of counts. `fault` is what failed, "" if nothing."""
+    """Fuzz one target for `seconds` of CPU time, or `runs` inputs; a row of counts. `fault` is what failed, "" if nothing."""
     corpus, found, work = folder / target / "corpus", folder / target / "found", folder / target / "work"
     for path in (corpus, found, work):
         path.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ for path in sys.argv[1:]:
 """
 WRITERS = ("W&B cannot be reached", "W&B's server hangs", "TensorBoard on a full disk", "never returns", "raises")
 TURNS, GROUP, STEPS_OF_A_TURN, WARM_TURNS = 40, 10, 10, 2
-"""So many turns of either training, in groups of so many, each of so many steps, after those that are not counted."""
+"""Turns of either training, groups of turns, steps per turn, and steps before them that are not counted."""
 
 
 def main(words: Sequence[str]) -> None:

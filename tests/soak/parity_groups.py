@@ -1,6 +1,6 @@
 """Ranks that share samples, on every engine: 200 updates against one process, with two plain loops as the yardstick.
 
-    python tests/soak/parity_groups.py FOLDER                             (172 cells; goes on where it was stopped)
+    python tests/soak/parity_groups.py FOLDER                             (172 cells; resumes where it was stopped)
     python tests/soak/parity_groups.py FOLDER --steps 10 --ranks 1,2           (a short form; writes no results)
 
 Cells: every split of 1, 2 and 4 ranks into groups that share samples x {ZeRO 1, 2, 3, FSDP2, HSDP} x document mask on and off

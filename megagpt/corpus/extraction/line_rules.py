@@ -15,7 +15,7 @@ from megagpt.corpus.extraction.page_lines import HEADINGS, PageLines, class_of_h
 
 SENTENCE_WIDTH = 8  # so much of a paragraph that is a sentence is not in links
 _IS_PARAGRAPH = number_set(("p",))
-FURNITURE_WIDTH = 40  # short lines that a forum repeats around its posts
+REPEATED_WIDTH = 40  # short lines that a forum repeats around its posts
 EDGE_LINE = 60  # a line this wide without links is text: what stands before the third and behind the last is an edge
 
 
@@ -27,7 +27,7 @@ def trim(page: PageLines, lines: list[int], structure: Structure, *, is_thread: 
         i for at, i in enumerate(lines) if i in fixed or not is_aside(page, i) or _is_title(page, lines[at : at + 2], fixed)
     ]
     if is_thread:
-        lines = _without_furniture(page, lines, fixed)
+        lines = _without_post_boilerplate(page, lines, fixed)
     is_notice = [_is_notice(page, i) for i in lines]
     wide = [at for at, i in enumerate(lines) if _is_text(page, i) and not is_notice[at]]
     first, last = (wide[min(2, len(wide) - 1)], wide[-1]) if wide else (len(lines), 0)
@@ -44,24 +44,24 @@ def trim(page: PageLines, lines: list[int], structure: Structure, *, is_thread: 
     return lines
 
 
-def _without_furniture(page: PageLines, lines: list[int], fixed: set[int]) -> list[int]:
+def _without_post_boilerplate(page: PageLines, lines: list[int], fixed: set[int]) -> list[int]:
     """The lines of a thread without what stands around its posts: who wrote when, and short lines that come again and again in
     elements of one class, numbers aside."""
-    keys = {i: _furniture_key(page, i) for i in lines if i not in fixed and page.size_list[i] < FURNITURE_WIDTH}
+    keys = {i: _repetition_key(page, i) for i in lines if i not in fixed and page.size_list[i] < REPEATED_WIDTH}
     often = {key for key, count in Counter(filter(None, keys.values())).items() if count >= 3}
-    return [i for i in lines if i in fixed or not (keys.get(i) in often or _is_furniture(page, i))]
+    return [i for i in lines if i in fixed or not (keys.get(i) in often or _is_post_boilerplate(page, i))]
 
 
-def _furniture_key(page: PageLines, i: int) -> tuple[str, str] | None:
+def _repetition_key(page: PageLines, i: int) -> tuple[str, str] | None:
     """What is alike in a line that comes again and again, None for one that ends a sentence."""
     text = page.texts[i].strip()
     holder = class_of_holder(page, i)
     return (holder, _DIGITS.sub("0", text)) if holder and text and text[-1] not in _SENTENCE_ENDS else None
 
 
-def _is_furniture(page: PageLines, i: int) -> bool:
+def _is_post_boilerplate(page: PageLines, i: int) -> bool:
     """Whether a line of a thread says who wrote when, whom a quotation is of, or what to do to take part."""
-    return page.size_list[i] < 2 * EDGE_LINE and _FURNITURE.match(page.texts[i]) is not None
+    return page.size_list[i] < 2 * EDGE_LINE and _POST_BOILERPLATE.match(page.texts[i]) is not None
 
 
 def _is_title(page: PageLines, pair: list[int], fixed: set[int]) -> bool:
@@ -129,7 +129,7 @@ _NOTICE = re.compile(
     r"|(?:\w{3,9}\.?,? )?(?:\d{1,2}\.? \w{3,9}\.?,? \d{4}|\w{3,9}\.? \d{1,2},? \d{4}|\d{1,2}[./]\d{1,2}[./]\d{2,4}).{0,30}"
     r"|\W+)(?<![.!?:])$"
 )
-_FURNITURE = re.compile(
+_POST_BOILERPLATE = re.compile(
     r"\A(?:On \d{1,4}[/.-].{4,40}\bsaid:|Originally [Pp]osted by\b.{1,40}|Click to expand\W*|Reveal hidden contents"
     r"|Last edit(?:ed)?\b.{0,80}|(?:Posted|Joined|Posts|Location|Registered):? .{0,40}|(?:本帖最后由|最后编辑|最後編輯).{1,60}"
     r"|(?:.{1,30} )?(?:发表|發表|发布|發布|发布|回复|回覆)[于於] ?\d{4}.{0,80}"

@@ -289,7 +289,7 @@ FORUM = '<link rel="canonical" href="https://www.example.org/forum/topic/17">'
 
 
 @pytest.mark.parametrize(
-    "furniture",
+    "boilerplate",
     [
         "On 7/{number}/2023 at 10:35 PM, Jo said:",
         "Originally posted by Jo_{number}",
@@ -303,8 +303,8 @@ FORUM = '<link rel="canonical" href="https://www.example.org/forum/topic/17">'
         "积分 {number}",
     ],
 )
-def test_what_a_forum_writes_around_its_posts_goes(furniture: str) -> None:
-    post = "<div class=post><div class=head>" + furniture + "</div><div class=text><p>{text}</p></div></div>"
+def test_what_a_forum_writes_around_its_posts_goes(boilerplate: str) -> None:
+    post = "<div class=post><div class=head>" + boilerplate + "</div><div class=text><p>{text}</p></div></div>"
     body = f"<body><div class=posts>{thread(post)}</div></body>"
     assert lines_of(f"<html><head>{FORUM}</head>{body}</html>") == PROSE
 
