@@ -85,22 +85,23 @@ def extract_html(page: str, url: str | None = None, *, markup: Markup = "text", 
 
 def parse_page(page: str, url: str | None = None) -> ParsedPage:
     """Parse a page and read its lines: the one part of extraction that all pages need."""
-    from megagpt.corpus.extraction.page_guard import limit_page
+    from megagpt.corpus.extraction.page_guard import FORMULA, TEMPLATE, THREAD, guard_page
 
-    source, encoded = limit_page(_open_shadow_roots(page))
-    tree = LexborHTMLParser(encoded)
+    guarded = guard_page(page)
+    if guarded.seen & TEMPLATE and "shadowroot" in page:
+        guarded = guard_page(_open_shadow_roots(page))
+    tree = LexborHTMLParser(guarded.encoded)
     title_node = tree.css_first("title")
     title = " ".join(title_node.text().split()) if title_node is not None else ""
-    is_thread = _says_thread(tree, page, url)
-    replace_formulas(tree)
+    is_thread = bool(guarded.seen & THREAD and any(name in page for name in _THREAD_TYPES)) or _says_thread(tree, url)
+    if guarded.seen & FORMULA:
+        replace_formulas(tree)
     tree.strip_tags(_REMOVED)
-    return ParsedPage(read_page((tree.body.html if tree.body is not None else None) or ""), title, is_thread, source)
+    return ParsedPage(read_page((tree.body.html if tree.body is not None else None) or ""), title, is_thread, guarded.source)
 
 
 def _open_shadow_roots(page: str) -> str:
     """The page with its declarative shadow roots as plain elements: their content is shown."""
-    if "shadowroot" not in page:
-        return page
     opened = 0
     pieces, at = [], 0
     for match in _TEMPLATE.finditer(page):
@@ -112,9 +113,9 @@ def _open_shadow_roots(page: str) -> str:
     return "".join([*pieces, page[at:]])
 
 
-def _says_thread(tree: LexborHTMLParser, page: str, url: str | None) -> bool:
-    """Whether a page's address, the program that made it or its own description is a forum's."""
-    if (url and _THREAD.search(url)) or any(name in page for name in _THREAD_TYPES):
+def _says_thread(tree: LexborHTMLParser, url: str | None) -> bool:
+    """Whether a page's address, as given or as it says itself, or the program that made it is a forum's."""
+    if url and _THREAD.search(url):
         return True
     if tree.head is None:
         return False

@@ -1,14 +1,16 @@
 """Kinds of faults that extractors of web pages have, each with several pages of its own."""
 
 import json
+import random
 import time
 
 import pytest
+from selectolax.lexbor import LexborHTMLParser
 
 from megagpt.corpus.extraction.element_names import CONSENT, NOTHING, STRONG, WEAK, judge_name
 from megagpt.corpus.extraction.html import extract_html
 from megagpt.corpus.extraction.markup import resolve_marks
-from megagpt.corpus.extraction.page_guard import limit_page
+from megagpt.corpus.extraction.page_guard import FORMULA, MAX_DEPTH, THREAD, guard_page
 
 PROSE = [
     "The ferry leaves the northern quay at seven and reaches the island before the first school bell is rung there.",
@@ -506,16 +508,109 @@ def test_time_grows_with_the_page_only(hostile: str) -> None:
 
 def test_attributes_beyond_a_number_are_cut() -> None:
     html = f"<div {' '.join(f'a{i}={i}' for i in range(5000))} class=x>{PROSE[0]}</div>"
-    limited, _ = limit_page(html)
-    assert len(limited) < 4000
-    assert limited.endswith(f">{PROSE[0]}</div>")
+    source = guard_page(html).source
+    assert len(source) < 4000
+    assert source.endswith(f">{PROSE[0]}</div>")
 
 
 @pytest.mark.parametrize(
     "html", [page(), "<p>" * 1000, "<svg>" + "<path/>" * 1000 + "</svg>", "<script>" + "<div>" * 1000 + "</script>", "<a b=c"]
 )
 def test_the_guard_leaves_other_pages_alone(html: str) -> None:
-    assert limit_page(html)[0] is html
+    assert guard_page(html).source is html
+
+
+def deepest(html: bytes) -> int:
+    """How deep the innermost elements of a page's last ones are as lexbor parses it."""
+    depth = 0
+    for node in LexborHTMLParser(html).css("div, g, b")[-4:]:
+        around, levels = node.parent, 1
+        while around is not None:
+            around, levels = around.parent, levels + 1
+        depth = max(depth, levels)
+    return depth
+
+
+# Each hides tags from a guard that does not cut a page into tags as the parser does.
+HIDING = (
+    "<!-->", "<!--->", "<!-- x --!>", "<textarea><script></textarea>", "<title><style></title>", "<xmp><script></xmp>",
+    "<iframe><script></iframe>", "<noframes><script></noframes>", "<svg><![CDATA[ <!-- ]]>", "<!x <!-- >", "<?x <!-- >",
+    "</ <!-- >", "<p ='>", "<p a=\x01'>", "<svg><script>", "<select><xmp>", "<select><title><style>", "<math><style/>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("hiding", HIDING)
+def test_nothing_hides_deep_tags_from_the_guard(hiding: str) -> None:
+    for tag in ("<div>", "<g>"):
+        assert deepest(guard_page(hiding + tag * 700 + "text").encoded) < MAX_DEPTH + 60
+
+
+def test_no_mixture_of_tags_hides_deep_tags_from_the_guard() -> None:
+    names = "script style svg math title textarea xmp iframe noframes plaintext select table td template foreignObject mi p b a"
+    others = "option button frameset noscript caption head form image ruby object pre desc"
+    marks = [
+        "<!--",
+        "-->",
+        "--!>",
+        "<!-",
+        "<!",
+        "<?",
+        "</",
+        "<![CDATA[",
+        "]]>",
+        "<p",
+        "<a",
+        "a=b",
+        "a='",
+        'a="',
+        *"'\"=/><-!\x01x ",
+    ]
+    pieces = [
+        *marks,
+        *(f"<{name}{end}>" for name in names.split() for end in ("", "/")),
+        *(f"</{name}>" for name in names.split()),
+    ]
+    pieces += [f"<{name}>" for name in others.split()]
+    chance = random.Random(1)
+    for _ in range(3000):
+        start = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 12)))
+        deep = chance.choice(["<div>", "<g>", "<b>", "<div x='>"])
+        assert deepest(guard_page(start + deep * 700 + "end").encoded) < MAX_DEPTH + 60, start
+
+
+@pytest.mark.parametrize(
+    ("html", "rest"),
+    [
+        ("<p>a<!-- b --!>c<!--->d<!---->e<!-- > -- > -->f", "<p>acdef"),
+        ("<p>a<script>b</scripty></SCRIPT x>c<style>d</style>e", "<p>ace"),
+        ('<p>a<script><!-- w("<script src=x></script>") //--></script>b', "<p>ab"),
+        ("<p>a<script><!-- b </script>c", "<p>ac"),
+        ("<p>a<script><!--><script>b</script>c", "<p>ac"),
+        ("<title>Of <b>bold</title><p>a", "<title>Of bold</title><p>a"),
+        ("<p>a<textarea><p>b</textarea>c<plaintext>d</plaintext>e", "<p>ac"),
+        ("<p>a <<!-- b -->div>c <<script></script>div>", "<p>a div>c div>"),
+        ("<p>1 < 2 <3 </ b>c<!d>e<?f>g", "<p>1 < 2 <3 </ b>c<!d>e<?f>g"),
+        ("<svg><style/><path/></svg><p>a<style>b</style>", "<svg><path/></svg><p>a"),
+        ("<svg><![CDATA[a]]></svg><p>b", "<svg>a]]></svg><p>b"),
+        ("<p>a<![CDATA[b]]>c", "<p>a<![CDATA[b]]>c"),
+        ("<p>a<iframe>b", "<p>a"),
+        ('<script type="math/tex">a<b</script>c', '<script type="math/tex">a<b</script>c'),
+        (f'<script type="math/tex">{"<b>" * 100}</script>c', "c"),
+    ],
+)
+def test_what_is_never_text_does_not_reach_the_parser(html: str, rest: str) -> None:
+    assert guard_page(html) == (html, rest.encode(), FORMULA if "math/tex" in rest else 0)
+
+
+@pytest.mark.parametrize(
+    ("html", "seen"),
+    [
+        ('<img class="x latex">', FORMULA), ("<img class=tex>", FORMULA), ("<img class=text>", 0), ("<math>x</math>", FORMULA),
+        ("<svg></svg>", 0), ('{"@type": "QAPage"}', THREAD), ("DiscussionForumPosting", THREAD), ("QA Page", 0),
+    ],
+)  # fmt: skip
+def test_the_guard_sees_what_the_rest_need_not_look_for(html: str, seen: int) -> None:
+    assert guard_page(html).seen == seen
 
 
 def test_the_text_of_a_deep_page_stays() -> None:
