@@ -116,26 +116,27 @@ _HIDDEN = re.compile(
     r""" (?:style="[^"]*(?:display: ?none|visibility: ?hidden)|aria-hidden="true"|hidden="(?!until-found))""", re.IGNORECASE
 )
 _ATTRIBUTE = re.compile(r""" (role|itemprop)="([^"]*)\"""")
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_SEPARATORS = re.compile(r"[^A-Za-z0-9]+")
+_WORD = re.compile(r"[A-Z]+[a-z0-9]*|[a-z0-9]+")
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def judge_name(value: str) -> Verdict:
     """What a class attribute or an id says."""
-    return max(map(_judge_part, value[:500].split()), default=NOTHING)
+    parts = value[:500].split()
+    return _judge_part(parts[0]) if len(parts) == 1 else max(map(_judge_part, parts), default=NOTHING)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _judge_part(part: str) -> Verdict:
     """What one class, or an id, says."""
-    name = _name(part)
-    words = name.split("-")
-    if name[:2] in _CONSENT_HEADS and name.startswith(_CONSENT_STARTS):
+    words = _words_in(part)
+    if not words:
+        return NOTHING
+    if words[0][:2] in _CONSENT_HEADS and "-".join(words).startswith(_CONSENT_STARTS):
         return Verdict(CONSENT, "consent")
     if not any(map(_may_say, words)):
         return NOTHING
-    if (words[0] in _MODIFIERS and words != ["no", "print"]) or name.startswith(_NO_WIDGETS):
+    if (words[0] in _MODIFIERS and words != ["no", "print"]) or "-".join(words).startswith(_NO_WIDGETS):
         return NOTHING
     if words[0] in _WHOLE:
         return Verdict(STRONG, "hidden")
@@ -163,13 +164,13 @@ def _may_say(word: str) -> bool:
 @functools.lru_cache(maxsize=1 << 12)
 def names_thread(value: str) -> bool:
     """Whether classes and ids say that an element holds the posts of a thread."""
-    return any(not _THREAD.isdisjoint(_name(part).split("-")) for part in value[:500].split())
+    return any(not _THREAD.isdisjoint(_words_in(part)) for part in value[:500].split())
 
 
-def _name(part: str) -> str:
-    """A class in small letters, its words joined by hyphens: `topNav_left` is `top-nav-left`."""
-    parted = part if part.islower() else _CAMEL.sub("-", part)
-    return _SEPARATORS.sub("-", parted).strip("-").lower()
+def _words_in(part: str) -> list[str]:
+    """The words of a class in small letters: `topNav_left` is top, nav, left."""
+    words = _WORD.findall(part)
+    return words if part.islower() else [word.lower() for word in words]
 
 
 def judge_others(attributes: str) -> Verdict:
