@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT)]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from megagpt.files import read_json, write_json  # noqa: E402
@@ -186,12 +186,18 @@ def read_http(folder: Path) -> Test:
 
 
 def read_html(folder: Path) -> Test:
-    """The main text of a page in every form."""
+    """The main text of a page in every form; behind what it begins with, no tags are hidden from the guard."""
+    from parsed_depth import DEEP, MOST, parsed_depth
+
     from megagpt.corpus.extraction.html import extract_html
+    from megagpt.corpus.extraction.page_guard import MAX_DEPTH, guard_page
 
     def test(data: bytes) -> None:
         kind = data[0] if data else 0
         page = data[1:].decode("utf-8", "replace")
+        if kind & 4:
+            depth = parsed_depth(guard_page(page + DEEP[kind >> 3 & 3] * MOST).encoded)
+            assert depth < MAX_DEPTH + 60, f"the page is parsed {depth} deep"
         text = extract_html(
             page, "http://a.example/x", markup="markdown" if kind & 1 else "text", comments="keep" if kind & 2 else "drop"
         )

@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from selectolax.lexbor import LexborHTMLParser
+from parsed_depth import DEEP, MOST, parsed_depth
 
 from megagpt.corpus.extraction.element_names import CONSENT, NOTHING, STRONG, WEAK, judge_name
 from megagpt.corpus.extraction.html import extract_html
@@ -520,17 +520,6 @@ def test_the_guard_leaves_other_pages_alone(html: str) -> None:
     assert guard_page(html).source is html
 
 
-def deepest(html: bytes) -> int:
-    """How deep the innermost elements of a page's last ones are as lexbor parses it."""
-    depth = 0
-    for node in LexborHTMLParser(html).css("div, g, b")[-4:]:
-        around, levels = node.parent, 1
-        while around is not None:
-            around, levels = around.parent, levels + 1
-        depth = max(depth, levels)
-    return depth
-
-
 # Each hides tags from a guard that does not cut a page into tags as the parser does.
 HIDING = (
     "<!-->", "<!--->", "<!-- x --!>", "<textarea><script></textarea>", "<title><style></title>", "<xmp><script></xmp>",
@@ -542,7 +531,7 @@ HIDING = (
 @pytest.mark.parametrize("hiding", HIDING)
 def test_nothing_hides_deep_tags_from_the_guard(hiding: str) -> None:
     for tag in ("<div>", "<g>"):
-        assert deepest(guard_page(hiding + tag * 700 + "text").encoded) < MAX_DEPTH + 60
+        assert parsed_depth(guard_page(hiding + tag * MOST + "text").encoded) < MAX_DEPTH + 60
 
 
 def test_no_mixture_of_tags_hides_deep_tags_from_the_guard() -> None:
@@ -574,8 +563,7 @@ def test_no_mixture_of_tags_hides_deep_tags_from_the_guard() -> None:
     chance = random.Random(1)
     for _ in range(3000):
         start = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 12)))
-        deep = chance.choice(["<div>", "<g>", "<b>", "<div x='>"])
-        assert deepest(guard_page(start + deep * 700 + "end").encoded) < MAX_DEPTH + 60, start
+        assert parsed_depth(guard_page(start + chance.choice(DEEP) * MOST + "end").encoded) < MAX_DEPTH + 60, start
 
 
 @pytest.mark.parametrize(
