@@ -148,6 +148,14 @@ def test_a_command_is_charged_with_its_own_memory_and_time() -> None:
         run_once([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(7)"])
 
 
+def test_a_command_is_charged_with_what_it_leaves_behind() -> None:
+    from bench.measure import run_once
+
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    leaves = f"import subprocess, sys; subprocess.Popen([sys.executable, '-Sc', {busy!r}])"
+    assert run_once([sys.executable, "-Sc", leaves]).cpu_s > 0.5
+
+
 def test_every_benchmark_can_be_started_as_a_module() -> None:
     """Peers apart: they need the packages of others."""
     paths = [path for path in sorted(BENCH.rglob("*.py")) if "peers" not in path.parts]
