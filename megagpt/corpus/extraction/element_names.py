@@ -98,7 +98,7 @@ _WHOLE = _words_of("hidden hide")
 _WEAK_WORDS = _words_of(
     "bar author authors authorname related viral premium message messages slide slides slider slideshow carousel viewport "
     "option options expand expandable obfuscated blurred meta metas metadata rating ratings attachment attachments icon "
-    "icons button buttons embed embedded permission permissions next shared article-info subscribe subscription signup "
+    "icons button buttons embed embedded permission permissions next shared subscribe subscription signup "
     "login search tooltip disclaimer license licence jp"
 )
 _WEAK_SUFFIXES = ("bar", "stories")
@@ -110,6 +110,11 @@ _SUFFIXES = _STRONG_SUFFIXES + _WEAK_SUFFIXES
 _MEANT = frozenset(
     _COMMENT_WORDS | _STRONG_WORDS | _STRONG_JOINED | _WEAK_WORDS | _WHOLE | _CONSENT_PAIRS.keys() | _STRONG_PAIRS.keys()
 )
+NAME_WORDS = _MEANT
+"""The words that may make a name say something; so do the last three letters of a word and the first of a class, or its whole
+first word if that is shorter."""
+NAME_ENDS = frozenset(suffix[-3:] for suffix in _SUFFIXES)
+NAME_STARTS = frozenset(start.split("-")[0][:3] for start in _CONSENT_STARTS)
 _MODIFIERS = _words_of("has with no without not js enable disable show use")
 _NO_WIDGETS = ("wp-block", "elementor-widget", "elementor-element", "elementor-section", "elementor-column")
 _HIDDEN = re.compile(

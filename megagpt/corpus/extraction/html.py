@@ -16,7 +16,7 @@ import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
 from megagpt.corpus.extraction.config import Comments, Markup
-from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict, judge_name
+from megagpt.corpus.extraction.element_names import COMMENTS, CONSENT, STRONG, Verdict
 from megagpt.corpus.extraction.formulas import replace_formulas
 from megagpt.corpus.extraction.json_articles import article_of_json
 from megagpt.corpus.extraction.line_rules import are_sentences, is_aside, is_boilerplate, trim
@@ -30,8 +30,8 @@ from megagpt.corpus.extraction.page_lines import (
     element_class,
     is_named_thread,
     is_sectioning,
-    judge_classes,
     judge_element,
+    may_be_named,
     number_set,
     read_page,
     width,
@@ -259,9 +259,8 @@ def _verdicts(page: PageLines) -> dict[int, Verdict]:
     found: dict[int, Verdict] = {}
     may_be_bad = (page.ends > page.starts) & _MAY_BE_BAD[page.numbers]
     has_others = (page.attributes[:, 2] >= 0) | (page.attributes[:, 4] >= 0)
-    named = judge_classes(page, _says_something, may_be_bad) | has_others
     of_class: dict[int, Verdict] = {}
-    candidates = np.flatnonzero(named & may_be_bad)
+    candidates = np.flatnonzero(may_be_named(page, may_be_bad))
     rows = zip(candidates.tolist(), page.alike[candidates].tolist(), has_others[candidates].tolist(), strict=True)
     for i, first, others in rows:
         verdict = None if others else of_class.get(first)
@@ -272,10 +271,6 @@ def _verdicts(page: PageLines) -> dict[int, Verdict]:
         if verdict.level:
             found[i] = verdict
     return found
-
-
-def _says_something(css_class: str) -> bool:
-    return judge_name(css_class).level > 0
 
 
 def _meaningless(page: PageLines, verdicts: dict[int, Verdict], good: np.ndarray) -> set[str]:

@@ -218,6 +218,54 @@ def _first_alike(codes, elements, number, places):
 
 
 @njit(cache=True, nogil=True)
+def _lower(code):
+    return code + 32 if 0x41 <= code <= 0x5A else code
+
+
+@njit(cache=True, nogil=True)
+def _lower_hash(codes, start, end):
+    value = np.uint64(0xCBF29CE484222325)
+    for i in range(start, end):
+        value = (value ^ np.uint64(_lower(codes[i]))) * np.uint64(0x100000001B3)
+    return value
+
+
+@njit(cache=True, nogil=True)
+def may_say(codes, places, among, words, starts, ends):
+    """Which of the names [start, end) in `places`, a class attribute or an id, may say something. bool [names].
+
+    codes: the page's characters; among: bool, the names that are asked. A name may say something if one of its words is in
+    `words`, if its last three letters are in `ends`, or if the first three letters of a class, or its first word if that is
+    shorter, are in `starts`. These three are hashes, each a `name_table`. A word is capitals and what follows them up to the
+    next one, or small letters and digits.
+    """
+    found = np.zeros(len(places), np.bool_)
+    for row in range(len(places)):
+        at, end = places[row]
+        if not among[row] or at < 0:
+            continue
+        is_first = True
+        while at < end and not found[row]:
+            code = codes[at]
+            if not (0x61 <= code <= 0x7A or 0x41 <= code <= 0x5A or 0x30 <= code <= 0x39):
+                is_first = is_first or _is_space(code)
+                at += 1
+                continue
+            begin = at
+            while at < end and 0x41 <= codes[at] <= 0x5A:
+                at += 1
+            while at < end and (0x61 <= codes[at] <= 0x7A or 0x30 <= codes[at] <= 0x39):
+                at += 1
+            found[row] = (
+                number_of(_lower_hash(codes, begin, at), *words) > 0
+                or number_of(_lower_hash(codes, max(begin, at - 3), at), *ends) > 0
+                or (is_first and number_of(_lower_hash(codes, begin, min(at, begin + 3)), *starts) > 0)
+            )
+            is_first = False
+    return found
+
+
+@njit(cache=True, nogil=True)
 def read_page(codes, hashes, numbers, flags, watched):
     """Lines and elements of a page.
 

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.corpus.extraction.element_names import CONSENT, NOTHING, STRONG, Verdict, judge_name, judge_others, names_thread
+from megagpt.corpus.extraction.element_names import (
+    CONSENT,
+    NAME_ENDS,
+    NAME_STARTS,
+    NAME_WORDS,
+    NOTHING,
+    STRONG,
+    Verdict,
+    judge_name,
+    judge_others,
+    names_thread,
+)
 
 
 def words(text: str) -> frozenset[str]:
@@ -108,6 +119,8 @@ class PageLines:
     places: np.ndarray
     """(lines, 2): where each line begins and ends in the source, tags and all."""
     source: str
+    codes: np.ndarray
+    """The source's characters, uint32."""
 
 
 def number_set(names: Iterable[str]) -> np.ndarray:
@@ -164,6 +177,7 @@ def read_page(source: str) -> PageLines:
         around.tolist(),
         lines[:, kernels.SOURCE_START :],
         source,
+        codes,
     )
 
 
@@ -182,6 +196,15 @@ def judge_element(page: PageLines, element: int) -> Verdict:
     if start < end and verdict.level < STRONG:
         verdict = max(verdict, judge_others(source[start:end]))
     return verdict
+
+
+def may_be_named(page: PageLines, among: np.ndarray) -> np.ndarray:
+    """Which of the elements `among` have attributes of which `judge_element` may say something. bool [elements]."""
+    from megagpt.corpus.extraction import page_kernels as kernels
+
+    places, tables = page.attributes, _name_tables()
+    by_class, by_id = (kernels.may_say(page.codes, places[:, i : i + 2], among, *tables) for i in (0, 2))
+    return by_class | by_id | (among & (places[:, 4] >= 0))
 
 
 def judge_classes(page: PageLines, judge: Callable[[str], bool], among: np.ndarray) -> np.ndarray:
@@ -264,13 +287,26 @@ def attributes_of(page: PageLines, element: int) -> tuple[str, str, str]:
     )
 
 
+def _hash_of(name: str) -> int:
+    from megagpt.corpus.extraction import page_kernels as kernels
+
+    return int(kernels.name_hash(np.frombuffer(name.encode("utf-32-le"), np.uint32), 0, len(name)))
+
+
+@functools.cache
+def _name_tables() -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """What the kernel knows about words in classes and ids."""
+    from megagpt.corpus.extraction import page_kernels as kernels
+
+    return tuple(
+        kernels.name_table([_hash_of(word) for word in sorted(known)]) for known in (NAME_WORDS, NAME_STARTS, NAME_ENDS)
+    )
+
+
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What the kernel knows about names: a table of them, flags by number, attributes that are watched."""
     from megagpt.corpus.extraction import page_kernels as kernels
-
-    def hash_of(name: str) -> int:
-        return int(kernels.name_hash(np.frombuffer(name.encode("utf-32-le"), np.uint32), 0, len(name)))
 
     flags = np.zeros(len(_NAMES), np.uint16)
     marks = (kernels.RAISED, kernels.LOWERED, kernels.CODE)
@@ -287,6 +323,6 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             + kernels.LABEL * (name == "label")
             + (marks[_MARKED[name]] if name in _MARKED else 0)
         )
-    hashes, numbers = kernels.name_table([hash_of(name) for name in _NAMES[1:]])
+    hashes, numbers = kernels.name_table([_hash_of(name) for name in _NAMES[1:]])
     names = ("class", "id", "role", "style", "itemprop", "aria-hidden", "hidden")
-    return hashes, numbers, flags, np.array([hash_of(name) for name in names], np.uint64)
+    return hashes, numbers, flags, np.array([_hash_of(name) for name in names], np.uint64)

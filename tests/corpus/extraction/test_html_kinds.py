@@ -4,13 +4,15 @@ import json
 import random
 import time
 
+import numpy as np
 import pytest
 from parsed_depth import DEEP, MOST, parsed_depth
 
-from megagpt.corpus.extraction.element_names import CONSENT, NOTHING, STRONG, WEAK, judge_name
+from megagpt.corpus.extraction.element_names import CONSENT, NAME_WORDS, NOTHING, STRONG, WEAK, judge_name
 from megagpt.corpus.extraction.html import extract_html
 from megagpt.corpus.extraction.markup import resolve_marks
 from megagpt.corpus.extraction.page_guard import FORMULA, MAX_DEPTH, THREAD, guard_page
+from megagpt.corpus.extraction.page_lines import may_be_named, read_page
 
 PROSE = [
     "The ferry leaves the northern quay at seven and reaches the island before the first school bell is rung there.",
@@ -518,6 +520,24 @@ def test_attributes_beyond_a_number_are_cut() -> None:
 )
 def test_the_guard_leaves_other_pages_alone(html: str) -> None:
     assert guard_page(html).source is html
+
+
+def test_names_that_the_kernel_passes_over_say_nothing() -> None:
+    chance = random.Random(2)
+    more = "topNavbar leftsidebar xfooter onetrust-x ot-sdk CMPLZ ckyBox menus eu-cookie"
+    known = [*sorted(NAME_WORDS), *more.split()]
+    others = ["a", "page", "N1", "x9", "é", "LEFT"]
+    names = []
+    for _ in range(4000):
+        words = [chance.choice(known if chance.random() < 0.3 else others) for _ in range(3)]
+        name = "".join(word + chance.choice(["", "-", "_", " ", ":"]) for word in words)
+        names.append(name if chance.random() < 0.7 else name.title())
+    for attribute in ("class", "id"):
+        lines = read_page("".join(f'<div {attribute}="{name}">a</div>' for name in names))
+        asked = may_be_named(lines, np.ones(len(lines.names), bool))[1:]
+        passed = [name for name, is_asked in zip(names, asked, strict=True) if not is_asked]
+        assert 100 < len(passed) < 3900
+        assert all(judge_name(name).level == 0 for name in passed)
 
 
 # Each hides tags from a guard that does not cut a page into tags as the parser does.
