@@ -43,14 +43,17 @@ def open_language_model(name: str) -> Predict:
     return lowered
 
 
+_NOT_SMALL = bytes(code for code in range(128) if not chr(code).islower())
+_NOT_LARGE = bytes(code for code in range(128) if not chr(code).isupper())
+
+
 def is_in_capitals(text: str) -> bool:
     """Whether most letters that have a case are capitals."""
-    lower, upper = text.lower(), text.upper()
-    if lower == upper:
+    ascii_only = text.encode("ascii", "ignore")
+    small, large = len(ascii_only.translate(None, _NOT_SMALL)), len(ascii_only.translate(None, _NOT_LARGE))
+    if small >= large + len(text) - len(ascii_only):  # even if all other characters were capitals
         return False
-    cased = sum(a != b for a, b in zip(text, text.swapcase(), strict=False))
-    capitals = sum(a != b for a, b in zip(text, lower, strict=False))
-    return 2 * capitals > cased
+    return sum(map(str.isupper, text)) > sum(map(str.islower, text))
 
 
 def labels_of(name: str) -> frozenset[str]:

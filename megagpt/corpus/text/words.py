@@ -59,13 +59,23 @@ def _word(*, with_at: bool) -> re.Pattern[str]:
     return re.compile("".join(lines).replace("MARKS", _combining_marks()), re.VERBOSE)
 
 
+_MARKS_BEHIND_WORDS = frozenset(',.;:!?)]"”')
+"""Behind letters alone these are words of their own: so it is known without the pattern, which is slower."""
+
+
 class _Pieces(dict[str, tuple[str, ...]]):
     """The words in each token that was met lately: looked up without a Python call per token."""
 
     def __missing__(self, token: str) -> tuple[str, ...]:
         if len(self) >= 1 << 17:
             self.clear()
-        words = self[token] = (token,) if token.isalpha() else tuple(_word(with_at="@" in token).findall(token))
+        if token.isalpha():
+            words = (token,)
+        elif token[-1] in _MARKS_BEHIND_WORDS and token[:-1].isalpha():
+            words = (token[:-1], token[-1])
+        else:
+            words = tuple(_word(with_at="@" in token).findall(token))
+        self[token] = words
         return words
 
 

@@ -22,6 +22,7 @@ from megagpt.corpus.text.fasttext_models import bundled_language_model, load_cla
 from megagpt.corpus.text.words import (
     DEFAULT_SPLITTER,
     Splitter,
+    _word,
     count_duplicates,
     count_repeated_n_grams,
     split_sentences,
@@ -289,6 +290,11 @@ def test_n_gram_counts_equal_a_slow_version() -> None:
 
 def test_count_duplicates() -> None:
     assert count_duplicates(["a", "bb", "a", "bb", "bb"]) == (3, 5)
+
+
+@pytest.mark.parametrize("token", ["word,", "naïve)", "www.", "U.", "dogs'", "end…”", "日本。", "word”", "a1", "is!", "कि:"])
+def test_the_short_way_for_marks_behind_words_is_the_patterns(token: str) -> None:
+    assert split_words(token) == _word(with_at=True).findall(token)
 
 
 def test_the_default_splitter() -> None:

@@ -77,6 +77,9 @@ def test_what_counts_as_capitals() -> None:
     assert [is_in_capitals(text) for text in ("HELLO World AGAIN", "Hello World", "日本", "", "НАТО і США", "ΑΒΓ δ")] == [
         True, False, False, False, True, True
     ]  # fmt: skip
+    assert not is_in_capitals("İstanbul straße, ß becomes SS")  # whose small or capital forms have other lengths
+    assert is_in_capitals("İSTANBUL, STRAßE")
+    assert is_in_capitals("ÉÀÇÉ a")
 
 
 def test_labels_that_a_model_cannot_give_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
