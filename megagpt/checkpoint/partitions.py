@@ -106,7 +106,7 @@ def own_share(partition: Partition) -> tuple[int, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], progress: Callable[[], object] | None = None
 ) -> tuple[int, str]:
-    """Write 1-D fp32 tensors tensor by tensor, fsync; returns (bytes, sha256). https://huggingface.co/docs/safetensors.
+    """Write 1-D tensors of fp32, or of bf16 as fp32, tensor by tensor, fsync; returns (bytes, sha256). https://huggingface.co/docs/safetensors.
 
     The library's own writer needs all of them as bytes in memory at once and a second read for the checksum.
     """
@@ -155,9 +155,9 @@ SLICE_BYTES, HASHED_LATER = 16 << 20, 16
 def _slices(header: bytes, tensors: Iterable[Tensor]) -> Iterable[memoryview]:
     yield memoryview(header)
     for tensor in tensors:
-        if tensor.dtype != torch.float32:
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise CheckpointError(f"a partition is {tensor.dtype}, checkpoints hold fp32")
-        data = tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
+        data = tensor.detach().cpu().float().contiguous().numpy().view(np.uint8).data
         for start in range(0, len(data), SLICE_BYTES):
             yield data[start : start + SLICE_BYTES]
 

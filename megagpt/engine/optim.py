@@ -32,10 +32,18 @@ class OptimizerSpec:
     """Where it keeps its number of updates, `step`: in the state of each parameter, in the group, or nowhere."""
     matrices_only: bool = False
     """It updates the matrices of the blocks as wholes, and adamw the rest."""
+    state_dtype: torch.dtype = torch.float32
+    """What its per-element states are kept in; checkpoints hold them in fp32, which is exact."""
 
 
 def _adamw(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def _adamw_bf16(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
+    from megagpt.engine.adamw_bf16 import AdamWBf16
+
+    return AdamWBf16(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def _sgd(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.optim.Optimizer:
@@ -55,6 +63,13 @@ def _adabelief(groups: list[dict[str, Any]], config: "OptimConfig") -> torch.opt
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec("adamw (arXiv 1711.05101)", _adamw, ("exp_avg", "exp_avg_sq"), "parameter"),
+    "adamw_bf16_states": OptimizerSpec(
+        "adamw_bf16_states (both moments in bf16, half their memory; beta1 and beta2 at most 0.96875)",
+        _adamw_bf16,
+        ("exp_avg", "exp_avg_sq"),
+        "parameter",
+        state_dtype=torch.bfloat16,
+    ),
     "sgd": OptimizerSpec("sgd", _sgd, ("momentum_buffer",)),
     "muon": OptimizerSpec(
         "muon (hidden matrices orthogonalised, adamw for the rest)",
@@ -77,6 +92,11 @@ else:
     OptimizerKind = Literal[tuple(OPTIMIZERS)]
 
 
+MAX_BF16_BETA = 1 - 2**-5
+"""An average that moves by less than 1/32 of the difference a step is rounded back to where it was while they differ by an
+eighth: half a unit of bf16 is 1/256."""
+
+
 class ScheduleConfig(Config):
     """Learning-rate schedule over the run."""
 
@@ -97,11 +117,11 @@ class OptimConfig(Config):
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """adamw, adabelief: decay of the first moment; sgd: momentum."""
+    """adamw, adamw_bf16_states, adabelief: decay of the first moment; sgd: momentum."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """adamw, adabelief: decay of the second moment."""
+    """adamw, adamw_bf16_states, adabelief: decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
-    """adamw, adabelief: added to the root of the second moment."""
+    """adamw, adamw_bf16_states, adabelief: added to the root of the second moment."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """muon: momentum of the hidden matrices."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -118,6 +138,12 @@ class OptimConfig(Config):
     def _check(self) -> "OptimConfig":
         if self.schedule.kind == "wsd" and self.schedule.decay_steps == 0:
             raise ValueError("schedule.kind=wsd needs schedule.decay_steps > 0")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if self.kind == "adamw_bf16_states" and beta > MAX_BF16_BETA:
+                raise ValueError(
+                    f"kind=adamw_bf16_states needs {name} of at most {MAX_BF16_BETA}, not {beta}: slower averages stand still "
+                    "in the 8 significant bits of bf16; kind=adamw keeps fp32"
+                )
         return self
 
 
@@ -256,7 +282,8 @@ def create_states(optimizer: Optimizer, parameters: Iterable[tuple[Tensor, str]]
     state_of = optimizer.state
     for parameter, kind in parameters:
         state = state_of[parameter]
-        state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in STATES[kind]})
+        dtype = OPTIMIZERS[kind].state_dtype
+        state.update({key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in STATES[kind]})
         if OPTIMIZERS[kind].updates_in == "parameter":
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 
 from megagpt.engine.config import FSDPConfig
-from megagpt.plan.timeline import Job, Shapes, Timeline, shapes_of, shard_elements, state_bytes, trace_block, units_of, width_of
+from megagpt.plan.timeline import (
+    Job,
+    Shapes,
+    Timeline,
+    shapes_of,
+    shard_elements,
+    state_bytes,
+    trace_block,
+    units_of,
+    update_scratch,
+    width_of,
+)
 from megagpt.plan.trace import Gradients
 
 
@@ -55,7 +66,7 @@ def play_fsdp(job: Job, engine: FSDPConfig, timeline: Timeline) -> None:
         fsdp.end_unit(root, whole_root, 0 if sharded else micro, mode, reduces=last or sharded, adds=sharded and not first)
         timeline.drop("activations", "reduce-scatter buffers")
     timeline.phase = "update"
-    timeline.touch()
+    timeline.touch({} if engine.cpu_offload else update_scratch(job.optim, max(local.values())))
 
 
 @dataclass

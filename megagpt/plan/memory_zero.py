@@ -19,6 +19,7 @@ from megagpt.plan.timeline import (
     shapes_of,
     state_bytes,
     trace_block,
+    update_scratch,
     width_of,
 )
 from megagpt.plan.trace import Made
@@ -67,6 +68,7 @@ def _play_whole_gradients(job: Job, engine: DeepSpeedConfig, timeline: Timeline)
     if job.ranks > 1 or engine.zero_stage:  # DeepSpeed also copies them on a single rank; megagpt reduces stage 0 itself
         cast = 2 * together if engine.reduce_dtype == "bf16" else 0
         timeline.touch({"all-reduce buffers": 4 * together + cast})
+    timeline.touch(update_scratch(job.optim, _matrices(shapes) // shards if engine.zero_stage else _largest(shapes)))
 
 
 def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
@@ -109,6 +111,9 @@ def _play_buckets(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None
         timeline.drop("whole gradients", "reduce buckets")
         timeline.change("gradients", 4 * partition)
     timeline.touch({"gradients": 4 * partition if width == 4 else NORM_WIDTH * largest})
+    if not offload:
+        flat = 4 * partition if width == 4 else 0
+        timeline.touch({"gradients": flat, **update_scratch(job.optim, _matrices(shapes) // job.ranks)})
 
 
 class _Buckets:
@@ -347,7 +352,8 @@ def _play_3(job: Job, engine: DeepSpeedConfig, timeline: Timeline) -> None:
             size for size in numel.values() if size <= engine.stage3_persistence_elements
         )
     timeline.phase = "update"
-    timeline.touch({"gradients": 0 if engine.offload_optimizer else 4 * min(shard, SUB_GROUP_ELEMENTS)})
+    together = min(shard, SUB_GROUP_ELEMENTS)
+    timeline.touch({} if engine.offload_optimizer else {"gradients": 4 * together, **update_scratch(job.optim, together)})
 
 
 def gathered_per_micro_batch(job: Job, engine: DeepSpeedConfig) -> tuple[int, int]:
@@ -402,6 +408,15 @@ def _module_order(job: Job, shapes: Shapes) -> tuple[int, int, int, list[list[st
 
 def _numel(shapes: Shapes) -> int:
     return sum(shape.numel() for shape in shapes.values())
+
+
+def _matrices(shapes: Shapes) -> int:
+    """Elements of the parameters that are decayed: DeepSpeed lays them out as one tensor."""
+    return sum(shape.numel() for shape in shapes.values() if len(shape) > 1)
+
+
+def _largest(shapes: Shapes) -> int:
+    return max(shape.numel() for shape in shapes.values())
 
 
 def _state_bytes(job: Job, shapes: Shapes) -> int:

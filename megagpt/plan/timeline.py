@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from megagpt.engine.adamw_bf16 import SCRATCH_BYTES, SLICE
 from megagpt.engine.build import whole_shapes
 from megagpt.engine.config import EngineConfig, Precision
 from megagpt.engine.optim import OPTIMIZERS, OptimConfig
@@ -108,7 +109,14 @@ def state_bytes(optim: OptimConfig, name: str, shape: torch.Size) -> int:
     """Bytes of optimizer states per element of a parameter."""
     matrix = len(shape) >= 2 and name.startswith("blocks.")
     kind = "adamw" if OPTIMIZERS[optim.kind].matrices_only and not matrix else optim.kind
-    return 4 * len(OPTIMIZERS[kind].states)
+    return OPTIMIZERS[kind].state_dtype.itemsize * len(OPTIMIZERS[kind].states)
+
+
+def update_scratch(optim: OptimConfig, elements: int) -> dict[str, int]:
+    """What an update holds beside the states of a tensor with so many elements, by part."""
+    if optim.kind != "adamw_bf16_states":
+        return {}
+    return {"optimizer scratch": SCRATCH_BYTES * min(SLICE, elements)}
 
 
 def units_of(shapes: Shapes) -> tuple[Shapes, Shapes]:

@@ -191,3 +191,44 @@ def test_patterns_of_rates_without_effect_are_refused(factors: dict[str, float],
         refuse_unmatched(OptimConfig(lr_factors=factors), ["a.weight", "b.weight"])
     with pytest.raises(UserError, match="greater than or equal to 0"):
         validate(OptimConfig, {"lr_factors": {"a": -1}}, source="test")
+
+
+def bf16_weights(updates: int, *, kind: str = "adamw_bf16_states", cut: int = 1) -> torch.Tensor:
+    """1,000 weights after updates with seeded gradients, held in `cut` tensors."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [part.clone() for part in torch.randn(1000, generator=generator).split(1000 // cut)]
+    parameters = [torch.nn.Parameter(part) for part in weights]
+    config = OptimConfig(kind=kind, lr=1e-2)
+    optimizer = build_optimizer([{"params": parameters, "weight_decay": 0.1, "kind": kind}], config)
+    for _ in range(updates):
+        gradients = torch.randn(1000, generator=generator).split(1000 // cut)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        assert all(optimizer.state[p]["exp_avg_sq"].dtype == OPTIMIZERS[kind].state_dtype for p in parameters)
+    return torch.cat([parameter.detach() for parameter in parameters])
+
+
+def test_bf16_moments_change_updates_by_their_rounding_alone() -> None:
+    """8 bits: an update is off by half a percent or so; the first one, from moments not yet rounded, not at all."""
+    assert torch.allclose(bf16_weights(1), bf16_weights(1, kind="adamw"), rtol=0, atol=1e-7)
+    moved = (bf16_weights(60, kind="adamw") - bf16_weights(0)).abs().mean()
+    error = (bf16_weights(60) - bf16_weights(60, kind="adamw")).abs().mean()
+    assert 1e-6 < error < 0.01 * moved
+
+
+def test_bf16_moments_do_not_depend_on_how_weights_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bf16_weights(5)
+    assert torch.equal(whole, bf16_weights(5, cut=8))
+    monkeypatch.setattr("megagpt.engine.adamw_bf16.SLICE", 7)
+    assert torch.equal(whole, bf16_weights(5))
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_averages_that_would_stand_still_in_bf16_are_refused(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"kind=adamw_bf16_states needs {name} of at most 0.96875, not 0.999: .* kind=adamw keeps fp32"
+    ):
+        OptimConfig(kind="adamw_bf16_states", **{name: 0.999})
+    OptimConfig(kind="adamw_bf16_states", **{name: 0.96875})
+    OptimConfig(kind="adamw", **{name: 0.999})

@@ -27,7 +27,8 @@ ADAMW = OptimConfig(lr=1e-3, schedule=ScheduleConfig(warmup_steps=5))
 SGD = OptimConfig(kind="sgd", lr=0.5, beta1=0.9, weight_decay=0.1, max_grad_norm=0.3, schedule=ScheduleConfig(kind="constant"))
 MUON = OptimConfig(kind="muon", lr=2e-3, schedule=ScheduleConfig(warmup_steps=5))
 ADABELIEF = OptimConfig(kind="adabelief", lr=1e-3, eps=1e-12, schedule=ScheduleConfig(warmup_steps=5))
-OPTIMIZERS = {"adamw": ADAMW, "sgd": SGD, "muon": MUON, "adabelief": ADABELIEF}
+ADAMW_BF16 = OptimConfig(kind="adamw_bf16_states", lr=1e-3, schedule=ScheduleConfig(warmup_steps=5))
+OPTIMIZERS = {"adamw": ADAMW, "adamw_bf16_states": ADAMW_BF16, "sgd": SGD, "muon": MUON, "adabelief": ADABELIEF}
 """Settings with which each optimizer learns the toy problem: parity and checkpoint tests run all of them."""
 
 
