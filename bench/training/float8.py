@@ -44,7 +44,8 @@ def main(words: Sequence[str]) -> None:
         return
     last = max(curves["none", SEEDS[0]])
     rows = [
-        summary(recipe, [curves[recipe, seed] for seed in SEEDS], [curves["none", s] for s in SEEDS]) for recipe in CONTENDERS
+        {"float8": recipe, **against([curves[recipe, seed] for seed in SEEDS], [curves["none", seed] for seed in SEEDS])}
+        for recipe in CONTENDERS
     ]
     updates = sorted(curves["none", SEEDS[0]])
     points = [
@@ -61,16 +62,15 @@ def main(words: Sequence[str]) -> None:
     write_results("float8", results, packages=("torch", "torchao"))
 
 
-def summary(recipe: str, mine: Sequence[dict[int, float]], plain: Sequence[dict[int, float]]) -> dict[str, Any]:
-    """The losses at the end by seed, and how far the whole curve lies from bf16's of the same seed."""
+def against(mine: Sequence[dict[int, float]], plain: Sequence[dict[int, float]], name: str = "bf16") -> dict[str, Any]:
+    """The losses at the end by seed, and how far the whole curve lies from that of `name`, `plain`, of the same seed."""
     differences = [abs(curve[step] - other[step]) for curve, other in zip(mine, plain, strict=True) for step in curve]
     ends = [list(curve.values())[-1] for curve in mine]
     return {
-        "float8": recipe,
         "loss_at_end": mean(ends),
         "least_of_seeds": min(ends),
         "most_of_seeds": max(ends),
-        "largest_difference_to_bf16": max(differences),
+        f"largest_difference_to_{name}": max(differences),
         "mean_difference_at_end": mean(a - list(b.values())[-1] for a, b in zip(ends, plain, strict=True)),
     }
 

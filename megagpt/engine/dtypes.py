@@ -7,7 +7,7 @@ from torch import nn
 
 from megagpt.config import Failure
 from megagpt.engine.config import EngineConfig, Precision
-from megagpt.engine.optim import Together
+from megagpt.engine.optim import OPTIMIZERS, OptimConfig, Together
 
 Formats: TypeAlias = dict[str, str]
 """fp32, bf16 ... of weights (those that compute), master_weights (those that are updated), gradients (as the optimizer gets
@@ -16,10 +16,11 @@ them), optimizer_states, reductions (sums of gradients over ranks) and loss."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
-def declared_formats(precision: Precision, engine: EngineConfig) -> Formats:
+def declared_formats(precision: Precision, engine: EngineConfig, optim: OptimConfig) -> Formats:
     """The formats that the settings promise."""
-    fp32 = dict.fromkeys(("master_weights", "gradients", "optimizer_states", "loss"), "fp32")
-    return {"weights": precision, **fp32, "reductions": engine.reduce_dtype}
+    fp32 = dict.fromkeys(("master_weights", "gradients", "loss"), "fp32")
+    states = name_of(OPTIMIZERS[optim.kind].state_dtype)
+    return {"weights": precision, **fp32, "optimizer_states": states, "reductions": engine.reduce_dtype}
 
 
 def check_formats(declared: Formats, found: Formats) -> None:

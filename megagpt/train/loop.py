@@ -242,7 +242,7 @@ def digest_settings(config: TrainConfig, data: Data) -> dict[str, str]:
 def restore_or_start(run: Run) -> TrainState:
     """The state of the newest good checkpoint, loaded into the engine, or fresh weights; logs those passed over."""
     state, restored = load_newest(run, run.config.resume_step)
-    precision = declared_formats(run.config.precision, run.config.engine)
+    precision = declared_formats(run.config.precision, run.config.engine, run.config.optim)
     left_out = run.guard.summary()
     if left_out and run.world.rank == 0:
         log.warning("left out of training: %s, guard.enabled=%s", left_out, str(run.config.guard.enabled).lower())

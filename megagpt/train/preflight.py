@@ -91,7 +91,7 @@ def check_run(config: TrainConfig, data: Data) -> None:
     checkpoint_bytes = 4 * trained * (1 + len(STATES[config.optim.kind]))
     _check_disk(config, checkpoint_bytes, export_bytes(config, parameters))
     tokens = config.global_batch_size * config.data.seq_len
-    formats = declared_formats(config.precision, config.engine)
+    formats = declared_formats(config.precision, config.engine, config.optim)
     if place_from_environment(dict(os.environ)).rank == 0:
         if "data" in config.allow_change:
             log.warning("allow_change=[data] stands for %s: name what is meant", ", ".join(data_changes.KINDS))

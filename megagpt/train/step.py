@@ -158,7 +158,7 @@ class Judge:
         run.watchdog.beat(done)
         if not self._checked and applied:
             found = engine.formats | {"loss": step.loss_format}
-            check_formats(declared_formats(run.config.precision, run.config.engine), found)
+            check_formats(declared_formats(run.config.precision, run.config.engine, run.config.optim), found)
             self._checked = True
         if not applied:
             monitor.log("skip", done, reason="non-finite gradients: the update was not applied")

@@ -14,6 +14,7 @@ from megagpt.engine.build import build_engine
 from megagpt.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig
 from megagpt.engine.dtypes import check_formats, declared_formats
 from megagpt.engine.initial_weights import draw_weights
+from megagpt.engine.optim import OptimConfig
 
 STEPS = 3
 PLAIN: dict[str, EngineConfig] = {"zero1": DeepSpeedConfig(zero_stage=1), "fsdp": FSDPConfig()}
@@ -57,7 +58,7 @@ def runs(world: World, cases: list[tuple[EngineConfig, str]], optimizer: str = "
                 partition.data.copy_(kept[key])
             engine.refresh(STEPS)
         losses += train_steps(engine, world, range(STEPS, 2 * STEPS), optim)
-        check_formats(declared_formats(precision, config), engine.formats | {"loss": "fp32"})  # type: ignore[arg-type]
+        check_formats(declared_formats(precision, config, optim), engine.formats | {"loss": "fp32"})  # type: ignore[arg-type]
         results.append({"losses": losses, "elements": elements, "offloads": offloads(engine)})
     return results
 
@@ -76,6 +77,7 @@ def offloads(engine: Any) -> bool:
         ("fp32", "adamw", list(OFFLOADED)),
         ("bf16", "adamw", ["zero1", "zero3_parameters", "zero2_overlap", "fsdp"]),
         ("fp32", "muon", ["zero2", "zero3_parameters", "zero3_overlap"]),
+        ("fp32", "adamw_bf16_states", ["zero2", "zero3_parameters", "fsdp"]),
     ],
 )
 def test_the_losses_are_the_same(precision: str, optimizer: str, names: list[str], tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_gradients_added_in_bf16_are_near_and_not_the_same(tmp_path: Path) -> No
 
 
 def test_a_format_other_than_declared_is_named() -> None:
-    declared = declared_formats("bf16", FSDPConfig())
+    declared = declared_formats("bf16", FSDPConfig(), OptimConfig())
     check_formats(declared, dict(declared))
     with pytest.raises(Failure, match=r"precision: gradients are bf16 instead of fp32$"):
         check_formats(declared, {**declared, "gradients": "bf16"})

@@ -456,6 +456,19 @@ def test_another_optimizer_begins_with_states_of_its_own(shards: Path, project: 
 
 
 @pytest.mark.slow
+def test_adamw_and_its_bf16_moments_resume_each_other(shards: Path, project: Path, tmp_path: Path) -> None:
+    values = settings(shards, tmp_path / "run", max_steps=4, optim={"kind": "adamw_bf16_states"})
+    assert start(project, tmp_path / "first", values, 1).wait() == [EXIT_DONE]
+    for steps, kind, engine in ((6, "adamw", "deepspeed"), (8, "adamw_bf16_states", "fsdp")):
+        words = (f"optim.kind={kind}", f"engine.kind={engine}", "allow_change=[optim.kind]", f"max_steps={steps}")
+        ranks = start(project, tmp_path / kind, values, 1, *words)
+        assert ranks.wait() == [EXIT_DONE], ranks.output()
+        assert "begin at zero" not in ranks.output()
+        assert f"optimizer_states {'fp32' if kind == 'adamw' else 'bf16'}" in ranks.output()
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.slow
 def test_another_runs_weights_another_engine_and_optimizer(
     uninterrupted: Path, shards: Path, project: Path, tmp_path: Path
 ) -> None:
