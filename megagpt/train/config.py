@@ -50,7 +50,7 @@ class TrainConfig(Config):
     device: Device = "auto"
     """auto: one GPU per rank where the machine has GPUs, else the CPU. cpu: the CPU, also on a machine with GPUs."""
     precision: Precision = "bf16"
-    """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states."""
+    """fp32, or bf16 with fp32 master weights, gradient sums, reductions and optimizer states (of adamw_bf16_states bf16)."""
     tf32: bool = False
     """Matrix products of fp32 numbers on a GPU in TF32: several times as fast, 10 bits of mantissa. For precision=fp32."""
     float8: Float8 = "none"
