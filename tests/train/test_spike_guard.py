@@ -238,7 +238,8 @@ def test_the_guard_reads_the_loss_and_nothing_that_training_adds_to_it(shards: P
     world, guard = lone_world(torch.device("cpu")), Guard(CONFIG, tmp_path)
     monitor = Monitor(config.run_dir, config.monitor, run_config={}, rank=0)
     watchdog = Watchdog(WatchdogConfig(enabled=False), world, config.run_dir, monitor.clock, 1)
-    engine = SimpleNamespace(formats=declared_formats(config.precision, config.engine), count_update=lambda applied: None)
+    formats = declared_formats(config.precision, config.engine, config.optim)
+    engine = SimpleNamespace(formats=formats, count_update=lambda applied: None)
     run: Any = SimpleNamespace(
         config=config, data=open_data(config.data), world=world, guard=guard, monitor=monitor, watchdog=watchdog,
         engine=engine, attempt=1, settings={},
