@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def against(mine: Sequence[dict[int, float]], plain: Sequence[dict[int, float]], name: str = "bf16") -> dict[str, Any]:
-    """The losses at the end by seed, and how far the whole curve lies from that of `name`, `plain`, of the same seed."""
+    """The losses at the end by seed, and how far the whole curve is from that of `name`, `plain`, of the same seed."""
     differences = [abs(curve[step] - other[step]) for curve, other in zip(mine, plain, strict=True) for step in curve]
     ends = [list(curve.values())[-1] for curve in mine]
     return {

@@ -139,9 +139,9 @@ class OptimConfig(Config):
         if self.schedule.kind == "wsd" and self.schedule.decay_steps == 0:
             raise ValueError("schedule.kind=wsd needs schedule.decay_steps > 0")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if self.kind == "adamw_bf16_states" and beta > MAX_BF16_BETA:
+            if OPTIMIZERS[self.kind].state_dtype == torch.bfloat16 and beta > MAX_BF16_BETA:
                 raise ValueError(
-                    f"kind=adamw_bf16_states needs {name} of at most {MAX_BF16_BETA}, not {beta}: slower averages stand still "
+                    f"kind={self.kind} needs {name} of at most {MAX_BF16_BETA}, not {beta}: slower averages stand still "
                     "in the 8 significant bits of bf16; kind=adamw keeps fp32"
                 )
         return self

@@ -114,7 +114,7 @@ def state_bytes(optim: OptimConfig, name: str, shape: torch.Size) -> int:
 
 def update_scratch(optim: OptimConfig, elements: int) -> dict[str, int]:
     """What an update holds beside the states of a tensor with so many elements, by part."""
-    if optim.kind != "adamw_bf16_states":
+    if OPTIMIZERS[optim.kind].state_dtype == torch.float32:  # torch's updates are in place
         return {}
     return {"optimizer scratch": SCRATCH_BYTES * min(SLICE, elements)}
 

@@ -186,7 +186,7 @@ def read_http(folder: Path) -> Test:
 
 
 def read_html(folder: Path) -> Test:
-    """The main text of a page in every form; behind what it begins with, no tags are hidden from the guard."""
+    """The main text of a page in every form; and the depth of what the guard lets through, with deep tags behind it."""
     from parsed_depth import DEEP, MOST, parsed_depth
 
     from megagpt.corpus.extraction.html import extract_html

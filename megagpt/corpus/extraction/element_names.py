@@ -107,10 +107,9 @@ _THREAD = _words_of(
     "answer answers"
 )
 _SUFFIXES = _STRONG_SUFFIXES + _WEAK_SUFFIXES
-_MEANT = frozenset(
+NAME_WORDS = frozenset(
     _COMMENT_WORDS | _STRONG_WORDS | _STRONG_JOINED | _WEAK_WORDS | _WHOLE | _CONSENT_PAIRS.keys() | _STRONG_PAIRS.keys()
 )
-NAME_WORDS = _MEANT
 """The words that may make a name say something; so do the last three letters of a word and the first of a class, or its whole
 first word if that is shorter."""
 NAME_ENDS = frozenset(suffix[-3:] for suffix in _SUFFIXES)
@@ -163,7 +162,7 @@ def _judge_part(part: str) -> Verdict:
 @functools.lru_cache(maxsize=1 << 16)
 def _may_say(word: str) -> bool:
     """Whether a word may say something; a name of other words says nothing."""
-    return word in _MEANT or word.endswith(_SUFFIXES)
+    return word in NAME_WORDS or word.endswith(_SUFFIXES)
 
 
 @functools.lru_cache(maxsize=1 << 12)
