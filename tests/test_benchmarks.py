@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 BENCH = PROJECT / "bench"
 
 
-def run(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*words: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

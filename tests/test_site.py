@@ -70,7 +70,7 @@ def test_outputs_are_compared_by_words_and_order(expected: list[str], output: st
 @pytest.mark.slow
 def test_the_site_is_whole_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = sorted((tmp_path / "site").rglob("*.html"))
     assert {"index.html", "settings.html", "commands.html", "api.html", "questions.html"} <= {page.name for page in pages}

@@ -228,7 +228,7 @@ def test_bad_input_from_the_shell(tool: str, tmp_path: Path) -> None:
     words = [word.replace("{tmp}", str(tmp_path)) for word in BAD_INPUT[tool][0][0]]
     for extra, traceback in (([], False), (["--debug"], True)):
         command = [sys.executable, f"tools/{tool}.py", *words, *extra]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, env=clean_environment())
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=900, env=clean_environment())
         assert done.returncode == 2, done.stderr
         assert ("Traceback" in done.stderr) == traceback, done.stderr
 

@@ -69,7 +69,7 @@ def run(venv: Path, folder: Path, *words: str) -> str:
     """What a command of the environment prints, started in `folder`; its exit status must be 0."""
     names = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SLURM", "RANK", "WORLD_"))}
     variables = names | {"PATH": f"{venv / 'bin'}:{names['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
     return done.stdout + done.stderr
 

@@ -482,7 +482,7 @@ dataset = TokenDataset(Path({str(tmp_path)!r}), seq_len=2048, seed=3)
 firsts = [dataset.first_token(i) for i in range(1000)]
 print(len(dataset), len(set(firsts)), (peak() - before) // 1024)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=900)
     length, different, megabytes = map(int, result.stdout.split())
     assert length == (20 * SHARD_TOKENS - 2049) // 2048 + 1
     assert different == 1000

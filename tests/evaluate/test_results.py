@@ -46,6 +46,6 @@ def test_results_that_two_evaluations_write_at_the_same_time_are_all_kept(tmp_pa
             writer.stdin.write("go\n")
             writer.stdin.flush()
     for writer in writers:
-        writer.communicate(timeout=120)
+        writer.communicate(timeout=900)
     assert [writer.returncode for writer in writers] == [0, 0]
     assert {found["measured"]["task"] for found in read_results(path)} == {f"{name} {i}" for name in "ab" for i in range(25)}

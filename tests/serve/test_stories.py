@@ -34,7 +34,7 @@ async def stream_all(port: int) -> list[str]:
     """The texts that 64 clients get that ask at the same moment."""
     from openai import AsyncOpenAI
 
-    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=900) as client:
 
         async def one() -> str:
             chunks = await client.completions.create(model="stories", prompt="", max_tokens=200, temperature=0, stream=True)

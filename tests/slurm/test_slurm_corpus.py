@@ -47,7 +47,7 @@ def one_machine(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("one")
     for stage in STAGES:
         command = [sys.executable, f"tools/{stage}.py", f"work_dir={folder}", "num_workers=1", *words]
-        subprocess.run(command, cwd=PROJECT, check=True, timeout=300)
+        subprocess.run(command, cwd=PROJECT, check=True, timeout=900)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_on_dask_it_survives_a_lost_node(cluster: Cluster, words: list[str], one
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    cluster.wait_for(job_id, "COMPLETED", timeout=600)
+    cluster.wait_for(job_id, "COMPLETED", timeout=900)
     assert "tls://" in (site / "runs" / "dask" / job_id / "scheduler.log").read_text()
     assert files(work_dir, *RESULTS) == files(one_machine, *RESULTS) != {}
 
@@ -97,11 +97,11 @@ def test_an_array_completes_but_for_the_task_that_fails(
     settings.write_text(settings.read_text().replace("launch=()", f"launch=({launcher})"))
     sbatch = ["sbatch", "--parsable", "--array=0-2", "--nodes=1", "slurm/preprocess.sh", f"work_dir={tmp_path}/array", *words]
     first = cluster.submit(site, *sbatch, stages="extract_documents")
-    cluster.wait_for(f"{first}_1", "FAILED", timeout=200)
+    cluster.wait_for(f"{first}_1", "FAILED", timeout=900)
     for task in (0, 2):
-        cluster.wait_for(f"{first}_{task}", "COMPLETED", timeout=200)
+        cluster.wait_for(f"{first}_{task}", "COMPLETED", timeout=900)
     (tmp_path / "mended").touch()
     second = cluster.submit(site, *sbatch, stages="extract_documents")
     for task in range(3):
-        cluster.wait_for(f"{second}_{task}", "COMPLETED", timeout=200)
+        cluster.wait_for(f"{second}_{task}", "COMPLETED", timeout=900)
     assert files(tmp_path / "array", "extract/*.jsonl.zst") == files(one_machine, "extract/*.jsonl.zst") != {}

@@ -125,7 +125,7 @@ def test_a_rank_left_over_on_a_lost_node_commits_nothing(cluster: Cluster, shard
         for pid in ghosts:
             os.kill(pid, signal.SIGCONT)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ghosts))
-        cluster.wait_for(job_id, "COMPLETED", timeout=300)
+        cluster.wait_for(job_id, "COMPLETED", timeout=900)
     finally:
         for pid in ghosts:
             with contextlib.suppress(ProcessLookupError):
@@ -155,7 +155,7 @@ def test_a_dead_step_daemon_whose_rank_hangs_is_seen_by_the_watchdog_alone(
     wait_until(lambda: not any(is_running(pid) for pid in daemons))
     chaos.kill(hung, signal.SIGSTOP)  # once its parent has ended: the kernel would wake it with SIGHUP
     try:
-        cluster.wait_for(job_id, "COMPLETED", timeout=400)
+        cluster.wait_for(job_id, "COMPLETED", timeout=900)
     finally:
         chaos.kill(hung, signal.SIGKILL)
     log = (site / f"megagpt-{job_id}.log").read_text()
@@ -184,7 +184,7 @@ def test_it_goes_on_with_the_nodes_that_there_are(cluster: Cluster, shards: Path
         wait_until(lambda i=attempt: last_step(run_dir, i) >= 60 * i)
         drain(*drained)
         cluster.command("scontrol", "requeue", job_id)
-    cluster.wait_for(job_id, "COMPLETED", timeout=400)
+    cluster.wait_for(job_id, "COMPLETED", timeout=900)
     sizes = [read_json(path)["world_size"] for path in sorted((run_dir / "starts").glob("*.json"))]
     assert sizes == [2, 1, 3]
     clean = uninterrupted(tmp_path / "clean", shards, steps, 2, *changes)
@@ -205,9 +205,9 @@ def test_a_bad_node_is_left_out_by_a_successor(cluster: Cluster, shards: Path, t
     settings = site / "slurm" / "env.sh"
     settings.write_text(settings.read_text().replace("launch=()", f"launch=({launcher})"))
     job_id = cluster.submit(site, "slurm/pretrain.sh", *chaos.settings(run_dir, shards, 30), node_check_seconds="60")
-    cluster.wait_for(job_id, "FAILED", timeout=200)
+    cluster.wait_for(job_id, "FAILED", timeout=900)
     successor = str(int(job_id) + 1)
-    job = cluster.wait_for(successor, "COMPLETED", timeout=200)
+    job = cluster.wait_for(successor, "COMPLETED", timeout=900)
     assert (job["NodeList"], job["ExcNodeList"]) == ("n[2-3]", "n1")
     assert "bad nodes: n1" in (site / f"megagpt-{job_id}.log").read_text()
     assert last_step(run_dir, 1) == 30

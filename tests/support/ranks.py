@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, folder: Path, *arguments: Any, timeout_seconds: float = 400
+    function: Callable[..., Any], size: int, folder: Path, *arguments: Any, timeout_seconds: float = 900
 ) -> list[Any]:
     """`function(world, *arguments)` on ranks 0 .. size-1; returns their results in rank order.
 
@@ -105,7 +105,7 @@ class Ranks:
         for rank in range(len(self.processes)) if ranks is None else ranks:
             self.processes[rank].send_signal(number)
 
-    def wait(self, timeout_seconds: float = 400) -> list[int]:
+    def wait(self, timeout_seconds: float = 900) -> list[int]:
         """Exit statuses; what still runs after the time is killed, and that is a failure."""
         end = time.monotonic() + timeout_seconds
         try:
@@ -125,7 +125,7 @@ class Ranks:
         return self.logs[rank].read_text(errors="replace")
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 300) -> None:
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 900) -> None:
     """Poll until the condition holds; AssertionError if it never does."""
     end = time.monotonic() + timeout_seconds
     while not condition():

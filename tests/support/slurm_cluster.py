@@ -80,10 +80,10 @@ class Cluster:
 
     def submit(self, site: Path, *command: str, **environment: str) -> str:
         """Run a job script, or sbatch, in a project; the number of the job."""
-        output = self.command(*command, cwd=site, timeout=300, **environment)
+        output = self.command(*command, cwd=site, timeout=900, **environment)
         return output.strip().split()[-1]
 
-    def command(self, *words: str, cwd: Path | None = None, timeout: float = 60, **environment: str) -> str:
+    def command(self, *words: str, cwd: Path | None = None, timeout: float = 900, **environment: str) -> str:
         """Run a SLURM command (or a script that calls some) and return what it prints. Raises CalledProcessError."""
         done = subprocess.run(
             words, cwd=cwd, env=self.environment | environment, capture_output=True, text=True, timeout=timeout
@@ -140,7 +140,7 @@ def running_cluster(folder: Path, *, num_nodes: int) -> Iterator[Cluster]:
         cluster.daemons["slurmctld"] = start_daemon(cluster, "slurmctld", "-D", "-c")
         for i in range(1, num_nodes + 1):
             cluster.start_node(f"n{i}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while idle_nodes(cluster) < num_nodes:
             assert cluster.daemons["slurmctld"].poll() is None, (folder / "log" / "slurmctld.log").read_text()[-2000:]
             assert time.monotonic() < deadline, "the nodes did not become idle"

@@ -146,12 +146,12 @@ def test_a_checkpoint_is_committed_before_its_export_begins_and_the_next_one_whi
     exports.after(saver, 8)
     assert exports.in_use() == set(), "it has begun before there is a checkpoint"
     disk.set()
-    wait_until(lambda: exports.in_use() == {8}, 60)
+    wait_until(lambda: exports.in_use() == {8})
     assert (checkpoints / "step_00000008" / "manifest.json").is_file()
     saver.save(engine, TrainState(step=10), {})  # type: ignore[arg-type]
     exports.after(saver, 10)
-    wait_until(lambda: (checkpoints / "step_00000010" / "manifest.json").is_file(), 60)
-    wait_until(lambda: exports.in_use() == {8, 10}, 60)
+    wait_until(lambda: (checkpoints / "step_00000010" / "manifest.json").is_file())
+    wait_until(lambda: exports.in_use() == {8, 10})
     background.release()
     exports.wait(11)
     assert background.rows() == [(8, "written"), (10, "written")]

@@ -181,9 +181,9 @@ def hang(kind: str, shards: Path, project: Path, folder: Path) -> dict[str, Any]
         patch.setenv("FAULTS", json.dumps([fault]))
         ranks = Ranks([str(project / "tools" / "train_model.py"), str(folder / "run.yaml")], size, folder / "logs")
     try:
-        assert ranks.processes[0].wait(300) == EXIT_WATCHDOG, ranks.output()
+        assert ranks.processes[0].wait(900) == EXIT_WATCHDOG, ranks.output()
         if kind not in LEFT_TO_THEMSELVES:
-            assert ranks.processes[1].wait(60) == EXIT_WATCHDOG, ranks.output(1)
+            assert ranks.processes[1].wait(900) == EXIT_WATCHDOG, ranks.output(1)
         seconds = time.time() - (folder / "happened").stat().st_mtime
     finally:
         ranks.kill()

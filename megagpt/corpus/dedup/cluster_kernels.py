@@ -1,10 +1,11 @@
 """Compiled loops of near_duplicates.py. This module imports numba, so import it where it is used."""
 
 import numpy as np
-from numba import njit
+
+from megagpt.corpus.compiled import njit
 
 
-@njit(cache=True, nogil=True)
+@njit
 def find(parents, document):
     """The root of a document's component, with path halving; roots are their own parents."""
     while parents[document] != document:
@@ -13,7 +14,7 @@ def find(parents, document):
     return document
 
 
-@njit(cache=True, nogil=True)
+@njit
 def unite(parents, pairs):
     """Join the components of each pair; the smallest document of a component is its root, whatever the order of pairs."""
     for i in range(pairs.shape[0]):
@@ -24,14 +25,14 @@ def unite(parents, pairs):
             parents[a] = b
 
 
-@njit(cache=True, nogil=True)
+@njit
 def flatten(parents):
     """Let every document point at its root."""
     for document in range(parents.size):
         parents[document] = find(parents, document)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def add_weights(roots, first, shingle_counts, fixed_bytes, first_new, weights):
     """Add the bytes of documents first, first + 1, ... to weights[root], which is negative while a component has one member or
     no new one (from `first_new` on)."""
@@ -42,7 +43,7 @@ def add_weights(roots, first, shingle_counts, fixed_bytes, first_new, weights):
         weights[root] = -total if root == first + i or first + i < first_new else total
 
 
-@njit(cache=True, nogil=True)
+@njit
 def assign_partitions(weights, capacity):
     """Replace each component's weight by its partition, in order of roots, filled to `capacity` bytes; -1 for single documents.
 
@@ -62,7 +63,7 @@ def assign_partitions(weights, capacity):
     return partition + 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _estimate(signatures, a, b):
     equal = 0
     for row in range(signatures.shape[1]):
@@ -70,7 +71,7 @@ def _estimate(signatures, a, b):
     return equal / signatures.shape[1]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _jaccard(shingles, starts, a, b, threshold):
     """Jaccard similarity of two ascending sets, or -1 as soon as it cannot reach the threshold."""
     i, end_a, j, end_b = starts[a], starts[a + 1], starts[b], starts[b + 1]
@@ -87,7 +88,7 @@ def _jaccard(shingles, starts, a, b, threshold):
     return common / (total - common)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def keep_representatives(buckets, signatures, starts, shingles, threshold, min_estimate, exact, max_comparisons, num_known):
     """Go through documents in order; drop one that is similar to a kept one it shares a bucket with, otherwise keep it.
 

@@ -9,8 +9,8 @@ number; their text stays. Browsers flatten deep pages too. Importing this module
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from megagpt.corpus.compiled import njit
 from megagpt.corpus.extraction.page_kernels import name_table, number_of
 
 MAX_DEPTH, MAX_ATTRIBUTES, MAX_FORMATTING, MAX_TAGS_IN_FORMULA = 256, 256, 24, 64
@@ -69,23 +69,23 @@ def _without(data: bytes, cuts: np.ndarray) -> bytes:
     return b"".join([*pieces, data[at:]])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _lower(code):
     return code + 32 if 65 <= code <= 90 else code
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_letter(code):
     return 97 <= code <= 122 or 65 <= code <= 90
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_blank(code):
     """What HTML calls white space."""
     return code == 32 or code == 10 or code == 9 or code == 13 or code == 12
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _find(codes, at, wanted):
     """Place of the first byte `wanted` from `at` on, the size if there is none; eight bytes are compared at once."""
     size = codes.size
@@ -113,14 +113,14 @@ def _find(codes, at, wanted):
     return at
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _name_end(codes, at):
     while at < codes.size and not _is_blank(codes[at]) and codes[at] != _GT and codes[at] != _SLASH:
         at += 1
     return at
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _hash(codes, start, end):
     value = np.uint64(0xCBF29CE484222325)
     for i in range(start, end):
@@ -128,7 +128,7 @@ def _hash(codes, start, end):
     return value
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _slot(names, value):
     """Where a name's counts are; names beyond the table share the last place."""
     at = np.int64(value % np.uint64(_SLOTS - 1))
@@ -142,7 +142,7 @@ def _slot(names, value):
     return _SLOTS - 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _tag_end(codes, at):
     """(place of the tag's `>` or the size, where its attributes go beyond MAX_ATTRIBUTES or -1, whether it ends in />).
 
@@ -177,7 +177,7 @@ def _tag_end(codes, at):
     return min(at, size), excess, slash
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _comment_end(codes, at):
     """The place behind a comment whose text begins at `at`."""
     if at < codes.size and codes[at] == _GT:
@@ -196,7 +196,7 @@ def _comment_end(codes, at):
     return min(codes.size, at + 1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_name(codes, at, begin, end):
     """Whether the name in [begin, end) stands at `at`, as a whole."""
     behind = at + end - begin
@@ -208,7 +208,7 @@ def _is_name(codes, at, begin, end):
     return same
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _content_end(codes, at, begin, end, is_script):
     """The place of the end tag of an element without markup whose content begins at `at` and whose name is in [begin, end); the
     size if there is none. In a comment of a script, scripts are nested once."""
@@ -233,7 +233,7 @@ def _content_end(codes, at, begin, end, is_script):
         at += 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _has_tex(codes, at, end):
     """Whether a word in [at, end) ends in `tex`."""
     while at + 3 < end:
@@ -243,7 +243,7 @@ def _has_tex(codes, at, end):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _names_thread(codes):
     """Whether the page may hold `QAPage` or `ForumPosting`."""
     found = 0
@@ -253,7 +253,7 @@ def _names_thread(codes):
     return found != 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _add(codes, cuts, count, start, end, is_excess):
     """Note a range to cut out, with the `<` that stand before it: behind it they could begin a tag. The number of ranges."""
     last = cuts[count - 1, 1] if count else 0
@@ -263,7 +263,7 @@ def _add(codes, cuts, count, start, end, is_excess):
     return count + 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def find_cuts(codes, known, numbers, kinds):
     """(ranges to cut out, TEMPLATE | FORMULA | THREAD as far as seen).
 
@@ -359,7 +359,7 @@ def find_cuts(codes, known, numbers, kinds):
     return cuts[:count], seen
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_formula(codes, at, end):
     """Whether a script's content can be one: few tags, should the parser take it for markup."""
     tags = 0

@@ -5,7 +5,8 @@ quotes escaped, text has no bare `<` or `&`.
 """
 
 import numpy as np
-from numba import njit
+
+from megagpt.corpus.compiled import njit
 
 INLINE, VOID, DROPPED, BREAK, LINK, PREFORMATTED, HEADING, CONTROL, LABEL, RAISED, LOWERED, CODE = (1 << i for i in range(12))
 """What an element's name says.
@@ -33,7 +34,7 @@ _AMP, _NBSP = ord("a"), ord("n")
 _COLON, _N, _O, _E, _Y, _A, _L = (ord(c) for c in ":noeyal")
 
 
-@njit(cache=True, nogil=True)
+@njit
 def name_hash(codes, start, end):
     """64-bit hash (FNV-1a) of the characters [start, end)."""
     value = np.uint64(0xCBF29CE484222325)
@@ -53,7 +54,7 @@ def name_table(hashes):
     return table, numbers
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_space(code):
     """What str.isspace says."""
     if code <= 0x20:
@@ -63,7 +64,7 @@ def _is_space(code):
     return code in (0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000) or 0x2000 <= code <= 0x200A
 
 
-@njit(cache=True, nogil=True)
+@njit
 def width_of(code):
     """Width of a character in halves of a Latin letter: what an ideograph or a syllable says takes two or three letters."""
     if code < 0x2E80:
@@ -75,7 +76,7 @@ def width_of(code):
     return 2
 
 
-@njit(cache=True, nogil=True)
+@njit
 def width_of_all(codes):
     """Sum of `width_of`."""
     width = 0
@@ -84,12 +85,12 @@ def width_of_all(codes):
     return width
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_mark(code):
     return FIRST_MARK <= code < FIRST_MARK + NUM_MARKS
 
 
-@njit(cache=True, nogil=True)
+@njit
 def number_of(value, hashes, numbers):
     """The number of a hash in a `name_table`, 0 if it is not there."""
     at = np.int64(value & np.uint64(TABLE_SIZE - 1))
@@ -98,7 +99,7 @@ def number_of(value, hashes, numbers):
     return numbers[at]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _entity(codes, at):
     """(character, length) of the entity that begins at `at`: the four that lexbor writes in text."""
     left = codes.size - at
@@ -114,7 +115,7 @@ def _entity(codes, at):
     return 0x26, 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _skip_comment(codes, at):
     """The place behind a comment that begins at `at`."""
     at += 4
@@ -123,7 +124,7 @@ def _skip_comment(codes, at):
     return min(codes.size, at + 3)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _read_attributes(codes, at, watched, row):
     """Note class, id and whether others of `watched` (hashes; class and id first) are there in `row`; the place of the `>`."""
     start, size = at, codes.size
@@ -151,7 +152,7 @@ def _read_attributes(codes, at, watched, row):
     return at
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _end_line(out, begin, end, raw, line):
     """Close the line out[begin:end] and fill its columns START, END, WIDTH: (its end in `out`, 1 if it is a line, else 0).
 
@@ -175,7 +176,7 @@ def _end_line(out, begin, end, raw, line):
     return end, 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_hidden(codes, at, end):
     """Whether a style among the attributes in [at, end) says `display:none`."""
     while at + 6 <= end:
@@ -195,7 +196,7 @@ def _is_hidden(codes, at, end):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _first_alike(codes, elements, number, places):
     """Number of the first element with an element's class, its own if none is in `places` (by the class's hash)."""
     start, end = elements[number, CLASS], elements[number, CLASS_END]
@@ -217,12 +218,12 @@ def _first_alike(codes, elements, number, places):
     return number
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _lower(code):
     return code + 32 if 0x41 <= code <= 0x5A else code
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _lower_hash(codes, start, end):
     value = np.uint64(0xCBF29CE484222325)
     for i in range(start, end):
@@ -230,7 +231,7 @@ def _lower_hash(codes, start, end):
     return value
 
 
-@njit(cache=True, nogil=True)
+@njit
 def may_say(codes, places, among, words, starts, ends):
     """Which of the names [start, end) in `places`, a class attribute or an id, may say something. bool [names].
 
@@ -265,7 +266,7 @@ def may_say(codes, places, among, words, starts, ends):
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def read_page(codes, hashes, numbers, flags, watched):
     """Lines and elements of a page.
 

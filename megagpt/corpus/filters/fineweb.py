@@ -48,7 +48,7 @@ def fineweb(document: Document, config: FineWebConfig, *, splitter: Splitter = D
         return Rejected(document, "fineweb:duplicate_line_chars")
     if not newlines or config.max_newline_ratio is None or language in UNSPACED_LANGUAGES:
         return document
-    if newlines / max(1, len(analyse(text, splitter).words)) > config.max_newline_ratio:
+    if newlines / max(1, analyse(text, splitter).num_words) > config.max_newline_ratio:
         return Rejected(document, "fineweb:list_like")
     return document
 

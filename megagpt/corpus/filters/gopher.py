@@ -107,7 +107,7 @@ def gopher_quality(
     """Gopher's quality rules (arXiv 2112.11446, A1.1). Lengths leave symbols out; ratios are over all words."""
     text, language = document.text, language_of(document)
     analysis = analyse(text, splitter)
-    (different, _), counts, num_words = analysis.numbered, analysis.word_counts, len(analysis.words)
+    (different, _), counts, num_words = analysis.numbered, analysis.word_counts, analysis.num_words
     has_letter, is_solid = _letters_and_symbols(different)
     reason = None
     if language not in UNSPACED_LANGUAGES:
@@ -117,7 +117,7 @@ def gopher_quality(
     if reason is None and lines:
         if above(sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines), config.max_bullet_lines):
             reason = "too_many_bullet_lines"
-        elif above(sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines), config.max_ellipsis_lines):
+        elif above(_ellipsis_lines(text, lines) / len(lines), config.max_ellipsis_lines):
             reason = "too_many_ellipsis_lines"
     with_letter = int(counts[has_letter].sum()) / max(1, num_words)
     if reason is None and num_words and language not in UNSPACED_LANGUAGES and below(with_letter, config.min_alphabetic_words):
@@ -126,6 +126,11 @@ def gopher_quality(
     if reason is None and stop_words and below(len(stop_words.intersection(different)), config.min_stop_words):
         reason = "too_few_stop_words"
     return document if reason is None else Rejected(document, f"gopher_quality:{reason}")
+
+
+def _ellipsis_lines(text: str, lines: list[str]) -> int:
+    """How many lines end in an ellipsis. Most texts have none."""
+    return sum(line.rstrip().endswith(("...", "…")) for line in lines) if "..." in text or "…" in text else 0
 
 
 def _paragraphs(text: str) -> list[str]:

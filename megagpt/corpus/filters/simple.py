@@ -29,7 +29,7 @@ def min_length(document: Document, config: MinLengthConfig, *, splitter: Splitte
         return Rejected(document, "min_length:characters")
     if config.min_words is None or language_of(document) in UNSPACED_LANGUAGES:
         return document
-    if len(analyse(document.text, splitter).words) < config.min_words:
+    if analyse(document.text, splitter).num_words < config.min_words:
         return Rejected(document, "min_length:words")
     return document
 

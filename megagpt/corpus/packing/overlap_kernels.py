@@ -1,10 +1,11 @@
 """The compiled loop behind overlap.py. Importing this module imports numba: do it where it is used."""
 
 import numpy as np
-from numba import njit
+
+from megagpt.corpus.compiled import njit
 
 
-@njit(cache=True, nogil=True)
+@njit
 def most_similar(found, keys, owners, buckets, sets, ends, threshold):
     """(document, similarity) of the indexed document most like the shingle set `found`, the first of equals; (-1, 0) if no
     Jaccard similarity reaches the threshold. Every document that could reach it is compared.
@@ -46,7 +47,7 @@ def most_similar(found, keys, owners, buckets, sets, ends, threshold):
     return best, best_similarity
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _jaccard(a, b):
     i = j = common = 0
     while i < a.size and j < b.size:

@@ -23,6 +23,7 @@ class _Watched:
     deadlines: dict[int, float] = field(default_factory=dict)
     fired: set[int] = field(default_factory=set)
     watcher: threading.Thread | None = None
+    end: threading.Event = field(default_factory=threading.Event)
 
 
 _WATCHED = _Watched()
@@ -53,7 +54,8 @@ def _interrupted(seconds: float) -> Iterator[None]:
         _WATCHED.fired.discard(thread)  # left there if the exception came between the end of a body and the lock below
         _WATCHED.deadlines[thread] = time.thread_time() + seconds
         if _WATCHED.watcher is None or not _WATCHED.watcher.is_alive():
-            _WATCHED.watcher = threading.Thread(target=_watch, daemon=True, name="cpu-limit")
+            _WATCHED.end = threading.Event()
+            _WATCHED.watcher = threading.Thread(target=_watch, args=(_WATCHED.end,), daemon=True, name="cpu-limit")
             _WATCHED.watcher.start()
     try:
         yield
@@ -78,9 +80,17 @@ def _interrupt(thread: int) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(CpuLimitExceededError))
 
 
-def _watch() -> None:
-    while True:
-        time.sleep(_POLL_SECONDS)
+def end_watcher() -> None:
+    """End the thread that watches, if there is one: a process with one thread can be forked. The next limit starts it again."""
+    with _WATCHED.lock:
+        watcher, end, _WATCHED.watcher = _WATCHED.watcher, _WATCHED.end, None
+    if watcher is not None:
+        end.set()
+        watcher.join()
+
+
+def _watch(end: threading.Event) -> None:
+    while not end.wait(_POLL_SECONDS):
         with _WATCHED.lock:
             for thread, deadline in list(_WATCHED.deadlines.items()):
                 if thread not in _WATCHED.fired and time.clock_gettime(time.pthread_getcpuclockid(thread)) > deadline:

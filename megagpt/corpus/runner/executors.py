@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megagpt.corpus.runner import cpu_limit
 from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.runner.supervised import ChildDiedError, die_with_parent, supervise
 
@@ -69,6 +70,7 @@ def _collect(flying: dict[Future[Any], K], consume: Callable[[K, Any], None]) ->
 def _executor(execution: Execution) -> Iterator[tuple[Executor, int]]:
     """An executor and how many tasks keep it busy."""
     if execution.executor == "process":
+        cpu_limit.end_watcher()  # phases that ran in this process may have left it
         context = multiprocessing.get_context("fork" if _num_threads() == 1 else "spawn")
         with ProcessPoolExecutor(execution.num_workers, mp_context=context, initializer=_begin_worker) as pool:
             yield pool, execution.num_workers

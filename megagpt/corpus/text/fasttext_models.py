@@ -57,6 +57,7 @@ def load_classifier(path: Path, label: str) -> Callable[[str], float]:
     return score
 
 
+@functools.cache
 def _load_fasttext(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such model file")

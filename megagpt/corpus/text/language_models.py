@@ -76,13 +76,17 @@ def warnings(labels: tuple[str, ...], name: str) -> list[str]:
     found, known = [], labels_of(name)
     for label in labels:
         recall = HARDLY_FOUND.get(name, {}).get(label)
-        others = [other for other in NAMES if label in labels_of(other) and label not in HARDLY_FOUND.get(other, {})]
-        advice = f": language.model={' or '.join(others)} does better" if others and name in NAMES else ""
         if label not in known:
-            found.append(f"language.labels={label}: {name} has no such label, so it keeps no text{advice}")
+            found.append(f"language.labels={label}: {name} has no such label, so it keeps no text{_better_models(name, label)}")
         elif recall is not None:
-            found.append(f"language.labels={label}: {name} finds {recall:.0%} of the texts in it{advice}")
+            found.append(f"language.labels={label}: {name} finds {recall:.0%} of the texts in it{_better_models(name, label)}")
     return found
+
+
+def _better_models(name: str, label: str) -> str:
+    """Advice that names the models which find the label. All of them are loaded, which takes half a second."""
+    others = [other for other in NAMES if label in labels_of(other) and label not in HARDLY_FOUND.get(other, {})]
+    return f": language.model={' or '.join(others)} does better" if others and name in NAMES else ""
 
 
 def _fasttext(name: str) -> Predict:

@@ -5,12 +5,13 @@ hashes changes nothing.
 """
 
 import numpy as np
-from numba import njit
 
-_BASE = np.uint64(0x9E3779B97F4A7C15)
+from megagpt.corpus.compiled import njit
+
+BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def mix(value):
     """The finalizer of MurmurHash3, 64 bits: https://github.com/aappleby/smhasher."""
     value ^= value >> np.uint64(33)
@@ -20,29 +21,30 @@ def mix(value):
     return value ^ (value >> np.uint64(33))
 
 
-@njit(cache=True, nogil=True)
-def _table_size(num_entries):
+@njit
+def table_size(num_entries):
+    """Slots of an open-addressing table: a power of two, at most half of them used."""
     size = 16
     while size < 2 * num_entries:
         size *= 2
     return size
 
 
-@njit(cache=True, nogil=True)
+@njit
 def top_n_gram(ids, starts, n):
     """Characters of the most frequent n-gram joined by spaces, times its count; the first one seen among equally frequent.
 
     ids: int64 [words], equal for equal words. starts: int64 [words + 1], character offsets in the unspaced text. Needs n words.
     """
     num_grams = ids.size - n + 1
-    size = _table_size(num_grams)
+    size = table_size(num_grams)
     mask = np.uint64(size - 1)
     table = np.full(size, -1, np.int64)
     counts = np.zeros(num_grams, np.int64)
     for i in range(num_grams):
         value = np.uint64(0)
         for j in range(i, i + n):
-            value = value * _BASE + np.uint64(ids[j]) + np.uint64(1)
+            value = value * BASE + np.uint64(ids[j]) + np.uint64(1)
         slot = mix(value) & mask
         while True:
             first = table[slot]
@@ -63,7 +65,7 @@ def top_n_gram(ids, starts, n):
     return (starts[best + n] - starts[best] + n - 1) * counts[best]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def duplicate_n_grams(codes, starts, sizes):
     """For each n of `sizes`, the characters in n-grams that occurred before, advancing by n after a hit: int64 [len(sizes)].
 
@@ -75,12 +77,12 @@ def duplicate_n_grams(codes, starts, sizes):
     power = np.ones(codes.size + 1, np.uint64)
     for word in range(num_words):
         for at in range(starts[word], starts[word + 1]):
-            value = value * _BASE + np.uint64(codes[at]) + np.uint64(1)
-            power[at + 1] = power[at] * _BASE
+            value = value * BASE + np.uint64(codes[at]) + np.uint64(1)
+            power[at + 1] = power[at] * BASE
         prefix[word + 1] = value
-    table_size = _table_size(num_words)
-    mask = np.uint64(table_size - 1)
-    table = np.empty(table_size, np.int64)
+    slots = table_size(num_words)
+    mask = np.uint64(slots - 1)
+    table = np.empty(slots, np.int64)
     repeated = np.zeros(sizes.size, np.int64)
     for which in range(sizes.size):
         n = sizes[which]

@@ -4,8 +4,8 @@ An entry is a character as characters.plain_characters has it: above the 24 bits
 """
 
 import numpy as np
-from numba import njit
 
+from megagpt.corpus.compiled import njit
 from megagpt.corpus.text.characters import (
     CLASS_SHIFT,
     DIGIT,
@@ -19,13 +19,14 @@ from megagpt.corpus.text.characters import (
     WORD_CHARACTER,
 )
 from megagpt.corpus.text.ngram_kernels import mix
+from megagpt.corpus.text.word_kernels import is_space
 
 _CODE_BITS = (1 << CLASS_SHIFT) - 1
 _HANGUL_FIRST, _HANGUL_END = HANGUL
 _POINT, _COMMA = ord("."), ord(",")
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _code_point(data, i):
     """(the code point whose UTF-8 begins at data[i], where the next one begins)."""
     first = np.uint32(data[i])
@@ -41,7 +42,7 @@ def _code_point(data, i):
     return (first & np.uint32(0x07)) << np.uint32(18) | value, i + 4
 
 
-@njit(cache=True, nogil=True)
+@njit
 def characters(data, table, expansions, orders):
     """(the entries of the characters of UTF-8 bytes, uint32; whether the tables, of characters.Characters, tell them).
 
@@ -90,32 +91,14 @@ def characters(data, table, expansions, orders):
     return found[:count], True
 
 
-@njit(cache=True, nogil=True)
-def _is_space(code):
-    """What str.isspace says."""
-    if code < 0x80:
-        return code <= 32 and (code == 32 or 9 <= code <= 13 or code >= 28)
-    if code < 0x1680:
-        return code == 0x85 or code == 0xA0
-    return (
-        code == 0x1680
-        or 0x2000 <= code <= 0x200A
-        or code == 0x2028
-        or code == 0x2029
-        or code == 0x202F
-        or code == 0x205F
-        or code == 0x3000
-    )
-
-
-@njit(cache=True, nogil=True)
+@njit
 def single_spaced(data):
     """UTF-8 bytes with each run of white space made one space, and none at either end (" ".join(text.split())): uint8."""
     found = np.empty(data.size, np.uint8)
     count = i = 0
     while i < data.size:
         code, following = _code_point(data, i)
-        if not _is_space(code):
+        if not is_space(code):
             while i < following:
                 found[count] = data[i]
                 count += 1
@@ -127,7 +110,7 @@ def single_spaced(data):
     return found[: count - 1] if count and found[count - 1] == 32 else found[:count]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def single_spaced_texts(data, ends):
     """(each text `single_spaced`, one after the other, uint8; where each ends, int64). ends: where each text ends in data."""
     found = np.empty(data.size, np.uint8)
@@ -141,7 +124,7 @@ def single_spaced_texts(data, ends):
     return found, found_ends
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _last_digit(entries, i):
     """The last of the digits that follow each other from i on."""
     while i + 1 < entries.size and entries[i + 1] >> CLASS_SHIFT == DIGIT:
@@ -149,7 +132,7 @@ def _last_digit(entries, i):
     return i
 
 
-@njit(cache=True, nogil=True)
+@njit
 def shingles(entries, size):
     """Hashes of `size` consecutive words (of all in a shorter text): uint64. entries: uint32, as `characters` gives them."""
     start = np.uint64(0xCBF29CE484222325)
@@ -194,14 +177,14 @@ def shingles(entries, size):
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def n_grams(data, tables, size):
     """(`shingles` of UTF-8 bytes; whether the tables tell each of their characters)."""
     entries, complete = characters(data, tables[0], tables[1], tables[2])
     return shingles(entries, size), complete
 
 
-@njit(cache=True, nogil=True)
+@njit
 def shingles_of_texts(data, ends, tables, size):
     """(upper halves of the `n_grams` of texts that follow each other, uint32; where those of each text end, int64; whether the
     tables tell each of its characters). data: UTF-8 bytes; ends: where each text ends in them."""
@@ -218,7 +201,7 @@ def shingles_of_texts(data, ends, tables, size):
     return found[:count], found_ends, complete
 
 
-@njit(cache=True, nogil=True)
+@njit
 def minima(found, factors, offsets):
     """Per (factor, offset) the smallest (factor * shingle + offset) >> 32 over `found`: uint32 [functions]."""
     smallest = np.full(factors.size, 0xFFFFFFFF, np.uint32)
@@ -230,7 +213,7 @@ def minima(found, factors, offsets):
     return smallest
 
 
-@njit(cache=True, nogil=True)
+@njit
 def band_keys(smallest, rows):
     """One hash per `rows` consecutive numbers, and of the band's number: uint64 [bands]."""
     keys = np.empty(smallest.size // rows, np.uint64)
@@ -242,7 +225,7 @@ def band_keys(smallest, rows):
     return keys
 
 
-@njit(cache=True, nogil=True)
+@njit
 def minhash_of_texts(found, ends, factors, offsets, rows):
     """(the lower 16 bits of each text's `minima`, uint16 [texts, functions]; their band keys, uint64 [texts, bands]).
 

@@ -59,7 +59,7 @@ def _word(*, with_at: bool) -> re.Pattern[str]:
     return re.compile("".join(lines).replace("MARKS", _combining_marks()), re.VERBOSE)
 
 
-_MARKS_BEHIND_WORDS = frozenset(',.;:!?)]"”')
+MARKS_BEHIND_WORDS = frozenset(',.;:!?)]"”')
 """Behind letters alone these are words of their own: so it is known without the pattern, which is slower."""
 
 
@@ -71,7 +71,7 @@ class _Pieces(dict[str, tuple[str, ...]]):
             self.clear()
         if token.isalpha():
             words = (token,)
-        elif token[-1] in _MARKS_BEHIND_WORDS and token[:-1].isalpha():
+        elif token[-1] in MARKS_BEHIND_WORDS and token[:-1].isalpha():
             words = (token[:-1], token[-1])
         else:
             words = tuple(_word(with_at="@" in token).findall(token))
@@ -101,13 +101,15 @@ class Analysis:
     splitter: Splitter = DEFAULT_SPLITTER
 
     @cached_property
-    def words(self) -> list[str]:
-        return self.splitter.words(self.text)
-
-    @cached_property
     def numbered(self) -> tuple[list[str], np.ndarray]:
-        """(the different words in order of first occurrence, number in that list of each word of the text, int64)."""
-        return number_words(self.words)
+        """(the different words, number in that list of each word of the text, int64)."""
+        if self.splitter.words is split_words:
+            return number_split_words(self.text)
+        return number_words(self.splitter.words(self.text))
+
+    @property
+    def num_words(self) -> int:
+        return self.numbered[1].size
 
     @cached_property
     def word_counts(self) -> np.ndarray:
@@ -117,7 +119,11 @@ class Analysis:
 
     @cached_property
     def repeated_n_grams(self) -> "NGramCounts":
-        return count_repeated_n_grams(self.words, self.numbered)
+        different, numbers = self.numbered
+        # Each character of a token is in one of its words, if the words are our own.
+        own = self.splitter.words is split_words
+        words = self.text.split() if own else map(different.__getitem__, numbers.tolist())
+        return count_repeated_n_grams("".join(words), different, numbers)
 
 
 @lru_cache(maxsize=4)
@@ -140,24 +146,41 @@ def number_words(words: list[str]) -> tuple[list[str], np.ndarray]:
     return list(numbers), np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
 
 
-def count_repeated_n_grams(words: list[str], numbered: tuple[list[str], np.ndarray] | None = None) -> NGramCounts:
-    """Gopher's n-gram counts (arXiv 2112.11446, Table A1) as datatrove reads them.
+def number_split_words(text: str) -> tuple[list[str], np.ndarray]:
+    """`number_words` of the text's `split_words`, the different words in another order. A compiled loop finds most of them."""
+    from megagpt.corpus.text import word_kernels
+
+    numbers, words, others = word_kernels.number_plain_words(_code_points(text))
+    different = [text[begin:end] for begin, end in words.tolist()]
+    if not len(others):
+        return different, numbers
+    tokens = [_PIECES[text[begin:end]] for begin, end in others.tolist()]
+    number_of = {word: number for number, word in enumerate(different)}
+    rest = [number_of.setdefault(word, len(number_of)) for words in tokens for word in words]
+    counts = np.ones(numbers.size, np.int64)
+    counts[numbers < 0] = [len(words) for words in tokens]
+    numbers = np.repeat(numbers, counts)
+    numbers[numbers < 0] = rest
+    return list(number_of), numbers
+
+
+def count_repeated_n_grams(unspaced: str, different: list[str], numbers: np.ndarray) -> NGramCounts:
+    """Gopher's n-gram counts (arXiv 2112.11446, Table A1) as datatrove reads them, of a text's words joined without spaces, its
+    different words, and the number in that list of each word (int64).
 
     top[n]: of the most frequent n-gram (the first one among equals) the space-joined length times its count; absent where
     there is no n-gram. duplicate[n]: going from left to right, the unspaced length of every n-gram seen before, advancing by n
     after a hit and by 1 otherwise; two n-grams are the same when their unspaced joins are.
     """
-    if not words:
+    if not numbers.size:
         return NGramCounts({}, dict.fromkeys(REPEATED_N_GRAMS, 0))
     from megagpt.corpus.text import ngram_kernels
 
-    different, ids = numbered or number_words(words)
-    joined = _code_points("".join(words))
     lengths = np.fromiter(map(len, different), np.int64, len(different))
-    starts = np.zeros(len(words) + 1, np.int64)
-    np.cumsum(lengths[ids], out=starts[1:])
-    top = {n: int(ngram_kernels.top_n_gram(ids, starts, n)) for n in TOP_N_GRAMS if len(words) >= n}
-    duplicate = ngram_kernels.duplicate_n_grams(joined, starts, np.array(REPEATED_N_GRAMS, np.int64))
+    starts = np.zeros(numbers.size + 1, np.int64)
+    np.cumsum(lengths[numbers], out=starts[1:])
+    top = {n: int(ngram_kernels.top_n_gram(numbers, starts, n)) for n in TOP_N_GRAMS if numbers.size >= n}
+    duplicate = ngram_kernels.duplicate_n_grams(_code_points(unspaced), starts, np.array(REPEATED_N_GRAMS, np.int64))
     return NGramCounts(top, dict(zip(REPEATED_N_GRAMS, duplicate.tolist(), strict=True)))
 
 

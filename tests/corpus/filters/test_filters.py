@@ -21,10 +21,13 @@ from megagpt.corpus.runner.config import Execution
 from megagpt.corpus.text.fasttext_models import bundled_language_model, load_classifier, load_language_model
 from megagpt.corpus.text.words import (
     DEFAULT_SPLITTER,
+    Analysis,
     Splitter,
     _word,
     count_duplicates,
     count_repeated_n_grams,
+    number_split_words,
+    number_words,
     split_sentences,
     split_words,
 )
@@ -283,9 +286,42 @@ def test_n_gram_counts_equal_a_slow_version() -> None:
     pool = ["a", "b", "ab", "ba", "aé", "𝒳", "c", "longer", "aa"]
     for _ in range(400):
         words = random_words.choices(pool[: random_words.randint(1, len(pool))], k=random_words.randint(0, 90))
-        counts = count_repeated_n_grams(words)
+        counts = count_repeated_n_grams("".join(words), *number_words(words))
         assert {n: counts.top.get(n) for n in (2, 3, 4)} == {n: slow_top(words, n) for n in (2, 3, 4)}
         assert counts.duplicate == {n: slow_duplicates(words, n) for n in range(5, 11)}
+
+
+PIECES = [
+    *"abAwW_..,,::;-=*#''’\"()/@019é…“”–٣\u0301 \n\u00a0\u2003",
+    "www.",
+    "http://",
+    "n't",
+    "U.S.",
+    "...",
+    "--",
+    "1,2",
+    "ab",
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_words_are_numbered_as_they_are_split(seed: int) -> None:
+    pieces = random.Random(seed)
+    for _ in range(3000):
+        text = "".join(pieces.choices(PIECES, k=pieces.randint(0, 30)))
+        (expected, first), (found, second) = number_words(split_words(text)), number_split_words(text)
+        assert [found[i] for i in second] == [expected[i] for i in first], repr(text)
+        assert len(found) == len(expected)
+        assert "".join(text.split()) == "".join(split_words(text))
+
+
+def test_a_splitter_of_another_package_is_asked_for_the_words() -> None:
+    text = "One two three. " * 40
+    splitter = Splitter(words=lambda text: [text])
+    assert Analysis(text, splitter).numbered[0] == [text]
+    assert Analysis(text, splitter).repeated_n_grams.top == {}
+    assert Analysis(text).num_words == 160
+    assert Analysis(text).repeated_n_grams.top[2] == 40 * len("One two")
 
 
 def test_count_duplicates() -> None:

@@ -11,6 +11,7 @@ from megagpt.corpus.filters.filter_documents import filter_documents, made_with
 from megagpt.corpus.filters.language import LanguageConfig, language
 from megagpt.corpus.filters.registry import FilterConfig
 from megagpt.corpus.runner.executors import Execution
+from megagpt.corpus.text import language_models
 from megagpt.corpus.text.fasttext_models import bundled_language_model
 from megagpt.corpus.text.language_models import HARDLY_FOUND, NAMES, is_in_capitals, labels_of, open_language_model, warnings
 from megagpt.documents import Document, Rejected, write_documents
@@ -94,6 +95,11 @@ def test_labels_that_a_model_cannot_give_are_warned_of(tmp_path: Path, caplog: p
     ]
     assert warnings(("en", "de", "zh"), "lid.176") == []
     assert warnings(("en",), "agreement") == []
+
+
+def test_models_are_not_loaded_for_labels_that_need_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_models, "_langid_model", lambda: pytest.fail("it takes half a second"))
+    assert warnings(("en", "de"), "lid.176") == []
 
 
 def test_the_table_is_that_of_the_measurement() -> None:

@@ -204,7 +204,7 @@ def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_pat
     tool = Path(__file__).parents[3] / "tools" / "tokenize_documents.py"
     command = [sys.executable, str(tool), *words, f"work_dir={tmp_path}"]
     began = time.monotonic()
-    subprocess.run([*command, f"work_dir={tmp_path / 'timed'}"], check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, f"work_dir={tmp_path / 'timed'}"], check=True, capture_output=True, timeout=900)
     delays = np.random.default_rng(3).uniform(0.1, 0.9, 8) * (time.monotonic() - began)
     kills = 0
     for delay in delays:
@@ -220,7 +220,7 @@ def test_killed_anywhere_and_run_again(corpus: list[Path], packed: Path, tmp_pat
                 read_manifest(manifest.parent)
         time.sleep(0.05)
     assert kills > 0
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
     assert tree(tmp_path / "shards") == tree(packed)
 
 
@@ -544,12 +544,12 @@ inputs = [Path(path) for path in {[str(path) for path in corpus]!r}]
 pack.pack_documents(inputs, Path({str(tmp_path / "s")!r}), "bytes", config, Execution(num_workers=1))
 assert "pandas" not in sys.modules  # half a second and 40 MB in every worker
 """
-    failed = subprocess.run([sys.executable, "-c", program, "full"], capture_output=True, text=True, timeout=300)
+    failed = subprocess.run([sys.executable, "-c", program, "full"], capture_output=True, text=True, timeout=900)
     assert failed.returncode == 1
     assert "OSError: [Errno 27] File too large" in failed.stderr
     files = {path.name for path in (tmp_path / "s" / "train").iterdir()}
     assert files == {f"shard_0000{i}{suffix}" for i in (0, 1) for suffix in (".bin", ".idx", ".docs.parquet")}
-    subprocess.run([sys.executable, "-c", program, "room"], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program, "room"], check=True, capture_output=True, timeout=900)
     assert tree(tmp_path / "s") == tree(packed)
 
 

@@ -82,7 +82,7 @@ def test_dask_workers_are_limited_too(tmp_path: Path, project: Path) -> None:
     words = [sys.executable, "-m", "distributed.cli.dask_worker", "--nworkers", "1", "--nthreads", "2", "--no-dashboard"]
     worker = subprocess.Popen([*words, "--scheduler-file", scheduler_file], env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not scheduler_file.is_file() and time.monotonic() < deadline:
             time.sleep(0.1)
         run(blocks, tmp_path / "dask", Execution(executor="dask", scheduler_file=scheduler_file))
@@ -137,7 +137,7 @@ def test_a_worker_inside_a_pattern_ends_with_its_parent(tmp_path: Path, project:
     )
     environment = {**os.environ, "PYTHONPATH": import_path(project)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=project, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not busy(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert busy(process.pid)
