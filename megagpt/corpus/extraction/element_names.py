@@ -136,33 +136,53 @@ def _judge_part(part: str) -> Verdict:
     words = _words_in(part)
     if not words:
         return NOTHING
-    if words[0][:2] in _CONSENT_HEADS and "-".join(words).startswith(_CONSENT_STARTS):
+    first = words[0]
+    if first[:2] in _CONSENT_HEADS and "-".join(words).startswith(_CONSENT_STARTS):
         return Verdict(CONSENT, "consent")
-    if not any(map(_may_say, words)):
+    said = [_said_by(word) for word in words]
+    if not any(said):
         return NOTHING
-    if (words[0] in _MODIFIERS and words != ["no", "print"]) or "-".join(words).startswith(_NO_WIDGETS):
+    if (first in _MODIFIERS and words != ["no", "print"]) or "-".join(words).startswith(_NO_WIDGETS):
         return NOTHING
-    if words[0] in _WHOLE:
+    if first in _WHOLE:
         return Verdict(STRONG, "hidden")
     verdict = NOTHING
-    for word, following in zip(words, (*words[1:], ""), strict=True):
-        if following in _CONSENT_PAIRS.get(word, ()):
+    for i, says in enumerate(said):
+        if not says:
+            continue
+        word, following = words[i], words[i + 1] if i + 1 < len(words) else ""
+        if says.consent_with and following in says.consent_with:
             return Verdict(CONSENT, "consent")
-        if word in _COMMENT_WORDS:
-            return Verdict(STRONG, COMMENTS)
-        if word in _STRONG_WORDS or word in _STRONG_JOINED or word.endswith(_STRONG_SUFFIXES):
-            verdict = max(verdict, Verdict(STRONG, word))
-        elif following in _STRONG_PAIRS.get(word, ()):
+        if says.alone.word == COMMENTS:
+            return says.alone
+        if says.alone.level < STRONG and following in says.strong_with:
             verdict = max(verdict, Verdict(STRONG, f"{word}-{following}"))
-        elif word in _WEAK_WORDS or word.endswith(_WEAK_SUFFIXES):
-            verdict = max(verdict, Verdict(WEAK, word))
+        elif says.alone.level:
+            verdict = max(verdict, says.alone)
     return verdict
 
 
+class _Said(NamedTuple):
+    """What a word says: alone, and the words behind it with which it means consent, or is strong."""
+
+    alone: Verdict
+    consent_with: frozenset[str]
+    strong_with: frozenset[str]
+
+
 @functools.lru_cache(maxsize=1 << 16)
-def _may_say(word: str) -> bool:
-    """Whether a word may say something; a name of other words says nothing."""
-    return word in NAME_WORDS or word.endswith(_SUFFIXES)
+def _said_by(word: str) -> _Said | None:
+    """None: the word says nothing, and a name of such words says nothing."""
+    if not (word in NAME_WORDS or word.endswith(_SUFFIXES)):
+        return None
+    alone = NOTHING
+    if word in _COMMENT_WORDS:
+        alone = Verdict(STRONG, COMMENTS)
+    elif word in _STRONG_WORDS or word in _STRONG_JOINED or word.endswith(_STRONG_SUFFIXES):
+        alone = Verdict(STRONG, word)
+    elif word in _WEAK_WORDS or word.endswith(_WEAK_SUFFIXES):
+        alone = Verdict(WEAK, word)
+    return _Said(alone, _CONSENT_PAIRS.get(word, frozenset()), _STRONG_PAIRS.get(word, frozenset()))
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -24,7 +24,6 @@ from megagpt.corpus.extraction.markup import Structure, read_structure, write
 from megagpt.corpus.extraction.page_lines import (
     ALWAYS_BAD,
     MAY_BE_BAD,
-    RAW_TAGS,
     PageLines,
     body_kind,
     element_class,
@@ -47,7 +46,7 @@ WEAK_PROSE = 80  # an element with as much prose, few links and a weak name stay
 GROUP = 1.4  # siblings of one class belong to the body if they hold this many times the prose of one of them
 LONG_LINE = 60  # characters, for `prose`
 PROSE_CHARACTERS = 1000
-_REMOVED = sorted(RAW_TAGS)
+_REMOVED = ["math", "noscript", "script", "svg", "template"]  # of RAW_TAGS those that the guard leaves to the parser
 _IS_PROSE = number_set(words("p div td li dd blockquote section article main body pre span center"))
 _MAY_BE_LINKS = number_set(("ul", "ol", "dl", "table", "div", "section", "tr", "h2", "h3", "h4"))
 _DIALOGS = words("modal popup lightbox")
@@ -260,12 +259,13 @@ def _verdicts(page: PageLines) -> dict[int, Verdict]:
     may_be_bad = (page.ends > page.starts) & _MAY_BE_BAD[page.numbers]
     has_others = (page.attributes[:, 2] >= 0) | (page.attributes[:, 4] >= 0)
     of_class: dict[int, Verdict] = {}
-    candidates = np.flatnonzero(may_be_named(page, may_be_bad))
-    rows = zip(candidates.tolist(), page.alike[candidates].tolist(), has_others[candidates].tolist(), strict=True)
-    for i, first, others in rows:
+    named, by_class = may_be_named(page, may_be_bad)
+    candidates = np.flatnonzero(named)
+    columns = (candidates, page.alike[candidates], has_others[candidates], by_class[candidates])
+    for i, first, others, says in zip(*(column.tolist() for column in columns), strict=True):
         verdict = None if others else of_class.get(first)
         if verdict is None:
-            verdict = judge_element(page, i)
+            verdict = judge_element(page, i, by_class=says)
             if not others:
                 of_class[first] = verdict
         if verdict.level:

@@ -181,13 +181,16 @@ def read_page(source: str) -> PageLines:
     )
 
 
-def judge_element(page: PageLines, element: int) -> Verdict:
-    """Whether an element's id, class or other attributes say navigation, sharing, comments, hidden and the like."""
+def judge_element(page: PageLines, element: int, *, by_class: bool = True) -> Verdict:
+    """Whether an element's id, class or other attributes say navigation, sharing, comments, hidden and the like.
+
+    by_class: False where the class is known to say nothing.
+    """
     if page.names[element] not in MAY_BE_BAD:
         return NOTHING
     class_start, class_end, id_start, id_end, start, end = page.attribute_places[6 * element : 6 * element + 6]
     source = page.source
-    verdict = judge_name(source[class_start:class_end]) if class_start < class_end else NOTHING
+    verdict = judge_name(source[class_start:class_end]) if by_class and class_start < class_end else NOTHING
     identifier = source[id_start:id_end]
     if identifier and verdict.level < CONSENT:
         by_id = judge_name(identifier)
@@ -198,13 +201,14 @@ def judge_element(page: PageLines, element: int) -> Verdict:
     return verdict
 
 
-def may_be_named(page: PageLines, among: np.ndarray) -> np.ndarray:
-    """Which of the elements `among` have attributes of which `judge_element` may say something. bool [elements]."""
+def may_be_named(page: PageLines, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(which of the elements `among` have attributes of which `judge_element` may say something, of which classes it may).
+    bool [elements] each."""
     from megagpt.corpus.extraction import page_kernels as kernels
 
     places, tables = page.attributes, _name_tables()
     by_class, by_id = (kernels.may_say(page.codes, places[:, i : i + 2], among, *tables) for i in (0, 2))
-    return by_class | by_id | (among & (places[:, 4] >= 0))
+    return by_class | by_id | (among & (places[:, 4] >= 0)), by_class
 
 
 def judge_classes(page: PageLines, judge: Callable[[str], bool], among: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from selectolax.lexbor import LexborHTMLParser
 from megagpt.corpus.extraction.config import ExtractConfig
 from megagpt.corpus.extraction.element_names import STRONG
 from megagpt.corpus.extraction.extract_documents import read_outcomes
-from megagpt.corpus.extraction.html import extract_html
+from megagpt.corpus.extraction.html import extract_html, parse_page
 from megagpt.corpus.extraction.page_lines import (
     BLOCKS,
     DROPPED_TAGS,
@@ -284,6 +284,15 @@ def test_lines_equal_a_slow_version(page: str) -> None:
     tree.strip_tags(sorted(RAW_TAGS))
     source = (tree.body.html if tree.body else "") or ""
     assert lines_of(read_page(source)) == slow_lines(source)
+
+
+@pytest.mark.parametrize("tag", sorted(RAW_TAGS - {"head"}))
+@pytest.mark.parametrize("around", ["{}", "<svg>{}</svg>", "<noscript>{}</noscript>", "<table>{}</table>"])
+def test_no_element_that_is_not_html_is_left_when_lines_are_read(tag: str, around: str) -> None:
+    written = f"<{tag} class=x>q <b>q</b></{tag}>"
+    page = parse_page("<body><p>Before it.</p>" + around.format(written + written.upper() + f"<{tag}/>"))
+    assert f"<{tag}" not in page.lines.source.lower()
+    assert "Before it." in page.lines.texts
 
 
 @pytest.mark.realdata
