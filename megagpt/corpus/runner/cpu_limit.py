@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megagpt.corpus.runner import hard_limit
 
@@ -87,6 +88,9 @@ def end_watcher() -> None:
     if watcher is not None:
         end.set()
         watcher.join()
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until and Path(f"/proc/self/task/{watcher.native_id}").exists():
+            time.sleep(0.001)  # the system's thread ends a little later than Python's
 
 
 def _watch(end: threading.Event) -> None:
