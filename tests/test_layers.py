@@ -36,7 +36,8 @@ LAYERS = (
 TORCH_FREE = (*LAYERS[-1], "tokenizer", "corpus", "data", "report")
 """Folders of which no module names torch, but for NEEDS_TORCH."""
 NEEDS_TORCH = ("data.loader",)
-DEEPSPEED_ONLY_IN = "engine.deepspeed"
+ONLY_IN = {"deepspeed": "engine.deepspeed", "numba": "corpus.compiled"}
+"""Packages that one module imports, for all."""
 
 PROJECT = Path(__file__).resolve().parent.parent
 LIBRARY = PROJECT / "megagpt"
@@ -205,11 +206,12 @@ def test_a_tool_imports_only_its_part_of_the_library(tool: str) -> None:
     )
 
 
-def test_only_one_file_imports_deepspeed() -> None:
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_only_one_file_imports(package: str) -> None:
     sources = {f"megagpt.{name}": path for name, path in MODULES.items()}
     sources |= {f"tools.{path.stem}": path for path in (PROJECT / "tools").glob("*.py")}
-    users = {name for name, path in sources.items() if any(full.split(".")[0] == "deepspeed" for full in imported_names(path))}
-    assert users <= {f"megagpt.{DEEPSPEED_ONLY_IN}"}
+    users = {name for name, path in sources.items() if any(full.split(".")[0] == package for full in imported_names(path))}
+    assert users == {f"megagpt.{ONLY_IN[package]}"}
 
 
 def test_tools_are_not_imported_by_the_library() -> None:

@@ -21,7 +21,8 @@ def _hidden(name: str) -> Iterator[None]:
 
 
 with _hidden("scipy.linalg"):
-    # It looks for scipy's BLAS, to multiply matrices. No loop here does, and scipy takes every process 0.15 s of CPU.
+    # It looks for scipy's BLAS, to multiply matrices. No loop here does, and scipy takes every process 0.15 s of CPU. A loop
+    # that did would load it then.
     import numba.np.arraymath
 
 njit = numba.njit(cache=True, nogil=True)

@@ -151,11 +151,11 @@ def _judge_part(part: str) -> Verdict:
         if not says:
             continue
         word, following = words[i], words[i + 1] if i + 1 < len(words) else ""
-        if says.consent_with and following in says.consent_with:
+        if following in says.consent_with:
             return Verdict(CONSENT, "consent")
         if says.alone.word == COMMENTS:
             return says.alone
-        if says.alone.level < STRONG and following in says.strong_with:
+        if following in says.strong_with:
             verdict = max(verdict, Verdict(STRONG, f"{word}-{following}"))
         elif says.alone.level:
             verdict = max(verdict, says.alone)

@@ -7,6 +7,7 @@ quotes escaped, text has no bare `<` or `&`.
 import numpy as np
 
 from megagpt.corpus.compiled import njit
+from megagpt.corpus.text.word_kernels import is_space
 
 INLINE, VOID, DROPPED, BREAK, LINK, PREFORMATTED, HEADING, CONTROL, LABEL, RAISED, LOWERED, CODE = (1 << i for i in range(12))
 """What an element's name says.
@@ -52,16 +53,6 @@ def name_table(hashes):
             at = (at + 1) % TABLE_SIZE
         table[at], numbers[at] = value, number
     return table, numbers
-
-
-@njit
-def _is_space(code):
-    """What str.isspace says."""
-    if code <= 0x20:
-        return code == 0x20 or 9 <= code <= 13 or 28 <= code <= 31
-    if code < 0x85:
-        return False
-    return code in (0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000) or 0x2000 <= code <= 0x200A
 
 
 @njit
@@ -168,7 +159,7 @@ def _end_line(out, begin, end, raw, line):
     for i in range(first, end):
         code = out[i]
         if not _is_mark(code):
-            blank = blank and _is_space(code)
+            blank = blank and is_space(code)
             width += width_of(code)
     if blank:
         return begin, 0
@@ -249,7 +240,7 @@ def may_say(codes, places, among, words, starts, ends):
         while at < end and not found[row]:
             code = codes[at]
             if not (0x61 <= code <= 0x7A or 0x41 <= code <= 0x5A or 0x30 <= code <= 0x39):
-                is_first = is_first or _is_space(code)
+                is_first = is_first or is_space(code)
                 at += 1
                 continue
             begin = at
@@ -297,7 +288,7 @@ def read_page(codes, hashes, numbers, flags, watched):
             if skipped or _is_mark(code):
                 continue
             if not raw:
-                if _is_space(code):
+                if is_space(code):
                     space = end > begin
                     continue
                 if space:

@@ -32,7 +32,7 @@ def words(text: str) -> frozenset[str]:
 
 
 RAW_TAGS = words("head script style noscript iframe template svg math xmp plaintext noembed noframes")
-"""Elements that lexbor removes, with all that is in them: what some of them hold is no HTML."""
+"""Elements that the guard or the parser removes, with all that is in them: what some of them hold is no HTML."""
 DROPPED_TAGS = RAW_TAGS | words(
     "canvas select textarea object embed applet audio video map dialog datalist menu rp rt rtc option input picture img area "
     "progress meter"

@@ -59,7 +59,7 @@ def _word(*, with_at: bool) -> re.Pattern[str]:
     return re.compile("".join(lines).replace("MARKS", _combining_marks()), re.VERBOSE)
 
 
-MARKS_BEHIND_WORDS = frozenset(',.;:!?)]"”')
+_MARKS_BEHIND_WORDS = frozenset(',.;:!?)]"”')
 """Behind letters alone these are words of their own: so it is known without the pattern, which is slower."""
 
 
@@ -71,7 +71,7 @@ class _Pieces(dict[str, tuple[str, ...]]):
             self.clear()
         if token.isalpha():
             words = (token,)
-        elif token[-1] in MARKS_BEHIND_WORDS and token[:-1].isalpha():
+        elif token[-1] in _MARKS_BEHIND_WORDS and token[:-1].isalpha():
             words = (token[:-1], token[-1])
         else:
             words = tuple(_word(with_at="@" in token).findall(token))
