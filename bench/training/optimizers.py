@@ -1,13 +1,15 @@
 """AdamW and Muon to the same loss on held-out data, on a CPU: updates and CPU seconds. As bench/gpu's phase `muon`, small.
 
-    python -m bench.training.optimizers                some 30 minutes on one core
-    python -m bench.training.optimizers steps=40       to see that it works; writes nothing
+    python -m bench.training.optimizers                     some 30 minutes on one core
+    python -m bench.training.optimizers kept=runs/searched.jsonl       the same; finished runs are kept there and not done again
+    python -m bench.training.optimizers steps=40            to see that it works; writes nothing
 
 A Llama of 0.6M parameters over bytes of Python's own library, 1,024 tokens per update, every tenth file held out; fp32,
 clipping at 1, constant learning rate, both through train() with engine fsdp. Both optimizers get the same search from one seed:
-three learning rates of the blocks' matrices by three of all other weights (optim.lr_factors) with a decay of 0.1, then
-decays of 0.01 and 0.5 at the best pair. What was best is run from three other seeds. The goal is the mean loss on held-out
-files that AdamW has at the end. CPU seconds to the goal are updates times the median CPU time of an update.
+three learning rates of the blocks' matrices by three of all other weights (optim.lr_factors) with a decay of 0.1; while the
+best pair is at the edge of what was tried, the pairs beyond that edge; then decays of 0.01 and 0.5 at the best pair. What was
+best is run from three other seeds. The goal is the mean loss on held-out files that AdamW has at the end. CPU seconds to the
+goal are updates times the median CPU time of an update.
 """
 
 import itertools
@@ -17,7 +19,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -75,24 +78,19 @@ def main(words: Sequence[str]) -> None:
     steps = int(options.get("steps", STEPS))
     os.environ["OMP_NUM_THREADS"] = "1"
     gpu.SIZES["small"] = SMALL
-    searched: dict[Settings, Outcome] = {}
-    best: dict[str, Settings] = {}
-    for optimizer in MATRICES:
-        for matrices, others in itertools.product(MATRICES[optimizer], OTHERS):
-            settings = Settings(optimizer, matrices, others, DECAY)
-            searched[settings] = run(settings, SEARCH_SEED, steps)
-        pair = min((s for s in searched if s.optimizer == optimizer), key=lambda s: searched[s].end)
-        for decay in OTHER_DECAYS:
-            settings = Settings(optimizer, pair.matrices, pair.others, decay)
-            searched[settings] = run(settings, SEARCH_SEED, steps)
-        best[optimizer] = min((s for s in searched if s.optimizer == optimizer), key=lambda s: searched[s].end)
-    runs = {optimizer: [run(settings, seed, steps) for seed in SEEDS] for optimizer, settings in best.items()}
+    runner = Runner(steps, Path(options["kept"]) if "kept" in options else None)
+    searches = {optimizer: search(optimizer, runner) for optimizer in MATRICES}
+    best = {optimizer: min(found, key=lambda s: found[s].end) for optimizer, found in searches.items()}
+    runs = {optimizer: [runner.run(settings, seed) for seed in SEEDS] for optimizer, settings in best.items()}
     goal = mean(outcome.end for outcome in runs["adamw"])
     rows = [{**best[optimizer].row(), **summary(outcomes, goal)} for optimizer, outcomes in runs.items()]
     print(json.dumps(rows, indent=1))
     if "steps" in options:
         return
-    search = [{**settings.row(), "validation_loss_at_end": outcome.end} for settings, outcome in searched.items()]
+    searched = [
+        {**settings.row(), "validation_loss_at_end": outcome.end}
+        for found in searches.values() for settings, outcome in found.items()
+    ]  # fmt: skip
     curves = [
         {"update": step, "validation_loss": mean(outcome.losses[step] for outcome in outcomes), "run": optimizer}
         for optimizer, outcomes in runs.items() for step in outcomes[0].losses
@@ -102,12 +100,58 @@ def main(words: Sequence[str]) -> None:
         "about": (__doc__ or "").split("\n\n")[2].replace("\n", " ").strip(),
         "rows": rows,
         "tables": [
-            {"title": "The search, one seed", "rows": search},
+            {"title": "The search, one seed", "rows": searched},
             {"title": f"Loss on held-out files, mean of {len(SEEDS)} seeds", "rows": curves},
         ],
         "lost": "",
     }
     write_results("optimizers", results, packages=("torch",))
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Trains, or finds in `kept` what it has trained before."""
+
+    steps: int
+    kept: Path | None
+
+    def run(self, settings: Settings, seed: int) -> Outcome:
+        """One run; its line is added to `kept`."""
+        key = {**settings.row(), "seed": seed, "steps": self.steps}
+        lines = self.kept.read_text().splitlines() if self.kept and self.kept.exists() else []
+        for line in map(json.loads, lines):
+            if line["run"] == key:
+                return Outcome({int(step): loss for step, loss in line["losses"].items()}, line["update_s"])
+        outcome = run(settings, seed, self.steps)
+        if self.kept:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            with self.kept.open("a") as file:
+                file.write(json.dumps({"run": key, "losses": outcome.losses, "update_s": outcome.update_s}) + "\n")
+        return outcome
+
+
+def search(optimizer: str, runner: Runner) -> dict[Settings, Outcome]:
+    """The learning rates, wider while the best are at an edge, then the decays at the best pair."""
+    axes, found = [list(MATRICES[optimizer]), list(OTHERS)], dict[Settings, Outcome]()
+    while True:
+        for matrices, others in itertools.product(*axes):
+            settings = Settings(optimizer, matrices, others, DECAY)
+            if settings not in found:
+                found[settings] = runner.run(settings, SEARCH_SEED)
+        pair = min(found, key=lambda s: found[s].end)
+        wider = [with_more(axis, chosen) for axis, chosen in zip(axes, (pair.matrices, pair.others), strict=True)]
+        if wider == axes:
+            break
+        axes = wider
+    for decay in OTHER_DECAYS:
+        settings = replace(pair, decay=decay)
+        found[settings] = runner.run(settings, SEARCH_SEED)
+    return found
+
+
+def with_more(tried: list[float], best: float) -> list[float]:
+    """The values, with half of the first or twice the last where that one was best."""
+    return [tried[0] / 2, *tried] if best == tried[0] else [*tried, 2 * tried[-1]] if best == tried[-1] else tried
 
 
 def run(settings: Settings, seed: int, steps: int) -> Outcome:

@@ -23,6 +23,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 SHORT = ["stop_in_evaluation", "torn_checkpoint", "rank_stopped", "preempt"]
 """The four faults of the soak's short form: tests/soak/chaos.py has more kinds, and more of each. Evaluations that hang or take
 long are in tests/watchdog."""
+SEED_OF_ONE_NODE = 0
+"""With it, the soak drains two of three nodes before its first fault."""
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -59,6 +61,18 @@ def test_faults_in_a_row_change_no_bit(cluster: Cluster, tmp_path: Path) -> None
     assert "ended with status 76" in soak.log()
     assert soak.log().count("passing SIGUSR1 on to the ranks") == 1
     assert read_metrics(soak.run_dir).of_kind("damaged")
+
+
+def test_faults_on_changing_nodes_whose_ranks_share_samples_change_no_bit(cluster: Cluster, tmp_path: Path) -> None:
+    """Two ranks per node, engine.context_parallel_size=2; the job goes from two nodes to one."""
+    sources = chaos.make_sources(tmp_path / "corpus")
+    soak = chaos.soak_run(cluster, tmp_path, sources, ["node_lost"], seed=SEED_OF_ONE_NODE, layout=chaos.SHARED_SAMPLES)
+    found = chaos.compare(soak, tmp_path / "clean", sources)
+    assert found["ranks"] == [4, 2]
+    assert found["weights_equal"]
+    assert found["losses_equal"]
+    assert "all as in the shards" in found["ledger"][0]
+    assert not any("used twice" in line for line in found["ledger"])
 
 
 def losses(run_dir: Path) -> dict[int, float]:

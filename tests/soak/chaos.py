@@ -1,14 +1,22 @@
 """A soak: one run on a real SLURM of this host under random faults, compared with a run that nothing happened to.
 
     python tests/soak/chaos.py FOLDER [NUM_FAULTS [SEED]]     (50 faults take about three quarters of an hour on two cores)
+    python tests/soak/chaos.py FOLDER 20 --shared-samples     (two ranks share each sample; the number of nodes changes)
 
 Three nodes, a job of two of them through slurm/pretrain.sh. The faults are those of KINDS, in random order; the data change by
 plan to text in other letters and back every PHASE steps, and there are windows of noise in them, which the guard has to leave
 out without taking the changes for noise. At the end the weights must be bitwise those of an uninterrupted run
 with the same samples left out, and the ledger must show every other sample once. FOLDER is made and keeps the run, its log and
 a line per fault; the results go to bench/results/chaos.json.
+
+With --shared-samples a node has two ranks, which share samples (engine.context_parallel_size=2), and the job asks for one or
+two nodes. Before each fault some nodes are drained, so that the next start has one node or two. Sums over two ranks and over
+four round differently. So the weights must be bitwise those of a run without faults that changes the number of its ranks at the
+same steps, and differ from those of runs on two and on four ranks throughout by no more than twice what these two differ by.
+The results go to bench/results/chaos_shared_samples.json.
 """
 
+import argparse
 import asyncio
 import contextlib
 import itertools
@@ -56,6 +64,30 @@ TRIGGERED = tuple(DESCRIPTIONS)
 """Faults inside a rank, by tests/support/faults; the trainer's code knows nothing of them."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a job asks for, and what its ranks share."""
+
+    nodes: str = "2"
+    ranks_per_node: int = 1
+    words: tuple[str, ...] = ()
+
+    @property
+    def max_ranks(self) -> int:
+        """Ranks where all nodes of the job are there."""
+        return int(self.nodes.rpartition("-")[2]) * self.ranks_per_node
+
+    @property
+    def changes(self) -> bool:
+        """Whether the number of nodes changes from start to start."""
+        return "-" in self.nodes
+
+
+TWO_NODES = Layout()
+SHARED_SAMPLES = Layout("1-2", 2, ("engine.context_parallel_size=2", "model.dropout=0"))
+NODES = ("n1", "n2", "n3")
+
+
 @dataclass
 class Soak:
     """A run under way."""
@@ -66,7 +98,22 @@ class Soak:
     job_id: str
     triggers: Path
     rng: random.Random
+    layout: Layout = TWO_NODES
+    drained: list[str] = field(default_factory=list)
     table: list["Outcome"] = field(default_factory=list)
+
+    def some_rank(self) -> int:
+        """A rank of the newest start, at random."""
+        return self.rng.randrange(ranks_of(self.run_dir, self.attempt()))
+
+    def drain(self, nodes: Sequence[str]) -> None:
+        """These nodes, and no others, take no new job."""
+        for node in NODES:
+            if node in nodes:
+                self.cluster.command("scontrol", "update", f"nodename={node}", "state=drain", "reason=chaos")
+            elif node in self.drained:
+                self.cluster.command("scontrol", "update", f"nodename={node}", "state=undrain")
+        self.drained = list(nodes)
 
     def attempt(self) -> int:
         """The newest start."""
@@ -117,8 +164,13 @@ def requeue(soak: Soak) -> None:
 
 def preempt(soak: Soak) -> None:
     """A job of a higher partition needs all nodes."""
+    drained = soak.drained
+    soak.drain([])
     wrap = ["sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
-    soak.cluster.command(*wrap, cwd=soak.site)
+    urgent = soak.cluster.command(*wrap, cwd=soak.site).strip()
+    if drained:
+        soak.cluster.wait_for(urgent, "RUNNING", "COMPLETED", timeout=120)
+        soak.drain(drained)
 
 
 def node_down(soak: Soak) -> None:
@@ -127,13 +179,16 @@ def node_down(soak: Soak) -> None:
     soak.cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
     with contextlib.suppress(subprocess.CalledProcessError):
         soak.cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+    soak.drain(soak.drained)
 
 
 def node_lost(soak: Soak) -> None:
     """A node's slurmd, step daemon and rank die at once; the node comes back later."""
-    rank = soak.rng.randrange(2)
-    node = nodes_of(soak)[rank]
-    pids = [pid for rank_pid in processes_of(soak.job_id, rank=rank) for pid in (parent(rank_pid), rank_pid)]
+    nodes, each = nodes_of(soak), soak.layout.ranks_per_node
+    number = soak.rng.randrange(len(nodes))
+    node, ranks = nodes[number], range(number * each, (number + 1) * each)
+    found = [pid for rank in ranks for pid in processes_of(soak.job_id, rank=rank)]
+    pids = [pid for rank_pid in found for pid in (parent(rank_pid), rank_pid)]
     soak.cluster.kill_node(node)
     kill(pids, signal.SIGKILL)
     wait_until(lambda: soak.cluster.job(soak.job_id)["JobState"] != "RUNNING", 120)
@@ -142,17 +197,17 @@ def node_lost(soak: Soak) -> None:
 
 def rank_killed(soak: Soak) -> None:
     """One rank is killed, by the kernel for its memory, say."""
-    kill(processes_of(soak.job_id, rank=soak.rng.randrange(2)), signal.SIGKILL)
+    kill(processes_of(soak.job_id, rank=soak.some_rank()), signal.SIGKILL)
 
 
 def rank_stopped(soak: Soak) -> None:
     """One rank stops without dying, as on a node whose kernel hangs: only the watchdog can see it."""
-    kill(processes_of(soak.job_id, rank=soak.rng.randrange(2)), signal.SIGSTOP)
+    kill(processes_of(soak.job_id, rank=soak.some_rank()), signal.SIGSTOP)
 
 
 def step_daemon_killed(soak: Soak) -> None:
     """A step daemon and its rank die; SLURM does not notice."""
-    rank_pids = processes_of(soak.job_id, rank=soak.rng.randrange(2))
+    rank_pids = processes_of(soak.job_id, rank=soak.some_rank())
     kill([parent(pid) for pid in rank_pids] + rank_pids, signal.SIGKILL)
 
 
@@ -176,7 +231,7 @@ def torn_metrics(soak: Soak) -> None:
 
 def stop_in_evaluation(soak: Soak) -> None:
     """The time limit is near, in the middle of a long evaluation."""
-    path = soak.triggers / f"long_evaluation_{soak.rng.randrange(2)}"
+    path = soak.triggers / f"long_evaluation_{soak.some_rank()}"
     path.touch()
     wait_until(lambda: Path(f"{path}.done").exists(), 120, soak)
     stop_soon(soak)
@@ -186,7 +241,9 @@ def trigger(name: str) -> Callable[[Soak], None]:
     """A fault of tests/support/faults in one rank."""
 
     def act(soak: Soak) -> None:
-        (soak.triggers / f"{name}_{soak.rng.randrange(2)}").touch()
+        if name == "long_evaluation":  # one that has begun would be long by half, and the next one by the other half
+            wait_until(lambda: 5 <= soak.last_step(soak.attempt()) % SAVE_EVERY <= SAVE_EVERY // 2, 120, soak)
+        (soak.triggers / f"{name}_{soak.some_rank()}").touch()
 
     return act
 
@@ -207,64 +264,100 @@ KINDS: dict[str, Callable[[Soak], None]] = {
 }
 
 
-def soak_run(cluster: Cluster, folder: Path, shards: dict[str, Path], faults: list[str], *, seed: int = 0) -> Soak:
+def soak_run(
+    cluster: Cluster,
+    folder: Path,
+    shards: dict[str, Path],
+    faults: list[str],
+    *,
+    seed: int = 0,
+    layout: Layout = TWO_NODES,
+) -> Soak:
     """Run to the end under `faults`, one after the other. Raises AssertionError if it does not end."""
-    site = make_site(folder / "project", PROJECT)
-    soak = Soak(cluster, site, folder / "run", "", folder / "triggers", random.Random(seed))
+    site = make_site(folder / "project", PROJECT, nodes=layout.nodes)
+    soak = Soak(cluster, site, folder / "run", "", folder / "triggers", random.Random(seed), layout)
     soak.triggers.mkdir()
-    words = settings(soak.run_dir, shards, (len(faults) + 2) * STEPS_PER_FAULT)
+    words = [*settings(soak.run_dir, shards, (len(faults) + 2) * STEPS_PER_FAULT), *layout.words]
     path = os.pathsep.join([str(PROJECT / "tests" / "support" / "faults"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {"FAULTS": json.dumps(injected(soak.triggers, len(faults))), "PYTHONPATH": path}
+    environment = {"FAULTS": json.dumps(injected(soak.triggers, len(faults), layout.max_ranks)), "PYTHONPATH": path}
+    environment["tasks_per_node"] = str(layout.ranks_per_node)
     soak.job_id = cluster.submit(site, "slurm/pretrain.sh", *words, **environment)
-    for name in faults:
-        attempt = wait_for_progress(soak)
-        before, began = {count: count(soak) for count in (count_rewinds, count_long_evaluations)}, time.monotonic()
-        KINDS[name](soak)
-        ends = soak.log().count("ranks ended with status")
-
-        def noticed(before: int = attempt, ends: int = ends) -> bool:
-            return soak.attempt() > before or soak.log().count("ranks ended with status") > ends
-
-        if name in ENDS_NOTHING:
-            count = count_rewinds if name == "not_a_number" else count_long_evaluations
-            wait_until(lambda count=count, before=before[count]: count(soak) > before, 240, soak)
-            assert soak.attempt() == attempt, soak.log()[-4000:]
-            detected = recovered = time.monotonic() - began
-        else:
-            wait_until(noticed, 240, soak)
-            detected = time.monotonic() - began
-            wait_until(lambda before=attempt: soak.attempt() > before, 240, soak)
-            wait_until(lambda: soak.last_step(soak.attempt()) >= 0, 240, soak)
-            recovered = time.monotonic() - began
-        soak.table.append(Outcome(name, round(detected, 1), round(recovered, 1), verdict(soak, name)))
-        with (folder / "faults.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(soak.table[-1])) + "\n")
-    job = cluster.wait_for(soak.job_id, "COMPLETED", timeout=900)
+    try:
+        for name in faults:
+            soak.table.append(one_fault(soak, name))
+            with (folder / "faults.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(soak.table[-1])) + "\n")
+        job = cluster.wait_for(soak.job_id, "COMPLETED", timeout=900)
+    finally:
+        soak.drain([])
     assert job["ExitCode"] == "0:0"
     return soak
 
 
-def compare(soak: Soak, folder: Path, shards: dict[str, Path]) -> dict[str, Any]:
-    """The same run, uninterrupted, with the same samples left out from the beginning: whether weights and losses are equal."""
-    import torch
+def one_fault(soak: Soak, name: str) -> "Outcome":
+    """Let it happen to a start that trains, and wait until the run trains again. Raises AssertionError if it does not."""
+    attempt = wait_for_progress(soak)
+    if soak.layout.changes:
+        soak.drain(soak.rng.sample(NODES, soak.rng.choice((1, 2))))
+    before, began = {count: count(soak) for count in (count_rewinds, count_long_evaluations)}, time.monotonic()
+    KINDS[name](soak)
+    ends = soak.log().count("ranks ended with status")
+    if name in ENDS_NOTHING:
+        count = count_rewinds if name == "not_a_number" else count_long_evaluations
+        wait_until(lambda: count(soak) > before[count], 240, soak)
+        assert soak.attempt() == attempt, soak.log()[-4000:]
+        detected = recovered = time.monotonic() - began
+    else:
+        wait_until(lambda: soak.attempt() > attempt or soak.log().count("ranks ended with status") > ends, 240, soak)
+        detected = time.monotonic() - began
+        wait_until(lambda: soak.attempt() > attempt, 240, soak)
+        wait_until(lambda: soak.last_step(soak.attempt()) >= 0, 240, soak)
+        recovered = time.monotonic() - began
+    return Outcome(name, round(detected, 1), round(recovered, 1), verdict(soak, name))
 
-    run_dir = folder / "uninterrupted"
+
+def compare(soak: Soak, folder: Path, shards: dict[str, Path]) -> dict[str, Any]:
+    """The same run without faults, with the same samples left out from the beginning and as many ranks at each step: whether
+    weights and losses are equal."""
+    rows = read_metrics(soak.run_dir).of_kind("train")
+    parts = itertools.groupby(rows, lambda row: ranks_of(soak.run_dir, row["incarnation"]))
+    ends = [(max(row["step"] for row in part), ranks) for ranks, part in parts]
+    return {**differences(soak.run_dir, undisturbed(soak, folder, shards, ends)), "ranks": [ranks for _, ranks in ends]}
+
+
+def undisturbed(soak: Soak, run_dir: Path, shards: dict[str, Path], ends: Sequence[tuple[int, int]]) -> Path:
+    """A run without faults; `ends`: up to which step on how many ranks. It saves there and starts again on the next ones."""
     run_dir.mkdir(parents=True)
     if (soak.run_dir / "skipped.json").exists():
         shutil.copy(soak.run_dir / "skipped.json", run_dir)
-    words = settings(run_dir, shards, (len(soak.table) + 2) * STEPS_PER_FAULT)
-    ranks = Ranks([str(PROJECT / "tools" / "train_model.py"), *[str(PROJECT / words[0]), *words[1:]]], 2, folder / "logs")
-    assert ranks.wait(1800) == [0, 0], ranks.output()
-    ours, theirs = (load_model(path).model.state_dict() for path in (soak.run_dir, run_dir))
-    losses = [{row["step"]: row["loss"] for row in read_metrics(path).of_kind("train")} for path in (soak.run_dir, run_dir)]
-    ledger = [line.removeprefix(f"{soak.run_dir}: ") for line in check_ledger(soak.run_dir)]
+    config, *words = settings(run_dir, shards, (len(soak.table) + 2) * STEPS_PER_FAULT)
+    for step, size in ends:
+        command = [str(PROJECT / "tools" / "train_model.py"), str(PROJECT / config), *words, *soak.layout.words]
+        ranks = Ranks([*command, f"max_steps={step}"], size, run_dir.parent / f"{run_dir.name}_logs")
+        assert ranks.wait(1800) == [0] * size, ranks.output()
+    return run_dir
+
+
+def differences(run_dir: Path, other: Path) -> dict[str, Any]:
+    """Two runs' weights and losses beside each other, and what the first one's ledger shows."""
+    import torch
+
+    ours, theirs = (load_model(path).model.state_dict() for path in (run_dir, other))
+    losses = [{row["step"]: row["loss"] for row in read_metrics(path).of_kind("train")} for path in (run_dir, other)]
+    ledger = [line.removeprefix(f"{run_dir}: ") for line in check_ledger(run_dir)]
     return {
         "weights_equal": all(torch.equal(ours[name], theirs[name]) for name in theirs),
         "relative_l2": max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs if theirs[n].norm() > 0),
         "losses_equal": losses[0] == losses[1],
+        "max_loss_difference": max(abs(loss - losses[1].get(step, float("inf"))) for step, loss in losses[0].items()),
         "steps": len(losses[1]),
         "ledger": ledger,
     }
+
+
+def ranks_of(run_dir: Path, attempt: int) -> int:
+    """How many ranks a start had."""
+    return int(json.loads((run_dir / "starts" / f"{attempt:04d}.json").read_text())["world_size"])
 
 
 def settings(run_dir: Path, shards: Path | dict[str, Path], max_steps: int) -> list[str]:
@@ -292,11 +385,12 @@ def settings(run_dir: Path, shards: Path | dict[str, Path], max_steps: int) -> l
     ]  # fmt: skip
 
 
-def injected(triggers: Path, num_faults: int) -> list[dict[str, Any]]:
-    """What tests/support/faults has to do: the triggered kinds on both ranks, and noise in each source's data every 300 of its
+def injected(triggers: Path, num_faults: int, num_ranks: int) -> list[dict[str, Any]]:
+    """What tests/support/faults has to do: the triggered kinds on every rank, and noise in each source's data every 300 of its
     steps or so, well inside a phase."""
     more = {"save_every": SAVE_EVERY, "count": 2, "seconds": SECONDS_PER_WINDOW, "windows": 4}
-    listed = [{"kind": n, "rank": r, "trigger": str(triggers / f"{n}_{r}"), **more} for n in TRIGGERED for r in (0, 1)]
+    ranks = range(num_ranks)
+    listed = [{"kind": n, "rank": r, "trigger": str(triggers / f"{n}_{r}"), **more} for n in TRIGGERED for r in ranks]
     windows = [[step, step + 1] for step in range(220, (num_faults + 2) * STEPS_PER_FAULT, PHASE)]
     return [*listed, {"kind": "poisoned", "batch": BATCH, "windows": windows}]
 
@@ -419,33 +513,38 @@ def summarise(soak: Soak) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The full form."""
-    folder, num_faults, seed = (
-        Path(sys.argv[1]).resolve(),
-        int(sys.argv[2] if len(sys.argv) > 2 else 50),
-        int(sys.argv[3] if len(sys.argv) > 3 else 0),
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("num_faults", type=int, nargs="?", default=50)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--shared-samples", action="store_true")
+    arguments = parser.parse_args()
+    folder, num_faults, seed = arguments.folder.resolve(), arguments.num_faults, arguments.seed
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     faults = [name for _ in range(-(-num_faults // len(KINDS))) for name in rng.sample(sorted(KINDS), len(KINDS))][:num_faults]
     shards = make_sources(folder / "corpus")
+    layout = SHARED_SAMPLES if arguments.shared_samples else TWO_NODES
     began = time.monotonic()
-    with running_cluster(folder / "slurm", num_nodes=3) as cluster:
+    with running_cluster(folder / "slurm", num_nodes=len(NODES)) as cluster:
         slurm = cluster.command("sbatch", "--version").split()[-1]
-        soak = soak_run(cluster, folder, shards, faults, seed=seed)
+        soak = soak_run(cluster, folder, shards, faults, seed=seed, layout=layout)
     seconds = round(time.monotonic() - began)
     found = compare(soak, folder / "clean", shards)
     equal = found["weights_equal"] and found["losses_equal"]
-    windows = len(injected(soak.triggers, len(faults))[-1]["windows"])
+    windows = len(injected(soak.triggers, len(faults), 1)[-1]["windows"])
+    rewinds = count_rewinds(soak)
+    beside = "a run without faults on as many ranks at each step" if layout.changes else "an uninterrupted run"
+    ledger, equal_bits = found["ledger"][0], found["weights_equal"]
     about = (
-        f"One run of {found['steps']:,} steps on a real SLURM of three nodes, two of them in the job, under {len(faults)} "
-        f"faults, with planned changes of its data every {PHASE} steps and {windows} windows of noise in each source. It took "
-        f"{seconds:,} s and {soak.attempt()} starts; the "
-        f"guard went back {count_rewinds(soak)} times. Against an uninterrupted run with the same samples left out: weights "
-        f"bitwise equal: {found['weights_equal']}; losses equal: {found['losses_equal']}. The ledger: "
-        f"{found['ledger'][0]}. Detected: until the run had noticed and ended or gone back."
+        f"One run of {found['steps']:,} steps on a real SLURM of three nodes, {described(layout, found['ranks'])}, under "
+        f"{len(faults)} faults, with planned changes of its data every {PHASE} steps and {windows} windows of noise in each "
+        f"source. It took {seconds:,} s and {soak.attempt()} starts; the guard went back {rewinds} times. Against {beside}, "
+        f"with the same samples left out: weights bitwise equal: {equal_bits}; losses equal: "
+        f"{found['losses_equal']}. The ledger: {ledger}. Detected: until the run had noticed and ended or gone back."
     )
-    results = {
-        "title": "A run under faults",
+    results: dict[str, Any] = {
+        "title": "A run whose ranks share samples, on changing nodes, under faults" if layout.changes else "A run under faults",
         "about": about,
         "rows": summarise(soak),
         "lost": "" if equal else "The run under faults differs from the uninterrupted one.",
@@ -453,13 +552,47 @@ def main() -> None:
         "seconds": seconds,
         **found,
         "starts": soak.attempt(),
-        "rewinds": count_rewinds(soak),
+        "rewinds": rewinds,
         "faults": [asdict(outcome) for outcome in soak.table],
     }
-    write_results("chaos", results, packages=("torch", "megagpt"), peers={"slurm": slurm})
+    if layout.changes:
+        rows = beside_constant_ranks(soak, folder, shards)
+        results["tables"] = [{"title": "Beside runs without faults on as many ranks throughout", "rows": rows}]
+        if rows[0]["ratio"] > 2:
+            results["lost"] += " It differs from runs on as many ranks throughout by more than twice what those differ by."
+    write_results(
+        "chaos_shared_samples" if layout.changes else "chaos", results, packages=("torch", "megagpt"), peers={"slurm": slurm}
+    )
     print(json.dumps(results["rows"], indent=1), about, sep="\n")
-    if not equal:
-        raise SystemExit("the run under faults differs from the uninterrupted one")
+    if results["lost"]:
+        raise SystemExit(results["lost"])
+
+
+def described(layout: Layout, ranks: Sequence[int]) -> str:
+    """How many nodes and ranks the job had."""
+    if not layout.changes:
+        return "two of them in the job"
+    return (
+        f"one or two of them in the job, each with two ranks that share samples (engine.context_parallel_size=2), on "
+        f"{' then '.join(map(str, ranks))} ranks"
+    )
+
+
+def beside_constant_ranks(soak: Soak, folder: Path, shards: dict[str, Path]) -> list[dict[str, Any]]:
+    """How far the weights are from those of runs on the fewest and on the most ranks throughout, beside how far these are from
+    each other."""
+    steps = (len(soak.table) + 2) * STEPS_PER_FAULT
+    sizes = (soak.layout.ranks_per_node, soak.layout.max_ranks)
+    fewest, most = (undisturbed(soak, folder / f"on_{size}", shards, [(steps, size)]) for size in sizes)
+    measures = ("relative_l2", "max_loss_difference")
+    allowed = {name: differences(fewest, most)[name] for name in measures}
+    found = [differences(soak.run_dir, path) for path in (fewest, most)]
+    largest = {name: max(each[name] for each in found) for name in measures}
+    ratio = max(largest[name] / allowed[name] for name in measures)
+    return [
+        {"runs": f"changing ranks, beside {sizes[0]} and {sizes[1]} throughout", **largest, "ratio": ratio},
+        {"runs": f"{sizes[0]} beside {sizes[1]} throughout", **allowed, "ratio": 1.0},
+    ]
 
 
 if __name__ == "__main__":
