@@ -4,11 +4,11 @@
     python -m bench.training.long_context seeds=1       a third of it
     python -m bench.training.long_context steps=20      to see that it works; writes nothing
 
-Documents of 4,096 bytes: text of Python's own library with facts in it, a key byte of 96 and a value byte of 32. A document
-gives each of its keys one value, so a value can be known if its key has come before; only values have a loss. A Llama of 0.4M
-parameters is trained by tools/train_model.py on samples of 512 tokens. Then the run goes on with samples of 4,096 by
-continue_from and rope_scaling (yarn, factor 8), for a fifth of the tokens. Beside it: the same run without extension; the same
-with the rotary positions stretched, without training; and the same trained on 512 for as many tokens as the extended one.
+Documents are text of Python's own library with facts in it, a key byte of 96 and a value byte of 32. A document gives each of
+its keys one value, so a value can be known if its key has come before; only values have a loss. A Llama of 0.4M parameters is
+trained by tools/train_model.py on documents and samples of 512 tokens. Then the run goes on with those of 4,096, by
+continue_from and rope_scaling (yarn, factor 8), for two fifths of the tokens. Beside it: the same run without extension; the
+same with the rotary positions stretched, without training; the same trained on 512 for as many tokens as the extended one.
 
 Loss by position: values of 96 keys in new documents of 4,096 tokens, 256 values each; a reader who remembers everything pays
 ln 32 for the first value of a key and nothing after it. Needle: text with one fact at a depth from 0 (its beginning) to 1 (16
@@ -39,8 +39,9 @@ from megagpt.report.inspect_data import check_ledger
 from megagpt.tokenizer.open_tokenizer import open_tokenizer
 
 SHORT, LONG, FACTOR = 512, 4096, 8
-TOKENS_PER_STEP = 8 * SHORT
-STEPS, MORE_STEPS = 1200, 240
+STEPS, MORE_STEPS = 1000, 100
+BATCH, LONG_BATCH = 8, 4
+"""Samples per step of 512 and of 4,096 tokens."""
 SEEDS = (1, 2, 3)
 NUM_KEYS, NUM_VALUES, FIRST_KEY = 96, 32, 128
 FIRST_VALUE = FIRST_KEY + NUM_KEYS
@@ -77,10 +78,12 @@ def read_texts() -> Texts:
     return Texts(data[data < FIRST_KEY])
 
 
-def document(texts: Texts, rng: np.random.Generator, num_keys: int, bytes_per_fact: int) -> tuple[np.ndarray, np.ndarray]:
-    """Text with facts, [4096] of ids, and the places of their keys, [facts]."""
-    ids = texts.cut(rng, LONG)
-    places = 2 * np.sort(rng.choice(LONG // 2 - 1, LONG // bytes_per_fact - 1, replace=False))
+def document(
+    texts: Texts, rng: np.random.Generator, length: int, num_keys: int, bytes_per_fact: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Text with facts, [length] of ids, and the places of their keys, [facts]."""
+    ids = texts.cut(rng, length)
+    places = 2 * np.sort(rng.choice(length // 2 - 1, length // bytes_per_fact - 1, replace=False))
     used, values = rng.choice(NUM_KEYS, num_keys, replace=False), rng.integers(NUM_VALUES, size=NUM_KEYS)
     keys = rng.choice(used, len(places))
     ids[places], ids[places + 1] = FIRST_KEY + keys, FIRST_VALUE + values[keys]
@@ -95,31 +98,29 @@ def haystack(texts: Texts, rng: np.random.Generator, length: int, depth: float) 
     return ids, int(value)
 
 
-def write_shards(folder: Path, tokens: int, seed: int) -> None:
-    """A source of documents of 4,096 tokens, the end of text included; only values are targets."""
+def write_shards(folder: Path, documents: int, length: int, seed: int) -> Path:
+    """A source of documents of `length` tokens, the end of text included; only values are targets."""
     texts, rng, tokenizer = read_texts(), np.random.default_rng(seed), open_tokenizer("bytes")
     with ShardWriter(folder / "train", "shard_00000", np.dtype("uint16"), masked=True) as writer:
-        for number in range(-(-tokens // LONG)):
-            ids, _ = document(texts, rng, int(rng.choice(KEYS_OF_A_DOCUMENT)), int(rng.choice(BYTES_PER_FACT)))
+        for number in range(documents + 1):  # the last sample needs one more token
+            ids, _ = document(texts, rng, length, int(rng.choice(KEYS_OF_A_DOCUMENT)), int(rng.choice(BYTES_PER_FACT)))
             ids[-1] = tokenizer.eot_id
             is_target = (ids >= FIRST_VALUE) & (ids < FIRST_VALUE + NUM_VALUES)
-            writer.add_many(ids, [LONG], {"id": [str(number)], "url": [None], "source": ["facts"], "bytes": [LONG]}, is_target)
+            rows = {"id": [str(number)], "url": [None], "source": ["facts"], "bytes": [length]}
+            writer.add_many(ids, [length], rows, is_target)
         info = writer.close()
     manifest = Manifest("train", "uint16", 257, tokenizer.eot_id, tokenizer.fingerprint, "", (info,))
     write_manifest(folder / "train", manifest)
     tokenizer.save(folder / "tokenizer")
+    return folder
 
 
 def train(run_dir: Path, shards: Path, seq_len: int, max_steps: int, seed: int, *more: str) -> Path:
     """Train with the project's tool; the run. Raises SystemExit with what it printed if it fails."""
-    words = [
-        f"run_dir={run_dir}",
-        f"max_steps={max_steps}",
-        f"global_batch_size={TOKENS_PER_STEP // seq_len}",
-        "precision=fp32",
-    ]
-    words += [f"micro_batch_size={TOKENS_PER_STEP // seq_len}", f"data.seq_len={seq_len}", f"model.seq_len={seq_len}"]
-    words += [f"data.sources.main.path={shards}", f"seed={seed}", *SETTINGS, *more]
+    batch = BATCH if seq_len == SHORT else LONG_BATCH
+    words = [f"run_dir={run_dir}", f"max_steps={max_steps}", f"global_batch_size={batch}", f"micro_batch_size={batch}"]
+    words += ["precision=fp32", f"data.seq_len={seq_len}", f"model.seq_len={seq_len}", f"seed={seed}"]
+    words += [f"data.sources.{'short' if seq_len == SHORT else 'long'}.path={shards}", *SETTINGS, *more]
     command = [sys.executable, str(PROJECT / "tools" / "train_model.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
@@ -142,7 +143,7 @@ def loss_by_position(model: GPT, seed: int) -> list[float]:
     texts, rng = read_texts(), np.random.default_rng(seed)
     losses = np.zeros((2, LONG // BIN))
     for _ in range(DOCUMENTS):
-        ids, places = document(texts, rng, NUM_KEYS, 16)
+        ids, places = document(texts, rng, LONG, NUM_KEYS, 16)
         targets = np.full(LONG, -100)
         targets[places] = ids[places + 1]
         model(torch.tensor(ids)[None], torch.tensor(targets)[None])
@@ -156,7 +157,7 @@ def perfect_reader(seed: int) -> list[float]:
     texts, rng = read_texts(), np.random.default_rng(seed)
     losses = np.zeros((2, LONG // BIN))
     for _ in range(DOCUMENTS):
-        ids, places = document(texts, rng, NUM_KEYS, 16)
+        ids, places = document(texts, rng, LONG, NUM_KEYS, 16)
         first = np.zeros(len(places))
         first[np.unique(ids[places], return_index=True)[1]] = math.log(NUM_VALUES)
         add_by_bin(losses, places, first)
@@ -184,11 +185,13 @@ def found_needles(model: GPT, seed: int) -> Iterator[tuple[int, float, float]]:
 
 def one_seed(folder: Path, seed: int, steps: int, more_steps: int) -> tuple[dict[str, GPT], list[str]]:
     """The models to compare, by what was done with them; what the ledgers of base and extension show."""
-    write_shards(folder / "shards", max(steps + more_steps, 100) * TOKENS_PER_STEP + LONG, seed)
-    base = train(folder / "base", folder / "shards", SHORT, steps, seed)
+    short_steps = steps + more_steps * LONG_BATCH * LONG // (BATCH * SHORT)
+    short = write_shards(folder / "short", short_steps * BATCH, SHORT, seed)
+    long = write_shards(folder / "long", max(more_steps * LONG_BATCH, 65), LONG, 100 + seed)
+    base = train(folder / "base", short, SHORT, steps, seed)
     last = f"continue_from={list_checkpoints(base)[-1]}"
-    extended = train(folder / "extended", folder / "shards", LONG, steps + more_steps, seed, last, *YARN)
-    as_before = train(folder / "as_before", folder / "shards", SHORT, steps + more_steps, seed, last)
+    extended = train(folder / "extended", long, LONG, steps + more_steps, seed, last, *YARN, "allow_change=[data.weights]")
+    as_before = train(folder / "as_before", short, SHORT, short_steps, seed, last)
     scaling = load_model(extended).model_config.rope_scaling
     models = {
         "extended to 4,096": longer(extended),

@@ -45,6 +45,7 @@ from megagpt.checkpoint.on_disk import list_checkpoints  # noqa: E402
 from megagpt.measurement import spread, write_results  # noqa: E402
 from megagpt.monitor.metrics import METRICS_FILE, read_metrics  # noqa: E402
 from megagpt.report.inspect_data import check_ledger  # noqa: E402
+from megagpt.train.spike_guard import NON_FINITE, SKIPPED_FILE  # noqa: E402
 
 SAVE_EVERY, BATCH = 50, 4
 STEPS_PER_FAULT, PHASE = 150, 300
@@ -299,11 +300,11 @@ def one_fault(soak: Soak, name: str) -> "Outcome":
     attempt = wait_for_progress(soak)
     if soak.layout.changes:
         soak.drain(soak.rng.sample(NODES, soak.rng.choice((1, 2))))
-    before, began = {count: count(soak) for count in (count_rewinds, count_long_evaluations)}, time.monotonic()
+    before, began = {count: count(soak) for count in (count_not_a_number, count_long_evaluations)}, time.monotonic()
     KINDS[name](soak)
     ends = soak.log().count("ranks ended with status")
     if name in ENDS_NOTHING:
-        count = count_rewinds if name == "not_a_number" else count_long_evaluations
+        count = count_not_a_number if name == "not_a_number" else count_long_evaluations
         wait_until(lambda: count(soak) > before[count], 240, soak)
         assert soak.attempt() == attempt, soak.log()[-4000:]
         detected = recovered = time.monotonic() - began
@@ -328,8 +329,8 @@ def compare(soak: Soak, folder: Path, shards: dict[str, Path]) -> dict[str, Any]
 def undisturbed(soak: Soak, run_dir: Path, shards: dict[str, Path], ends: Sequence[tuple[int, int]]) -> Path:
     """A run without faults; `ends`: up to which step on how many ranks. It saves there and starts again on the next ones."""
     run_dir.mkdir(parents=True)
-    if (soak.run_dir / "skipped.json").exists():
-        shutil.copy(soak.run_dir / "skipped.json", run_dir)
+    if (soak.run_dir / SKIPPED_FILE).exists():
+        shutil.copy(soak.run_dir / SKIPPED_FILE, run_dir)
     config, *words = settings(run_dir, shards, (len(soak.table) + 2) * STEPS_PER_FAULT)
     for step, size in ends:
         command = [str(PROJECT / "tools" / "train_model.py"), str(PROJECT / config), *words, *soak.layout.words]
@@ -417,7 +418,7 @@ def verdict(soak: Soak, name: str) -> str:
     metrics = read_metrics(soak.run_dir)
     last_status = [line for line in soak.log().splitlines() if "ranks ended with status" in line][-1:]
     if name == "not_a_number":
-        return str(metrics.of_kind("rewind")[-1]["reason"])
+        return next(str(row["reason"]) for row in metrics.all_rows[::-1] if NON_FINITE in str(row.get("reason", "")))
     if name == "long_evaluation":
         return f"evaluated, although for longer than {LONG_SECONDS} s"
     rows = [r for r in metrics.all_rows if r["kind"] in ("stop", "watchdog") and r["incarnation"] == soak.attempt() - 1]
@@ -428,12 +429,17 @@ def verdict(soak: Soak, name: str) -> str:
     return last_status[0].partition("pretrain.sh: ")[2].partition(",")[0] if last_status else "ended by SLURM"
 
 
-def count_rewinds(soak: Soak) -> int:
-    """How often the guard has gone back."""
-    path = soak.run_dir / "skipped.json"
+def count_rewinds(soak: Soak, reason: str = "") -> int:
+    """How often the guard has gone back; with `reason`, for it alone."""
+    path = soak.run_dir / SKIPPED_FILE
     with contextlib.suppress(OSError, ValueError):
-        return len(json.loads(path.read_text()))
+        return sum(reason in entry["reason"] for entry in json.loads(path.read_text()))
     return 0
+
+
+def count_not_a_number(soak: Soak) -> int:
+    """How often it has gone back from steps that are not finite, not from noise in the data."""
+    return count_rewinds(soak, NON_FINITE)
 
 
 def count_long_evaluations(soak: Soak) -> int:
