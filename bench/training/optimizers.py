@@ -1,8 +1,8 @@
 """AdamW and Muon to the same loss on held-out data, on a CPU: updates and CPU seconds. As bench/gpu's phase `muon`, small.
 
-    python -m bench.training.optimizers                     some 30 minutes on one core
-    python -m bench.training.optimizers kept=runs/searched.jsonl       the same; finished runs are kept there and not done again
-    python -m bench.training.optimizers steps=40            to see that it works; writes nothing
+    python -m bench.training.optimizers                              some 30 minutes on one core
+    python -m bench.training.optimizers kept=runs/searched.jsonl     the same; finished runs are kept there and not done again
+    python -m bench.training.optimizers steps=40                     to see that it works; writes nothing
 
 A Llama of 0.6M parameters over bytes of Python's own library, 1,024 tokens per update, every tenth file held out; fp32,
 clipping at 1, constant learning rate, both through train() with engine fsdp. Both optimizers get the same search from one seed:

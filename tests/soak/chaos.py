@@ -323,6 +323,7 @@ def compare(soak: Soak, folder: Path, shards: dict[str, Path]) -> dict[str, Any]
     rows = read_metrics(soak.run_dir).of_kind("train")
     parts = itertools.groupby(rows, lambda row: ranks_of(soak.run_dir, row["incarnation"]))
     ends = [(max(row["step"] for row in part), ranks) for ranks, part in parts]
+    assert ends[-1][0] == (len(soak.table) + 2) * STEPS_PER_FAULT, "the run under faults has not all its steps"
     return {**differences(soak.run_dir, undisturbed(soak, folder, shards, ends)), "ranks": [ranks for _, ranks in ends]}
 
 
